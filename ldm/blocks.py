@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import count
@@ -76,9 +76,7 @@ def held_out(scene: Scene) -> bool:
 
 def _draw(rng: np.random.Generator, n: int) -> Scene:
     colors = rng.permutation(list(COLORS))[:n]
-    solids = tuple(
-        Solid(str(rng.choice(SHAPES)), str(color), "large" if rng.random() < 0.6 else "small") for color in colors
-    )
+    solids = tuple(Solid(str(rng.choice(SHAPES)), str(color), "large" if rng.random() < 0.6 else "small") for color in colors)
     relations: tuple[str, ...] = ()
     if n > 1:
         relations = (str(rng.choice(RELATIONS, p=(0.28, 0.18, 0.18, 0.18, 0.18))),)
@@ -159,7 +157,7 @@ def caption(scene: Scene, seed: int) -> str:
         if rng.random() < 0.6:
             text = f"{a} {choose(_SAID[relation])} {b}"
         elif relation == "on top of":
-            a, b = a.rstrip(","), b
+            a = a.rstrip(",")
             a = a if a.startswith(("a ", "an ")) else f"{'an' if a[0] in 'aeiou' else 'a'} {a}"
             text = f"{b} with {a} on top of it" if rng.random() < 0.5 else f"{b} {choose(_SAID['under'])} {a}"
         else:
@@ -187,7 +185,7 @@ _PIXELS_PER_UNIT = 42.0  # at the target, in a picture of 128 pixels
 _RIGHT = np.array([1.0, 0.0, 0.0])
 _UP = np.array([0.0, np.cos(_PITCH), np.sin(_PITCH)])
 _FORWARD = np.array([0.0, -np.sin(_PITCH), np.cos(_PITCH)])
-_EYE = _TARGET - _DISTANCE * _FORWARD
+EYE = _TARGET - _DISTANCE * _FORWARD
 _WALL_Z = 2.7
 
 _HALF_WIDTH = {"cube": 0.58, "sphere": 0.53, "cylinder": 0.43, "cone": 0.55}
@@ -215,20 +213,31 @@ def _fine_rays(size: int) -> ndarray:
 def _backdrop(size: int) -> tuple[ndarray, ndarray, ndarray]:
     """Points on the floor [size, size, 3]; how much of a pixel is floor, and how bright it is, [size, size, 1]."""
     rays = _rays(size)
-    points = (_EYE + rays * (-_EYE[1] / rays[..., 1:2])).astype(np.float32)
+    points = (EYE + rays * (-EYE[1] / rays[..., 1:2])).astype(np.float32)
     fine = _fine_rays(size)
-    floor = (_EYE[2] + fine[..., 2] * (-_EYE[1] / fine[..., 1]) < _WALL_Z).astype(np.float32)
+    floor = (EYE[2] + fine[..., 2] * (-EYE[1] / fine[..., 1]) < _WALL_Z).astype(np.float32)
     floor = floor.reshape(size, 2, size, 2).mean((1, 3))[..., None]
     bright = np.where(floor > 0, 0.98 - 0.035 * (points[..., 2:] + 1.5), 0.98).astype(np.float32)
     return points, floor, bright
 
 
+def project(points: ndarray, size: int = 128) -> tuple[ndarray, ndarray]:
+    """Rows and columns [n], in pixels from the top left corner, at which a picture of `size` pixels shows points [n, 3]."""
+    ray = points - EYE
+    depth = ray @ _FORWARD
+    return size / 2 - ray @ _UP / depth * _focal(size), size / 2 + ray @ _RIGHT / depth * _focal(size)
+
+
+def on_floor(row: float, col: float, size: int = 128) -> tuple[float, float]:
+    """x and z in the world of the floor that a picture of `size` pixels shows at this row and column."""
+    ray = _FORWARD + (col - size / 2) / _focal(size) * _RIGHT - (row - size / 2) / _focal(size) * _UP
+    x, _, z = EYE - ray * EYE[1] / ray[1]
+    return float(x), float(z)
+
+
 def _window(corners: ndarray, size: int, margin: int) -> tuple[slice, slice]:
     """The rows and columns of a picture of `size` pixels that the points [n, 3] span."""
-    ray = corners - _EYE
-    depth = ray @ _FORWARD
-    col = ray @ _RIGHT / depth * _focal(size) + size / 2
-    row = size / 2 - ray @ _UP / depth * _focal(size)
+    row, col = project(corners, size)
     low = np.clip(np.floor((row.min(), col.min())).astype(int) - margin, 0, size)
     high = np.clip(np.ceil((row.max(), col.max())).astype(int) + margin, 0, size)
     return slice(int(low[0]), int(high[0])), slice(int(low[1]), int(high[1]))
@@ -238,7 +247,9 @@ def _window(corners: ndarray, size: int, margin: int) -> tuple[slice, slice]:
 
 
 @dataclass(frozen=True)
-class _Placed:
+class Placed:
+    """A solid in its place in the world."""
+
     shape: str
     color: str
     base: ndarray  # middle of the bottom, [3]
@@ -260,7 +271,8 @@ class _Placed:
         return self.base + box
 
 
-def _layout(scene: Scene, rng: np.random.Generator) -> list[_Placed]:
+def layout(scene: Scene, rng: np.random.Generator) -> list[Placed]:
+    """Where the solids of a scene stand: near the middle, with a little chance."""
     row = len(scene.solids) == 3 and scene.relations[0] != "on top of"
     unit = 0.76 if row else {1: 1.2, 2: 1.0, 3: 0.88}[len(scene.solids)]
     scales = [unit * SIZES[solid.size] for solid in scene.solids]
@@ -305,10 +317,7 @@ def _layout(scene: Scene, rng: np.random.Generator) -> list[_Placed]:
             base[:, 2] -= 0.35 * unit  # a tall pile stands nearer and so lower in the picture
         base[ground, 2] += rng.uniform(-0.07, 0.07, ground.sum())
     turns = np.deg2rad(rng.uniform(24.0, 48.0, len(base)))
-    return [
-        _Placed(solid.shape, solid.color, base[i], scales[i], float(turns[i]))
-        for i, solid in enumerate(scene.solids)
-    ]
+    return [Placed(solid.shape, solid.color, base[i], scales[i], float(turns[i])) for i, solid in enumerate(scene.solids)]
 
 
 # ---- light and rays --------------------------------------------------------------------------------------------------
@@ -327,7 +336,7 @@ def _roots(a: ndarray, b: ndarray, c: ndarray) -> tuple[ndarray, ndarray]:
         return (-b - root) / a, (-b + root) / a
 
 
-def _cast(solid: _Placed, origin: ndarray, rays: ndarray) -> tuple[ndarray, tuple[ndarray, ndarray, ndarray]]:
+def cast(solid: Placed, origin: ndarray, rays: ndarray) -> tuple[ndarray, tuple[ndarray, ndarray, ndarray]]:
     """Where rays from one point outside and above first meet the solid.
 
     rays [h, w, 3] -> distance [h, w] in units of the ray (inf: a miss), and the three parts of the normal, turned to the
@@ -358,7 +367,11 @@ def _cast(solid: _Placed, origin: ndarray, rays: ndarray) -> tuple[ndarray, tupl
         side = (y >= 0) & (y <= h)
         top = (h - oy) / dy
         capped = (ox + top * dx) ** 2 + (oz + top * dz) ** 2 <= r * r
-        normal = (np.where(capped, zero, (ox + t * dx) / r), np.where(capped, np.float32(1), zero), np.where(capped, zero, (oz + t * dz) / r))
+        normal = (
+            np.where(capped, zero, (ox + t * dx) / r),
+            np.where(capped, np.float32(1), zero),
+            np.where(capped, zero, (oz + t * dz) / r),
+        )
         return np.where(capped, top, np.where(side, t, np.inf)), normal
     k = (r / h) ** 2  # cone: x^2 + z^2 = k (h - y)^2
     g = h - oy
@@ -371,7 +384,7 @@ def _cast(solid: _Placed, origin: ndarray, rays: ndarray) -> tuple[ndarray, tupl
     return np.where((y >= 0) & (y <= h), t, np.inf), normal
 
 
-def _shaded(solid: _Placed, points: ndarray, light: ndarray) -> ndarray:
+def _shaded(solid: Placed, points: ndarray, light: ndarray) -> ndarray:
     """Whether the solid keeps the light, of direction `light`, from points [h, w, 3]; float32 [h, w] of 0 and 1."""
     turn = solid.turn if solid.shape == "cube" else 0.0
     px, py, pz = _local(points - solid.base.astype(np.float32), turn)
@@ -405,15 +418,46 @@ def _blur(x: ndarray) -> ndarray:
     return (x[:, :-2] + 2 * x[:, 1:-1] + x[:, 2:]) / 4
 
 
-def render(scene: Scene, size: int = 128) -> ndarray:
-    """The picture of a scene, uint8 [size, size, 3], with smooth edges (four rays per pixel). The same on every call."""
-    rng = np.random.default_rng([scene.seed, 3])
-    placed = _layout(scene, rng)
-    azimuth = np.deg2rad(-135 + rng.uniform(-8, 8))  # from the front left
-    light = np.array([0.62 * np.cos(azimuth), 0.785, 0.62 * np.sin(azimuth)])
-    light /= np.linalg.norm(light)
+def light_from(azimuth: float = -135.0) -> ndarray:
+    """The direction towards the light [3]; azimuth in degrees from the x axis, -135: the front left."""
+    light = np.array([0.62 * np.cos(np.deg2rad(azimuth)), 0.785, 0.62 * np.sin(np.deg2rad(azimuth))])
+    return light / np.linalg.norm(light)
+
+
+def paint(placed: Sequence[Placed], light: ndarray, size: int = 128) -> ndarray:
+    """The solids alone, float32 [size, size, 4]: colour in [0, 1] times coverage, and coverage, the mean of four rays per pixel."""
     halfway = light - _FORWARD
     halfway /= np.linalg.norm(halfway)
+    rays = _fine_rays(size)
+    depth = np.full((2 * size, 2 * size), np.inf, np.float32)
+    front = np.zeros((2 * size, 2 * size, 4), np.float32)
+    for solid in placed:
+        window = _window(solid.corners(), 2 * size, 1)
+        t, normal = cast(solid, EYE, rays[window])
+        seen = t < depth[window]
+        turn = solid.turn if solid.shape == "cube" else 0.0
+        with np.errstate(invalid="ignore"):
+            toward = sum(n * np.float32(v) for n, v in zip(normal, _local(light, turn), strict=True))
+            shine = sum(n * np.float32(v) for n, v in zip(normal, _local(halfway, turn), strict=True))
+        value = np.ones((*t.shape, 4), np.float32)
+        value[..., :3] = (_AMBIENT + _DIFFUSE * np.maximum(toward, 0))[..., None] * np.array(COLORS[solid.color], np.float32)
+        if solid.shape != "cube":
+            shine = np.clip(shine, 0, 1) ** 2
+            shine = shine * shine
+            shine = shine * shine
+            value[..., :3] += (np.float32(_SPECULAR) * shine * shine * shine)[..., None]
+        np.copyto(front[window], value, where=seen[..., None])
+        np.copyto(depth[window], t, where=seen)
+    np.minimum(front, 1, out=front)
+    front = front[0::2] + front[1::2]
+    return (front[:, 0::2] + front[:, 1::2]) / 4
+
+
+def render(scene: Scene, size: int = 128) -> ndarray:
+    """The picture of a scene, uint8 [size, size, 3], with smooth edges. The same on every call."""
+    rng = np.random.default_rng([scene.seed, 3])
+    placed = layout(scene, rng)
+    light = light_from(-135 + rng.uniform(-8, 8))
     points, floor, bright = _backdrop(size)
     tint = np.array([1.0, 0.985, 0.96]) + rng.uniform(-0.015, 0.015, 3)
     floor_color = (0.74 + rng.uniform(-0.02, 0.02)) * tint
@@ -428,29 +472,7 @@ def render(scene: Scene, size: int = 128) -> ndarray:
         np.maximum(shadow[rows, cols], _shaded(solid, points[rows, cols], light), out=shadow[rows, cols])
     picture *= 1 - (1 - _SHADOW) * _blur(shadow)[..., None] * floor
 
-    rays = _fine_rays(size)
-    depth = np.full((2 * size, 2 * size), np.inf, np.float32)
-    front = np.zeros((2 * size, 2 * size, 4), np.float32)  # colour and coverage
-    for solid in placed:
-        window = _window(solid.corners(), 2 * size, 1)
-        t, normal = _cast(solid, _EYE, rays[window])
-        seen = t < depth[window]
-        turn = solid.turn if solid.shape == "cube" else 0.0
-        with np.errstate(invalid="ignore"):
-            toward = sum(n * np.float32(v) for n, v in zip(normal, _local(light, turn), strict=True))
-            shine = sum(n * np.float32(v) for n, v in zip(normal, _local(halfway, turn), strict=True))
-            shine = np.clip(shine, 0, 1) ** 2
-            shine = shine * shine
-            shine = shine * shine
-            shine = np.float32(0.0 if solid.shape == "cube" else _SPECULAR) * shine * shine * shine
-        value = np.empty((*t.shape, 4), np.float32)
-        value[..., :3] = (_AMBIENT + _DIFFUSE * np.maximum(toward, 0))[..., None] * np.array(COLORS[solid.color], np.float32) + shine[..., None]
-        value[..., 3] = 1
-        np.copyto(front[window], value, where=seen[..., None])
-        np.copyto(depth[window], t, where=seen)
-    np.minimum(front, 1, out=front)
-    front = front[0::2] + front[1::2]
-    front = (front[:, 0::2] + front[:, 1::2]) / 4
+    front = paint(placed, light, size)
     picture = picture * (1 - front[..., 3:]) + front[..., :3]
     return (np.clip(picture, 0, 1) * 255 + 0.5).astype(np.uint8)
 
