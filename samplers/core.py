@@ -1,4 +1,4 @@
-"""The types that samplers, grids and guidance speak: `Denoiser`, `Noise`, `Step`, `Sampler`."""
+"""The types that samplers, grids and guidance speak: `Denoiser`, `Noise`, `Step`, `OnStep`, `Sampler`."""
 
 from __future__ import annotations
 
@@ -23,6 +23,9 @@ class Step:
     x0: Tensor
 
 
+OnStep = Callable[[Step], None]  # told of every step before x changes: progress, previews; what it returns is ignored
+
+
 class Sampler(Protocol):
     """Carries x from noise level sigmas[0] to sigmas[-1]. A sampler may add keywords of its own (eta, order, ...)."""
 
@@ -33,5 +36,5 @@ class Sampler(Protocol):
         sigmas: Sequence[float],
         *,
         noise: Noise | None = None,
-        on_step: Callable[[Step], None] | None = None,
+        on_step: OnStep | None = None,
     ) -> Tensor: ...
