@@ -1,0 +1,123 @@
+"""A regular file opened with care: its bytes by position, copied or mapped."""
+
+from __future__ import annotations
+
+import difflib
+import errno
+import mmap
+import os
+import stat
+from os import PathLike
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ldm.errors import FileError
+
+
+class Source:
+    """An open file, its `size` in bytes fixed at opening. Raises FileError for anything but a readable regular file."""
+
+    def __init__(self, path: str | PathLike[str]):
+        self.path = Path(path)
+        self._require_regular(self._stat())
+        try:  # O_NONBLOCK: a FIFO that took the file's place since would otherwise block for ever
+            descriptor = os.open(self.path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+        except OSError as error:
+            raise self._refusal(error) from None
+        self._file = os.fdopen(descriptor, "rb", buffering=0)
+        status = os.fstat(descriptor)
+        self._require_regular(status)
+        self.size, self._mtime = status.st_size, status.st_mtime_ns
+        self._map: mmap.mmap | None = None
+
+    def error(self, what: str, key: str | None = None) -> FileError:
+        """The error to raise about this file."""
+        return FileError(what, path=self.path, key=key)
+
+    def read(self, start: int, count: int) -> bytes:
+        """Bytes [start, start + count); refused when the file ends before."""
+        if start < 0 or count < 0 or start + count > self.size:
+            raise self.error(f"is truncated: bytes {start} to {start + count} of {self.size} are needed; download it again")
+        buffer = bytearray(count)
+        self._fill(memoryview(buffer), start)
+        return bytes(buffer)
+
+    def copied(self, start: int, count: int) -> Tensor:
+        """The same bytes as a fresh uint8 tensor, aligned for any dtype."""
+        if start < 0 or count < 0 or start + count > self.size:
+            raise self.error(f"is truncated: bytes {start} to {start + count} of {self.size} are needed; download it again")
+        buffer = torch.empty(count, dtype=torch.uint8)
+        if count:
+            self._fill(memoryview(buffer.numpy()), start)
+        return buffer
+
+    def mapped(self, start: int, count: int, dtype: torch.dtype) -> Tensor:
+        """The same bytes as a tensor of `dtype` over the mapped file: nothing is read before it is used, writes stay private.
+
+        `start` must be a multiple of the item size and `count` a positive one. Every tensor has a storage of its own.
+        """
+        if self._map is None:
+            try:
+                self._map = mmap.mmap(self._file.fileno(), self.size, access=mmap.ACCESS_COPY)
+            except OSError:  # a file system that cannot map
+                return self.copied(start, count).view(dtype)
+        return torch.frombuffer(self._map, dtype=dtype, count=count // dtype.itemsize, offset=start)
+
+    def require_unchanged(self) -> None:
+        """Refuse a file that was written to since it was opened: what was read of it may be half old and half new."""
+        status = os.fstat(self._file.fileno())
+        if (status.st_size, status.st_mtime_ns) != (self.size, self._mtime):
+            raise self.error("changed while it was being read; wait until it is complete, then try again")
+
+    def close(self) -> None:
+        """Give the file back; mapped tensors stay valid."""
+        self._file.close()
+
+    def _fill(self, view: memoryview, start: int) -> None:
+        self._file.seek(start)
+        done = 0
+        while done < len(view):
+            got = self._file.readinto(view[done:])
+            if not got:
+                raise self.error(f"became shorter while it was being read ({start + done} of {self.size} bytes); download it again")
+            done += got
+
+    def _stat(self) -> os.stat_result:
+        if "\0" in str(self.path):
+            raise self.error("is no file name: it has a NUL character in it")
+        try:
+            return os.stat(self.path)
+        except OSError as error:
+            raise self._refusal(error) from None
+
+    def _refusal(self, error: OSError) -> FileError:
+        if error.errno == errno.ELOOP:
+            return self.error("is a loop of links; link it to the real file")
+        if error.errno in (errno.EACCES, errno.EPERM):
+            return self.error("may not be read (permission denied); change its permissions")
+        if error.errno in (errno.ENOENT, errno.ENOTDIR) and self.path.is_symlink():
+            return self.error(f"is a link to {os.readlink(self.path)}, which does not exist; download the file again")
+        if error.errno in (errno.ENOENT, errno.ENOTDIR):
+            near = nearest(self.path)
+            return self.error(f"does not exist; near it: {', '.join(near)}" if near else "does not exist")
+        return self.error(f"cannot be opened: {error.strerror}")
+
+    def _require_regular(self, status: os.stat_result) -> None:
+        if stat.S_ISDIR(status.st_mode):
+            if (self.path / "model_index.json").exists():
+                raise self.error("is a diffusers folder; this version reads single files, .safetensors or .ckpt")
+            raise self.error("is a directory; name the .safetensors or .ckpt file in it")
+        if not stat.S_ISREG(status.st_mode):
+            kinds = {stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
+            raise self.error(f"is {kinds.get(stat.S_IFMT(status.st_mode), 'not a regular file')}, not a file of weights")
+
+
+def nearest(path: Path, count: int = 3) -> list[str]:
+    """Names in the same directory that resemble `path`'s, the most similar first."""
+    try:
+        names = [entry.name for entry in os.scandir(path.parent)]
+    except OSError:
+        return []
+    return difflib.get_close_matches(path.name, names[:10_000], n=count, cutoff=0.5)
