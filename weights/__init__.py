@@ -1,0 +1,7 @@
+"""Files of weights: read safely, loaded strictly, written atomically."""
+
+from weights.files import Weights, open_file
+from weights.load import load
+from weights.save import original_state, save
+
+__all__ = ["Weights", "load", "open_file", "original_state", "save"]
