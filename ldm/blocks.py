@@ -181,7 +181,7 @@ def caption(scene: Scene, seed: int) -> str:
 _PITCH = np.deg2rad(25.0)  # the camera looks down this much
 _DISTANCE = 9.0
 _TARGET = np.array([0.0, 0.72, 0.0])  # the point in the middle of the picture
-_PIXELS_PER_UNIT = 42.0  # at the target, in a picture of 128 pixels
+PIXELS_PER_UNIT = 42.0  # at the target, in a picture of 128 pixels
 _RIGHT = np.array([1.0, 0.0, 0.0])
 _UP = np.array([0.0, np.cos(_PITCH), np.sin(_PITCH)])
 _FORWARD = np.array([0.0, -np.sin(_PITCH), np.cos(_PITCH)])
@@ -195,7 +195,7 @@ _AMBIENT, _DIFFUSE, _SPECULAR, _SHADOW = 0.46, 0.62, 0.30, 0.58
 
 
 def _focal(size: int) -> float:
-    return _PIXELS_PER_UNIT * _DISTANCE * size / 128
+    return PIXELS_PER_UNIT * _DISTANCE * size / 128
 
 
 def _rays(size: int) -> ndarray:

@@ -1,0 +1,123 @@
+"""The CLIP and OpenCLIP text tower."""
+
+from __future__ import annotations
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ldm.config import TextConfig
+
+END_OF_TEXT = 49407
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """x * sigmoid(1.702 x): what OpenAI's towers were trained with."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu}
+
+
+class SelfAttention(nn.Module):
+    """Causal multi-head attention."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.k_proj, self.v_proj, self.q_proj, self.out_proj = (nn.Linear(width, width) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:  # [b, n, width]
+        q, k, v = (rearrange(to(x), "b n (h d) -> b h n d", h=self.heads) for to in (self.q_proj, self.k_proj, self.v_proj))
+        return self.out_proj(rearrange(F.scaled_dot_product_attention(q, k, v, is_causal=True), "b h n d -> b n (h d)"))
+
+
+class MLP(nn.Module):
+    """The feed-forward part of a block."""
+
+    def __init__(self, width: int, hidden: int, activation: str):
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+        self.activation = ACTIVATIONS[activation]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.activation(self.fc1(x)))
+
+
+class Layer(nn.Module):
+    """One pre-norm transformer block."""
+
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        self.self_attn = SelfAttention(config.width, config.heads)
+        self.layer_norm1 = nn.LayerNorm(config.width)
+        self.mlp = MLP(config.width, config.mlp, config.activation)
+        self.layer_norm2 = nn.LayerNorm(config.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.self_attn(self.layer_norm1(x))
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class Embeddings(nn.Module):
+    """Tokens and their places."""
+
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        self.token_embedding = nn.Embedding(config.vocab, config.width)
+        self.position_embedding = nn.Embedding(config.length, config.width)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.token_embedding(ids) + self.position_embedding.weight[: ids.shape[1]]
+
+
+class Encoder(nn.Module):
+    """The stack of blocks."""
+
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
+
+
+class TextModel(nn.Module):
+    """What the checkpoints call `text_model`."""
+
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        self.embeddings = Embeddings(config)
+        self.encoder = Encoder(config)
+        self.final_layer_norm = nn.LayerNorm(config.width)
+
+
+class CLIPText(nn.Module):
+    """The text tower of CLIP (Radford et al. 2021, section 2.4), with Hugging Face's parameter names for every tower."""
+
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        self.config = config
+        self.text_model = TextModel(config)
+        if config.projection is not None:
+            self.text_projection = nn.Linear(config.width, config.projection, bias=False)
+
+    def forward(self, ids: Tensor, skip: int = 0, norm: bool = True) -> tuple[Tensor, Tensor]:
+        """Token ids [b, n] -> tokens [b, n, width] and pooled [b, projection or width].
+
+        tokens  after all but the last `skip` blocks, through the final LayerNorm if `norm`
+        pooled  after all blocks: final LayerNorm at the first end-of-text, projected where the tower has a projection
+
+        Original: SD 1 FrozenCLIPEmbedder, SD 2 FrozenOpenCLIPEmbedder, SDXL FrozenOpenCLIPEmbedder2.
+        """
+        model = self.text_model
+        x = model.embeddings(ids)
+        tokens = x
+        for i, layer in enumerate(model.encoder.layers, start=1):
+            x = layer(x)
+            if i == len(model.encoder.layers) - skip:
+                tokens = x
+        end = (ids == END_OF_TEXT).int().argmax(dim=1)
+        pooled = model.final_layer_norm(x[torch.arange(len(ids), device=ids.device), end])
+        if self.config.projection is not None:
+            pooled = self.text_projection(pooled)
+        return (model.final_layer_norm(tokens) if norm else tokens), pooled

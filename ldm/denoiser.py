@@ -1,0 +1,53 @@
+"""From a network that predicts eps or v at t to what samplers ask for: x0 from (x, sigma)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ldm.conditioning import Cond
+from ldm.model import LatentDiffusion
+from samplers import Combine, Denoiser
+
+
+def to_x0(prediction: str, x: Tensor, out: Tensor, sigma: float) -> Tensor:
+    """x0 from the network's output `out` at x = x0 + sigma * eps.
+
+    eps: x0 = x - sigma eps. v = alpha eps - sqrt(1 - alpha^2) x0 with alpha = 1 / sqrt(1 + sigma^2)
+    (Salimans & Ho 2022, appendix D), so x0 = alpha^2 x - sigma alpha v.
+    """
+    if prediction == "eps":
+        return x - sigma * out
+    return x / (1 + sigma**2) - out * (sigma / math.sqrt(1 + sigma**2))
+
+
+@torch.no_grad()
+def predict_x0(model: LatentDiffusion, x: Tensor, sigma: float, cond: Cond) -> Tensor:
+    """One network call: x [b, c, h, w] float32 at noise level sigma -> x0, float32. Half precision begins and ends in here."""
+    x_in = x / math.sqrt(1 + sigma**2)  # unit variance, what the network was trained on
+    if cond.concat is not None:
+        x_in = torch.cat([x_in, cond.concat.to(x_in)], dim=1)
+    t = torch.full((len(x),), model.schedule.timestep(sigma), dtype=torch.float32, device=x.device)
+    y = cond.y.to(model.dtype) if cond.y is not None and cond.y.is_floating_point() else cond.y
+    out = model.unet(x_in.to(model.dtype), t, cond.context.to(model.dtype), y)
+    return to_x0(model.config.prediction, x, out.float(), sigma)
+
+
+def guided(model: LatentDiffusion, conds: Sequence[Cond], combine: Combine) -> Denoiser:
+    """A `Denoiser` that asks the network for every condition `combine` needs at this noise level, in one batched call.
+
+    conds  in the order `combine` wants them, [uncond, cond] for `cfg`; each of x's batch size
+    """
+    batches = {}
+
+    def denoise(x: Tensor, sigma: float) -> Tensor:
+        needed = combine.needs(sigma)
+        if needed not in batches:
+            batches[needed] = Cond.cat([conds[i] for i in needed])
+        x0s = predict_x0(model, torch.cat([x] * len(needed)), sigma, batches[needed]).chunk(len(needed))
+        return combine(x0s, sigma)
+
+    return denoise

@@ -1,0 +1,172 @@
+"""Images to latents and back, factor 8 (4 for the upscaler)."""
+
+from __future__ import annotations
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ldm.config import VAEConfig
+
+
+def _norm(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(32, channels, eps=1e-6)  # as trained
+
+
+class ResnetBlock(nn.Module):
+    """Two convolutions around which x is added."""
+
+    def __init__(self, channels: int, out_channels: int):
+        super().__init__()
+        self.norm1 = _norm(channels)
+        self.conv1 = nn.Conv2d(channels, out_channels, 3, padding=1)
+        self.norm2 = _norm(out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.nin_shortcut = nn.Identity() if channels == out_channels else nn.Conv2d(channels, out_channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return self.nin_shortcut(x) + h
+
+
+class AttnBlock(nn.Module):
+    """One-head self-attention over all positions."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.norm = _norm(channels)
+        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        q, k, v = (rearrange(to(h), "b c h w -> b 1 (h w) c") for to in (self.q, self.k, self.v))
+        h = F.scaled_dot_product_attention(q, k, v)
+        return x + self.proj_out(rearrange(h, "b 1 (h w) c -> b c h w", h=x.shape[2]))
+
+
+class Downsample(nn.Module):
+    """Half the size, by a strided convolution padded on the right and at the bottom only, as trained."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Twice the size: nearest, then a convolution."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Level(nn.Module):
+    """The blocks of one resolution, and the way out of it: `downsample` or `upsample`, or neither at the ends."""
+
+    def __init__(self, channels: int, out_channels: int, blocks: int, **resample: nn.Module):
+        super().__init__()
+        self.block = nn.ModuleList(ResnetBlock(channels if i == 0 else out_channels, out_channels) for i in range(blocks))
+        for name, module in resample.items():
+            self.add_module(name, module)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.block:
+            x = block(x)
+        for name in ("downsample", "upsample"):
+            if hasattr(self, name):
+                x = getattr(self, name)(x)
+        return x
+
+
+class Middle(nn.Module):
+    """Block, attention, block at the coarsest resolution."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.block_1 = ResnetBlock(channels, channels)
+        self.attn_1 = AttnBlock(channels)
+        self.block_2 = ResnetBlock(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block_2(self.attn_1(self.block_1(x)))
+
+
+class Encoder(nn.Module):
+    """[b, 3, H, W] -> [b, 2 z, h, w]."""
+
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        widths = [config.channels * m for m in config.channel_mult]
+        inner = [config.channels, *widths]
+        self.conv_in = nn.Conv2d(3, config.channels, 3, padding=1)
+        self.down = nn.ModuleList(
+            Level(inner[i], width, config.num_res_blocks, **({"downsample": Downsample(width)} if i < len(widths) - 1 else {}))
+            for i, width in enumerate(widths)
+        )
+        self.mid = Middle(widths[-1])
+        self.norm_out = _norm(widths[-1])
+        self.conv_out = nn.Conv2d(widths[-1], 2 * config.z_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_in(x)
+        for level in self.down:
+            x = level(x)
+        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
+
+
+class Decoder(nn.Module):
+    """[b, z, h, w] -> [b, 3, H, W]. `up` counts from the finest level, so it is walked backwards."""
+
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        widths = [config.channels * m for m in config.channel_mult]
+        inner = [*widths, widths[-1]]
+        self.conv_in = nn.Conv2d(config.z_channels, widths[-1], 3, padding=1)
+        self.mid = Middle(widths[-1])
+        self.up = nn.ModuleList(
+            Level(inner[i + 1], width, config.num_res_blocks + 1, **({"upsample": Upsample(width)} if i > 0 else {}))
+            for i, width in enumerate(widths)
+        )
+        self.norm_out = _norm(widths[0])
+        self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        x = self.mid(self.conv_in(z))
+        for level in reversed(self.up):
+            x = level(x)
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class VAE(nn.Module):
+    """The KL autoencoder (Rombach et al. 2022, section 3.1). Latents outside this class are scaled to about unit variance."""
+
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self.quant_conv = nn.Conv2d(2 * config.z_channels, 2 * config.z_channels, 1)
+        self.post_quant_conv = nn.Conv2d(config.z_channels, config.z_channels, 1)
+
+    def moments(self, image: Tensor) -> Tensor:
+        """[b, 3, H, W] in [-1, 1] -> [b, 2 z, h, w]: mean and log variance of the posterior, unscaled."""
+        return self.quant_conv(self.encoder(image))
+
+    def encode(self, image: Tensor, noise: Tensor | None = None) -> Tensor:
+        """[b, 3, H, W] in [-1, 1] -> scaled latent [b, z, h, w]: the mean, or a sample when `noise` (N(0, 1), same shape) is given."""
+        mean, logvar = self.moments(image).chunk(2, dim=1)
+        if noise is not None:
+            mean = mean + torch.exp(0.5 * logvar.clamp(-30.0, 20.0)) * noise
+        return mean * self.config.scale
+
+    def decode(self, latent: Tensor) -> Tensor:
+        """Scaled latent [b, z, h, w] -> [b, 3, H, W], about in [-1, 1]."""
+        return self.decoder(self.post_quant_conv(latent / self.config.scale))
