@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from samplers.core import Denoiser, Noise, OnStep, Step
-from samplers.steps import draw, pairs, split
+from samplers.steps import draw, pairs, split, toward
 
 
 def ddim(
@@ -26,7 +26,7 @@ def ddim(
         if on_step:
             on_step(Step(i, len(steps), sigma, x, x0))
         down, up = split(sigma, sigma_next, eta)
-        x = x0 + (x - x0) * (down / sigma)
+        x = toward(x0, x, down / sigma)
         if up > 0:
             x = x + draw(noise, x) * up
     return x
@@ -47,7 +47,7 @@ def ddpm(denoise: Denoiser, x: Tensor, sigmas: Sequence[float], *, noise: Noise 
         if on_step:
             on_step(Step(i, len(steps), sigma, x, x0))
         keep = (sigma_next / sigma) ** 2  # the posterior mean lies between x0 and x, the closer to x the shorter the step
-        x = x * keep + x0 * (1 - keep)
+        x = toward(x0, x, keep)
         if sigma_next > 0:
             x = x + draw(noise, x) * (sigma_next * (1 - keep) ** 0.5)
     return x

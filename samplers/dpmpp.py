@@ -13,12 +13,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from samplers.core import Denoiser, Noise, OnStep, Step
-from samplers.steps import draw, pairs, split
-
-
-def toward(x0: Tensor, x: Tensor, ratio: float) -> Tensor:
-    """The exact step from sigma to ratio * sigma while x0 stays what it is."""
-    return x * ratio + x0 * (1 - ratio)
+from samplers.steps import draw, pairs, split, toward
 
 
 def dpmpp_2m(
@@ -100,7 +95,8 @@ def dpmpp_sde(
     x       [b, c, h, w] float32 at noise level sigmas[0]
     sigmas  descending; a last step to 0 is of first order
     eta     share of the noise that is fresh: 1 as in DDPM, 0 plain DPM-Solver++(2S);  s_noise multiplies its deviation
-    Two network calls and two independent draws per step, the first for the midpoint (none and one call for a step to 0).
+    Two network calls and two draws per step, the first for the midpoint (one call and no draw for a step to 0). The draws are independent,
+    as in other implementations without a Brownian tree: of first order in distribution when eta is 1, of second when it is 0.
     Returns x at noise level sigmas[-1]. Raises ValueError if sigmas rise while eta > 0, or noise is needed and missing.
     """
     steps = pairs(sigmas)

@@ -1,4 +1,8 @@
-"""Runge-Kutta solvers of order 1 and 2: `euler euler_ancestral heun dpm_2 dpm_2_ancestral`, on dx / dsigma = (x - x0) / sigma."""
+"""Runge-Kutta solvers of order 1 and 2: `euler euler_ancestral heun dpm_2 dpm_2_ancestral`, on dx / dsigma = (x - x0) / sigma.
+
+A step with any slope is Euler's step toward x - sigma * slope. With slopes taken at Euler's own points, x cancels from that target: it is
+x0 plus a multiple of how x0 changed. Written so, nothing of the size of sigma is subtracted from its like, however noisy x is.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +12,11 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from samplers.core import Denoiser, Noise, OnStep, Step
-from samplers.steps import draw, pairs, split
+from samplers.steps import draw, pairs, split, toward
 
 
 def euler(denoise: Denoiser, x: Tensor, sigmas: Sequence[float], *, noise: Noise | None = None, on_step: OnStep | None = None) -> Tensor:
-    """Euler's method on the probability flow (Karras et al. 2022, eq. 4 and alg. 1 without its correction).
+    """Euler's method on the probability flow (Karras et al. 2022, eq. 1 and 3; alg. 1 without its correction).
 
     x       [b, c, h, w] float32 at noise level sigmas[0]
     sigmas  descending, or ascending to invert; the last may be 0
@@ -23,7 +27,7 @@ def euler(denoise: Denoiser, x: Tensor, sigmas: Sequence[float], *, noise: Noise
         x0 = denoise(x, sigma)
         if on_step:
             on_step(Step(i, len(steps), sigma, x, x0))
-        x = x + (x - x0) / sigma * (sigma_next - sigma)
+        x = toward(x0, x, sigma_next / sigma)
     return x
 
 
@@ -50,7 +54,7 @@ def euler_ancestral(
         if on_step:
             on_step(Step(i, len(steps), sigma, x, x0))
         down, up = split(sigma, sigma_next, eta)
-        x = x + (x - x0) / sigma * (down - sigma)
+        x = toward(x0, x, down / sigma)
         if up > 0:
             x = x + draw(noise, x) * (s_noise * up)
     return x
@@ -68,11 +72,10 @@ def heun(denoise: Denoiser, x: Tensor, sigmas: Sequence[float], *, noise: Noise 
         x0 = denoise(x, sigma)
         if on_step:
             on_step(Step(i, len(steps), sigma, x, x0))
-        slope = (x - x0) / sigma
         if sigma_next > 0:
-            end = x + slope * (sigma_next - sigma)
-            slope = (slope + (end - denoise(end, sigma_next)) / sigma_next) / 2
-        x = x + slope * (sigma_next - sigma)
+            end = denoise(toward(x0, x, sigma_next / sigma), sigma_next)
+            x0 = x0 + (end - x0) * (sigma / (2 * sigma_next))
+        x = toward(x0, x, sigma_next / sigma)
     return x
 
 
@@ -110,12 +113,11 @@ def dpm_2_ancestral(
         if on_step:
             on_step(Step(i, len(steps), sigma, x, x0))
         down, up = split(sigma, sigma_next, eta)
-        slope = (x - x0) / sigma
         if down > 0:
             middle = math.sqrt(sigma * down)
-            halfway = x + slope * (middle - sigma)
-            slope = (halfway - denoise(halfway, middle)) / middle
-        x = x + slope * (down - sigma)
+            halfway = denoise(toward(x0, x, middle / sigma), middle)
+            x0 = x0 + (halfway - x0) * (sigma / middle)
+        x = toward(x0, x, down / sigma)
         if up > 0:
             x = x + draw(noise, x) * (s_noise * up)
     return x

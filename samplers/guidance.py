@@ -71,7 +71,7 @@ def cfg(scale: float, rescale: float = 0.0, interval: tuple[float, float] | None
     scale     1 uses only cond, 0 only uncond: `needs` says so and one network pass suffices. A negative prompt is just another uncond
     rescale   share of the way back to the deviation of cond, image by image (Lin et al. 2023, eq. 15-16), against over-exposure.
               Taken on x0, where the over-exposure is seen; others take it on the network's eps or v
-    interval  guide only for low < sigma <= high (Kynkaanniemi et al. 2024, eq. 5); elsewhere cond alone
+    interval  guide only for low < sigma <= high (Kynkaanniemi et al. 2024); elsewhere cond alone
     Raises ValueError for a scale that is not finite, a rescale outside [0, 1], or an empty interval.
     """
     return Guidance(float(scale), float(rescale), interval)
@@ -81,7 +81,7 @@ def keep_known(denoise: Denoiser, known: Tensor, mask: Tensor, noise: Tensor) ->
     """A denoiser that repaints only where the mask is 1: for inpainting with a model that has no mask input.
 
     The network sees `known`, noised to its level, outside the mask, and x0 is `known` there (as in Lugmayr et al. 2022, eq. 8, on x0):
-    a grid that ends at 0 returns `known` itself outside the mask.
+    a grid that ends at 0 returns `known` outside the mask.
 
     known  [b, c, h, w] clean latent;  mask [b or 1, 1, h, w] in [0, 1], 1 = repaint;  noise [b, c, h, w], the one that x started from
     """

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from samplers.core import Denoiser, Noise, OnStep, Step
-from samplers.steps import pairs
+from samplers.steps import pairs, toward
 
 # Adams-Bashforth weights of the newest, second newest, ... slope for equal steps (Liu et al. 2022, eq. 12 and appendix)
 ADAMS_BASHFORTH = ((1.0,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
@@ -31,9 +31,9 @@ def plms(denoise: Denoiser, x: Tensor, sigmas: Sequence[float], *, noise: Noise 
             on_step(Step(i, len(steps), sigma, x, x0))
         slopes = [(x - x0) / sigma, *slopes[:3]]
         if i == 0 and sigma_next > 0:
-            ahead = x + slopes[0] * (sigma_next - sigma)
-            slope = (slopes[0] + (ahead - denoise(ahead, sigma_next)) / sigma_next) / 2
+            ahead = denoise(toward(x0, x, sigma_next / sigma), sigma_next)
+            x = toward(x0 + (ahead - x0) * (sigma / (2 * sigma_next)), x, sigma_next / sigma)  # Heun's step, as in `heun`
         else:
-            slope = sum((w * s for w, s in zip(ADAMS_BASHFORTH[len(slopes) - 1], slopes, strict=True)), start=x.new_zeros(()))
-        x = x + slope * (sigma_next - sigma)
+            for w, slope in zip(ADAMS_BASHFORTH[len(slopes) - 1], slopes, strict=True):
+                x = x + slope * (w * (sigma_next - sigma))
     return x

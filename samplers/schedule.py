@@ -22,7 +22,7 @@ class Schedule:
 
     zero_snr  rescale to zero terminal signal (Lin et al. 2023, alg. 1), for v models trained so. The last level would be infinite; here
               its signal sqrt(alpha_bar) is 2^-12 and sigma 4096: next to unit noise that is below half a unit in the last place of
-              float16, so no network can tell, and every grid and solver stays finite. (Half the level before, where that is less still.)
+              float16, so no network can tell, and every grid and solver stays finite. (Or 3/4 of the signal before, if that is less.)
     """
 
     start: float = 0.00085
@@ -41,7 +41,7 @@ class Schedule:
         signal = np.sqrt(np.cumprod(1 - betas))
         if self.zero_snr and self.steps > 1:
             signal = (signal - signal[-1]) * signal[0] / (signal[0] - signal[-1])
-            signal[-1] = min(2.0**-12, signal[-2] / 2)
+            signal[-1] = min(2.0**-12, signal[-2] * 0.75)
         return tuple((signal**2).tolist())
 
     @cached_property
@@ -106,7 +106,8 @@ def ddim(schedule: Schedule, steps: int) -> list[float]:
     """The original DDIM spacing with exactly the steps asked for: t = i * (T // steps) + 1, then sigma of t = 0, not 0.
 
     Where steps divides T these are the original's own; diffusers calls it "leading", offset 1. It leaves out the noisiest levels, the more
-    the fewer the steps (1 step starts at t = 1). steps = T has no room for the offset: t = T - 1 ... 0, then 0.
+    the fewer the steps (1 step starts at t = 1), and of more than T / 2 steps it has only t = steps ... 1. steps = T has no room for the
+    offset: t = T - 1 ... 0, then 0.
     """
     steps, last = checked(schedule, steps), schedule.steps
     if steps == last:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from samplers.core import Denoiser, Noise, OnStep, Step
-from samplers.steps import draw, pairs
+from samplers.steps import check_eta, draw, pairs, toward
 
 
 def dpmpp_2m_sde(
@@ -36,6 +36,7 @@ def dpmpp_2m_sde(
     steps = pairs(sigmas)
     last_x0, last_h = None, 0.0
     for i, (sigma, sigma_next) in enumerate(steps):
+        check_eta(eta, sigma, sigma_next)
         x0 = denoise(x, sigma)
         if on_step:
             on_step(Step(i, len(steps), sigma, x, x0))
@@ -71,6 +72,7 @@ def dpmpp_3m_sde(
     steps = pairs(sigmas)
     past: list[tuple[Tensor, float]] = []  # (x0, h of the step that left it), newest first
     for i, (sigma, sigma_next) in enumerate(steps):
+        check_eta(eta, sigma, sigma_next)
         x0 = denoise(x, sigma)
         if on_step:
             on_step(Step(i, len(steps), sigma, x, x0))
@@ -98,10 +100,5 @@ def dpmpp_3m_sde(
 
 def renewed(x: Tensor, x0: Tensor, sigma_next: float, h: float, eta: float, s_noise: float, noise: Noise | None) -> Tensor:
     """The exact step to sigma_next for a constant x0, with noise at rate eta."""
-    if not eta >= 0:
-        raise ValueError(f"eta is {eta}: it must be 0 (no noise) or positive (1: the reverse SDE)")
-    if eta > 0 and h < 0:
-        raise ValueError(f"sigmas rise to {sigma_next:.4g} with eta {eta}: inversion adds no noise, set eta=0")
-    keep = math.exp(-(1 + eta) * h)
-    x = x * keep + x0 * (1 - keep)
+    x = toward(x0, x, math.exp(-(1 + eta) * h))
     return x + draw(noise, x) * (s_noise * sigma_next * math.sqrt(-math.expm1(-2 * eta * h))) if eta > 0 else x

@@ -1,4 +1,4 @@
-"""What solvers share: the grid walked pair by pair, the split of a step into its deterministic and its random part, and the draw of the noise."""
+"""What solvers share: the grid pair by pair, the step for a constant x0, the split into a deterministic and a random part, the draw."""
 
 from __future__ import annotations
 
@@ -28,18 +28,28 @@ def pairs(sigmas: Sequence[float]) -> list[tuple[float, float]]:
     return steps
 
 
+def toward(x0: Tensor, x: Tensor, ratio: float) -> Tensor:
+    """The exact step from sigma to ratio * sigma for a constant x0, which is also Euler's. As precise at sigma 4096 as at 1."""
+    return x * ratio + x0 * (1 - ratio)
+
+
+def check_eta(eta: float, sigma: float, sigma_next: float) -> None:
+    """Raises ValueError if eta is negative, or positive while sigmas rise."""
+    if not eta >= 0:
+        raise ValueError(f"eta is {eta}: it must be 0 (deterministic) or positive (1: as noisy as DDPM)")
+    if eta > 0 and sigma_next > sigma:
+        raise ValueError(f"sigmas rise from {sigma:.4g} to {sigma_next:.4g} with eta {eta}: inversion adds no noise, set eta=0")
+
+
 def split(sigma: float, sigma_next: float, eta: float) -> tuple[float, float]:
     """(down, up): step deterministically to `down`, add noise of deviation `up`, and be at sigma_next: down^2 + up^2 = sigma_next^2.
 
     up = eta times the deviation of q(x_next | x, x0) (Ho et al. 2020, eq. 7; Song et al. 2021, eq. 16), which for
-    x = x0 + sigma * noise is sigma_next * sqrt(1 - (sigma_next / sigma)^2). Raises ValueError if eta is negative, or positive while sigmas rise.
+    x = x0 + sigma * noise is sigma_next * sqrt(1 - (sigma_next / sigma)^2). Raises ValueError as `check_eta`.
     """
-    if not eta >= 0:
-        raise ValueError(f"eta is {eta}: it must be 0 (deterministic) or positive (1: as noisy as DDPM)")
+    check_eta(eta, sigma, sigma_next)
     if eta == 0:
         return sigma_next, 0.0
-    if sigma_next > sigma:
-        raise ValueError(f"sigmas rise from {sigma:.4g} to {sigma_next:.4g} with eta {eta}: inversion adds no noise, set eta=0")
     up = min(sigma_next, eta * sigma_next * math.sqrt(1 - (sigma_next / sigma) ** 2))
     return math.sqrt(sigma_next**2 - up**2), up
 

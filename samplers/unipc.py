@@ -50,14 +50,15 @@ def unipc(
     noise: Noise | None = None,
     on_step: OnStep | None = None,
 ) -> Tensor:
-    """UniPC-p in x0 prediction with B_2 (Zhao et al. 2023, alg. 1: UniP-p, eq. 8, and UniC-p, eq. 3), lambda = -log sigma.
+    """UniPC-p in x0 prediction with B_2 (Zhao et al. 2023, section 3: predictor UniP-p, corrector UniC-p), lambda = -log sigma.
 
     Every prediction is corrected once the network has been called there for the next step; x0 is not computed again at the corrected x.
 
     x       [b, c, h, w] float32 at noise level sigmas[0]
     sigmas  descending; a last step to 0 is of first order
     order   p: 2 is the authors' choice with guidance, 3 without; the first steps have lower order
-    lower_order_final  the last steps fall back to order 1, as the authors advise below 15 steps or so
+    lower_order_final  the last steps fall back to order 1, as in the authors' code: better in few steps, but then the order is 2 in all;
+            without it, p + 1
     Returns x at noise level sigmas[-1], after one network call per step. Raises ValueError for an order below 1.
     """
     if order < 1:
