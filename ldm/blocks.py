@@ -121,9 +121,12 @@ _SAID = {
 _SIZE_SAID = {"small": ("small", "little"), "large": ("large", "big")}
 
 
-def _named(solid: Solid, size: str = "") -> str:
-    words = f"{size} {solid.color} {solid.shape}".strip()
+def _with_article(words: str) -> str:
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
+
+
+def _named(solid: Solid, size: str = "") -> str:
+    return _with_article(f"{size} {solid.color} {solid.shape}".strip())
 
 
 def canonical(scene: Scene) -> str:
@@ -156,14 +159,15 @@ def caption(scene: Scene, seed: int) -> str:
         relation, (a, b) = scene.relations[0], names[:2]
         if rng.random() < 0.6:
             text = f"{a} {choose(_SAID[relation])} {b}"
-        elif relation == "on top of":
+        else:  # from the other end
             a = a.rstrip(",")
-            a = a if a.startswith(("a ", "an ")) else f"{'an' if a[0] in 'aeiou' else 'a'} {a}"
-            text = f"{b} with {a} on top of it" if rng.random() < 0.5 else f"{b} {choose(_SAID['under'])} {a}"
-        else:
-            a = a.rstrip(",")
-            a = a if a.startswith(("a ", "an ")) else f"{'an' if a[0] in 'aeiou' else 'a'} {a}"
-            text = f"{b} {choose(_SAID[INVERSE[relation]])} {a}"
+            a = a if a.startswith(("a ", "an ")) else _with_article(a)
+            if relation != "on top of":
+                text = f"{b} {choose(_SAID[INVERSE[relation]])} {a}"
+            elif rng.random() < 0.5:
+                text = f"{b} with {a} on top of it"
+            else:
+                text = f"{b} {choose(_SAID['under'])} {a}"
     if len(names) > 2:
         relation = scene.relations[1]
         joint = choose((", and ", " and ", ", with "))
