@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from os import PathLike
 from typing import Any, Literal
 
@@ -45,7 +45,8 @@ _FOREIGN = {  # first bytes -> what the file is, and what to do
 class Weights(Mapping[str, Tensor]):
     """The tensors of a file by name. Opening reads only names and shapes; `[key]` reads that tensor, on the CPU in its own dtype.
 
-    A tensor that is all of a well-aligned record is mapped: no copy, and writing to it does not change the file. Others are copied.
+    A tensor that is all of a well-aligned record is mapped: no copy, the same memory when asked for again, and writing to it does not
+    change the file. Others are copied.
     """
 
     def __init__(self, source: Source, kind: Literal["safetensors", "zip", "stream"], contents: Contents):
@@ -96,17 +97,19 @@ class Weights(Mapping[str, Tensor]):
             return torch.empty(spec.shape, dtype=spec.dtype)
         if record.start % spec.dtype.itemsize == 0 and (mapped or not spec.whole):
             flat = self.source.mapped(record.start, record.size, spec.dtype)
+            self._verify(key, record, lambda: self.source.crc32(record.start, record.size))
         else:
-            flat = self.source.copied(record.start, record.size).view(spec.dtype)
-        self._verify(key, record, flat)
+            buffer = self.source.copied(record.start, record.size)
+            self._verify(key, record, lambda: zlib.crc32(memoryview(buffer.numpy())))
+            flat = buffer.view(spec.dtype)
         if spec.whole:
             return flat.view(spec.shape)
         return flat.as_strided(spec.shape, spec.stride, spec.offset).clone(memory_format=torch.contiguous_format)
 
-    def _verify(self, key: str, record: Record, flat: Tensor) -> None:
+    def _verify(self, key: str, record: Record, checksum: Callable[[], int]) -> None:
         if record.crc is None or record.verified:
             return
-        if zlib.crc32(memoryview(flat.view(torch.uint8).numpy())) != record.crc:
+        if checksum() != record.crc:
             raise self.error(f"is damaged: the checksum of {key} is wrong; download it again", key)
         record.verified = True
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from ldm.config import ModelConfig
 from ldm.errors import ArgumentError, FileError
@@ -52,7 +54,7 @@ def embedded() -> Path:
 def _load(file: Weights, config: ModelConfig | str | None, device: torch.device, dtype: torch.dtype, ema: bool) -> LatentDiffusion:
     shapes = {key: file.shape(key) for key in file}
     found = detect({names.canonical(key): shape for key, shape in shapes.items()}, file.metadata, config, file.source.path)
-    with torch.device("meta"):  # no memory, no random numbers: every parameter is replaced below
+    with torch.device("meta"), _Uninitialised():  # no memory, no random numbers: every parameter is replaced below
         model = LatentDiffusion(found)
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     sources = plan(SD1, wanted, shapes, file.error, ema=ema).sources
@@ -63,3 +65,16 @@ def _load(file: Weights, config: ModelConfig | str | None, device: torch.device,
     model.load_state_dict(state, strict=True, assign=True)
     file.source.require_unchanged()
     return model.requires_grad_(False).eval()
+
+
+class _Uninitialised(TorchFunctionMode):
+    """Modules built inside get no initial values.
+
+    On the meta device there is nothing to fill, and the attempt makes torch import its compiler: a second and 150 MB.
+    """
+
+    def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(function, "__module__", None) == "torch.nn.init" or getattr(function, "__name__", "") in ("uniform_", "normal_", "fill_", "zero_"):
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **kwargs)

@@ -78,6 +78,8 @@ def _require_buildable(config: ModelConfig) -> None:
         fault = check(part)
         if fault:
             raise ArgumentError(f"its {CONFIG_KEY} is impossible: {fault}", key=CONFIG_KEY)
+    if not 0 < config.schedule.start <= config.schedule.end < 1 or config.schedule.steps < 1 or config.size < 1:
+        raise ArgumentError(f"its {CONFIG_KEY} is impossible: a schedule or picture size out of range", key=CONFIG_KEY)
 
 
 def _unet(unet: UNetConfig) -> str | None:

@@ -7,6 +7,7 @@ import errno
 import mmap
 import os
 import stat
+import zlib
 from os import PathLike
 from pathlib import Path
 
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor
 
 from ldm.errors import FileError
+
+CHUNK = 2**20  # bytes read at once while checking: they fit a processor's cache
 
 
 class Source:
@@ -64,6 +67,15 @@ class Source:
             except OSError:  # a file system that cannot map
                 return self.copied(start, count).view(dtype)
         return torch.frombuffer(self._map, dtype=dtype, count=count // dtype.itemsize, offset=start)
+
+    def crc32(self, start: int, count: int) -> int:
+        """CRC-32 of the same bytes, read through a small buffer: checking a mapped tensor must not make all of it resident."""
+        buffer, crc = memoryview(bytearray(min(count, CHUNK))), 0
+        for at in range(start, start + count, CHUNK):
+            piece = buffer[: min(CHUNK, start + count - at)]
+            self._fill(piece, at)
+            crc = zlib.crc32(piece, crc)
+        return crc
 
     def require_unchanged(self) -> None:
         """Refuse a file that was written to since it was opened: what was read of it may be half old and half new."""
