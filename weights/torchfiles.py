@@ -149,13 +149,12 @@ def read_stream(source: Source) -> Contents:
 
 
 def _contents(source: Source, top: Any, storages: Mapping[str, Storage], records: Mapping[str, Record]) -> Contents:
-    if set(storages) != set(records):
-        (odd, *_) = sorted(set(storages) ^ set(records))
-        raise source.error(f"storage {odd} is {'missing' if odd in storages else 'used by no tensor'}; download it again")
+    refs, facts = _named(source, top)
+    for key in sorted(set(storages) ^ set(records), key=lambda key: key in records):  # the missing ones first
+        raise source.error(f"storage {key} is {'missing' if key in storages else 'used by no tensor'}; download it again")
     for key, storage in storages.items():
         if storage.numel * storage.dtype.itemsize != records[key].size:
             raise source.error(f"storage {key} has {records[key].size} bytes where {storage.numel} numbers are expected; download it again")
-    refs, facts = _named(source, top)
     for ref in refs.values():
         records[ref.storage.key].users += 1
     return Contents({key: _checked(source, key, ref, records) for key, ref in refs.items()}, facts)

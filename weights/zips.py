@@ -44,6 +44,8 @@ def entries(source: Source) -> dict[str, Entry]:
     """
     start, size, count = _directory(source)
     claims = _claims(source, source.read(start, size), count)
+    if not claims:
+        raise source.error("is an empty zip archive")
     found: dict[bytes, Entry] = {}
     position = 0
     in_file_order = sorted(claims, key=lambda claim: claim.offset)
@@ -54,8 +56,6 @@ def entries(source: Source) -> dict[str, Entry]:
         entry = _local(source, claim, following)
         found[claim.name] = entry
         position = following
-    if not claims:
-        raise source.error("is an empty zip archive")
     seen: set[str] = set()
     for entry in found.values():
         if entry.name.casefold() in seen:
