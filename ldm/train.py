@@ -5,18 +5,16 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ldm import blocks
 from ldm.errors import FileError, NonFinite
 
 
@@ -65,22 +63,6 @@ def vae_loss(vae: nn.Module, image: Tensor, noise: Tensor, kl_weight: float) -> 
     restored = vae.decode(z * vae.config.scale)
     kl = 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar)
     return F.l1_loss(restored.float(), image) + kl_weight * kl.mean()
-
-
-def vae_step(vae: nn.Module, seeds: Iterable[int], generator: torch.Generator, *, crops: bool, kl_weight: float = 5e-4) -> Tensor:
-    """`vae_loss` on the scenes of these seeds: on whole pictures, or on four crops of half the size from each.
-
-    Crops lie where the solids are: at the same cost they hold three times as much of what is hard.
-    """
-    image = blocks.batch(seeds)[0]
-    if crops:
-        half = image.shape[1] // 2
-        top, left = (torch.randint(half // 4, 3 * half // 4 + 1, (4 * len(image),), generator=generator).tolist() for _ in range(2))
-        image = np.stack([image[i // 4, y : y + half, x : x + half] for i, (y, x) in enumerate(zip(top, left, strict=True))])
-    picture = torch.from_numpy(image).permute(0, 3, 1, 2).float() / 127.5 - 1
-    size = picture.shape[2] // vae.config.factor
-    noise = torch.randn(len(picture), vae.config.z_channels, size, size, generator=generator)
-    return vae_loss(vae, picture, noise, kl_weight)
 
 
 def diffusion_loss(predict: Callable[[Tensor, Tensor], Tensor], x0: Tensor, t: Tensor, noise: Tensor, alphas_cumprod: Tensor, *, prediction: str = "eps", min_snr: float | None = None) -> Tensor:

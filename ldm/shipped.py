@@ -1,0 +1,166 @@
+"""How the model that ships is trained, from its renderer to its weights: the autoencoder first, then the UNet with its text tower."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ldm import blocks
+from ldm.config import ModelConfig, TextConfig, UNetConfig, VAEConfig
+from ldm.errors import FileError
+from ldm.fast import fast_group_norms
+from ldm.model import LatentDiffusion
+from ldm.tokenizer import tokenize
+from ldm.train import Settings, diffusion_loss, fit, vae_loss
+from ldm.vae import VAE
+
+BLOCKS = ModelConfig(
+    "blocks",
+    unet=UNetConfig(
+        model_channels=64, channel_mult=(1, 2, 3), num_res_blocks=1, context_dim=96, heads=None, head_dim=32,
+        down_depth=((0,), (1,), (1,)), up_depth=((1, 1), (1, 1), (0, 0)), cross_only=(False, False, False),
+    ),
+    vae=VAEConfig(channels=32, channel_mult=(1, 1, 2, 2), num_res_blocks=1, scale=1.0),
+    text=(TextConfig(length=32, width=96, layers=4, heads=4, mlp=384),),
+    size=128,
+)  # fmt: skip
+
+VAE_SETTINGS = Settings(steps=2000, batch=8, lr=1e-3, warmup=100, decay=0.3, ema=0.995, save_every=100)
+DIFFUSION_SETTINGS = Settings(steps=4500, batch=64, lr=1e-3, warmup=200, decay=0.25, ema=0.998, save_every=100)
+
+KL_WEIGHT = 5e-4
+SCENES = 30_000  # pictures whose latents the UNet learns from
+CAPTIONS = 4  # ways each of them is described
+DROPOUT = 0.1  # share of examples without caption, for guidance (Ho & Salimans 2022, algorithm 1)
+MIN_SNR = 5.0  # Hang et al. 2023, section 4
+
+Log = Callable[[dict[str, float]], None]
+
+
+# --- the autoencoder ------------------------------------------------------------------------------------------------
+
+def vae_step(vae: nn.Module, seeds: Iterable[int], generator: torch.Generator, *, crops: bool, kl_weight: float = KL_WEIGHT) -> Tensor:
+    """`vae_loss` on the scenes of these seeds: on whole pictures, or on four crops of half the size from each.
+
+    Crops lie where the solids are: at the same cost they hold three times as much of what is hard.
+    """
+    image = blocks.batch(seeds)[0]
+    if crops:
+        half = image.shape[1] // 2
+        top, left = (torch.randint(half // 4, 3 * half // 4 + 1, (4 * len(image),), generator=generator).tolist() for _ in range(2))
+        image = np.stack([image[i // 4, y : y + half, x : x + half] for i, (y, x) in enumerate(zip(top, left, strict=True))])
+    picture = torch.from_numpy(image).permute(0, 3, 1, 2).float() / 127.5 - 1
+    size = picture.shape[2] // vae.config.factor
+    noise = torch.randn(len(picture), vae.config.z_channels, size, size, generator=generator)
+    return vae_loss(vae, picture, noise, kl_weight)
+
+
+def train_vae(out: Path, settings: Settings = VAE_SETTINGS, *, device: str = "cpu", dtype: torch.dtype = torch.bfloat16, on_log: Log = print) -> VAE:
+    """Train the autoencoder in directory `out`; write its averaged weights to `out`/vae.safetensors. Resumes an interrupted run.
+
+    Most updates see crops, those in which the learning rate falls see whole pictures. Scenes are rendered as they are needed, never twice.
+    """
+    torch.manual_seed(settings.seed)
+    vae = fast_group_norms(VAE(BLOCKS.vae)).to(device)
+
+    def loss(step: int, generator: torch.Generator) -> Tensor:
+        seeds = range(step * settings.batch, (step + 1) * settings.batch)
+        return vae_step(vae, seeds, generator, crops=step < (1 - settings.decay) * settings.steps)
+
+    averaged = fit(dict(vae.named_parameters()), loss, settings, out, device=device, dtype=dtype, on_log=on_log)
+    save_file({name: tensor.cpu() for name, tensor in averaged.items()}, out / "vae.safetensors")
+    return vae
+
+
+# --- the latents ----------------------------------------------------------------------------------------------------
+
+
+def load_vae(path: Path) -> VAE:
+    """The autoencoder that `train_vae` left in the directory `path`, scale 1. Raises FileError if there is none."""
+    file = path / "vae.safetensors"
+    if not file.exists():
+        raise FileError("holds no trained autoencoder (vae.safetensors); run 'ldm train vae' first", path=path)
+    vae = VAE(BLOCKS.vae)
+    vae.load_state_dict(load_file(file))
+    return vae.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def encode_scenes(vae: VAE, scenes: int, cache: Path, *, on_log: Log = print) -> tuple[Tensor, Tensor]:
+    """Latent means [n, 4, 16, 16] float16, unscaled, and token ids [n, CAPTIONS, length] of the scenes with seeds 0 to n - 1.
+
+    Kept in the file `cache`, which is made if it is not there.
+    """
+    if cache.exists():
+        kept = load_file(cache)
+        if len(kept["latents"]) == scenes:
+            return kept["latents"], kept["ids"]
+    latents, ids = [], []
+    for first in range(0, scenes, 64):
+        seeds = range(first, min(first + 64, scenes))
+        pictures = torch.from_numpy(blocks.batch(seeds)[0]).permute(0, 3, 1, 2).float() / 127.5 - 1
+        with torch.autocast("cpu", torch.bfloat16):
+            latents.append(vae.encode(pictures).half())
+        captions = [blocks.caption(blocks.sample(seed), seed + k * scenes) for seed in seeds for k in range(CAPTIONS)]
+        ids.append(tokenize(captions, BLOCKS.text[0].length, BLOCKS.text[0].pad).view(len(seeds), CAPTIONS, -1).short())
+        if first % 3200 == 0:
+            on_log({"encoded": first})
+    result = {"latents": torch.cat(latents), "ids": torch.cat(ids)}
+    save_file(result, cache)
+    return result["latents"], result["ids"]
+
+
+# --- the UNet and the text tower ------------------------------------------------------------------------------------
+
+
+def initialise(model: LatentDiffusion) -> None:
+    """CLIP's initial embeddings (Radford et al. 2021: std 0.02 and 0.01); the rest stays as the modules made it."""
+    for tower in model.text:
+        nn.init.normal_(tower.text_model.embeddings.token_embedding.weight, std=0.02)
+        nn.init.normal_(tower.text_model.embeddings.position_embedding.weight, std=0.01)
+
+
+def train_diffusion(
+    vae_dir: Path, out: Path, settings: Settings = DIFFUSION_SETTINGS, *, scenes: int = SCENES, device: str = "cpu",
+    dtype: torch.dtype = torch.bfloat16, on_log: Log = print,
+) -> LatentDiffusion:  # fmt: skip
+    """Train UNet and text tower together on the latents of rendered scenes, in directory `out`; return the model with averaged weights.
+
+    vae_dir  where `train_vae` left the autoencoder
+    Resumes an interrupted run.
+    """
+    vae = load_vae(vae_dir)
+    latents, ids = encode_scenes(vae, scenes, out.with_name(out.name + "-latents.safetensors"), on_log=on_log)
+    scale = 1 / latents.float().std().item()
+    latents, ids = (latents.float() * scale).to(device), ids.to(device)
+    torch.manual_seed(settings.seed)
+    model = LatentDiffusion(replace(BLOCKS, vae=replace(BLOCKS.vae, scale=scale)))
+    model.vae.load_state_dict(vae.state_dict())
+    model.vae.requires_grad_(False)
+    initialise(model)
+    fast_group_norms(model).to(device)
+    alphas = torch.tensor(model.schedule.alphas_cumprod, dtype=torch.float64).float().to(device)
+    empty = tokenize([""], BLOCKS.text[0].length, BLOCKS.text[0].pad).to(device)
+    parameters = {name: p for name, p in model.named_parameters() if not name.startswith("vae.")}
+
+    def loss(step: int, generator: torch.Generator) -> Tensor:
+        b = settings.batch
+        rows, which = (torch.randint(n, (b,), generator=generator).to(device) for n in (len(latents), CAPTIONS))
+        t = torch.randint(model.config.schedule.steps, (b,), generator=generator).to(device)
+        drop = (torch.rand(b, 1, generator=generator) < DROPOUT).to(device)
+        x0 = latents[rows]
+        noise = torch.randn(x0.shape, generator=generator).to(device)
+        context, _ = model.text[0](torch.where(drop, empty, ids[rows, which].long()))
+        return diffusion_loss(lambda x, t: model.unet(x, t, context), x0, t, noise, alphas, min_snr=MIN_SNR)
+
+    averaged = fit(parameters, loss, settings, out, device=device, dtype=dtype, on_log=on_log)
+    with torch.no_grad():
+        for name, p in parameters.items():
+            p.copy_(averaged[name])
+    return model.eval().requires_grad_(False)
