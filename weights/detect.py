@@ -57,8 +57,8 @@ def detect(shapes: Shapes, metadata: Mapping[str, str], config: ModelConfig | st
     parts = (("UNet", unet, known.unet), ("VAE", vae, known.vae), ("text tower", text, known.text[0]))
     odd = [what for what, there, usual in parts if there is not None and there != visible(usual)]
     if odd:
-        what = f"resembles {TITLES[name]}, but the sizes of its {' and '.join(odd)} are its own"
-        raise AmbiguousCheckpoint(f"{what}; heads and latent scale cannot be read from shapes: pass config=ModelConfig(...)", path=path)
+        what = f"is {TITLES[name]} of its own sizes ({', '.join(odd)})"
+        raise AmbiguousCheckpoint(f"{what}; shapes do not show heads: pass config=ModelConfig(...)", path=path)
     return known
 
 

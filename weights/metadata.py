@@ -60,6 +60,8 @@ def _read_dataclass(kind: Any, value: Any, where: str) -> Any:
     hints = get_type_hints(kind)
     known = {field.name for field in fields(kind)}
     _require(isinstance(value, dict), value, where, "an object")
+    if kind is ModelConfig and "name" not in value:
+        raise ArgumentError(f"{where} lacks a name", key=CONFIG_KEY)
     unknown = sorted(set(value) - known)
     if unknown:
         raise ArgumentError(f"{where} has a field that this version does not know: {unknown[0][:60]}", key=CONFIG_KEY)
