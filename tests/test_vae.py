@@ -1,0 +1,44 @@
+"""The VAE against the original implementation."""
+
+import pytest
+import torch
+
+from tests.networks import TINY_VAES, golden, relative, tiny_vae
+from tests.seeded import normal
+
+TOLERANCE = 1e-5  # as in test_unet.py; measured: 3.4e-6 to 5.5e-6
+
+
+@pytest.mark.parametrize(("name", "size"), [("vae-f8-tiny", 64), ("vae-f4-tiny", 32)])
+@torch.no_grad()
+def test_the_vae_gives_what_the_original_gives(name: str, size: int) -> None:
+    vae, file = tiny_vae(name), golden("vae")
+    assert relative(vae.moments(normal(f"{name}/image", (2, 3, size, size)).clamp(-1, 1)), file[f"{name}/moments"]) < TOLERANCE
+    assert relative(vae.decode(normal(f"{name}/z", (2, 4, 8, 8))), file[f"{name}/decoded"]) < TOLERANCE
+
+
+def test_the_factor_is_the_ratio_of_sizes() -> None:
+    assert [config.factor for config in TINY_VAES.values()] == [8, 4]
+
+
+@torch.no_grad()
+def test_encoding_is_the_scaled_mean_or_a_sample_around_it() -> None:
+    vae, image = tiny_vae("vae-f8-tiny"), normal("image", (1, 3, 16, 16)).clamp(-1, 1)
+    mean, logvar = vae.moments(image).chunk(2, dim=1)
+    assert torch.equal(vae.encode(image), mean)
+    noise = normal("noise", mean.shape)
+    assert torch.allclose(vae.encode(image, noise), mean + (logvar / 2).exp() * noise)
+
+
+@torch.no_grad()
+def test_the_scale_is_undone_by_decoding() -> None:
+    from dataclasses import replace
+
+    from ldm.vae import VAE
+
+    plain = tiny_vae("vae-f8-tiny")
+    scaled = VAE(replace(plain.config, scale=0.25)).eval()
+    scaled.load_state_dict(plain.state_dict())
+    image = normal("image", (1, 3, 16, 16)).clamp(-1, 1)
+    assert torch.equal(scaled.encode(image), plain.encode(image) * 0.25)
+    assert torch.allclose(scaled.decode(scaled.encode(image)), plain.decode(plain.encode(image)), atol=1e-5)
