@@ -102,6 +102,21 @@ def test_noise_and_emptiness_hold_no_solid():
         assert quality.read(picture).solids == ()
 
 
+def test_the_model_is_asked_in_batches_and_gives_pictures():
+    import torch
+
+    from ldm import LatentDiffusion
+    from ldm.shipped import BLOCKS
+
+    model = LatentDiffusion(BLOCKS).eval().requires_grad_(False)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(0.01)
+    settings = {"sampler": "dpmpp_2m", "grid": None, "steps": 1, "cfg": 2.0}
+    pictures = quality.pictures_of(model, ["a red cube", "a blue cone", "a pink cube"], range(3), settings, batch=2)
+    assert [(picture.shape, picture.dtype) for picture in pictures] == [((128, 128, 3), np.uint8)] * 3
+
+
 def test_the_command_writes_figures_and_sheets(tmp_path, monkeypatch, capsys):
     """With a stand-in for the model that draws every scene but the first one truly."""
     scenes = {blocks.canonical(scene): scene for scene in [*blocks.held_out_scenes(5), quality.SHOWCASE]}
