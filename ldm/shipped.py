@@ -31,7 +31,7 @@ BLOCKS = ModelConfig(
     size=128,
 )  # fmt: skip
 
-VAE_SETTINGS = Settings(steps=2000, batch=8, lr=1e-3, warmup=100, decay=0.3, ema=0.995, save_every=100)
+VAE_SETTINGS = Settings(steps=7000, batch=2, lr=1e-3, warmup=200, decay=0.3, ema=0.998, save_every=500)
 DIFFUSION_SETTINGS = Settings(steps=4500, batch=64, lr=1e-3, warmup=200, decay=0.25, ema=0.998, save_every=100)
 
 KL_WEIGHT = 5e-4
@@ -67,7 +67,9 @@ def train_vae(out: Path, settings: Settings = VAE_SETTINGS, *, device: str = "cp
     Most updates see crops, those in which the learning rate falls see whole pictures. Scenes are rendered as they are needed, never twice.
     """
     torch.manual_seed(settings.seed)
-    vae = fast_group_norms(VAE(BLOCKS.vae)).to(device)
+    vae = VAE(BLOCKS.vae).to(device)
+    if device == "cpu":
+        fast_group_norms(vae)
 
     def loss(step: int, generator: torch.Generator) -> Tensor:
         seeds = range(step * settings.batch, (step + 1) * settings.batch)
@@ -108,10 +110,10 @@ def encode_scenes(vae: VAE, scenes: int, cache: Path, *, on_log: Log = print) ->
         with torch.autocast("cpu", torch.bfloat16):
             latents.append(vae.encode(pictures).half())
         captions = [blocks.caption(blocks.sample(seed), seed + k * scenes) for seed in seeds for k in range(CAPTIONS)]
-        ids.append(tokenize(captions, BLOCKS.text[0].length, BLOCKS.text[0].pad).view(len(seeds), CAPTIONS, -1).short())
+        ids.append(tokenize(captions, BLOCKS.text[0].length, BLOCKS.text[0].pad).view(len(seeds), CAPTIONS, -1).int())
         if first % 3200 == 0:
             on_log({"encoded": first})
-    result = {"latents": torch.cat(latents), "ids": torch.cat(ids)}
+    result = {"latents": torch.cat(latents).contiguous(), "ids": torch.cat(ids)}
     save_file(result, cache)
     return result["latents"], result["ids"]
 
@@ -144,7 +146,9 @@ def train_diffusion(
     model.vae.load_state_dict(vae.state_dict())
     model.vae.requires_grad_(False)
     initialise(model)
-    fast_group_norms(model).to(device)
+    model.to(device)
+    if device == "cpu":
+        fast_group_norms(model)
     alphas = torch.tensor(model.schedule.alphas_cumprod, dtype=torch.float64).float().to(device)
     empty = tokenize([""], BLOCKS.text[0].length, BLOCKS.text[0].pad).to(device)
     parameters = {name: p for name, p in model.named_parameters() if not name.startswith("vae.")}
