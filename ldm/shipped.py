@@ -35,7 +35,7 @@ VAE_SETTINGS = Settings(steps=7000, batch=2, lr=1e-3, warmup=200, decay=0.3, ema
 DIFFUSION_SETTINGS = Settings(steps=4500, batch=64, lr=1e-3, warmup=200, decay=0.25, ema=0.998, save_every=100)
 
 KL_WEIGHT = 5e-4
-SCENES = 30_000  # pictures whose latents the UNet learns from
+SCENES = 24_000  # pictures whose latents the UNet learns from
 CAPTIONS = 4  # ways each of them is described
 DROPOUT = 0.1  # share of examples without caption, for guidance (Ho & Salimans 2022, algorithm 1)
 MIN_SNR = 5.0  # Hang et al. 2023, section 4
@@ -55,10 +55,11 @@ def vae_step(vae: nn.Module, seeds: Iterable[int], generator: torch.Generator, *
         half = image.shape[1] // 2
         top, left = (torch.randint(half // 4, 3 * half // 4 + 1, (4 * len(image),), generator=generator).tolist() for _ in range(2))
         image = np.stack([image[i // 4, y : y + half, x : x + half] for i, (y, x) in enumerate(zip(top, left, strict=True))])
+    device = vae.quant_conv.weight.device
     picture = torch.from_numpy(image).permute(0, 3, 1, 2).float() / 127.5 - 1
     size = picture.shape[2] // vae.config.factor
     noise = torch.randn(len(picture), vae.config.z_channels, size, size, generator=generator)
-    return vae_loss(vae, picture, noise, kl_weight)
+    return vae_loss(vae, picture.to(device), noise.to(device), kl_weight)
 
 
 def train_vae(out: Path, settings: Settings = VAE_SETTINGS, *, device: str = "cpu", dtype: torch.dtype = torch.bfloat16, on_log: Log = print) -> VAE:
@@ -94,7 +95,7 @@ def load_vae(path: Path) -> VAE:
 
 
 @torch.no_grad()
-def encode_scenes(vae: VAE, scenes: int, cache: Path, *, on_log: Log = print) -> tuple[Tensor, Tensor]:
+def encode_scenes(vae: VAE, scenes: int, cache: Path, *, device: str = "cpu", on_log: Log = print) -> tuple[Tensor, Tensor]:
     """Latent means [n, 4, 16, 16] float16, unscaled, and token ids [n, CAPTIONS, length] of the scenes with seeds 0 to n - 1.
 
     Kept in the file `cache`, which is made if it is not there.
@@ -104,11 +105,12 @@ def encode_scenes(vae: VAE, scenes: int, cache: Path, *, on_log: Log = print) ->
         if len(kept["latents"]) == scenes:
             return kept["latents"], kept["ids"]
     latents, ids = [], []
+    vae = vae.to(device)
     for first in range(0, scenes, 64):
         seeds = range(first, min(first + 64, scenes))
         pictures = torch.from_numpy(blocks.batch(seeds)[0]).permute(0, 3, 1, 2).float() / 127.5 - 1
-        with torch.autocast("cpu", torch.bfloat16):
-            latents.append(vae.encode(pictures).half())
+        with torch.autocast(device, torch.bfloat16):
+            latents.append(vae.encode(pictures.to(device)).half().cpu())
         captions = [blocks.caption(blocks.sample(seed), seed + k * scenes) for seed in seeds for k in range(CAPTIONS)]
         ids.append(tokenize(captions, BLOCKS.text[0].length, BLOCKS.text[0].pad).view(len(seeds), CAPTIONS, -1).int())
         if first % 3200 == 0:
@@ -138,7 +140,7 @@ def train_diffusion(
     Resumes an interrupted run.
     """
     vae = load_vae(vae_dir)
-    latents, ids = encode_scenes(vae, scenes, out.with_name(out.name + "-latents.safetensors"), on_log=on_log)
+    latents, ids = encode_scenes(vae, scenes, out.with_name(out.name + "-latents.safetensors"), device=device, on_log=on_log)
     scale = 1 / latents.float().std().item()
     latents, ids = (latents.float() * scale).to(device), ids.to(device)
     torch.manual_seed(settings.seed)
