@@ -1,0 +1,184 @@
+"""Prints how far every output is from the original implementations', and at full size from diffusers' on the same weights."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from torch import Tensor
+
+from benchmarks.machine import machine
+from benchmarks.peers import peer, require, seeded_model
+from ldm.config import FAMILIES, ModelConfig
+from ldm.tokenizer import TruncationWarning, tokenize
+from samplers import GRIDS, finish, noised
+from tests.networks import GOLDEN, TINY_UNETS, TINY_VAES, golden, run_unet, tiny_clip_l, tiny_openclip, tiny_vae
+from tests.seeded import normal
+
+LIMIT = 1e-5  # relative; the tests say of each output why, and hold some to less
+
+
+@dataclass(frozen=True)
+class Row:
+    """One output against its reference, in float32."""
+
+    kind: str  # which part of the house
+    name: str  # of the output
+    max: float  # largest error, in units of the reference's root mean square
+    rms: float  # root mean square of the error, in the same units
+    exact: str = ""  # what must be equal and not only near, counted: "50/50 timesteps"
+    elementwise: bool = True  # is `max` held to LIMIT, or `rms`?
+
+    @property
+    def ok(self) -> bool:
+        """Within the limit, and equal where it must be."""
+        equal, _, of = self.exact.split(" ")[0].partition("/")
+        return (self.max if self.elementwise else self.rms) < LIMIT and equal == of
+
+
+def compared(kind: str, name: str, ours: Tensor, theirs: Tensor, exact: str = "", elementwise: bool = True) -> Row:
+    """The row for an output and its reference. Raises ValueError if they differ in shape."""
+    if ours.shape != theirs.shape:
+        raise ValueError(f"{name}: our output is {list(ours.shape)}, the reference {list(theirs.shape)}")
+    error, unit = ours.double() - theirs.double(), theirs.double().square().mean().sqrt()
+    return Row(kind, name, (error.abs().max() / unit).item(), (error.square().mean().sqrt() / unit).item(), exact, elementwise)
+
+
+def equal(ours: Sequence[float], theirs: Sequence[float], what: str) -> str:
+    """How many are equal, of how many there should be."""
+    same = sum(a == b for a, b in zip(ours, theirs, strict=False)) if len(ours) == len(theirs) else 0
+    return f"{same}/{len(theirs)} {what}"
+
+
+# --- golden outputs ---------------------------------------------------------------------------------------------------
+
+
+def golden_rows() -> Iterator[Row]:
+    """Everything in tests/golden that is an output."""
+    yield from _networks()
+    yield _tokens()
+    yield from _samplers()
+
+
+@torch.no_grad()
+def _networks() -> Iterator[Row]:
+    from ldm.conditioning import size_embedding
+
+    file = golden("unet")
+    for name in TINY_UNETS:
+        yield compared("unet", name, run_unet(name), file[f"{name}/out"])
+    yield compared("unet", "sdxl sizes", size_embedding(file["sdxl/sizes"]), file["sdxl/size_embedding_original_crop_target"])
+    file = golden("vae")
+    for name, config in TINY_VAES.items():
+        vae, side = tiny_vae(name), 8 * config.factor
+        yield compared("vae", f"{name} moments", vae.moments(normal(f"{name}/image", (2, 3, side, side)).clamp(-1, 1)), file[f"{name}/moments"])
+        yield compared("vae", f"{name} decoded", vae.decode(normal(f"{name}/z", (2, 4, 8, 8))), file[f"{name}/decoded"])
+    file = golden("text")
+    for name, tower, ids, outputs in (
+        ("clip-l-tiny", tiny_clip_l(), "ids_pad_eot", {"last_hidden_state": (0, True), "hidden_states_-2": (1, False), "pooled": None}),
+        (
+            "openclip-tiny", tiny_openclip(), "ids_pad0",
+            {"last_ln_final": (0, True), "penultimate_ln_final": (1, True), "penultimate_raw": (1, False), "pooled_projected": None},
+        ),
+    ):  # fmt: skip
+        for output, layer in outputs.items():
+            tokens, pooled = tower(file[ids].long(), *(layer or ()))
+            yield compared("text", f"{name} {output}", tokens if layer else pooled, file[f"{name}/{output}"])
+
+
+def _tokens() -> Row:
+    file = json.loads((GOLDEN / "tokens.json").read_text())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", TruncationWarning)
+        ours = tokenize(file["prompts"], pad=0)
+    theirs = torch.tensor(file["ids_padded_with_0"])
+    return compared("text", f"tokens of {len(ours)} prompts", ours, theirs, equal(ours.flatten().tolist(), theirs.flatten().tolist(), "ids"))
+
+
+def _samplers() -> Iterator[Row]:
+    from tests.mixture import SCHEDULE, SHAPE
+    from tests.test_samplers import RUNS, TIMESTEPS, run
+
+    file = golden("samplers")
+    for key in sorted(file):
+        if "/sigmas/" in key:
+            _, _, grid, steps = key.split("/")
+            yield compared("grid", key, torch.tensor(GRIDS[grid](SCHEDULE, int(steps))), file[key])
+        elif key in RUNS:
+            out, timesteps = run(key)
+            exact = equal(timesteps, TIMESTEPS[key], "timesteps") if key in TIMESTEPS else ""
+            yield compared("sampler", key, out, file[key], exact, elementwise=False)
+        elif key == "img2img/encoded_strength0.6":
+            x, tail = noised(normal("init_latent", SHAPE), normal("enc_noise", SHAPE), GRIDS["ddim"](SCHEDULE, 50), strength=0.6, original=True)
+            yield compared("sampler", key, finish(x, tail[:1]), file[key], elementwise=False)
+
+
+# --- diffusers --------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def peer_rows(config: ModelConfig = FAMILIES["sd1"], cells: int = 64) -> Iterator[Row]:
+    """The networks of this model, seeded, against diffusers' and transformers' on the same tensors and inputs, on the CPU in float32.
+
+    cells  latent cells along a side
+    """
+    model = seeded_model(config)
+    theirs = peer(model)
+    millions = sum(p.numel() for p in model.unet.parameters()) / 1e6
+    x, context, t = normal("x", (1, 4, cells, cells)), normal("context", (1, 77, config.unet.context_dim)), torch.tensor([500.0])
+    yield compared("diffusers", f"UNet, {millions:.1f} M", model.unet(x, t, context), theirs.unet(x, t, context).sample)
+    side = cells * config.vae.factor
+    image = normal("image", (1, 3, side, side)).clamp(-1, 1)
+    yield compared("diffusers", "VAE moments", model.vae.moments(image), theirs.vae.encode(image).latent_dist.parameters)
+    z = normal("z", (1, 4, cells, cells))
+    yield compared("diffusers", "VAE decoded", model.vae.decode(z), theirs.vae.decode(z / config.vae.scale).sample)
+    ids = tokenize(["a photograph of an astronaut riding a horse", ""]) % config.text[0].vocab
+    yield compared("transformers", "text tower", model.text[0](ids)[0], theirs.text(ids).last_hidden_state)
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def show(row: Row) -> None:
+    """Print one line of the table."""
+    print(f"{row.kind:12}  {row.name:48}  {row.max:9.1e}  {row.rms:9.1e}  {'ok ' if row.ok else 'FAR'}  {row.exact}".rstrip(), flush=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the table; return 0 if every output is as near as it should be, 1 if not."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--full", action="store_true", help="compare full-size SD 1 networks with diffusers and transformers too: 9 GB, minutes")
+    parser.add_argument("--cells", type=int, default=64, help="side of the full-size comparison's latent, a multiple of 8 (default: %(default)s)")
+    parser.add_argument("--out", type=Path, help="JSON file to write")
+    args = parser.parse_args(argv)
+    if args.cells < 8 or args.cells % 8:
+        parser.error(f"--cells {args.cells}: give a multiple of 8")
+    require("test", "pytest")
+    if args.full:
+        require("bench", "diffusers", "transformers")
+    print(f"{'':12}  {'output':48}  {'max':>9}  {'rms':>9}  of the error, relative to the reference's rms; limit {LIMIT:g}")
+    rows = []
+    for source in (golden_rows, *([lambda: peer_rows(cells=args.cells)] if args.full else [])):
+        for row in source():
+            show(row)
+            rows.append(row)
+    far = [row for row in rows if not row.ok]
+    print(f"{len(rows)} outputs, {len(far)} beyond the limit")
+    if args.out:
+        packages = ("diffusers", "transformers") if args.full else ()
+        args.out.write_text(
+            json.dumps({"machine": machine(packages=packages), "limit": LIMIT, "rows": [{**asdict(row), "ok": row.ok} for row in rows]}, indent=1) + "\n"
+        )
+    return 1 if far else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,114 @@
+"""The networks of diffusers and transformers on the very tensors of ours: the other side of every comparison."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from ldm.config import ModelConfig, TextConfig, UNetConfig, VAEConfig
+from ldm.model import LatentDiffusion
+from tests.checkpoints import original_name
+from tests.seeded import weight
+from weights.names import diffusers_unet, diffusers_vae
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextModel
+
+
+def require(extra: str, *modules: str) -> None:
+    """Exit with status 2, saying in one line what to install, unless all these modules are there."""
+    missing = [module for module in modules if importlib.util.find_spec(module) is None]
+    if missing:
+        print(f"{', '.join(missing)} not installed, which this comparison needs: pip install '.[{extra}]'", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def seeded_model(config: ModelConfig, dtype: torch.dtype = torch.float32, device: str = "cpu") -> LatentDiffusion:
+    """A model of the SD 1 layout with the seeded weight of every published key, as `tests.checkpoints` writes them to files. Never held twice."""
+    with torch.device("meta"):
+        model = LatentDiffusion(config)
+    state = {name: weight(original_name(name), p.shape).to(device, dtype) for name, p in model.state_dict().items()}
+    model.load_state_dict(state, assign=True)
+    return model.eval().requires_grad_(False)
+
+
+@dataclass(frozen=True)
+class Peer:
+    """The counterparts of one model's networks."""
+
+    unet: UNet2DConditionModel
+    vae: AutoencoderKL
+    text: CLIPTextModel
+
+
+def peer(model: LatentDiffusion) -> Peer:
+    """The peers' networks for this model, sharing every tensor with it: no second copy of the weights, so no doubt that they are the same."""
+    with torch.device("meta"):
+        unet, vae, text = _unet(model.config.unet), _vae(model.config.vae), _text(model.config.text[0])
+    theirs = diffusers_unet(model.config.unet)
+    _adopt(unet, {theirs[name]: tensor for name, tensor in model.unet.state_dict().items()})
+    theirs = diffusers_vae(model.config.vae)
+    matrices = {name for name, p in vae.named_parameters() if p.ndim == 2}  # 1x1 convolutions here, linear layers there
+    _adopt(vae, {theirs[name]: tensor.flatten(1) if theirs[name] in matrices else tensor for name, tensor in model.vae.state_dict().items()})
+    prefixed = any(name.startswith("text_model.") for name, _ in text.named_parameters())  # transformers 5 has dropped the prefix
+    _adopt(text, {name if prefixed else name.removeprefix("text_model."): tensor for name, tensor in model.text[0].state_dict().items()})
+    return Peer(unet, vae, text)
+
+
+def _adopt(network: nn.Module, state: dict[str, Tensor]) -> None:
+    """Make these tensors the parameters of a network that was built on the meta device."""
+    network.load_state_dict(state, strict=True, assign=True)
+    device = next(iter(state.values())).device
+    for module in network.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            assert name == "position_ids", name  # the only buffer in these classes, in no file
+            setattr(module, name, torch.arange(buffer.shape[-1], device=device)[None])
+    network.eval().requires_grad_(False)
+
+
+def _unet(config: UNetConfig) -> UNet2DConditionModel:
+    """Their UNet of SD 1's kind: one transformer block or none after every ResBlock of a level, a fixed number of heads."""
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel(
+        in_channels=config.in_channels,
+        out_channels=config.out_channels,
+        block_out_channels=tuple(config.model_channels * m for m in config.channel_mult),
+        layers_per_block=config.num_res_blocks,
+        down_block_types=tuple("CrossAttnDownBlock2D" if any(depths) else "DownBlock2D" for depths in config.down_depth),
+        up_block_types=tuple("CrossAttnUpBlock2D" if any(depths) else "UpBlock2D" for depths in config.up_depth),
+        cross_attention_dim=config.context_dim,
+        attention_head_dim=config.heads,  # a number of heads all the same, whatever its name says
+    )
+
+
+def _vae(config: VAEConfig) -> AutoencoderKL:
+    from diffusers import AutoencoderKL
+
+    levels = len(config.channel_mult)
+    return AutoencoderKL(
+        block_out_channels=tuple(config.channels * m for m in config.channel_mult),
+        layers_per_block=config.num_res_blocks,
+        latent_channels=config.z_channels,
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        scaling_factor=config.scale,
+    )
+
+
+def _text(config: TextConfig) -> CLIPTextModel:
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=config.vocab, max_position_embeddings=config.length, hidden_size=config.width, num_hidden_layers=config.layers,
+            num_attention_heads=config.heads, intermediate_size=config.mlp, hidden_act=config.activation, bos_token_id=49406, eos_token_id=49407,
+            attn_implementation="sdpa",
+        )
+    )  # fmt: skip
