@@ -14,6 +14,7 @@ from ldm.config import ModelConfig, TextConfig, UNetConfig, VAEConfig
 from ldm.model import LatentDiffusion
 from tests.checkpoints import original_name
 from tests.seeded import weight
+from weights.load import _Uninitialised
 from weights.names import diffusers_unet, diffusers_vae
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ def require(extra: str, *modules: str) -> None:
 
 def seeded_model(config: ModelConfig, dtype: torch.dtype = torch.float32, device: str = "cpu") -> LatentDiffusion:
     """A model of the SD 1 layout with the seeded weight of every published key, as `tests.checkpoints` writes them to files. Never held twice."""
-    with torch.device("meta"):
+    with torch.device("meta"), _Uninitialised():  # as `weights.load` does, for the same footprint
         model = LatentDiffusion(config)
     state = {name: weight(original_name(name), p.shape).to(device, dtype) for name, p in model.state_dict().items()}
     model.load_state_dict(state, assign=True)
