@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from benchmarks import machine, parity, peers, speed
+from ldm.config import FAMILIES
+from ldm.model import LatentDiffusion
 from tests.checkpoints import TINY
 from tests.networks import golden
 
@@ -79,6 +81,14 @@ def test_peers_share_the_weights():
     addresses = {p.data_ptr() for p in model.parameters()}
     for network in (theirs.unet, theirs.vae, theirs.text):
         assert {p.data_ptr() for p in network.parameters()} <= addresses
+
+
+def test_peers_of_full_size_have_the_same_names_and_shapes():
+    """Without memory for them: what `parity --full` and `speed` will build."""
+    pytest.importorskip("diffusers", reason="the comparison needs the extra 'bench'")
+    with torch.device("meta"):
+        theirs = peers.peer(LatentDiffusion(FAMILIES["sd1"]))
+    assert sum(p.numel() for p in theirs.unet.parameters()) == 859_520_964
 
 
 def test_speed_times_every_stage(tmp_path, capsys):
