@@ -19,7 +19,7 @@ from PIL import Image
 
 import weights
 from ldm import images, tasks
-from ldm.cli import arguments, machine, terminal
+from ldm.cli import arguments, machine, terminal, training
 from ldm.cli.arguments import Command
 from ldm.cli.place import Place
 from ldm.errors import printable
@@ -80,6 +80,13 @@ def list_samplers(args: argparse.Namespace) -> None:
         entry("  sigma  " + " ".join(f"{sigma:.4g}" for sigma in sigmas), 9)
 
 
+def train(args: argparse.Namespace) -> None:
+    """Train one stage of the model that ships; the last one leaves the model in the original layout."""
+    if model := training.run(args):
+        path = weights.save(model, Path(args.out) / "model.safetensors", overwrite=True)
+        terminal.show(printable(str(path)))
+
+
 # One entry is one subcommand: what 'ldm --help' says of it, its arguments, what runs it, examples for its own --help.
 COMMANDS: dict[str, Command] = {
     "txt2img": Command("draw what a prompt says", arguments.add_txt2img, txt2img, """
@@ -89,6 +96,10 @@ COMMANDS: dict[str, Command] = {
     "img2img": Command("redraw a picture as a prompt says", arguments.add_img2img, img2img, """
   ldm img2img "a purple cone on top of a blue sphere" --init outputs/00001.png --strength 0.7
   ldm img2img "an oil painting of a harbour" --init photo.jpg --width 512 --ckpt v1-5-pruned-emaonly.safetensors"""),
+    "train": Command("train the model that ships", training.add_train, train, """
+  ldm train vae --out runs/vae
+  ldm train diffusion --vae runs/vae --out runs/blocks
+  ldm txt2img "a red cube on top of a blue sphere" --ckpt runs/blocks/model.safetensors"""),
     "samplers": Command("list samplers and grids", arguments.add_samplers, list_samplers, """
   ldm samplers --steps 10"""),
 }  # fmt: skip
