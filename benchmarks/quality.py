@@ -26,6 +26,7 @@ if TYPE_CHECKING:  # the scorer alone needs no torch
 
 CHROMA = 0.15  # max - min of RGB in [0, 1] from which on a pixel belongs to a solid; floor, wall and shadow stay below 0.07
 SPECK = 20  # pixels, after erosion: fewer are an edge or a speck, not a solid
+SEAM = 30  # pixels, after two erosions, that a solid between others keeps
 MISFIT = 0.20  # cost of the best fit from which on a shape is none of the four: true ones stay below 0.18 even when blurred
 GRID = 30  # samples along one side of a template
 PAD = 0.12  # a template reaches this much of its box beyond the box
@@ -115,7 +116,10 @@ def _regions(rgb: ndarray) -> list[tuple[str, ndarray]]:
         if _eroded(mask).sum() < SPECK:
             continue
         around = _dilated(mask) & ~mask
-        if np.bincount(nearest[around & solid], minlength=1).max(initial=0) < 0.8 * around.sum():  # else a highlight in another colour
+        beside = np.bincount(nearest[around & solid], minlength=1)
+        highlight = beside.max() > 0.8 * around.sum()  # inside one other colour
+        seam = beside.sum() > 0.5 * around.sum() and _eroded(_eroded(mask)).sum() < SEAM  # thin, where two others mix
+        if not highlight and not seam:
             present.append(k)
     if not present:
         return []
@@ -224,8 +228,8 @@ def _boxes(aspect: ndarray, mask: ndarray, hidden: bool) -> tuple[ndarray, ndarr
     return np.concatenate(which), np.concatenate(boxes)
 
 
-def _cost(own: ndarray, known: ndarray, bright: ndarray, bank: _Templates, which: ndarray, boxes: ndarray) -> ndarray:
-    """How badly templates in boxes [k, 4] explain what is seen, [k].
+def _cost(own: ndarray, known: ndarray, bright: ndarray, bank: _Templates, which: ndarray, boxes: ndarray) -> tuple[ndarray, ndarray]:
+    """How badly templates in boxes [k, 4] explain what is seen, [k]; and which share of each must be hidden, [k].
 
     own [h, w] is 1 on the solid; known [h, w] is 0 where it may be hidden; bright [h, w] is 1 where it has its own colour.
     """
@@ -239,7 +243,7 @@ def _cost(own: ndarray, known: ndarray, bright: ndarray, bank: _Templates, which
     gain = ((bright * both).sum((1, 2)) / (expected * both).sum((1, 2)).clip(1e-6)).clip(0.5, 2.0)
     shade = (np.abs(bright / gain[:, None, None] - expected) * both).sum((1, 2)) / count
     hidden = ((1 - known) * outline).sum((1, 2)) / outline.sum((1, 2))
-    return wrong + WEIGHT * shade + HIDDEN * hidden
+    return wrong + WEIGHT * shade, hidden
 
 
 def _fit(rgb: ndarray, color: str, mask: ndarray, others: ndarray) -> Found:
@@ -256,20 +260,18 @@ def _fit(rgb: ndarray, color: str, mask: ndarray, others: ndarray) -> Found:
     own = _blur(mask)
     known = mask | ~(others | between | doubtful)
     bright = _brightness(rgb, np.array(COLORS[color]))
-    cost = _cost(own, known, bright, bank, which, boxes)
+    cost, hidden = _cost(own, known, bright, bank, which, boxes)
     if near.any():  # look closer around the best
-        few = np.argsort(cost)[:12]
+        few = np.argsort(cost + HIDDEN * hidden)[:12]
         nudges = np.array([(y, x, h) for y in (-0.02, 0, 0.02) for x in (-0.02, 0, 0.02) for h in (-0.03, 0, 0.03)])
-        closer = np.repeat(boxes[few], len(nudges), 0)
-        nudges = np.tile(nudges, (len(few), 1))
-        size = closer[:, 2:]
-        closer = np.concatenate((closer[:, :2] + nudges[:, :2] * size - nudges[:, 2:] * size / 2, size * (1 + nudges[:, 2:])), 1)
-        which, boxes = np.repeat(which[few], 27), closer
-        cost = _cost(own, known, bright, bank, which, boxes)
-    best = int(cost.argmin())
+        which, boxes, nudges = np.repeat(which[few], len(nudges)), np.repeat(boxes[few], len(nudges), 0), np.tile(nudges, (len(few), 1))
+        place, size, grow = boxes[:, :2], boxes[:, 2:], nudges[:, 2:]
+        boxes = np.concatenate((place + (nudges[:, :2] - grow / 2) * size, size * (1 + grow)), 1)
+        cost, hidden = _cost(own, known, bright, bank, which, boxes)
+    best = int((cost + HIDDEN * hidden).argmin())
     box, i = boxes[best], which[best]
-    place = [tuple(float(v) for v in box[:2] + ends[i] * box[2:]) for ends in (bank.base, bank.top)]
-    return Found(color, SHAPES[bank.shape[i]] if cost[best] < MISFIT else None, place[0], place[1], float(cost[best]))
+    base, top_end = (tuple(float(v) for v in box[:2] + ends[i] * box[2:]) for ends in (bank.base, bank.top))
+    return Found(color, SHAPES[bank.shape[i]] if cost[best] < MISFIT else None, base, top_end, float(cost[best]))
 
 
 def read(picture: ndarray) -> Reading:
