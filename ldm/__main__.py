@@ -98,8 +98,7 @@ COMMANDS: dict[str, Command] = {
   ldm img2img "an oil painting of a harbour" --init photo.jpg --width 512 --ckpt v1-5-pruned-emaonly.safetensors"""),
     "train": Command("train the model that ships", training.add_train, train, """
   ldm train vae --out runs/vae
-  ldm train diffusion --vae runs/vae --out runs/blocks
-  ldm txt2img "a red cube on top of a blue sphere" --ckpt runs/blocks/model.safetensors"""),
+  ldm train diffusion --vae runs/vae --out runs/blocks"""),
     "samplers": Command("list samplers and grids", arguments.add_samplers, list_samplers, """
   ldm samplers --steps 10"""),
 }  # fmt: skip

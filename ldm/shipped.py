@@ -23,11 +23,11 @@ from ldm.vae import VAE
 BLOCKS = ModelConfig(
     "blocks",
     unet=UNetConfig(
-        model_channels=64, channel_mult=(1, 2, 3), num_res_blocks=1, context_dim=96, heads=None, head_dim=32,
+        model_channels=64, channel_mult=(1, 2, 3), num_res_blocks=1, context_dim=64, heads=None, head_dim=32,
         down_depth=((0,), (1,), (1,)), up_depth=((1, 1), (1, 1), (0, 0)), cross_only=(False, False, False),
     ),
     vae=VAEConfig(channels=32, channel_mult=(1, 1, 2, 2), num_res_blocks=1, scale=1.0),
-    text=(TextConfig(length=32, width=96, layers=4, heads=4, mlp=384),),
+    text=(TextConfig(length=32, width=64, layers=4, heads=4, mlp=256),),
     size=128,
 )  # fmt: skip
 
