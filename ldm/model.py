@@ -43,9 +43,13 @@ class LatentDiffusion(nn.Module):
 
         size       (height, width) in pixels
         clip_skip  1: the layer the model was trained with; n: n - 1 layers earlier
-        Raises ArgumentError for a size that no latent has, or a layer that no tower has.
+        Raises ArgumentError for a size that no latent has, a layer that no tower has, or a family that is told more than text.
         """
         self.latent_shape(len(prompts), *size)
+        unet = self.config.unet
+        if not self.config.text or unet.vector_dim is not None or unet.noise_levels is not None:
+            more = "an image" if not self.config.text else "sizes" if unet.vector_dim is not None else "a noise level"
+            raise ArgumentError(f"a model of family {self.config.name} is also told {more}; build its Cond by hand, this version conditions on text alone")
         context, _ = encode_text(self.text, prompts, clip_skip)
         return Cond(context)
 

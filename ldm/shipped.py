@@ -32,7 +32,7 @@ BLOCKS = ModelConfig(
 )  # fmt: skip
 
 VAE_SETTINGS = Settings(steps=7000, batch=2, lr=1e-3, warmup=200, decay=0.3, ema=0.998, save_every=500)
-DIFFUSION_SETTINGS = Settings(steps=6000, batch=32, lr=1e-3, warmup=200, decay=0.3, ema=0.998, save_every=100)
+DIFFUSION_SETTINGS = Settings(steps=4100, batch=32, lr=1e-3, warmup=200, decay=0.25, ema=0.998, save_every=100)
 
 KL_WEIGHT = 5e-4
 SCENES = 24_000  # pictures whose latents the UNet learns from

@@ -1,0 +1,67 @@
+"""The model that ships: that it is there, that its autoencoder is good, and that it draws what the README shows."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import weights
+from benchmarks.quality import SHOWCASE, right
+from ldm import blocks
+from ldm.__main__ import main
+from ldm.images import from_pil, open_image, read_metadata, to_pil
+from ldm.model import LatentDiffusion
+from ldm.shipped import BLOCKS
+from weights.load import embedded
+
+UNSEEN = 2**31  # scenes from this seed on are in no training
+
+
+@pytest.fixture(scope="module")
+def model() -> LatentDiffusion:
+    return weights.load()
+
+
+def test_the_file_is_small_and_in_half_precision() -> None:
+    assert embedded().stat().st_size <= 32_000_000
+    with weights.open_file(embedded()) as file:
+        assert {spec.dtype for spec in file.specs.values()} == {torch.float16}
+        assert json.loads(file.metadata["ldm.config"])["name"] == "blocks"
+
+
+def test_the_sizes_are_those_of_the_recipe(model: LatentDiffusion) -> None:
+    assert (model.config.unet, model.config.text, model.config.size) == (BLOCKS.unet, BLOCKS.text, BLOCKS.size)
+
+
+@torch.no_grad()
+def test_the_autoencoder_restores_unseen_scenes_to_28_decibels(model: LatentDiffusion) -> None:
+    pictures = torch.from_numpy(blocks.batch(range(UNSEEN, UNSEEN + 8))[0]).permute(0, 3, 1, 2).float() / 127.5 - 1
+    restored = model.vae.decode(model.vae.encode(pictures)).clamp(-1, 1)
+    psnr = 10 * torch.log10(4 / (restored - pictures).square().mean(dim=(1, 2, 3)))
+    assert psnr.mean() >= 28
+
+
+@torch.no_grad()
+def test_latents_have_about_unit_variance(model: LatentDiffusion) -> None:
+    pictures = torch.from_numpy(blocks.batch(range(UNSEEN, UNSEEN + 8))[0]).permute(0, 3, 1, 2).float() / 127.5 - 1
+    assert model.vae.encode(pictures).std() == pytest.approx(1, abs=0.2)
+
+
+def test_training_never_showed_the_showcase() -> None:
+    assert blocks.held_out(SHOWCASE)
+
+
+def test_the_first_command_of_the_readme_draws_what_it_says(tmp_path: Path) -> None:
+    out = tmp_path / "showcase.png"
+    assert main(["txt2img", blocks.canonical(SHOWCASE), "--seed", "0", "--out", str(out)]) == 0
+    assert right(np.asarray(open_image(out)), SHOWCASE)["all"]
+    assert read_metadata(out)["prompt"] == "a red cube on top of a blue sphere"
+
+
+@torch.no_grad()
+def test_a_true_picture_survives_the_autoencoder(model: LatentDiffusion) -> None:
+    image = from_pil(to_pil(torch.from_numpy(blocks.render(SHOWCASE)).permute(2, 0, 1)[None].float() / 127.5 - 1))
+    (picture,) = to_pil(model.vae.decode(model.vae.encode(image)))
+    assert right(np.asarray(picture), SHOWCASE)["all"]
