@@ -222,6 +222,7 @@ def _require_text_only(model: LatentDiffusion) -> None:
 
 
 def require_known(name: str, value: Any, known: Collection[str]) -> None:
+    """Raises ArgumentError, with the nearest match, for a value that is not among those known."""
     if value not in known:
         near = difflib.get_close_matches(str(value), known, n=1)
         raise ArgumentError(f"{name}: {str(value)[:30]!r} is unknown{f'; {near[0]}?' if near else '.'} All: {' '.join(known)}", key=name)
