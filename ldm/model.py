@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from ldm.clip import CLIPText
-from ldm.conditioning import Cond, encode_text
+from ldm.conditioning import Cond
 from ldm.config import ModelConfig
 from ldm.errors import ArgumentError
+from ldm.prompts import encode_text
 from ldm.unet import UNet
 from ldm.vae import VAE
 from samplers import Schedule

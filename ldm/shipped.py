@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ldm import blocks
 from ldm.config import ModelConfig, TextConfig, UNetConfig, VAEConfig
@@ -32,13 +34,14 @@ BLOCKS = ModelConfig(
 )  # fmt: skip
 
 VAE_SETTINGS = Settings(steps=7000, batch=2, lr=1e-3, warmup=200, decay=0.3, ema=0.998, save_every=500)
-DIFFUSION_SETTINGS = Settings(steps=4100, batch=32, lr=1e-3, warmup=200, decay=0.25, ema=0.998, save_every=100)
+DIFFUSION_SETTINGS = Settings(steps=12_000, batch=16, lr=8e-4, warmup=200, decay=0.25, ema=0.998, save_every=100)
 
 KL_WEIGHT = 5e-4
-SCENES = 24_000  # pictures whose latents the UNet learns from
+SCENES = 16_000  # pictures whose latents the UNet learns from
 CAPTIONS = 4  # ways each of them is described
 DROPOUT = 0.1  # share of examples without caption, for guidance (Ho & Salimans 2022, algorithm 1)
-MIN_SNR = 5.0  # Hang et al. 2023, section 4
+SNR_LIMITS = (0.2, 5.0)  # the upper one from Hang et al. 2023, section 4
+READING = 0.1  # weight of the reader's loss beside the UNet's
 
 Log = Callable[[dict[str, float]], None]
 
@@ -95,7 +98,7 @@ def load_vae(path: Path) -> VAE:
 
 
 @torch.no_grad()
-def encode_scenes(vae: VAE, scenes: int, cache: Path, *, device: str = "cpu", on_log: Log = print) -> tuple[Tensor, Tensor]:
+def encode_scenes(vae: VAE, scenes: int, cache: Path, *, device: str = "cpu", dtype: torch.dtype = torch.bfloat16, on_log: Log = print) -> tuple[Tensor, Tensor]:
     """Latent means [n, 4, 16, 16] float16, unscaled, and token ids [n, CAPTIONS, length] of the scenes with seeds 0 to n - 1.
 
     Kept in the file `cache`, which is made if it is not there.
@@ -109,7 +112,7 @@ def encode_scenes(vae: VAE, scenes: int, cache: Path, *, device: str = "cpu", on
     for first in range(0, scenes, 64):
         seeds = range(first, min(first + 64, scenes))
         pictures = torch.from_numpy(blocks.batch(seeds)[0]).permute(0, 3, 1, 2).float() / 127.5 - 1
-        with torch.autocast(device, torch.bfloat16):
+        with torch.autocast(device, dtype, enabled=dtype != torch.float32):
             latents.append(vae.encode(pictures.to(device)).half().cpu())
         captions = [blocks.caption(blocks.sample(seed), seed + k * scenes) for seed in seeds for k in range(CAPTIONS)]
         ids.append(tokenize(captions, BLOCKS.text[0].length, BLOCKS.text[0].pad).view(len(seeds), CAPTIONS, -1).int())
@@ -121,6 +124,34 @@ def encode_scenes(vae: VAE, scenes: int, cache: Path, *, device: str = "cpu", on
 
 
 # --- the UNet and the text tower ------------------------------------------------------------------------------------
+
+
+class Reader(nn.Module):
+    """Names a scene from the text tower's end token. Trained beside the UNet, so that the tower learns early who stands where; not kept."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.kinds, self.places = (len(blocks.COLORS), 1 + len(blocks.SHAPES)), (len(blocks.COLORS) ** 2, 2 + len(blocks.RELATIONS))
+        self.layers = nn.Sequential(nn.Linear(width, 256), nn.GELU(), nn.Linear(256, math.prod(self.kinds) + math.prod(self.places)))
+
+    def forward(self, pooled: Tensor, facts: Tensor) -> Tensor:
+        """Cross-entropy per caption, in nats: pooled [b, width], `facts_of` the scenes [b, colours + colours squared]."""
+        kinds, places = self.layers(pooled).float().split([math.prod(self.kinds), math.prod(self.places)], dim=1)
+        answers = torch.cat([F.pad(kinds.view(-1, *self.kinds), (0, self.places[1] - self.kinds[1]), value=-torch.inf), places.view(-1, *self.places)], dim=1)
+        return F.cross_entropy(answers.flatten(0, 1), facts.flatten().long(), reduction="sum") / len(facts)
+
+
+def facts_of(scene: blocks.Scene) -> Tensor:
+    """For each colour: no solid (0) or which of SHAPES; for each two colours: nothing said (0), which of RELATIONS, or under (6)."""
+    colors, under = list(blocks.COLORS), 1 + len(blocks.RELATIONS)
+    kinds, places = torch.zeros(len(colors), dtype=torch.uint8), torch.zeros(len(colors), len(colors), dtype=torch.uint8)
+    for solid in scene.solids:
+        kinds[colors.index(solid.color)] = 1 + blocks.SHAPES.index(solid.shape)
+    for a, relation, b in scene.pairs():
+        i, j = colors.index(a.color), colors.index(b.color)
+        places[i, j] = 1 + blocks.RELATIONS.index(relation)
+        places[j, i] = 1 + blocks.RELATIONS.index(blocks.INVERSE[relation]) if relation in blocks.INVERSE else under
+    return torch.cat([kinds, places.flatten()])
 
 
 def initialise(model: LatentDiffusion) -> None:
@@ -140,7 +171,7 @@ def train_diffusion(
     Resumes an interrupted run.
     """
     vae = load_vae(vae_dir)
-    latents, ids = encode_scenes(vae, scenes, out.with_name(out.name + "-latents.safetensors"), device=device, on_log=on_log)
+    latents, ids = encode_scenes(vae, scenes, out.with_name(out.name + "-latents.safetensors"), device=device, dtype=dtype, on_log=on_log)
     scale = 1 / latents.float().std().item()
     latents, ids = (latents.float() * scale).to(device), ids.to(device)
     torch.manual_seed(settings.seed)
@@ -153,20 +184,25 @@ def train_diffusion(
         fast_group_norms(model)
     alphas = torch.tensor(model.schedule.alphas_cumprod, dtype=torch.float64).float().to(device)
     empty = tokenize([""], BLOCKS.text[0].length, BLOCKS.text[0].pad).to(device)
-    parameters = {name: p for name, p in model.named_parameters() if not name.startswith("vae.")}
+    reader = Reader(BLOCKS.text[0].width).to(device)
+    facts = torch.stack([facts_of(blocks.sample(seed)) for seed in range(scenes)]).to(device)
+    weights = {name: p for name, p in model.named_parameters() if not name.startswith("vae.")}
 
     def loss(step: int, generator: torch.Generator) -> Tensor:
         b = settings.batch
         rows, which = (torch.randint(n, (b,), generator=generator).to(device) for n in (len(latents), CAPTIONS))
-        t = torch.randint(model.config.schedule.steps, (b,), generator=generator).to(device)
-        drop = (torch.rand(b, 1, generator=generator) < DROPOUT).to(device)
+        t = ((torch.arange(b) + torch.rand(b, generator=generator)) / b * model.config.schedule.steps).long().to(device)  # spread: Kingma et al. 2021, I.1
+        drop = (torch.rand(b, generator=generator) < DROPOUT).to(device)
         x0 = latents[rows]
         noise = torch.randn(x0.shape, generator=generator).to(device)
-        context, _ = model.text[0](torch.where(drop, empty, ids[rows, which].long()))
-        return diffusion_loss(lambda x, t: model.unet(x, t, context), x0, t, noise, alphas, min_snr=MIN_SNR)
+        tokens, pooled = model.text[0](torch.cat([ids[rows].flatten(0, 1).long(), empty]))
+        context = tokens[torch.where(drop, b * CAPTIONS, torch.arange(b, device=device) * CAPTIONS + which)]
+        told = diffusion_loss(lambda x, t: model.unet(x, t, context), x0, t, noise, alphas, snr_limits=SNR_LIMITS)
+        return told + READING * reader(pooled[:-1], facts[rows].repeat_interleave(CAPTIONS, dim=0))
 
+    parameters = weights | {f"reader.{name}": p for name, p in reader.named_parameters()}
     averaged = fit(parameters, loss, settings, out, device=device, dtype=dtype, on_log=on_log)
     with torch.no_grad():
-        for name, p in parameters.items():
+        for name, p in weights.items():
             p.copy_(averaged[name])
     return model.eval().requires_grad_(False)

@@ -65,20 +65,25 @@ def vae_loss(vae: nn.Module, image: Tensor, noise: Tensor, kl_weight: float) -> 
     return F.l1_loss(restored.float(), image) + kl_weight * kl.mean()
 
 
-def diffusion_loss(predict: Callable[[Tensor, Tensor], Tensor], x0: Tensor, t: Tensor, noise: Tensor, alphas_cumprod: Tensor, *, prediction: str = "eps", min_snr: float | None = None) -> Tensor:
-    """Mean squared error of the prediction (Ho et al. 2020, eq. 14), weighted by min-SNR when `min_snr` is given (Hang et al. 2023, section 3.4).
+def diffusion_loss(
+    predict: Callable[[Tensor, Tensor], Tensor], x0: Tensor, t: Tensor, noise: Tensor, alphas_cumprod: Tensor, *,
+    prediction: str = "eps", snr_limits: tuple[float, float] | None = None,
+) -> Tensor:  # fmt: skip
+    """Mean squared error of the prediction (Ho et al. 2020, eq. 14), or the error of x0 that it implies, weighted.
 
-    predict  (noisy latent [b, c, h, w], t [b]) -> eps or v
-    x0       scaled latents [b, c, h, w]
-    t        [b] integer timesteps
+    predict     (noisy latent [b, c, h, w], t [b]) -> eps or v
+    x0          scaled latents [b, c, h, w]
+    t           [b] integer timesteps
+    snr_limits  weigh the error of x0 by the signal-to-noise ratio kept within these limits: an upper one is min-SNR
+                (Hang et al. 2023, section 3.4), a lower one keeps the levels in the game where a picture's layout is decided
     """
     alpha = alphas_cumprod.to(x0)[t][:, None, None, None]
     out = predict(alpha.sqrt() * x0 + (1 - alpha).sqrt() * noise, t).float()
     target = noise if prediction == "eps" else alpha.sqrt() * noise - (1 - alpha).sqrt() * x0
     loss = (out - target).square().mean(dim=(1, 2, 3))
-    if min_snr is not None:
+    if snr_limits is not None:
         snr = (alpha / (1 - alpha)).flatten()
-        loss = loss * snr.clamp(max=min_snr) / (snr if prediction == "eps" else snr + 1)
+        loss = loss * snr.clamp(*snr_limits) / (snr if prediction == "eps" else snr + 1)
     return loss.mean()
 
 

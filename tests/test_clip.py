@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ldm.conditioning import encode_text
+from ldm.prompts import encode_text
 from ldm.errors import ArgumentError
 from tests.networks import golden, relative, tiny_clip_l, tiny_openclip
 

@@ -15,8 +15,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 MAY_IMPORT = {"samplers": {"samplers"}, "ldm": {"ldm", "samplers"}, "weights": {"weights", "ldm", "samplers"}}
 ORDER = [  # inside ldm a file imports only from those before it
-    "errors", "config", "attention", "unet", "vae", "clip", "dpt", "tokenizer", "conditioning", "model", "denoiser", "images",
-    "edit", "lora", "tasks", "blocks", "data", "metrics", "train", "recipes", "fast", "shipped", "cli", "__main__",
+    "errors", "config", "attention", "unet", "vae", "clip", "vision", "dpt", "safety", "tokenizer", "prompts", "conditioning", "model", "denoiser",
+    "images", "tiles", "precision", "edit", "lora", "sampling", "masks", "tasks", "compare", "blocks", "data", "metrics", "train", "recipes", "fast", "shipped", "cli", "__main__",
 ]  # fmt: skip
 NOT_SOLVERS = {"__init__", "core", "steps", "schedule", "noise", "guidance"}
 

@@ -102,13 +102,13 @@ def test_randomness_is_a_function_of_seed_and_step() -> None:
     assert not torch.equal(torch.randn(3, generator=draws(1, 2)), torch.randn(3, generator=draws(1, 3)))
 
 
-def diffusion(prediction: str, min_snr: float | None, t: int, error: float) -> float:
+def diffusion(prediction: str, snr_limits: tuple[float, float] | None, t: int, error: float) -> float:
     """The loss of a network that is wrong by `error` everywhere."""
     alphas = torch.tensor(Schedule().alphas_cumprod)
     x0, noise = normal("x0", (2, 4, 8, 8)).double(), normal("noise", (2, 4, 8, 8)).double()
     a = alphas[t]
     target = noise if prediction == "eps" else a.sqrt() * noise - (1 - a).sqrt() * x0
-    return diffusion_loss(lambda x, t: target + error, x0, torch.tensor([t, t]), noise, alphas, prediction=prediction, min_snr=min_snr).item()
+    return diffusion_loss(lambda x, t: target + error, x0, torch.tensor([t, t]), noise, alphas, prediction=prediction, snr_limits=snr_limits).item()
 
 
 @pytest.mark.parametrize("prediction", ["eps", "v"])
@@ -117,12 +117,13 @@ def test_the_diffusion_loss_is_the_mean_squared_error_of_the_prediction(predicti
     assert diffusion(prediction, None, 500, 0.1) == pytest.approx(0.01, rel=1e-5)
 
 
-def test_min_snr_gives_every_noise_level_at_most_the_weight_of_its_x0_error() -> None:
+def test_the_error_of_x0_weighs_as_much_as_the_limited_snr_says() -> None:
     a = Schedule().alphas_cumprod
     for t in (10, 400, 900):
         snr = a[t] / (1 - a[t])
-        assert diffusion("eps", 5.0, t, 0.1) == pytest.approx(0.01 * min(snr, 5) / snr, rel=1e-4)
-        assert diffusion("v", 5.0, t, 0.1) == pytest.approx(0.01 * min(snr, 5) / (snr + 1), rel=1e-4)
+        weight = min(max(snr, 0.2), 5)
+        assert diffusion("eps", (0.2, 5.0), t, 0.1) == pytest.approx(0.01 * weight / snr, rel=1e-4)
+        assert diffusion("v", (0.2, 5.0), t, 0.1) == pytest.approx(0.01 * weight / (snr + 1), rel=1e-4)
 
 
 def test_the_network_sees_the_latent_noised_to_its_timestep() -> None:
