@@ -111,6 +111,7 @@ class ModelConfig:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     size: int = 512  # pixels along a side of the training pictures: the default size
     concat: tuple[str, ...] = ()  # what joins the latent at the UNet's input, in order: mask, masked_image, depth, low_res
+    zero_empty: bool = False  # guidance steers away from zeros, not from the empty prompt, where no negative prompt is given
 
 
 CLIP_L = TextConfig()
@@ -141,7 +142,7 @@ VAE_SDXL = VAEConfig(scale=0.13025)
 _sd1 = ModelConfig("sd1")
 _sd2 = ModelConfig("sd2-base", unet=SD2, text=(OPENCLIP_H,))
 _sdxl = ModelConfig(
-    "sdxl-base", unet=SDXL, vae=VAE_SDXL, text=(replace(CLIP_L, skip=1, norm=False), OPENCLIP_BIGG), size=1024
+    "sdxl-base", unet=SDXL, vae=VAE_SDXL, text=(replace(CLIP_L, skip=1, norm=False), OPENCLIP_BIGG), size=1024, zero_empty=True
 )
 
 FAMILIES: dict[str, ModelConfig] = {
@@ -159,7 +160,7 @@ FAMILIES: dict[str, ModelConfig] = {
         ),
         _sdxl,
         replace(_sdxl, name="sdxl-inpainting", unet=replace(SDXL, in_channels=9), concat=("mask", "masked_image")),
-        replace(_sdxl, name="sdxl-refiner", unet=REFINER, text=(OPENCLIP_BIGG,)),
+        replace(_sdxl, name="sdxl-refiner", unet=REFINER, text=(OPENCLIP_BIGG,), zero_empty=False),
         replace(_sdxl, name="ssd-1b", unet=SSD1B),
     )
 }
