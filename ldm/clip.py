@@ -1,4 +1,4 @@
-"""The CLIP and OpenCLIP text tower."""
+"""The CLIP and OpenCLIP text tower, whose blocks the vision tower shares."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ldm.config import TextConfig
+from ldm.config import TextConfig, VisionConfig
 
 END_OF_TEXT = 49407
 
@@ -21,16 +21,16 @@ ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu}
 
 
 class SelfAttention(nn.Module):
-    """Causal multi-head attention."""
+    """Multi-head attention; causal: a token sees only those before it and itself."""
 
-    def __init__(self, width: int, heads: int):
+    def __init__(self, width: int, heads: int, causal: bool):
         super().__init__()
-        self.heads = heads
+        self.heads, self.causal = heads, causal
         self.k_proj, self.v_proj, self.q_proj, self.out_proj = (nn.Linear(width, width) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:  # [b, n, width]
         q, k, v = (rearrange(to(x), "b n (h d) -> b h n d", h=self.heads) for to in (self.q_proj, self.k_proj, self.v_proj))
-        return self.out_proj(rearrange(F.scaled_dot_product_attention(q, k, v, is_causal=True), "b h n d -> b n (h d)"))
+        return self.out_proj(rearrange(F.scaled_dot_product_attention(q, k, v, is_causal=self.causal), "b h n d -> b n (h d)"))
 
 
 class MLP(nn.Module):
@@ -49,9 +49,9 @@ class MLP(nn.Module):
 class Layer(nn.Module):
     """One pre-norm transformer block."""
 
-    def __init__(self, config: TextConfig):
+    def __init__(self, config: TextConfig | VisionConfig, causal: bool):
         super().__init__()
-        self.self_attn = SelfAttention(config.width, config.heads)
+        self.self_attn = SelfAttention(config.width, config.heads, causal)
         self.layer_norm1 = nn.LayerNorm(config.width)
         self.mlp = MLP(config.width, config.mlp, config.activation)
         self.layer_norm2 = nn.LayerNorm(config.width)
@@ -76,9 +76,9 @@ class Embeddings(nn.Module):
 class Encoder(nn.Module):
     """The stack of blocks."""
 
-    def __init__(self, config: TextConfig):
+    def __init__(self, config: TextConfig | VisionConfig, causal: bool):
         super().__init__()
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
+        self.layers = nn.ModuleList(Layer(config, causal) for _ in range(config.layers))
 
 
 class TextModel(nn.Module):
@@ -87,7 +87,7 @@ class TextModel(nn.Module):
     def __init__(self, config: TextConfig):
         super().__init__()
         self.embeddings = Embeddings(config)
-        self.encoder = Encoder(config)
+        self.encoder = Encoder(config, causal=True)
         self.final_layer_norm = nn.LayerNorm(config.width)
 
 

@@ -90,6 +90,26 @@ class VisionConfig:
 
 
 @dataclass(frozen=True)
+class DepthConfig:
+    """A DPT-hybrid: a ResNet, a vision transformer on its output, and convolutions that turn both into depth. Defaults: MiDaS's."""
+
+    image: int = 384  # pixels along a side of the training pictures; sets how many places the position embedding has
+    stem: int = 64  # channels of the first convolution; the ResNet's stages have 4, 8, 16 times as many
+    blocks: tuple[int, ...] = (3, 4, 9)  # bottleneck blocks in each of the three stages
+    width: int = 768  # width of a token of the transformer
+    layers: int = 12  # its blocks
+    heads: int = 12  # its attention heads
+    mlp: int = 3072  # hidden width of its feed-forward part
+    hooks: tuple[int, ...] = (8, 11)  # its two blocks, counted from 0, whose output is read
+    features: int = 256  # channels of the fusion
+
+    @property
+    def patch(self) -> int:
+        """Pixels along a side of what becomes one token: the ResNet halves four times."""
+        return 16
+
+
+@dataclass(frozen=True)
 class ScheduleConfig:
     """The noise schedule of training: sqrt(beta) rises linearly from sqrt(start) to sqrt(end) over `steps`."""
 
@@ -107,6 +127,7 @@ class ModelConfig:
     vae: VAEConfig = field(default_factory=VAEConfig)
     text: tuple[TextConfig, ...] = (TextConfig(),)  # towers whose tokens are concatenated along their width; empty: no text
     vision: VisionConfig | None = None  # tower whose image embedding is the context (image variations)
+    depth: DepthConfig | None = None  # network that guesses the depth of a picture, where the family comes with one (sd2-depth)
     prediction: Literal["eps", "v"] = "eps"  # what the UNet was trained to predict
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     size: int = 512  # pixels along a side of the training pictures: the default size
@@ -154,7 +175,7 @@ FAMILIES: dict[str, ModelConfig] = {
         _sd2,
         replace(_sd2, name="sd2-v", prediction="v", size=768),
         replace(_sd2, name="sd2-inpainting", unet=replace(SD2, in_channels=9), concat=("mask", "masked_image")),
-        replace(_sd2, name="sd2-depth", unet=replace(SD2, in_channels=5), concat=("depth",)),
+        replace(_sd2, name="sd2-depth", unet=replace(SD2, in_channels=5), depth=DepthConfig(), concat=("depth",)),
         replace(
             _sd2, name="x4-upscaler", unet=X4, vae=VAE_F4, prediction="v", schedule=ScheduleConfig(0.0001, 0.02), concat=("low_res",)
         ),

@@ -16,13 +16,14 @@ from ldm.errors import ArgumentError
 from ldm.prompts import encode_text
 from ldm.unet import UNet
 from ldm.vae import VAE
+from ldm.vision import CLIPVision
 from samplers import Schedule
 
 NOISE_LEVEL, MAX_NOISE_LEVEL = 20, 350  # of the x4 upscaler: the published default, and what it was trained with
 
 
 class LatentDiffusion(nn.Module):
-    """A UNet, the VAE whose latents it denoises, and the text towers that tell it what to make (Rombach et al. 2022)."""
+    """A UNet, the VAE whose latents it denoises, and the towers that tell it what to make (Rombach et al. 2022)."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -31,6 +32,7 @@ class LatentDiffusion(nn.Module):
         self.unet = UNet(config.unet)
         self.vae = VAE(config.vae)
         self.text = nn.ModuleList(CLIPText(text) for text in config.text)
+        self.vision = None if config.vision is None else CLIPVision(config.vision)
 
     @property
     def device(self) -> torch.device:

@@ -11,9 +11,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ldm.clip import CLIPText
-from ldm.config import SD1, SD2, SDXL, SSD1B, X4, TextConfig, UNetConfig, VAEConfig
+from ldm.config import SD1, SD2, SDXL, SSD1B, X4, TextConfig, UNetConfig, VAEConfig, VisionConfig
 from ldm.unet import UNet
 from ldm.vae import VAE
+from ldm.vision import CLIPVision
 from tests.seeded import weight
 from weights.names import diffusers_unet, from_openclip
 
@@ -30,6 +31,7 @@ TINY_UNETS: dict[str, UNetConfig] = {
 TINY_VAES = {"vae-f8-tiny": VAEConfig(channels=32, scale=1.0), "vae-f4-tiny": VAEConfig(channels=32, channel_mult=(1, 2, 4), scale=1.0)}
 CLIP_L_TINY = TextConfig(width=64, layers=3, heads=4, mlp=256)
 OPENCLIP_TINY = replace(CLIP_L_TINY, activation="gelu", projection=48, pad=0)
+VISION_TINY = VisionConfig(image=28, patch=7, width=64, layers=3, heads=4, mlp=256, projection=48)
 
 
 def golden(file: str) -> dict[str, Tensor]:
@@ -102,3 +104,8 @@ def run_unet(name: str) -> Tensor:
         y = torch.cat([normal("ssd-1b-tiny/pooled", (2, 64)), sizes], dim=1)
     with torch.no_grad():
         return tiny_unet(name)(x, torch.tensor([500.0, 37.0]), context, y)
+
+
+def tiny_vision() -> CLIPVision:
+    """The vision tower with the weights of its golden run."""
+    return fill(CLIPVision(VISION_TINY), lambda key: f"image_encoder.{key}")
