@@ -1,0 +1,289 @@
+"""A LoRA file of any trainer -> the changes that it makes to our parameters."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Set
+from dataclasses import dataclass, field
+from os import PathLike
+from typing import Any
+
+from torch import Tensor
+
+from ldm.config import FAMILIES, ModelConfig
+from ldm.errors import ArgumentError, FileError
+from ldm.lora import Change, Changes, Decomposed, Full, Generalised, Hadamard, Kronecker, LowRank, require_fit
+from weights import lora_names
+from weights.files import Weights, open_file
+
+KIN = ("sd1", "sd2-base", "x4-upscaler", "ssd-1b", "sdxl-base", "sdxl-refiner")  # one of each kind; what fits two is the smaller's
+MAX_SETTINGS = 1_000_000  # bytes of an adapter_config.json
+
+Spelled = dict[tuple[str, str], Change]  # (a module as the file spells it, weight or bias) -> its change
+
+
+def load_lora(path: str | PathLike[str], model_config: ModelConfig, *, allow_unmatched: bool = False) -> Changes:
+    """What a LoRA changes in a model of this config; `ldm.lora.merge` applies it, and `.report()` says "192 of 192 modules".
+
+    path             .safetensors, .ckpt or .pt, with names of kohya (diffusers' or the original's path), diffusers or peft
+    allow_unmatched  leave out what this model has no place for, instead of refusing the file
+    Alpha is the file's tensor; else, for peft's names, that in `lora_adapter_metadata` or in the adapter_config.json beside
+    adapter_model.*; else the rank. Factors that need no conversion are mapped from the file.
+    Raises FileError for a file that holds no LoRA, lacks part of one, has shapes that do not fit or is of another family.
+    """
+    with open_file(path) as file:
+        spelled, strays = _read(file)
+        found, unmatched = _resolve(file, spelled, strays, model_config, allow_unmatched)
+        file.source.require_unchanged()
+    return Changes(found, file.source.path.name, unmatched)
+
+
+# --- names -> parameters --------------------------------------------------------------------------------------------
+
+
+def _resolve(file: Weights, spelled: Spelled, strays: list[str], config: ModelConfig, allow_unmatched: bool) -> tuple[dict[str, Change], tuple[str, ...]]:
+    """The changes by our names, and what has none. Raises FileError as `load_lora` says."""
+    table, shapes = lora_names.spellings(config), lora_names.shapes(config)
+    found: dict[str, Change] = {}
+    unmatched, misfits = [*strays], []
+    for (spelling, leaf), change in spelled.items():
+        parameter = f"{table.get(spelling)}.{leaf}"
+        if parameter not in shapes:
+            unmatched.append(spelling if leaf == "weight" or spelling not in table else f"{spelling}.{leaf}")
+            continue
+        if parameter in found:
+            raise file.error(f"changes {parameter} twice, under two names; which is right cannot be known", spelling)
+        found[parameter] = change
+        if fault := _misfit(change, shapes[parameter]):
+            misfits.append((spelling, fault))
+    unmatched = list(dict.fromkeys(unmatched))
+    if misfits or not found or not allow_unmatched:
+        fits = len(found) - len(misfits)
+        _require_family(file, spelled, fits, config)
+        if misfits:
+            spelling, fault = misfits[0]
+            raise file.error(f"{_short(spelling)}: {fault}{f' (and {len(misfits) - 1} more)' if len(misfits) > 1 else ''}", spelling)
+        if unmatched:
+            of = len(unmatched) + Changes(found).modules
+            remedy = "allow_unmatched leaves them out" if found else "use a LoRA for it"
+            names = ", ".join(map(_short, unmatched[:2]))
+            raise file.error(f"{len(unmatched)} of {of} modules are not in a model of family {config.name}; {remedy} ({names})", unmatched[0])
+        _require_whole(file, spelled, found, config)
+    return found, tuple(unmatched)
+
+
+def _require_family(file: Weights, spelled: Spelled, fits: int, config: ModelConfig) -> None:
+    """Refuse what fits a model of another family better."""
+    if fits == len(spelled):
+        return
+    elsewhere = {name: _fitting(spelled, FAMILIES[name]) for name in KIN}
+    best = max(elsewhere, key=lambda name: elsewhere[name])
+    if elsewhere[best] > fits:
+        of = f"of {len(spelled)} weights fit"
+        raise file.error(f"is a LoRA for {best} ({elsewhere[best]} {of}), the model is {config.name} ({fits} {of}); use one made for {config.name}")
+
+
+def _require_whole(file: Weights, spelled: Spelled, found: Iterable[str], config: ModelConfig) -> None:
+    """Refuse what fits, but is complete only in a family that has fewer blocks: SSD-1B's modules are a part of SDXL's, of the same shapes."""
+    changed = {name.rpartition(".")[0] for name in found if name.startswith("unet.")}
+    kinds = {_kind(module) for module in changed}
+
+    def whole(family: ModelConfig) -> bool:
+        modules = set(lora_names.spellings(family).values())
+        return {module for module in modules if module.startswith("unet.") and _kind(module) in kinds} == changed
+
+    if not changed or whole(config):
+        return
+    for name in KIN:
+        if whole(FAMILIES[name]) and _fitting(spelled, FAMILIES[name]) == len(spelled):
+            raise file.error(f"is a LoRA for {name}: it changes exactly the blocks of that; the model is {config.name}; use one made for {config.name}")
+
+
+def _fitting(spelled: Spelled, config: ModelConfig) -> int:
+    """How many of the changes have a place of the right shape in a model of this config."""
+    table, shapes = lora_names.spellings(config), lora_names.shapes(config)
+    places = [(shapes.get(f"{table.get(spelling)}.{leaf}"), change) for (spelling, leaf), change in spelled.items()]
+    return sum(shape is not None and _misfit(change, shape) is None for shape, change in places)
+
+
+def _misfit(change: Change, shape: tuple[int, ...]) -> str | None:
+    try:
+        require_fit(change, shape)
+    except ArgumentError as fault:
+        return str(fault)
+    return None
+
+
+def _kind(module: str) -> str:
+    """What a module is, without its place: attn1.to_q, proj_in, ..."""
+    return re.sub(r"^.*\.\d+\.(?=\D)", "", module)
+
+
+def _short(name: str, limit: int = 60) -> str:
+    return name if len(name) <= limit else "..." + name[3 - limit :]
+
+
+# --- tensors -> changes ---------------------------------------------------------------------------------------------
+
+
+def _read(file: Weights) -> tuple[Spelled, list[str]]:
+    """Every change in the file by its spelling, and the keys that are part of none."""
+    modules: dict[str, dict[str, str]] = {}  # spelling -> what the tensor is -> key
+    strays = []
+    for key in file:
+        parts = lora_names.split(key)
+        if parts is None:
+            strays.append(key)
+        elif parts[1] in modules.setdefault(parts[0], {}):
+            raise file.error(f"has {_short(parts[0])} {parts[1]} under two names; which is right cannot be known", key)
+        else:
+            modules[parts[0]][parts[1]] = key
+    if not modules:
+        raise file.error(f"is no LoRA{_instead(file)}", strays[0])
+    scalings = _scalings(file)
+    spelled: Spelled = {}
+    for spelling, keys in modules.items():
+        spelled |= {(spelling, leaf): change for leaf, change in _changes(file, spelling, keys, scalings).items()}
+    return spelled, strays
+
+
+def _instead(file: Weights) -> str:
+    if any(key.startswith(("model.diffusion_model.", "first_stage_model.", "cond_stage_model.", "conditioner.")) for key in file):
+        return " but a model or a part of one; load it as the model"
+    if any(key.startswith(("string_to_param", "emb_params", "clip_l", "clip_g")) for key in file) or len(file) == 1:
+        return " but a textual-inversion embedding"
+    return f": it begins with {_short(next(iter(file)), 40)}; use a file of kohya, diffusers, peft or LyCORIS"
+
+
+def _changes(file: Weights, spelling: str, keys: Mapping[str, str], scalings: Mapping[str, _Scaling]) -> dict[str, Change]:
+    """{"weight": ..., "bias": ...}: what one module's tensors say."""
+    used: set[str] = set()
+
+    def tensor(part: str) -> Tensor:
+        if part not in keys:
+            raise file.error(f"{_short(spelling)} has no {part} beside its {', '.join(sorted(keys))}; download it again", spelling)
+        used.add(part)
+        spec = file.specs[keys[part]]
+        if not spec.dtype.is_floating_point:
+            raise file.error(f"{_short(keys[part])} holds {spec.dtype} numbers, not floating-point ones", keys[part])
+        return file[keys[part]]
+
+    def optional(part: str) -> Tensor | None:
+        return tensor(part) if part in keys else None
+
+    made: dict[str, Change] = {}
+    biases = keys.keys() & {"diff_b", "b_norm"}
+    if biases:
+        made["bias"] = Full(tensor(min(biases)))
+    if keys.keys() - {"alpha", "diff_b", "b_norm"} or not biases:
+        made["weight"] = _weight(keys.keys(), tensor, optional, _alpha(file, spelling, keys, tensor, scalings))
+    if unused := keys.keys() - used - {"alpha"}:
+        raise file.error(f"{_short(spelling)} has parts of two kinds of LoRA ({', '.join(sorted(keys)[:6])}), {min(unused)} is in the way", keys[min(unused)])
+    return made
+
+
+def _weight(has: Set[str], tensor: Callable[[str], Tensor], optional: Callable[[str], Tensor | None], alpha: float | None) -> Change:
+    """The change that the parts in `has` make up: the first kind of which there is one."""
+    families = {part.partition("_")[0] if part.startswith(("hada_", "lokr_")) else part for part in has}
+    change: Any
+    if "hada" in families:
+        t1 = tensor("hada_t1") if has & {"hada_t1", "hada_t2"} else None
+        change = Hadamard(*(tensor(f"hada_{part}") for part in ("w1_a", "w1_b", "w2_a", "w2_b")), alpha, t1, None if t1 is None else tensor("hada_t2"))
+    elif "lokr" in families:
+        one, two = ((tensor(f"lokr_{w}_a"), tensor(f"lokr_{w}_b")) if f"lokr_{w}_a" in has else tensor(f"lokr_{w}") for w in ("w1", "w2"))
+        change = Kronecker(one, two, alpha, optional("lokr_t2"))
+    elif families & {"a1", "a2", "b1", "b2"}:
+        a1, a2, b1, b2 = (tensor(part) for part in ("a1", "a2", "b1", "b2"))
+        if not _joins(a1, a2, b1, b2) and _joins(a2, a1, b2, b1):  # older files of LyCORIS number the factors of a pair the other way round
+            a1, a2, b1, b2 = a2, a1, b2, b1
+        change = Generalised(a1, a2, b1, b2, alpha)
+    elif families & {"diff", "w_norm"}:
+        change = Full(tensor("diff" if "diff" in has else "w_norm"))
+    else:
+        change = LowRank(tensor("down"), tensor("up"), alpha, optional("mid"))
+    if "magnitude" in has:  # peft: one per output, laid out [out] for matrices and [1, out, 1, 1] for kernels
+        return Decomposed(change, tensor("magnitude").reshape(-1, 1))
+    if "dora_scale" in has:
+        scale = tensor("dora_scale")
+        return Decomposed(change, scale.reshape(-1, 1) if scale.ndim < 2 else scale.flatten(1) if scale.shape[0] > 1 else scale.reshape(1, -1))
+    return change
+
+
+def _joins(a1: Tensor, a2: Tensor, b1: Tensor, b2: Tensor) -> bool:
+    return min(a1.ndim, a2.ndim, b1.ndim, b2.ndim) >= 2 and a1.shape[1] == a2.shape[0] == b1.shape[1] == b2.shape[0]
+
+
+# --- alpha ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Scaling:
+    """What peft's settings say of alpha."""
+
+    alpha: float  # of modules not in by_module
+    by_module: Mapping[str, float] = field(default_factory=dict)  # end of a module's dotted name -> its alpha
+    root: bool = False  # rank-stabilised: divided by the root of the rank
+
+
+def _alpha(file: Weights, spelling: str, keys: Mapping[str, str], tensor: Callable[[str], Tensor], scalings: Mapping[str, _Scaling]) -> float | None:
+    if "alpha" in keys:
+        value = tensor("alpha")
+        if value.numel() != 1 or not math.isfinite(float(value.reshape(-1)[0].float())):
+            raise file.error(f"{_short(keys['alpha'])} is no finite number but {list(value.shape)}; download it again", keys["alpha"])
+        return float(value.reshape(-1)[0].float())
+    if ".lora_A." not in keys.get("down", ""):
+        return None
+    module = spelling.replace("base_model.model.", "")
+    for component, scaling in scalings.items():
+        if module.startswith(component):
+            alpha = next((alpha for end, alpha in scaling.by_module.items() if module == end or module.endswith(f".{end}")), scaling.alpha)
+            return alpha * math.sqrt((*file.shape(keys["down"]), 1)[0]) if scaling.root else alpha
+    return None
+
+
+def _scalings(file: Weights) -> dict[str, _Scaling]:
+    """{"unet.": ..., "text_encoder.": ...} from the metadata of diffusers, or {"": ...} from peft's own adapter_config.json."""
+    path = file.source.path
+    if text := file.metadata.get("lora_adapter_metadata"):
+        what = "its lora_adapter_metadata"
+        settings = _settings(file.error, text, what)
+        parts = {part: {key.removeprefix(part): settings[key] for key in settings if key.startswith(part)} for part in ("unet.", "text_encoder.", "text_encoder_2.", "")}
+        return {part: _scaling(file.error, values, what) for part, values in parts.items() if "lora_alpha" in values}
+    beside = path.with_name("adapter_config.json")
+    if path.stem != "adapter_model" or not beside.is_file():
+        return {}
+
+    def error(what: str, key: str | None = None) -> FileError:
+        return FileError(what, path=beside, key=key)
+
+    try:
+        if beside.stat().st_size > MAX_SETTINGS:
+            raise error(f"has more than {MAX_SETTINGS} bytes, which no settings of a LoRA need")
+        settings = _settings(error, beside.read_text(encoding="utf-8", errors="replace"), "it")
+    except OSError as fault:
+        raise error(f"cannot be read ({fault.strerror}), and alpha is in it") from None
+    return {"": _scaling(error, settings, "it")}
+
+
+def _settings(error: Callable[..., FileError], text: str, what: str) -> dict[str, Any]:
+    try:
+        settings = json.loads(text)
+    except (ValueError, RecursionError):
+        settings = None
+    if not isinstance(settings, dict):
+        raise error(f"{what} is not a JSON object; download it again")
+    return settings
+
+
+def _scaling(error: Callable[..., FileError], settings: Mapping[str, Any], what: str) -> _Scaling:
+    def number(value: Any) -> float:
+        if type(value) not in (int, float) or not math.isfinite(value):
+            raise error(f"{what} has an alpha that is no finite number; download it again", "lora_alpha")
+        return float(value)
+
+    pattern = settings.get("alpha_pattern") or {}
+    if not isinstance(pattern, dict) or any(not re.fullmatch(r"\w+(\.\w+)*", end) for end in pattern):
+        raise error(f"{what} has an alpha_pattern that is not made of module names; this version reads no expressions there", "alpha_pattern")
+    return _Scaling(number(settings.get("lora_alpha")), {end: number(alpha) for end, alpha in pattern.items()}, settings.get("use_rslora") is True)
