@@ -11,6 +11,8 @@ from ldm.config import TextConfig, VisionConfig
 
 END_OF_TEXT = 49407
 
+Given = tuple[Tensor, Tensor, Tensor]  # rows [k] and places [k] in a batch of ids, and the token embeddings [k, width] that belong there
+
 
 def quick_gelu(x: Tensor) -> Tensor:
     """x * sigmoid(1.702 x): what OpenAI's towers were trained with."""
@@ -69,8 +71,12 @@ class Embeddings(nn.Module):
         self.token_embedding = nn.Embedding(config.vocab, config.width)
         self.position_embedding = nn.Embedding(config.length, config.width)
 
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.token_embedding(ids) + self.position_embedding.weight[: ids.shape[1]]
+    def forward(self, ids: Tensor, given: Given | None = None) -> Tensor:
+        x = self.token_embedding(ids)
+        if given is not None:
+            rows, places, vectors = given
+            x = x.index_put((rows, places), vectors.to(x))
+        return x + self.position_embedding.weight[: ids.shape[1]]
 
 
 class Encoder(nn.Module):
@@ -101,16 +107,17 @@ class CLIPText(nn.Module):
         if config.projection is not None:
             self.text_projection = nn.Linear(config.width, config.projection, bias=False)
 
-    def forward(self, ids: Tensor, skip: int = 0, norm: bool = True) -> tuple[Tensor, Tensor]:
+    def forward(self, ids: Tensor, skip: int = 0, norm: bool = True, given: Given | None = None) -> tuple[Tensor, Tensor]:
         """Token ids [b, n] -> tokens [b, n, width] and pooled [b, projection or width].
 
         tokens  after all but the last `skip` blocks, through the final LayerNorm if `norm`
         pooled  after all blocks: final LayerNorm at the first end-of-text, projected where the tower has a projection
+        given   token embeddings to take instead of those of the ids in these places (textual inversion, Gal et al. 2022)
 
         Original: SD 1 FrozenCLIPEmbedder, SD 2 FrozenOpenCLIPEmbedder, SDXL FrozenOpenCLIPEmbedder2.
         """
         model = self.text_model
-        x = model.embeddings(ids)
+        x = model.embeddings(ids, given)
         tokens = x
         for i, layer in enumerate(model.encoder.layers, start=1):
             x = layer(x)

@@ -40,15 +40,21 @@ def _bpe() -> Any:  # open_clip's SimpleTokenizer
     return module.SimpleTokenizer()
 
 
+def readable(prompt: str) -> str:
+    """The prompt with U+FFFD for unpaired surrogates, which have no bytes. Raises ArgumentError for one over 64 KiB."""
+    prompt = prompt.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    size = len(prompt.encode())
+    if size > MAX_BYTES:
+        raise ArgumentError(f"prompt: {size} bytes; the limit is {MAX_BYTES}, shorten it")
+    return prompt
+
+
 def encode(prompt: str) -> list[int]:
     """Token ids of the whole prompt, without start and end. Unpaired surrogates count as U+FFFD.
 
     Raises ArgumentError for a prompt over 64 KiB, or with a word of more than 1000 characters.
     """
-    prompt = prompt.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    size = len(prompt.encode())
-    if size > MAX_BYTES:
-        raise ArgumentError(f"prompt: {size} bytes; the limit is {MAX_BYTES}, shorten it")
+    prompt = readable(prompt)
     longest = max(map(len, prompt.split()), default=0)
     if longest > MAX_WORD:
         raise ArgumentError(f"prompt: a word of {longest} characters; the limit is {MAX_WORD}, shorten it or add spaces")
@@ -65,6 +71,11 @@ def first_dropped(ids: Sequence[int], kept: int) -> str:
     return _bpe().decode(ids[begin : end + 1]).strip()
 
 
+def framed(ids: Sequence[int], length: int, pad: int) -> list[int]:
+    """Start, at most length - 2 ids, end, then `pad` up to `length`."""
+    return [START, *ids, END] + [pad] * (length - 2 - len(ids))
+
+
 def tokenize(prompts: Sequence[str], length: int = 77, pad: int = END) -> Tensor:
     """Ids [b, length]: start, the prompt, end, then `pad` (49407 in OpenAI's towers, 0 in OpenCLIP's).
 
@@ -77,5 +88,5 @@ def tokenize(prompts: Sequence[str], length: int = 77, pad: int = END) -> Tensor
             dropped = first_dropped(ids, length - 2)
             warnings.warn(f"prompt: {len(ids)} tokens, {length - 2} are read; dropped from '{printable(dropped)[:60]}' on", TruncationWarning, stacklevel=2)
             ids = ids[: length - 2]
-        rows.append([START, *ids, END] + [pad] * (length - 2 - len(ids)))
+        rows.append(framed(ids, length, pad))
     return torch.tensor(rows, dtype=torch.long).reshape(len(rows), length)
