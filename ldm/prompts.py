@@ -27,6 +27,8 @@ MAX_WEIGHT, MAX_DEPTH = 100.0, 100
 _NUMBER = r"[+-]?(?:(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:e[+-]?[0-9]+)?|nan|inf(?:inity)?)"
 _MARK = re.compile(rf"\\[\\()\[\]]|[()\[\]]|:\s*({_NUMBER})\s*\)", re.IGNORECASE)
 
+Fault = tuple[re.Match[str], str]  # a bracket, and why it is text
+
 
 class PromptWarning(UserWarning):
     """Brackets in a prompt that weigh nothing and are taken as text."""
@@ -70,13 +72,15 @@ def parse(prompt: str) -> list[list[tuple[str, float]]]:
     return sections
 
 
-def _warn(faults: Sequence[str]) -> None:
+def _warn(faults: Sequence[Fault]) -> None:
     if faults:
+        mark, what = min(faults, key=lambda fault: fault[0].start())
+        where = f"{mark[0][-1]!r} at character {mark.start() + 1}"
         more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
-        warnings.warn(f"prompt: {faults[0]}{more}: taken as text; write \\( \\) \\[ \\] for brackets that are", PromptWarning, stacklevel=4)
+        warnings.warn(f"prompt: {where} {what}{more}: taken as text; write \\( \\) \\[ \\] for brackets that are", PromptWarning, stacklevel=4)
 
 
-def _parse(prompt: str) -> tuple[list[list[tuple[str, float]]], list[str]]:
+def _parse(prompt: str) -> tuple[list[list[tuple[str, float]]], list[Fault]]:
     """Sections, and what is wrong with the brackets."""
     prompt = readable(prompt)
     marks = list(_MARK.finditer(prompt))
@@ -97,7 +101,7 @@ def _parse(prompt: str) -> tuple[list[list[tuple[str, float]]], list[str]]:
                 weights.append(weight)
                 closing.add(end)
             else:
-                faults.append(f"{_place(mark)} is {'more than 100 deep' if len(weights) > MAX_DEPTH else f'a weight of {weight:g}, beyond {MAX_WEIGHT:g}'}")
+                faults.append((mark, "is more than 100 deep" if len(weights) > MAX_DEPTH else f"is a weight of {weight:g}, beyond {MAX_WEIGHT:g}"))
                 pieces.append((mark[0], weights[-1]))
         else:
             pieces.append((mark[0][1:] if mark[0].startswith("\\") else mark[0], weights[-1]))
@@ -105,7 +109,7 @@ def _parse(prompt: str) -> tuple[list[list[tuple[str, float]]], list[str]]:
     return _sections(pieces), faults
 
 
-def _pairs(marks: Sequence[re.Match[str]]) -> tuple[dict[int, tuple[int, float]], list[str]]:
+def _pairs(marks: Sequence[re.Match[str]]) -> tuple[dict[int, tuple[int, float]], list[Fault]]:
     """Where each bracket that has a partner ends and what it multiplies by, {opening: (closing, factor)}; and those that have none."""
     pairs: dict[int, tuple[int, float]] = {}
     alone = []
@@ -125,11 +129,7 @@ def _pairs(marks: Sequence[re.Match[str]]) -> tuple[dict[int, tuple[int, float]]
                 open_[marks[alone[-1]][0]] -= 1
             open_[wanted] -= 1
             pairs[stack.pop()] = i, float(mark[1]) if mark[1] else EMPHASIS if wanted == "(" else 1 / EMPHASIS
-    return pairs, [f"{_place(marks[i])} has no partner" for i in sorted(alone + stack)]
-
-
-def _place(mark: re.Match[str]) -> str:
-    return f"{mark[0][-1]!r} at character {mark.start() + 1}"
+    return pairs, [(marks[i], "has no partner") for i in alone + stack]
 
 
 def _sections(pieces: Sequence[tuple[str, float]]) -> list[list[tuple[str, float]]]:
@@ -173,7 +173,7 @@ def _room(towers: Sequence[CLIPText]) -> int:
     return min(tower.config.length for tower in towers) - 2
 
 
-def _units(prompt: str, weighting: bool, embeddings: Sequence[Embedding]) -> tuple[list[list[_Unit]], list[str]]:
+def _units(prompt: str, weighting: bool, embeddings: Sequence[Embedding]) -> tuple[list[list[_Unit]], list[Fault]]:
     """The units of each section, and what is wrong with the brackets."""
     sections, faults = _parse(prompt) if weighting else ([[(readable(prompt), 1.0)]], [])
     return [[unit for text, weight in section for unit in _text_units(text, weight, embeddings)] for section in sections], faults
