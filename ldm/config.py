@@ -103,6 +103,10 @@ class DepthConfig:
     hooks: tuple[int, ...] = (8, 11)  # its two blocks, counted from 0, whose output is read
     features: int = 256  # channels of the fusion
 
+    def __post_init__(self) -> None:
+        if len(self.blocks) != 3 or len(self.hooks) != 2 or not 0 <= self.hooks[0] < self.hooks[1] < self.layers:
+            raise ArgumentError(f"DepthConfig: three entries in blocks, and two rising hooks below {self.layers} layers; not {self.blocks} and {self.hooks}")
+
     @property
     def patch(self) -> int:
         """Pixels along a side of what becomes one token: the ResNet halves four times."""

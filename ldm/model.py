@@ -12,6 +12,7 @@ from torch import nn
 from ldm.clip import CLIPText
 from ldm.conditioning import Cond, Sizes, vector
 from ldm.config import ModelConfig
+from ldm.dpt import DPT
 from ldm.errors import ArgumentError
 from ldm.prompts import encode_text
 from ldm.unet import UNet
@@ -33,6 +34,7 @@ class LatentDiffusion(nn.Module):
         self.vae = VAE(config.vae)
         self.text = nn.ModuleList(CLIPText(text) for text in config.text)
         self.vision = None if config.vision is None else CLIPVision(config.vision)
+        self.depth = None if config.depth is None else DPT(config.depth)
 
     @property
     def device(self) -> torch.device:

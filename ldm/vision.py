@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
-
 import torch
 from einops import rearrange
 from torch import Tensor, nn
@@ -15,7 +13,7 @@ from ldm.errors import ArgumentError
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of the pictures CLIP was trained on, levels in [0, 1]
 
-How = Literal["original", "card"]
+PREPROCESSORS = ("original", "card")  # ways to make a picture of any size what the tower of image variations wants
 
 
 class Embeddings(nn.Module):
@@ -69,17 +67,17 @@ def normalised(image: Tensor) -> Tensor:
     return ((image + 1) / 2 - mean) / std
 
 
-def preprocess(image: Tensor, how: How = "original", size: int = 224) -> Tensor:
+def preprocess(image: Tensor, how: str = "original", size: int = 224) -> Tensor:
     """[b, 3, H, W] in [-1, 1] -> what the tower of image variations wants: [b, 3, size, size] float32, normalised.
 
     how  "original": as it was trained. kornia's bicubic `resize` with align_corners=True and antialias=False, which hands its arguments to
          torch's `interpolate` and adds only a blur before it, if antialias: so this is that call
          "card": as the model card asks: torchvision's bicubic `Resize` without antialias, which is `interpolate` with align_corners=False
-    Nothing is cropped: what is not square is squeezed. Raises ArgumentError for another `how`, or another shape.
+    Nothing is cropped: what is not square is squeezed. Raises ArgumentError for a `how` that is not in PREPROCESSORS, or another shape.
     Original: FrozenCLIPImageEmbedder of justinpinkney/stable-diffusion.
     """
-    if how not in get_args(How):
-        raise ArgumentError(f"how: {str(how)[:40]!r} is no preprocessing; there are {', '.join(get_args(How))}", key="how")
+    if how not in PREPROCESSORS:
+        raise ArgumentError(f"how: {str(how)[:40]!r} is no preprocessing; there are {', '.join(PREPROCESSORS)}", key="how")
     if image.ndim != 4 or image.shape[1] != 3:
         raise ArgumentError(f"pictures are tensors [b, 3, H, W]; this one is {list(image.shape)}")
     return normalised(F.interpolate(image.float(), (size, size), mode="bicubic", align_corners=how == "original"))

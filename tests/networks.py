@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ldm.clip import CLIPText
-from ldm.config import SD1, SD2, SDXL, SSD1B, X4, TextConfig, UNetConfig, VAEConfig, VisionConfig
+from ldm.config import SD1, SD2, SDXL, SSD1B, X4, DepthConfig, TextConfig, UNetConfig, VAEConfig, VisionConfig
+from ldm.dpt import DPT
 from ldm.unet import UNet
 from ldm.vae import VAE
 from ldm.vision import CLIPVision
@@ -32,6 +33,7 @@ TINY_VAES = {"vae-f8-tiny": VAEConfig(channels=32, scale=1.0), "vae-f4-tiny": VA
 CLIP_L_TINY = TextConfig(width=64, layers=3, heads=4, mlp=256)
 OPENCLIP_TINY = replace(CLIP_L_TINY, activation="gelu", projection=48, pad=0)
 VISION_TINY = VisionConfig(image=28, patch=7, width=64, layers=3, heads=4, mlp=256, projection=48)
+DEPTH_TINY = DepthConfig(image=64, stem=32, blocks=(2, 1, 2), width=64, layers=4, heads=4, mlp=128, hooks=(1, 3), features=32)
 
 
 def golden(file: str) -> dict[str, Tensor]:
@@ -109,3 +111,8 @@ def run_unet(name: str) -> Tensor:
 def tiny_vision() -> CLIPVision:
     """The vision tower with the weights of its golden run."""
     return fill(CLIPVision(VISION_TINY), lambda key: f"image_encoder.{key}")
+
+
+def dpt(config: DepthConfig) -> DPT:
+    """A depth network with seeded weights; with the published sizes, that of the golden run."""
+    return fill(DPT(config), lambda key: f"depth_model.model.{key}")

@@ -8,7 +8,7 @@ import types
 from dataclasses import asdict, fields, is_dataclass
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from ldm.config import ModelConfig, TextConfig, UNetConfig, VAEConfig
+from ldm.config import DepthConfig, ModelConfig, TextConfig, UNetConfig, VAEConfig, VisionConfig
 from ldm.errors import ArgumentError
 
 CONFIG_KEY = "ldm.config"
@@ -76,8 +76,9 @@ def _require(holds: bool, value: Any, where: str, what: str) -> Any:
 
 def _require_buildable(config: ModelConfig) -> None:
     """Numbers that fit together: what the networks would otherwise only notice when built, or when first used."""
-    for check, part in ((_unet, config.unet), (_vae, config.vae), *((_text, text) for text in config.text)):
-        fault = check(part)
+    parts = ((_unet, config.unet), (_vae, config.vae), *((_text, text) for text in config.text), (_vision, config.vision), (_depth, config.depth))
+    for check, part in parts:
+        fault = part and check(part)
         if fault:
             raise ArgumentError(f"its {CONFIG_KEY} is impossible: {fault}", key=CONFIG_KEY)
     if not 0 < config.schedule.start <= config.schedule.end < 1 or config.schedule.steps < 1 or config.size < 1:
@@ -106,3 +107,18 @@ def _text(text: TextConfig) -> str | None:
     if min(text.vocab, text.length, text.width, text.heads, text.mlp) < 1 or text.width % text.heads:
         return f"a text tower of width {text.width} with {text.heads} heads"
     return "a text tower that skips all its layers" if text.skip >= max(text.layers, 1) else None
+
+
+def _vision(vision: VisionConfig) -> str | None:
+    sizes = (vision.width, vision.heads, vision.mlp, vision.projection, vision.patch)
+    if min(sizes) < 1 or vision.width % vision.heads or vision.image < vision.patch:
+        return f"an image encoder of width {vision.width} with {vision.heads} heads and patches of {vision.patch} of {vision.image} pixels"
+    return None
+
+
+def _depth(depth: DepthConfig) -> str | None:
+    if depth.stem < 1 or depth.stem % 32 or depth.image < 32 or depth.image % 32 or min(depth.blocks) < 1:
+        return f"a depth network whose stem of {depth.stem} channels and pictures of {depth.image} pixels are not multiples of 32"
+    if min(depth.width, depth.heads, depth.mlp) < 1 or depth.features < 2 or depth.width % depth.heads:
+        return f"a depth network of width {depth.width} with {depth.heads} heads"
+    return None
