@@ -162,7 +162,11 @@ class VAE(nn.Module):
 
     def encode(self, image: Tensor, noise: Tensor | None = None) -> Tensor:
         """[b, 3, H, W] in [-1, 1] -> scaled latent [b, z, h, w]: the mean, or a sample when `noise` (N(0, 1), same shape) is given."""
-        mean, logvar = self.moments(image).chunk(2, dim=1)
+        return self.latent(self.moments(image), noise)
+
+    def latent(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Moments [b, 2 z, h, w] -> scaled latent [b, z, h, w]: the mean, or a sample when `noise` (N(0, 1), same shape) is given."""
+        mean, logvar = moments.chunk(2, dim=1)
         if noise is not None:
             mean = mean + torch.exp(0.5 * logvar.clamp(-30.0, 20.0)) * noise
         return mean * self.config.scale
