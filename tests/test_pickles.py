@@ -177,7 +177,7 @@ DAMAGE = {
     "bytes after the end": (pickled({"w": 1}) + b"N", "bytes after the end"),
     "second pickle": (pickled({"w": 1}) + LIVE["global and reduce"], "bytes after the end"),
     "a list": ([1, 2], "holds list, not named tensors"),
-    "a bare tensor": (tensor(), "without a name"),
+    "a bare tensor": (tensor(shape=(1, 2, 3), stride=(6, 3, 1)), "without a name"),
     "no tensors": ({"state_dict": {}}, ""),
     "a module": (Call(Name("argparse", "Namespace")), "holds argparse.Namespace"),
 }

@@ -183,6 +183,8 @@ def _checked(source: Source, key: str, ref: TensorRef, records: Mapping[str, Rec
 def _named(source: Source, top: Any) -> tuple[dict[str, TensorRef], dict[str, str]]:
     """Tensors by name, nested names joined by dots, and the numbers and words beside the wrappers."""
     if type(top) is TensorRef:
+        if len(top.shape) <= 2:  # old embeddings are no more than that
+            return {"tensor": top}, {}
         raise source.error("holds one tensor without a name, not a model")
     facts: dict[str, str] = {}
     for _ in range(8):
