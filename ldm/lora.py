@@ -124,6 +124,8 @@ def require_fit(change: Change, shape: Shape) -> None:
             raise ArgumentError(f"its magnitudes are {list(change.magnitude.shape)}, the weight is {list(shape)}: they need one per input or per output")
         return
     made = _made(change, shape)
+    if rank(change) == 0:
+        raise ArgumentError(f"its rank is 0, so it cannot change a weight of {list(shape)}")
     if _trimmed(made) != _trimmed(shape) and made != (shape[0], math.prod(shape[1:])):
         raise ArgumentError(f"it changes a weight of {list(made)}, the model's is {list(shape)}")
 

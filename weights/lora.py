@@ -196,7 +196,7 @@ def _weight(has: Set[str], tensor: Callable[[str], Tensor], optional: Callable[[
         change = Kronecker(one, two, alpha, optional("lokr_t2"))
     elif families & {"a1", "a2", "b1", "b2"}:
         a1, a2, b1, b2 = (tensor(part) for part in ("a1", "a2", "b1", "b2"))
-        if not _joins(a1, a2, b1, b2) and _joins(a2, a1, b2, b1):  # older files of LyCORIS number the factors of a pair the other way round
+        if _joins(a2, a1, b2, b1) and (a1.shape[0] < a1.shape[1] or not _joins(a1, a2, b1, b2)):  # older files of LyCORIS number the factors of a pair the other way round
             a1, a2, b1, b2 = a2, a1, b2, b1
         change = Generalised(a1, a2, b1, b2, alpha)
     elif families & {"diff", "w_norm"}:
@@ -212,6 +212,7 @@ def _weight(has: Set[str], tensor: Callable[[str], Tensor], optional: Callable[[
 
 
 def _joins(a1: Tensor, a2: Tensor, b1: Tensor, b2: Tensor) -> bool:
+    """Whether these can be [in, r], [r, in], [out, r] and [r, in]. Where both orders can, a rank below the width decides."""
     return min(a1.ndim, a2.ndim, b1.ndim, b2.ndim) >= 2 and a1.shape[1] == a2.shape[0] == b1.shape[1] == b2.shape[0]
 
 

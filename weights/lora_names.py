@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from types import MappingProxyType
 
 import torch
 
 from ldm.clip import CLIPText
 from ldm.config import ModelConfig
+from ldm.lora import Shape
 from ldm.unet import UNet
-from weights.layout import Shape
 from weights.names import diffusers_unet
 
 SUFFIXES: dict[str, str] = {  # end of a key -> what the tensor is; before it stands the spelling of the module
@@ -33,25 +35,26 @@ def split(key: str) -> tuple[str, str] | None:
     return None if suffix is None else (key.removesuffix(suffix), SUFFIXES[suffix])
 
 
-def shapes(config: ModelConfig) -> dict[str, Shape]:
+@lru_cache(maxsize=16)  # several LoRAs of one model are looked up in the same tables
+def shapes(config: ModelConfig) -> Mapping[str, Shape]:
     """{our name: shape} of every parameter that a LoRA can change: those of the UNet and of the text towers."""
     with torch.device("meta"):
         networks = {"unet": UNet(config.unet), **{f"text.{i}": CLIPText(text) for i, text in enumerate(config.text)}}
-    return {f"{name}.{key}": tuple(tensor.shape) for name, network in networks.items() for key, tensor in network.state_dict().items()}
+    return MappingProxyType({f"{name}.{key}": tuple(tensor.shape) for name, network in networks.items() for key, tensor in network.state_dict().items()})
 
 
-def spellings(config: ModelConfig) -> dict[str, str]:
+@lru_cache(maxsize=16)
+def spellings(config: ModelConfig) -> Mapping[str, str]:
     """{spelling of a module: our name of it} for every way in which files name it."""
     table: dict[str, str] = {}
     theirs = {_module(ours): _module(name) for ours, name in diffusers_unet(config.unet).items()}
     for module, name in theirs.items():
         table |= dict.fromkeys(_of_unet(module, name), f"unet.{module}")
-    for i, text in enumerate(config.text):
-        with torch.device("meta"):
-            modules = {_module(key) for key in CLIPText(text).state_dict()}
-        for module in modules:
-            table |= dict.fromkeys(_of_text(module, i, len(config.text)), f"text.{i}.{module}")
-    return table
+    for tower in range(len(config.text)):
+        prefix = f"text.{tower}."
+        for module in {_module(key.removeprefix(prefix)) for key in shapes(config) if key.startswith(prefix)}:
+            table |= dict.fromkeys(_of_text(module, tower, len(config.text)), prefix + module)
+    return MappingProxyType(table)
 
 
 def _module(parameter: str) -> str:
