@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from ldm.conditioning import Cond
+from ldm.errors import MemoryLimit, NonFinite
+from ldm.finite import blame, dtype_of, is_finite, weights_not_finite, wider
 from ldm.model import LatentDiffusion
+from ldm.unet import UNet
 from samplers import Combine, Denoiser
 
 
@@ -24,30 +28,92 @@ def to_x0(prediction: str, x: Tensor, out: Tensor, sigma: float) -> Tensor:
     return x / (1 + sigma**2) - out * (sigma / math.sqrt(1 + sigma**2))
 
 
-@torch.no_grad()
 def predict_x0(model: LatentDiffusion, x: Tensor, sigma: float, cond: Cond) -> Tensor:
-    """One network call: x [b, c, h, w] float32 at noise level sigma -> x0, float32. Half precision begins and ends in here."""
-    x_in = x / math.sqrt(1 + sigma**2)  # unit variance, what the network was trained on
-    if cond.concat is not None:
-        x_in = torch.cat([x_in, cond.concat.to(x_in)], dim=1)
-    t = torch.full((len(x),), model.schedule.timestep(sigma), dtype=torch.float32, device=x.device)
-    y = cond.y.to(model.dtype) if cond.y is not None and cond.y.is_floating_point() else cond.y
-    out = model.unet(x_in.to(model.dtype), t, cond.context.to(model.dtype), y)
-    return to_x0(model.config.prediction, x, out.float(), sigma)
+    """One network call: x [b, c, h, w] float32 at noise level sigma -> x0, float32. Half precision begins and ends in here.
+
+    Where half precision overflows, or the GPU's memory does not suffice, it is done again as `predictor` says.
+    Raises NonFinite and MemoryLimit.
+    """
+    return predictor(model)(x, sigma, cond)
+
+
+def predictor(model: LatentDiffusion) -> Callable[[Tensor, float, Cond], Tensor]:
+    """`predict_x0` of this model for the calls of one run, which remembers what it took to do one.
+
+    An output with NaN or infinity in half precision: again with attention in float32, then in bfloat16 and in float32, each a copy of the
+    UNet that is kept; the model stays as it is. Not enough memory on the GPU: again in halves of the batch. One warning each.
+    Raises NonFinite that names the first module and the weights it comes from, and MemoryLimit.
+    """
+    taken: UNet | None = None  # a wider copy, once the model's own has failed
+    most: int | None = None  # pictures at once, once there was no room for more
+
+    def in_parts(unet: UNet, inputs: Sequence[Tensor | None]) -> Tensor:
+        nonlocal most
+        n = len(inputs[0])
+        size = n if most is None else min(n, most)
+        while True:
+            parts = [[None if each is None else each[i : i + size] for each in inputs] for i in range(0, n, size)]
+            try:
+                return torch.cat([unet(*part) for part in parts])
+            except torch.OutOfMemoryError:
+                pass  # what the failed call holds is free only outside of this
+            torch.cuda.empty_cache()
+            if size == 1:
+                side = "x".join(str(cells * model.config.vae.factor) for cells in reversed(inputs[0].shape[2:]))
+                raise MemoryLimit(f"UNet: the GPU's memory does not suffice for {side}, one picture and condition at a time; use a smaller size, or --offload")
+            if most is None:
+                warnings.warn(f"UNet: the GPU's memory does not suffice for a batch of {size}: it is computed in parts from here on", stacklevel=6)
+            size = most = (size + 1) // 2
+
+    def out_of(unet: UNet, x: Tensor, sigma: float, cond: Cond) -> Tensor:
+        dtype = dtype_of(unet)
+        x_in = x / math.sqrt(1 + sigma**2)  # unit variance, what the network was trained on
+        if cond.concat is not None:
+            x_in = torch.cat([x_in, cond.concat.to(x_in)], dim=1)
+        t = torch.full((len(x),), model.schedule.timestep(sigma), dtype=torch.float32, device=x.device)
+        y = cond.y.to(dtype) if cond.y is not None and cond.y.is_floating_point() else cond.y
+        return in_parts(unet, (x_in.to(dtype), t, cond.context.to(dtype), y)).float()
+
+    @torch.no_grad()
+    def predict(x: Tensor, sigma: float, cond: Cond) -> Tensor:
+        nonlocal taken
+        unet = model.unet if taken is None else taken
+        out = out_of(unet, x, sigma, cond)
+        if not is_finite(out):
+            out, taken = _again(unet, lambda unet: out_of(unet, x, sigma, cond), x, sigma, cond)
+        return to_x0(model.config.prediction, x, out, sigma)
+
+    return predict
+
+
+def _again(unet: UNet, run: Callable[[UNet], Tensor], x: Tensor, sigma: float, cond: Cond) -> tuple[Tensor, UNet]:
+    """A finite output, and the wider copy that gave it. Raises NonFinite where there is none."""
+    for what, given in (("x", x), ("the context", cond.context), ("y", cond.y), ("what is concatenated", cond.concat)):
+        if given is not None and not is_finite(given):
+            raise NonFinite(f"UNet: at sigma {sigma:.4g}, {what} has NaN or infinity before the UNet has seen it; use bfloat16 or float32, or check the weights")
+    overflow = f"UNet: NaN or infinity at sigma {sigma:.4g} in {str(dtype_of(unet)).removeprefix('torch.')}, {blame(unet, lambda: run(unet))}"
+    for how, copy in wider(unet) if not weights_not_finite(unet) else ():
+        out = run(copy)
+        if is_finite(out):
+            warnings.warn(f"{overflow}; computed {how} from here on", stacklevel=5)
+            return out, copy
+        overflow = f"UNet: NaN or infinity at sigma {sigma:.4g} even {how}, {blame(copy, lambda copy=copy: run(copy))}"
+    raise NonFinite(f"{overflow}; use other weights")
 
 
 def guided(model: LatentDiffusion, conds: Sequence[Cond], combine: Combine) -> Denoiser:
     """A `Denoiser` that asks the network for every condition `combine` needs at this noise level, in one batched call.
 
     conds  in the order `combine` wants them, [uncond, cond] for `cfg`; each of x's batch size
+    What overflow and lack of memory have taught (see `predictor`) is remembered for as long as the denoiser lives.
     """
-    batches = {}
+    predict, batches = predictor(model), {}
 
     def denoise(x: Tensor, sigma: float) -> Tensor:
         needed = combine.needs(sigma)
         if needed not in batches:
             batches[needed] = Cond.cat([conds[i] for i in needed])
-        x0s = predict_x0(model, torch.cat([x] * len(needed)), sigma, batches[needed]).chunk(len(needed))
+        x0s = predict(torch.cat([x] * len(needed)), sigma, batches[needed]).chunk(len(needed))
         return combine(x0s, sigma)
 
     return denoise

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm.attention import Attend, CrossAttention
+from ldm.attention import CrossAttention
 
 
 class AttendInFloat32(nn.Module):
@@ -40,7 +40,7 @@ def wider(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """
     dtype = dtype_of(network)
     if dtype == torch.float16:
-        if any(isinstance(module, CrossAttention) for module in network.modules()):
+        if any(isinstance(module, CrossAttention) and not isinstance(module.attend, AttendInFloat32) for module in network.modules()):
             yield "with attention in float32", _attending_in_float32(network)
         yield "in bfloat16", converted(network, torch.bfloat16)
     if dtype in (torch.float16, torch.bfloat16):
@@ -66,8 +66,8 @@ def _attending_in_float32(network: nn.Module) -> nn.Module:
 
 
 def _copied(network: nn.Module, tensors: Mapping[int, Tensor]) -> nn.Module:
-    """A copy with these tensors in the place of its own, {id of the old: new}. Attention without weights is shared: who looks at it still sees it."""
-    shared = {id(module.attend): module.attend for module in network.modules() if isinstance(module, CrossAttention) and isinstance(module.attend, Attend)}
+    """A copy with these tensors in the place of its own, {id of the old: new}. Attention is shared: who has swapped it in to look at it still does."""
+    shared = {id(module.attend): module.attend for module in network.modules() if isinstance(module, CrossAttention)}
     return copy.deepcopy(network, {**tensors, **shared})
 
 

@@ -35,11 +35,12 @@ class LatentDiffusion(nn.Module):
         self.text = nn.ModuleList(CLIPText(text) for text in config.text)
         self.vision = None if config.vision is None else CLIPVision(config.vision)
         self.depth = None if config.depth is None else DPT(config.depth)
+        self.runs_on: torch.device | None = None  # set by `ldm.offload`, whose networks run elsewhere than they rest
 
     @property
     def device(self) -> torch.device:
-        """Where the UNet is."""
-        return self.unet.time_embed[0].weight.device
+        """Where the networks run: what they are given belongs there."""
+        return self.unet.time_embed[0].weight.device if self.runs_on is None else self.runs_on
 
     @property
     def dtype(self) -> torch.dtype:

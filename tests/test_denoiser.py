@@ -114,16 +114,6 @@ def test_the_model_conditions_on_prompts(model: LatentDiffusion) -> None:
     assert model.dtype == torch.float32
 
 
-@pytest.mark.parametrize(
-    ("change", "what"), [({"vector_dim": 112}, "sizes"), ({"noise_levels": 10}, "a noise level")], ids=["vector", "noise level"]
-)
-def test_a_family_that_is_told_more_than_text_is_refused_rather_than_told_half(change: dict, what: str) -> None:
-    with torch.device("meta"):
-        model = LatentDiffusion(replace(TINY, unet=replace(TINY.unet, **change)))
-    with pytest.raises(ArgumentError, match=f"also told {what}"):
-        model.condition(["a cat"], size=(64, 64))
-
-
 @pytest.mark.parametrize("size", [(64, 63), (0, 64), (-8, 64), (4, 64)])
 def test_a_size_without_latents_is_refused(model: LatentDiffusion, size: tuple[int, int]) -> None:
     with pytest.raises(ArgumentError, match="multiples of 8"):

@@ -30,15 +30,24 @@ def device_of(name: str) -> torch.device:
 
 
 def dtype_of(name: str, device: torch.device) -> torch.dtype:
-    """The type to compute in. On the CPU float32 is the default even where bfloat16 is faster: pictures should not depend on the processor."""
+    """The type to compute in. auto: float16 on CUDA; on the CPU bfloat16 where the processor multiplies it in hardware, else float32."""
     if name != "auto" and name not in DTYPES:
         raise ArgumentError(f"--dtype: {name[:40]!r} is unknown; use auto, {', '.join(DTYPES)}")
-    dtype = DTYPES.get(name, torch.float16 if device.type == "cuda" else torch.float32)
+    dtype = DTYPES.get(name) or (torch.float16 if device.type == "cuda" else torch.bfloat16 if has_bfloat16() else torch.float32)
     if dtype == torch.float16 and device.type == "cpu":
         warnings.warn("--dtype: float16 on the CPU is slow and may overflow; bfloat16 or float32 are made for it", stacklevel=2)
     if dtype == torch.float32 and device.type == "cuda":
         torch.backends.cudnn.allow_tf32 = False  # who asks for float32 here wants its precision
     return dtype
+
+
+def has_bfloat16() -> bool:
+    """Whether the CPU multiplies matrices of bfloat16 in hardware: x86's AVX512-BF16 and AMX, ARM's BF16. False where the system does not say."""
+    try:
+        found = re.search(r"^(?:flags|Features)\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        return False
+    return found is not None and not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(found[1].split())
 
 
 def check_size(model: LatentDiffusion, size: tuple[int, int], batch: int) -> None:
