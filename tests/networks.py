@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from ldm.clip import CLIPText
 from ldm.config import SD1, SD2, SDXL, SSD1B, X4, DepthConfig, TextConfig, UNetConfig, VAEConfig, VisionConfig
 from ldm.dpt import DPT
+from ldm.safety import SafetyChecker
 from ldm.unet import UNet
 from ldm.vae import VAE
 from ldm.vision import CLIPVision
-from tests.seeded import weight
+from tests.seeded import normal, weight
 from weights.names import diffusers_unet, from_openclip
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -89,8 +90,6 @@ def tiny_openclip() -> CLIPText:
 
 def run_unet(name: str) -> Tensor:
     """The output of a tiny UNet on the inputs of its golden run."""
-    from tests.seeded import normal
-
     config = TINY_UNETS[name]
     x, context = normal(f"{name}/x", (2, config.in_channels, 16, 16)), normal(f"{name}/context", (2, 77, 64))
     y = None
@@ -115,4 +114,15 @@ def tiny_vision() -> CLIPVision:
 
 def dpt(config: DepthConfig) -> DPT:
     """A depth network with seeded weights; with the published sizes, that of the golden run."""
-    return fill(DPT(config), lambda key: f"depth_model.model.{key}")
+    with torch.device("meta"):  # giving 123 M parameters values that are then replaced takes as long as running them
+        network = DPT(config)
+    network.load_state_dict({name: weight(f"depth_model.model.{name}", p.shape) for name, p in network.state_dict().items()}, assign=True)
+    return network.eval().requires_grad_(False)
+
+
+def tiny_safety() -> SafetyChecker:
+    """The safety checker with the weights of its golden run: thresholds around 0.21, and the tower's prefix not doubled, as transformers 5 has it."""
+    checker = fill(SafetyChecker(VISION_TINY), lambda key: f"safety_checker.{key.replace('vision_model.vision_model.', 'vision_model.')}")
+    for name in ("concept_embeds_weights", "special_care_embeds_weights"):
+        getattr(checker, name).copy_(0.21 + 0.05 * normal(f"safety_checker.{name}", getattr(checker, name).shape))
+    return checker
