@@ -9,194 +9,181 @@ from collections.abc import Mapping
 from dataclasses import replace
 from os import PathLike
 
-from ldm.config import FAMILIES, ModelConfig, TextConfig, UNetConfig, VAEConfig
+from ldm.config import FAMILIES, REFINER, SD1, SD2, SDXL, SSD1B, ModelConfig, TextConfig, UNetConfig, VAEConfig, VisionConfig
 from ldm.errors import AmbiguousCheckpoint, ArgumentError, FileError
-from weights.layout import LAYOUTS, Shape
+from weights.layout import Layout, original
 from weights.metadata import CONFIG_KEY, from_json
-
-UNET, VAE, TEXT = "model.diffusion_model.", "first_stage_model.", "cond_stage_model.transformer.text_model."
+from weights.places import Shape
+from weights.sizes import UNET, VAE, Lookup, Shapes, read_text, read_unet, read_vae, read_vision, visible
 
 TITLES = {
     "sd1": "an SD 1 model", "sd1-inpainting": "an SD 1 inpainting model", "sd-image-variations": "an SD Image Variations model",
-    "sd2-base": "an SD 2 model", "sd2-inpainting": "an SD 2 inpainting model", "sd2-depth": "an SD 2 depth model",
+    "sd2-base": "an SD 2 model", "sd2-v": "an SD 2 model", "sd2-inpainting": "an SD 2 inpainting model", "sd2-depth": "an SD 2 depth model",
     "x4-upscaler": "an SD x4 upscaler", "sdxl-base": "an SDXL base model", "sdxl-inpainting": "an SDXL inpainting model",
-    "sdxl-refiner": "an SDXL refiner", "ssd-1b": "an SSD-1B model", "ip2p": "an InstructPix2Pix-like model (8 input channels)",
-    "unclip": "an unCLIP model", "unknown": "a latent diffusion model of an unknown family",
+    "sdxl-refiner": "an SDXL refiner", "ssd-1b": "an SSD-1B model",
 }  # fmt: skip
-
-Shapes = Mapping[str, Shape]
+REFUSED = {  # recognised, and not supported
+    "ip2p": "an InstructPix2Pix-like model (8 input channels)", "zero123": "a Zero123 model (views of an object)", "unclip": "an unCLIP model",
+    "vega": "a Segmind Vega model", "koala": "a KOALA or otherwise distilled SDXL model", "unknown": "a latent diffusion model of an unknown family",
+}  # fmt: skip
 
 
 def detect(shapes: Shapes, metadata: Mapping[str, str], config: ModelConfig | str | None, path: str | PathLike[str]) -> ModelConfig:
-    """The config of the model whose tensors, under their original names, have these shapes.
+    """The config of the model in a single file whose tensors have these shapes. Whether SD 2 predicts eps or v is `weights.prediction`'s to say.
 
     `config` (a ModelConfig, or the name of a family) overrules what the file says; then comes `ldm.config` in its metadata,
-    then the shapes of the published families. `path` is for errors. Raises FileError for what is no model, or of a family that cannot be loaded
-    yet, and AmbiguousCheckpoint where only a config can settle it.
+    then the shapes of the published families. `path` is for errors. Raises FileError for what is no model, or of a family that cannot be
+    loaded, and AmbiguousCheckpoint where only a config can settle it.
     """
-    if isinstance(config, str) and config not in FAMILIES:
-        near = difflib.get_close_matches(config, FAMILIES, n=1)
-        raise ArgumentError(f"config '{config[:40]}' is no family{f' (meant {near[0]}?)' if near else ''}; there are {', '.join(FAMILIES)}")
-    if f"{UNET}input_blocks.0.0.weight" not in shapes:
-        raise FileError(_not_a_model(shapes), path=path)
-    name = family(shapes)
-    if name not in LAYOUTS:
-        raise FileError(f"is {TITLES[name]}; this version loads SD 1 text-to-image models only", path=path)
-    if isinstance(config, ModelConfig):
-        return config
     if isinstance(config, str):
-        if config not in LAYOUTS:
-            raise FileError(f"is {TITLES[name]} and config is '{config}'; this version loads SD 1 text-to-image models only", path=path)
-        return FAMILIES[config]
-    unet, vae, text = read_unet(shapes), read_vae(shapes), read_text(shapes)
-    if CONFIG_KEY in metadata:
-        return _described(metadata[CONFIG_KEY], unet, vae, text, path)
-    known = FAMILIES[name]
-    if text is not None:  # added tokens and removed layers are visible, and change nothing else
-        known = replace(known, text=(replace(known.text[0], vocab=text.vocab, length=text.length, layers=text.layers),))
-    parts = (("UNet", unet, known.unet), ("VAE", vae, known.vae), ("text tower", text, known.text[0]))
-    odd = [what for what, there, usual in parts if there is not None and there != visible(usual)]
-    if odd:
-        what = f"is {TITLES[name]} of its own sizes ({', '.join(odd)})"
-        raise AmbiguousCheckpoint(f"{what}; shapes do not show heads: pass config=ModelConfig(...)", path=path)
+        require_family(config)
+    if f"{UNET}input_blocks.0.0.weight" not in shapes:
+        raise FileError(not_a_model(shapes), path=path)
+    layout = original(shapes)
+    towers = [read_text(lookup(layout, shapes, f"text.{i}.")) for i in range(sum(part.ours.startswith("text.") for part in layout.parts))]
+    if isinstance(config, ModelConfig):
+        return without_unread(config, towers)
+    unet, vae, vision = read_unet(shapes), read_vae(shapes), read_vision(lookup(layout, shapes, "vision."))
+    if config is None and CONFIG_KEY in metadata:
+        return _described(metadata[CONFIG_KEY], unet, vae, towers, vision, path)
+    name = family(unet, vision is not None, shapes)
+    known = named(name, config, path)
+    known = like_file(known, towers)
+    if config is None:
+        require_published(known, unet, vae, towers, vision, TITLES[name], path)
     return known
 
 
-def _described(described: str, unet: UNetConfig | None, vae: VAEConfig | None, text: TextConfig | None, path: str | PathLike[str]) -> ModelConfig:
+def require_family(config: str) -> None:
+    """Refuse what is no family's name."""
+    if config not in FAMILIES:
+        near = difflib.get_close_matches(config, FAMILIES, n=1)
+        raise ArgumentError(f"config '{config[:40]}' is no family{f' (meant {near[0]}?)' if near else ''}; there are {', '.join(FAMILIES)}")
+
+
+def named(name: str, config: str | None, path: str | PathLike[str]) -> ModelConfig:
+    """The config of the family that was recognised, or of the one asked for if the file can be of it."""
+    if name in REFUSED:
+        raise FileError(f"is {REFUSED[name]}, which this version does not know; there are {', '.join(FAMILIES)}", path=path)
+    if config is not None and {"sd2-v": "sd2-base"}.get(config, config) != name:
+        raise FileError(f"is {TITLES[name]} and config is '{config}'; leave config out, or name the right one", path=path)
+    return FAMILIES[config or name]
+
+
+def require_published(
+    known: ModelConfig, unet: UNetConfig | None, vae: VAEConfig | None, towers: list[TextConfig | None], vision: VisionConfig | None,
+    title: str, path: str | PathLike[str],
+) -> None:  # fmt: skip
+    """Refuse other sizes than the family's: they would need heads, which shapes do not show."""
+    parts = [("UNet", unet, known.unet), ("VAE", vae, known.vae), ("image encoder", vision, known.vision)]
+    parts += [("text tower", there, _comparable(usual, there)) for there, usual in zip(towers, known.text, strict=False)]
+    odd = [what for what, there, usual in parts if there is not None and usual is not None and there != visible(usual)]
+    if odd:
+        raise AmbiguousCheckpoint(f"is {title} of its own sizes ({', '.join(dict.fromkeys(odd))}); shapes do not show heads: pass config=ModelConfig(...)", path=path)
+
+
+def _comparable(usual: TextConfig, there: TextConfig | None) -> TextConfig:
+    """The usual tower, with the projection that CLIP-L's file may have and no family reads."""
+    return replace(usual, projection=there.projection) if there is not None and usual.projection is None else usual
+
+
+def _described(
+    described: str, unet: UNetConfig | None, vae: VAEConfig | None, towers: list[TextConfig | None], vision: VisionConfig | None, path: str | PathLike[str]
+) -> ModelConfig:
     """The config in the metadata, if it agrees with the shapes: nothing is built from its numbers alone."""
     try:
         config = from_json(described)
     except ArgumentError as fault:
         raise FileError(str(fault), path=path, key=CONFIG_KEY) from None
-    pairs = (("UNet", config.unet, unet), ("VAE", config.vae, vae), ("text tower", config.text[0] if len(config.text) == 1 else None, text))
+    pairs = [("UNet", config.unet, unet), ("VAE", config.vae, vae), ("image encoder", config.vision, vision)]
+    pairs += [("text tower", _comparable(claimed, there), there) for claimed, there in zip(config.text, towers, strict=False)]
+    if len(config.text) != len(towers):
+        pairs.append(("text tower", None, towers[-1] if towers else TextConfig()))
     for what, claimed, there in pairs:
-        if claimed is None or there is None or visible(claimed) != there:
+        if (claimed is None) != (there is None) or (claimed is not None and visible(claimed) != there):
             raise FileError(f"its {CONFIG_KEY} and the shapes of its {what} disagree; pass config= to overrule it", path=path, key=CONFIG_KEY)
     return config
 
 
-def visible(config: UNetConfig | VAEConfig | TextConfig) -> UNetConfig | VAEConfig | TextConfig:
-    """The config with everything that shapes cannot show set to one fixed value, so that configs compare by shape."""
-    if isinstance(config, UNetConfig):
-        attends = [any(depths) for depths in config.down_depth]
-        cross_only = tuple(cross and has for cross, has in zip(config.cross_only, attends, strict=True))
-        return replace(config, heads=1, head_dim=None, cross_only=cross_only)
-    if isinstance(config, VAEConfig):
-        return replace(config, scale=1.0)
-    return replace(config, heads=1, activation="gelu", pad=0, skip=0, norm=True)
+def lookup(layout: Layout, shapes: Shapes, network: str) -> Lookup:
+    """The shape that a parameter of one network would have here, by its name in that network."""
+
+    def shape(name: str) -> Shape | None:
+        return next((place.ours(shapes[place.key]) for place in layout.places(network + name) if place.key in shapes), None)
+
+    return shape
 
 
-def read_unet(shapes: Shapes, prefix: str = UNET) -> UNetConfig | None:
-    """The visible sizes of the UNet under `prefix`; None when its tensors do not make one."""
-
-    def depth(block: str) -> int:
-        return _count(shapes, f"{prefix}{block}.1.transformer_blocks.{{}}.norm1.weight")
-
-    def width(block: str) -> int | None:
-        return shapes.get(f"{prefix}{block}.0.in_layers.2.weight", (None,))[0]
-
-    try:
-        channels, in_channels = shapes[f"{prefix}input_blocks.0.0.weight"][:2]
-        down: list[list[int]] = [[]]
-        widths: list[int] = []
-        for i in range(1, 1 + len(shapes)):
-            block = f"input_blocks.{i}"
-            if f"{prefix}{block}.0.op.weight" in shapes:
-                down.append([])
-            elif (out := width(block)) is not None:
-                if not down[-1]:
-                    widths.append(out)
-                down[-1].append(depth(block))
-            else:
-                break
-        blocks = len(down[0])
-        ups = [depth(f"output_blocks.{i}") for i in range(len(down) * (blocks + 1))]
-        up = tuple(tuple(ups[i : i + blocks + 1]) for i in range(0, len(ups), blocks + 1))
-        keys = {level: _first(shapes, rf"{re.escape(prefix)}input_blocks\.{1 + level * (blocks + 1)}\.1\..+\.attn1\.to_k\.weight") for level in range(len(down))}
-        context = _first(shapes, rf"{re.escape(prefix)}.+\.attn2\.to_k\.weight")
-        proj = _first(shapes, rf"{re.escape(prefix)}.+\.proj_in\.weight")
-        label, vector = shapes.get(f"{prefix}label_emb.weight"), shapes.get(f"{prefix}label_emb.0.0.weight")
-        return UNetConfig(
-            in_channels=in_channels,
-            out_channels=shapes[f"{prefix}out.2.weight"][0],
-            model_channels=channels,
-            channel_mult=tuple(w // channels for w in widths),
-            num_res_blocks=blocks,
-            context_dim=context[1] if context else 0,
-            heads=1,
-            linear_proj=proj is not None and len(proj) == 2,
-            down_depth=tuple(map(tuple, down)),
-            up_depth=up,
-            mid_depth=depth("middle_block") or None,
-            cross_only=tuple(bool(key) and len(key) == 2 and key[1] != widths[level] for level, key in keys.items()),
-            vector_dim=vector[1] if vector else None,
-            noise_levels=label[0] if label else None,
-        )
-    except (KeyError, IndexError, ValueError, TypeError, ZeroDivisionError):  # not the tensors of a UNet
-        return None
+def _pooled(config: ModelConfig, i: int) -> bool:
+    """Does anything read the pooled text of tower i, which comes after all its blocks?"""
+    return config.unet.vector_dim is not None and i == len(config.text) - 1
 
 
-def read_vae(shapes: Shapes, prefix: str = VAE) -> VAEConfig | None:
-    """The visible sizes of the VAE under `prefix`; None when its tensors do not make one."""
-    try:
-        channels = shapes[f"{prefix}encoder.conv_in.weight"][0]
-        levels = _count(shapes, f"{prefix}encoder.down.{{}}.block.0.conv1.weight")
-        widths = [shapes[f"{prefix}encoder.down.{i}.block.0.conv1.weight"][0] for i in range(levels)]
-        return VAEConfig(
-            channels=channels,
-            channel_mult=tuple(w // channels for w in widths),
-            num_res_blocks=_count(shapes, f"{prefix}encoder.down.0.block.{{}}.conv1.weight"),
-            z_channels=shapes[f"{prefix}decoder.conv_in.weight"][1],
-            scale=1.0,
-        )
-    except (KeyError, IndexError, ZeroDivisionError):
-        return None
+def without_unread(config: ModelConfig, towers: list[TextConfig | None]) -> ModelConfig:
+    """The config without the last blocks and the projection of a text tower where the file leaves them out and nothing reads them.
+
+    SD 2's conditioning comes after block 23 of 24, so files of some trainers end there, as diffusers' folders do.
+    """
+
+    def fitted(i: int, known: TextConfig, there: TextConfig | None) -> TextConfig:
+        if there is None or _pooled(config, i):
+            return known
+        used = known.layers - known.skip
+        if used <= there.layers < known.layers:
+            known = replace(known, layers=there.layers, skip=there.layers - used)
+        return replace(known, projection=None) if there.projection is None else known
+
+    return replace(config, text=tuple(fitted(i, known, towers[i] if i < len(towers) else None) for i, known in enumerate(config.text)))
 
 
-def read_text(shapes: Shapes, prefix: str = TEXT) -> TextConfig | None:
-    """The visible sizes of the CLIP tower under `prefix`; None when its tensors do not make one."""
-    try:
-        vocab, width = shapes[f"{prefix}embeddings.token_embedding.weight"]
-        return TextConfig(
-            vocab=vocab,
-            length=shapes[f"{prefix}embeddings.position_embedding.weight"][0],
-            width=width,
-            layers=_count(shapes, f"{prefix}encoder.layers.{{}}.layer_norm1.weight"),
-            heads=1,
-            mlp=shapes[f"{prefix}encoder.layers.0.mlp.fc1.weight"][0],
-            activation="gelu",
-            pad=0,
-        )
-    except (KeyError, IndexError, ValueError):
-        return None
+def like_file(config: ModelConfig, towers: list[TextConfig | None]) -> ModelConfig:
+    """The config with what a file may change of its text towers without being asked: added tokens, removed layers."""
+    config = without_unread(config, towers)
+
+    def fitted(i: int, known: TextConfig) -> TextConfig:
+        there = towers[i] if i < len(towers) else None
+        if there is None:
+            return known
+        known = replace(known, vocab=there.vocab, length=there.length)
+        return known if _pooled(config, i) else replace(known, layers=there.layers, skip=min(known.skip, max(there.layers - 1, 0)))
+
+    return replace(config, text=tuple(fitted(i, known) for i, known in enumerate(config.text)))
 
 
-def family(shapes: Shapes) -> str:
-    """The family that the UNet's inputs and the place of the text tower belong to; a key of TITLES.
+def family(unet: UNetConfig | None, sees: bool, keys: Mapping[str, object]) -> str:
+    """The family that a UNet's structure and inputs belong to, a key of TITLES or REFUSED; `sees`: there is a vision tower.
 
     Decided by structure, not by width, so that small models of the same make are recognised too.
     """
-    width, channels = (*shapes[f"{UNET}input_blocks.0.0.weight"], 0, 0)[:2]
-    if f"{UNET}label_emb.weight" in shapes:
+    if unet is None:
+        return "unknown"
+    if unet.noise_levels is not None:
         return "x4-upscaler"
-    vector = shapes.get(f"{UNET}label_emb.0.0.weight")
-    if vector:
-        if "embedder.model.visual.proj" in shapes or "embedder.model.ln_final.weight" in shapes or vector[1:] in ((2048,), (1536,)):
-            return "unclip"
-        if width == 384:
+    if any(key.startswith("cc_projection.") for key in keys):
+        return "zero123"
+    depths = (unet.down_depth, unet.up_depth, unet.mid_depth)
+    if unet.vector_dim is not None:
+        if depths == (REFINER.down_depth, REFINER.up_depth, REFINER.mid_depth):
             return "sdxl-refiner"
-        if f"{UNET}middle_block.1.norm.weight" not in shapes:
+        if depths == (SSD1B.down_depth, SSD1B.up_depth, SSD1B.mid_depth):
             return "ssd-1b"
-        return {4: "sdxl-base", 9: "sdxl-inpainting", 8: "ip2p"}.get(channels, "unknown")
-    if "cond_stage_model.model.visual.proj" in shapes:
-        return "sd-image-variations"
-    proj = _first(shapes, rf"{re.escape(UNET)}.+\.proj_in\.weight")
-    if proj is not None and len(proj) == 2:
-        return {4: "sd2-base", 9: "sd2-inpainting", 5: "sd2-depth", 8: "ip2p"}.get(channels, "unknown")
-    return {4: "sd1", 9: "sd1-inpainting", 8: "ip2p"}.get(channels, "unknown")
+        if depths == (SDXL.down_depth, SDXL.up_depth, SDXL.mid_depth):
+            return {4: "sdxl-base", 9: "sdxl-inpainting", 8: "ip2p"}.get(unet.in_channels, "unknown")
+        if unet.down_depth == ((0, 0), (1, 1), (2, 2)):
+            return "vega"
+        if unet.down_depth == SD2.down_depth or any(key.startswith(("embedder.model.", "noise_augmentor.")) for key in keys):
+            return "unclip"
+        return "koala" if len(unet.down_depth) == len(SDXL.down_depth) else "unknown"
+    if unet.in_channels == 8:
+        return "ip2p"
+    if sees:
+        return "sd-image-variations" if unet.in_channels == SD1.in_channels and not unet.linear_proj else "unknown"
+    if unet.linear_proj:
+        return {4: "sd2-base", 9: "sd2-inpainting", 5: "sd2-depth"}.get(unet.in_channels, "unknown")
+    return {4: "sd1", 9: "sd1-inpainting"}.get(unet.in_channels, "unknown")
 
 
-def _not_a_model(shapes: Shapes) -> str:
+def not_a_model(shapes: Shapes) -> str:
     """What a file without a UNet in it is instead."""
     first = next(iter(shapes))
     lora = next((key for key in shapes if re.search(r"^lora_|\.lora_|_lora\.|hada_w|lokr_w", key)), None)
@@ -208,9 +195,9 @@ def _not_a_model(shapes: Shapes) -> str:
     if any(key.startswith(("control_model.", "controlnet_")) for key in shapes):
         return "is a ControlNet, not a model; load the model that it steers"
     if vae:
-        return "is a VAE alone, not a model: it has no UNet; use a complete checkpoint"
+        return "is a VAE alone, not a model: it has no UNet; use a complete checkpoint, and weights.load_vae for this"
     if "conv_in.weight" in shapes and any(key.startswith("down_blocks.") for key in shapes):
-        return "is a diffusers UNet alone; this version reads single files with UNet, VAE and text tower"
+        return "is a diffusers UNet alone, not a model; name the folder that unet/, vae/ and text_encoder/ are in"
     if any(key.removeprefix("diffusion_model.") == "input_blocks.0.0.weight" for key in shapes):
         return f"is a bare UNet (no {UNET} in its names); use a complete checkpoint"
     if any(key.startswith("special_care_embeds") for key in shapes):
@@ -220,16 +207,6 @@ def _not_a_model(shapes: Shapes) -> str:
     embedding = len(shapes) <= 3 and all(len(shape) <= 2 and math.prod(shape) <= 1_000_000 for shape in shapes.values())
     if embedding or any(key.startswith("string_to_param.") for key in shapes):
         return f"is a textual-inversion embedding ({first[:40]}), not a model; load the model that it was made for"
-    return f"has no UNet ({UNET}input_blocks.0.0.weight is missing; it begins with {first[:40]}); use an SD 1.x checkpoint"
+    return f"has no UNet ({UNET}input_blocks.0.0.weight is missing; it begins with {first[:40]}); use a Stable Diffusion checkpoint"
 
 
-def _count(shapes: Shapes, pattern: str) -> int:
-    """How many of `pattern` with 0, 1, 2, ... in it are there in a row."""
-    n = 0
-    while pattern.format(n) in shapes:
-        n += 1
-    return n
-
-
-def _first(shapes: Shapes, pattern: str) -> Shape | None:
-    return next((shape for key, shape in shapes.items() if re.fullmatch(pattern, key)), None)

@@ -6,6 +6,7 @@ import json
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from os import PathLike
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -65,20 +66,29 @@ class Weights(Mapping[str, Tensor]):
     def __getitem__(self, key: str) -> Tensor:
         return self._tensor(key, mapped=True)
 
-    def read(self, key: str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Tensor:
-        """The tensor on `device` in `dtype`, converted while reading: no more than one tensor exists twice."""
+    def read(self, key: str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None, rows: slice | None = None) -> Tensor:
+        """The tensor, or a run of its rows, on `device` in `dtype`, converted while reading: no more than one tensor exists twice."""
         spec = self.specs[key]
         device, dtype = torch.device(device), dtype or spec.dtype
         as_stored = device.type == "cpu" and dtype == spec.dtype
-        return self._tensor(key, mapped=as_stored).to(device).to(dtype)
+        return self._tensor(key, mapped=as_stored, rows=rows).to(device).to(dtype)
 
     def shape(self, key: str) -> tuple[int, ...]:
         """The tensor's shape, without reading it."""
         return self.specs[key].shape
 
+    @property
+    def path(self) -> Path:
+        """The file."""
+        return self.source.path
+
     def error(self, what: str, key: str | None = None) -> FileError:
         """The error to raise about this file."""
         return self.source.error(what, key)
+
+    def require_unchanged(self) -> None:
+        """Refuse a file that was written to since it was opened."""
+        self.source.require_unchanged()
 
     def close(self) -> None:
         """Give the file back; tensors already read stay valid."""
@@ -90,11 +100,13 @@ class Weights(Mapping[str, Tensor]):
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _tensor(self, key: str, mapped: bool) -> Tensor:
+    def _tensor(self, key: str, mapped: bool, rows: slice | None = None) -> Tensor:
         spec = self.specs[key]
-        record = spec.record
         if spec.numel == 0:
-            return torch.empty(spec.shape, dtype=spec.dtype)
+            return torch.empty(spec.shape, dtype=spec.dtype)[rows or ...]
+        if rows is not None:
+            return self._rows(key, spec, mapped, rows)
+        record = spec.record
         if record.start % spec.dtype.itemsize == 0 and (mapped or not spec.whole):
             flat = self.source.mapped(record.start, record.size, spec.dtype)
             self._verify(key, record, lambda: self.source.crc32(record.start, record.size))
@@ -105,6 +117,18 @@ class Weights(Mapping[str, Tensor]):
         if spec.whole:
             return flat.view(spec.shape)
         return flat.as_strided(spec.shape, spec.stride, spec.offset).clone(memory_format=torch.contiguous_format)
+
+    def _rows(self, key: str, spec: Spec, mapped: bool, rows: slice) -> Tensor:
+        """Rows alone: their bytes are read and no others, unless the tensor is strewn over its record."""
+        first, last, _ = rows.indices(spec.shape[0])
+        if not spec.whole:
+            return self._tensor(key, mapped)[first:last].clone()
+        record, row = spec.record, spec.record.size // spec.shape[0]
+        start, count = record.start + first * row, (last - first) * row
+        self._verify(key, record, lambda: self.source.crc32(record.start, record.size))
+        in_place = mapped and start % spec.dtype.itemsize == 0
+        flat = self.source.mapped(start, count, spec.dtype) if in_place else self.source.copied(start, count).view(spec.dtype)
+        return flat.view(last - first, *spec.shape[1:])
 
     def _verify(self, key: str, record: Record, checksum: Callable[[], int]) -> None:
         if record.crc is None or record.verified:

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Container
 from dataclasses import dataclass
 
-from ldm.errors import FileError
+from ldm.config import ModelConfig
 from weights import names
+from weights.names import Places
+from weights.places import Place
 
-Shape = tuple[int, ...]
+WHAT = {"unet.": "UNet", "vae.": "VAE", "text.": "text tower", "vision.": "image encoder", "depth.": "depth network"}  # by prefix in `LatentDiffusion`
 
 
 @dataclass(frozen=True)
 class Part:
-    """A network: `ours` + name in `LatentDiffusion` is `theirs` + name in the file."""
+    """A network: `ours` + name in `LatentDiffusion` lies at `theirs` + one of `places(name)` in the file."""
 
-    what: str  # for people
     ours: str
     theirs: str
+    places: Places = names.same
 
 
 @dataclass(frozen=True)
@@ -26,23 +27,15 @@ class Layout:
     """How one kind of published file is arranged."""
 
     parts: tuple[Part, ...]
-    averaged: str  # prefix in the file of what the EMA covers
     ignored: tuple[tuple[str, str], ...]  # pattern of a whole key, reason
+    averaged: str | None = None  # prefix in the file of what the EMA covers; None: this kind of file has no EMA
 
-    def key(self, ours: str) -> str:
-        """The name in the file of one of our parameters."""
+    def places(self, ours: str) -> tuple[Place, ...]:
+        """Where one of our parameters may lie; nowhere, if the file lacks its network."""
         for part in self.parts:
             if ours.startswith(part.ours):
-                return part.theirs + ours.removeprefix(part.ours)
-        raise KeyError(ours)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Where every key of a file goes."""
-
-    sources: Mapping[str, str]  # our parameter -> key in the file
-    ignored: Mapping[str, str]  # key in the file -> reason
+                return tuple(place.under(part.theirs) for place in part.places(ours.removeprefix(part.ours)))
+        return ()
 
 
 _BUFFERS = (
@@ -50,97 +43,80 @@ _BUFFERS = (
     "|sqrt_recip_alphas_cumprod|sqrt_recipm1_alphas_cumprod|posterior_variance|posterior_log_variance_clipped"
     "|posterior_mean_coef1|posterior_mean_coef2"
 )
+_POSITION_IDS = (r"(.+\.)?embeddings\.position_ids", "0 to 76 by definition; stored as integers, as floats, or damaged by merging, under many spellings")
+_CLIP_L_PROJECTION = "projection of CLIP-L's pooled text, which no family reads"
 
-SD1 = Layout(
-    parts=(
-        Part("UNet", "unet.", "model.diffusion_model."),
-        Part("VAE", "vae.", "first_stage_model."),
-        Part("text tower", "text.0.", "cond_stage_model.transformer."),
-    ),
-    averaged="model.",
-    ignored=(
-        (_BUFFERS, "noise schedule: computed anew in float64, because stored copies may be float16 or absent"),
-        (r"lvlb_weights|logvar", "weights of a training loss"),
-        (r"cond_stage_model\.transformer\.(text_model|vision_model)\.embeddings\.position_ids", "0 to 76 by definition; stored as integers, as floats, or damaged by merging"),
-        (r"model_ema\.(decay|num_updates)", "bookkeeping of the moving average"),
-        (r"(cond_stage_model\.(transformer\.)?)?logit_scale", "temperature of CLIP's training loss"),
-        (r"cond_stage_model\.transformer\.text_projection\.weight", "projection of the pooled text, which SD 1 does not use"),
-        (r"first_stage_model\.loss\..+|loss\..+", "discriminator and perceptual loss of the VAE's training"),
-        (r"embedding_manager\..+", "leftover of textual inversion training"),
-    ),
-)
+ORIGINAL = (
+    (_BUFFERS, "noise schedule: computed anew in float64, because stored copies may be float16 or absent"),
+    (r"denoiser\.(log_)?sigmas", "noise schedule: computed anew in float64"),
+    (rf"low_scale_model\.({_BUFFERS})", "noise schedule of the x4 upscaler's input: computed anew"),
+    (r"lvlb_weights|logvar", "weights of a training loss"),
+    _POSITION_IDS,
+    (r"model_ema\.(decay|num_updates)", "bookkeeping of the moving average"),
+    (r"(cond_stage_model\.((transformer|model)\.)?|conditioner\.embedders\.\d\.(transformer|model)\.)logit_scale", "temperature of CLIP's training loss"),
+    (r"(cond_stage_model|conditioner\.embedders\.0)\.transformer\.text_projection\.weight", _CLIP_L_PROJECTION),
+    (r"(first_stage_model\.)?loss\..+", "discriminator and perceptual loss of the VAE's training"),
+    (r"first_stage_model\.model_ema\..+", "moving average of the VAE's training, which its weights already are"),
+    (r"embedding_manager\..+", "leftover of textual inversion training"),
+    (r"v_pred|ztsnr", "a mark of how the model was trained, read when its family is found out"),
+    (r"model\.diffusion_model\.time_embedding\.cond_proj\.weight", "guidance embedding of a consistency model, left by a merge; it is added only where one is given"),
+)  # fmt: skip
 
-LAYOUTS: dict[str, Layout] = {"sd1": SD1}  # by family: those that this version can load
+DEAD_TEXT = (
+    (r"cond_stage_model\.model\.(transformer\..+|token_embedding\.weight|positional_embedding|text_projection|ln_final\.(weight|bias)|logit_scale)",
+     "text half of CLIP, which image variations do not use"),
+)  # fmt: skip
 
-RAW = "the moving average was not asked for: ema=True loads it"
-AVERAGED = "the moving average was asked for in place of these"
+DEPTH_HEAD = ((r"depth_model\.model\.pretrained\.model\.(head|norm)\.(weight|bias)", "ImageNet classifier of the depth network's backbone, which depth does not read"),)
 
+FOLDER = (
+    _POSITION_IDS,
+    (r"text_encoder(_2)?/(text_model\.)?logit_scale", "temperature of CLIP's training loss"),
+    (r"image_encoder/(text_model\..+|text_projection\.weight|logit_scale)", "text half of CLIP, which image variations do not use"),
+    (r"text_encoder/text_projection\.weight", _CLIP_L_PROJECTION),
+    (r"vae/(loss|model_ema)\..+", "leftover of the VAE's training"),
+)  # fmt: skip
 
-def plan(layout: Layout, wanted: Mapping[str, Shape], found: Mapping[str, Shape], error: Callable[[str, str | None], FileError], *, ema: bool = False) -> Plan:
-    """Account for every key of a file whose shapes are `found`: loaded, ignored for a reason, or an error.
-
-    `wanted` are the parameters of the model. `error` makes the FileError: missing, unknown and misshapen tensors are counted,
-    the first three are named.
-    """
-    spelled: dict[str, str] = {}  # original spelling -> key in the file
-    for key in found:
-        if names.canonical(key) in spelled:
-            raise error(f"has {_short(key)} twice, with and without text_model.; which is right cannot be known", key)
-        spelled[names.canonical(key)] = key
-    originals = {ours: layout.key(ours) for ours in wanted}
-    averages = {key: names.ema(key) for key in originals.values() if key.startswith(layout.averaged)}
-    if ema:
-        _require_ema(averages, spelled, error)
-        originals = {ours: averages.get(key, key) for ours, key in originals.items()}
-
-    missing = [key for key in originals.values() if key not in spelled]
-    sources = {ours: spelled[key] for ours, key in originals.items() if key in spelled}
-    misshapen = [(key, wanted[ours], found[key]) for ours, key in sources.items() if wanted[ours] != found[key]]
-    reasons = dict.fromkeys(averages, AVERAGED) if ema else dict.fromkeys(averages.values(), RAW)
-    used, ignored, unknown = set(sources.values()), {}, []
-    for name, key in spelled.items():
-        if key in used:
-            continue
-        reason = reasons.get(name) or next((why for pattern, why in layout.ignored if re.fullmatch(pattern, name)), None)
-        if reason is None:
-            unknown.append(key)
-        else:
-            ignored[key] = reason
-    for part in layout.parts:
-        if not any(ours.startswith(part.ours) for ours in sources) and any(ours.startswith(part.ours) for ours in wanted):
-            raise error(f"has no {part.what} (no {part.theirs}* of the names SD 1 has); use a complete checkpoint", None)
-    if missing or unknown or misshapen:
-        raise _unaccounted(missing, unknown, misshapen, error)
-    return Plan(sources, ignored)
+_HUGGING_FACE, _OPENCLIP = "text_model.embeddings.token_embedding.weight", "token_embedding.weight"
 
 
-def _require_ema(averages: Mapping[str, str], spelled: Mapping[str, str], error: Callable[[str, str | None], FileError]) -> None:
-    there = sum(average in spelled for average in averages.values())
-    if there == 0:
-        leftover = "only its decay and num_updates: the average is already in the weights" if "model_ema.decay" in spelled else "no model_ema.* at all"
-        raise error(f"has no moving average ({leftover}); load it with ema=False", None)
-    if there < len(averages):
-        first = next(average for average in averages.values() if average not in spelled)
-        raise error(f"has a moving average of {there} of {len(averages)} tensors, {_short(first)} is missing; load it with ema=False", first)
+def original(keys: Container[str]) -> Layout:
+    """The layout of a single file with these keys, as the networks in it show."""
+    parts = [Part("unet.", "model.diffusion_model."), Part("vae.", "first_stage_model.", names.vae)]
+    ignored = ORIGINAL
+    vision = "cond_stage_model.model.visual.proj" in keys
+    if vision:
+        parts.append(Part("vision.", "cond_stage_model.model.visual.", names.openai_vision))
+        ignored += DEAD_TEXT
+    towers = [tower for prefix in _TOWERS for tower in _towers(keys, prefix, vision)]
+    parts += [Part(f"text.{i}.", theirs, places) for i, (theirs, places) in enumerate(towers)]
+    if "depth_model.model.pretrained.model.cls_token" in keys:
+        parts.append(Part("depth.", "depth_model.model."))
+        ignored += DEPTH_HEAD
+    return Layout(tuple(parts), ignored, averaged="model.")
 
 
-def _unaccounted(
-    missing: list[str], unknown: list[str], misshapen: list[tuple[str, Shape, Shape]], error: Callable[[str, str | None], FileError]
-) -> FileError:
-    parts, first = [], None
-    if misshapen:
-        first = misshapen[0][0]
-        shown = ", ".join(f"{_short(key)} {list(there)} instead of {list(want)}" for key, want, there in misshapen[:3])
-        parts.append(f"{len(misshapen)} of another shape ({shown})")
-    if missing:
-        first = first or missing[0]
-        parts.append(f"{len(missing)} missing ({', '.join(map(_short, missing[:3]))})")
-    if unknown:
-        first = first or unknown[0]
-        parts.append(f"{len(unknown)} unknown ({', '.join(map(_short, unknown[:3]))})")
-    return error(f"tensors {', '.join(parts)}", first)
+_TOWERS = ("cond_stage_model.", "conditioner.embedders.0.", "conditioner.embedders.1.")
 
 
-def _short(key: str, limit: int = 34) -> str:
-    """The telling end of a long name."""
-    return key if len(key) <= limit else "..." + key[3 - limit :]
+def _towers(keys: Container[str], prefix: str, vision: bool) -> list[tuple[str, Places]]:
+    """The text tower under a prefix, if there is one."""
+    theirs = f"{prefix}transformer."
+    if any(theirs + place.key in keys for place in names.hugging_face(_HUGGING_FACE)):
+        return [(theirs, names.hugging_face)]
+    theirs = f"{prefix}model."
+    return [(theirs, names.openclip)] if theirs + _OPENCLIP in keys and not vision else []
+
+
+def published(config: ModelConfig) -> Layout:
+    """The layout in which models of this make were published: where `save` puts their parameters."""
+    parts = [Part("unet.", "model.diffusion_model."), Part("vae.", "first_stage_model.")]
+    last = len(config.text) - 1
+    for i in range(len(config.text)):
+        prefix = f"conditioner.embedders.{i}." if config.unet.vector_dim is not None else "cond_stage_model."
+        openclip = config.unet.linear_proj and i == last  # SD 1 and the first tower of SDXL have OpenAI's CLIP
+        parts.append(Part(f"text.{i}.", f"{prefix}model.", names.openclip) if openclip else Part(f"text.{i}.", f"{prefix}transformer."))
+    if config.vision is not None:
+        parts.append(Part("vision.", "cond_stage_model.model.visual.", names.openai_vision))
+    parts.append(Part("depth.", "depth_model.model."))
+    return Layout(tuple(parts), ())

@@ -1,4 +1,4 @@
-"""A file -> `LatentDiffusion`, strictly: every key loaded, ignored for a written reason, or an error."""
+"""A file or folder -> `LatentDiffusion`, strictly: every key loaded, ignored for a written reason, or an error."""
 
 from __future__ import annotations
 
@@ -7,15 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ldm.config import ModelConfig
 from ldm.errors import ArgumentError, FileError
 from ldm.model import LatentDiffusion
-from weights import names
 from weights.detect import detect
 from weights.files import Weights, open_file
-from weights.layout import SD1, plan
+from weights.layout import Layout, original
+from weights.metadata import CONFIG_KEY
+from weights.places import Place
+from weights.plan import plan
+from weights.prediction import STATISTIC, Finding, Prediction, require_prediction, settle, settle_by_output
 
 EMBEDDED = Path(__file__).parent / "embedded"
 
@@ -27,20 +31,24 @@ def load(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     ema: bool = False,
+    prediction: Prediction | None = None,
 ) -> LatentDiffusion:
     """The model in a checkpoint, ready for inference: in eval mode, no gradients.
 
-    path    .safetensors or .ckpt (zip or pre-1.6 stream); None: the small model that ships with the package
-    config  a ModelConfig or a family's name, for what the file does not tell; None: found out from the file
-    dtype   of all parameters, whatever the file's: they are converted while they are read
-    ema     take the moving average of the UNet where the file holds both it and the raw weights
+    path        .safetensors or .ckpt (zip or pre-1.6 stream), or a diffusers folder; None: the small model that ships with the package
+    config      a ModelConfig or a family's name, for what the file does not tell; None: found out from the file
+    dtype       of all parameters, whatever the file's: they are converted while they are read
+    ema         take the moving average of the UNet where the file holds both it and the raw weights
+    prediction  "eps" or "v", what the UNet predicts, where file and weights leave it open or disagree; None: found out
     Tensors that need no conversion are mapped from the file, so the file must not be written to while the model lives.
-    Raises FileError, AmbiguousCheckpoint (pass `config`) or ArgumentError.
+    Raises FileError, AmbiguousCheckpoint (pass `config` or `prediction`, as it says) or ArgumentError.
     """
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or dtype.itemsize < 2:
-        raise ArgumentError(f"dtype {dtype} cannot hold weights; use torch.float32, torch.bfloat16 or torch.float16", key="dtype")
+    require_dtype(dtype)
+    require_prediction(prediction)
     with open_file(embedded() if path is None else path) as file:
-        return _load(file, config, torch.device(device), dtype, ema)
+        shapes = {key: file.shape(key) for key in file}
+        found = detect(shapes, file.metadata, config, file.path)
+        return _load(file, found, original(shapes), torch.device(device), dtype, ema, prediction, config is not None or CONFIG_KEY in file.metadata)
 
 
 def embedded() -> Path:
@@ -51,20 +59,48 @@ def embedded() -> Path:
     return files[0]
 
 
-def _load(file: Weights, config: ModelConfig | str | None, device: torch.device, dtype: torch.dtype, ema: bool) -> LatentDiffusion:
-    shapes = {key: file.shape(key) for key in file}
-    found = detect({names.canonical(key): shape for key, shape in shapes.items()}, file.metadata, config, file.source.path)
-    with torch.device("meta"), _Uninitialised():  # no memory, no random numbers: every parameter is replaced below
-        model = LatentDiffusion(found)
-    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    sources = plan(SD1, wanted, shapes, file.error, ema=ema).sources
-    integers = [key for key in sources.values() if not file.specs[key].dtype.is_floating_point]
+def require_dtype(dtype: torch.dtype) -> None:
+    """Refuse a type that parameters cannot have."""
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or dtype.itemsize < 2:
+        raise ArgumentError(f"dtype {dtype} cannot hold weights; use torch.float32, torch.bfloat16 or torch.float16", key="dtype")
+
+
+def _load(
+    file: Weights, found: ModelConfig, layout: Layout, device: torch.device, dtype: torch.dtype, ema: bool, prediction: Prediction | None, explicit: bool
+) -> LatentDiffusion:
+    def statistic() -> Tensor | None:
+        return next((file[place.key] for place in layout.places(STATISTIC) if place.key in file), None)
+
+    finding: Finding = settle(found, file.specs, file.metadata, statistic, file.error, prediction=prediction, explicit=explicit)
+    model = built(lambda: LatentDiffusion(finding.config))
+    fill(model, file, layout, device, dtype, ema)
+    model.config = settle_by_output(finding, model.unet, file.error)
+    return model
+
+
+def built(make: Any) -> Any:
+    """What `make()` returns, on the meta device: no memory, no random numbers."""
+    with torch.device("meta"), _Uninitialised():
+        return make()
+
+
+def fill(network: nn.Module, file: Weights, layout: Layout, device: torch.device, dtype: torch.dtype, ema: bool = False) -> None:
+    """Put a file's tensors in the place of all parameters of a network on the meta device, and make it ready for inference."""
+    wanted = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    sources = plan(layout, wanted, {key: file.shape(key) for key in file}, file.error, ema=ema).sources
+    integers = [key for place in sources.values() for key in place.keys if not file.specs[key].dtype.is_floating_point]
     if integers:
         raise file.error(f"{integers[0]} holds {file.specs[integers[0]].dtype} numbers, not floating-point ones: quantised weights are not read", integers[0])
-    state = {name: file.read(key, device, dtype) for name, key in sources.items()}
-    model.load_state_dict(state, strict=True, assign=True)
-    file.source.require_unchanged()
-    return model.requires_grad_(False).eval()
+    state = {name: _read(file, place, wanted[name], device, dtype) for name, place in sources.items()}
+    network.load_state_dict(state, strict=True, assign=True)
+    file.require_unchanged()
+    network.requires_grad_(False).eval()
+
+
+def _read(file: Weights, place: Place, ours: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    if place.more:
+        return torch.cat([file.read(key, device, dtype) for key in place.keys])
+    return place.turned(file.read(place.key, device, dtype, place.rows(file.shape(place.key))), ours)
 
 
 class _Uninitialised(TorchFunctionMode):

@@ -1,9 +1,9 @@
-"""Other people's names for the parameters that `ldm` names: the original code and its fine-tunes, diffusers, OpenCLIP."""
+"""Other people's names for the parameters that `ldm` names: the original code and its fine-tunes, OpenCLIP, OpenAI's CLIP, diffusers."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -11,16 +11,9 @@ from torch import Tensor
 from ldm.config import UNetConfig, VAEConfig
 from ldm.unet import UNet
 from ldm.vae import VAE
+from weights.places import How, Place
 
-_TOWER = re.compile(r"(cond_stage_model\.transformer\.)((?:embeddings|encoder|final_layer_norm)\.)")
-
-
-def canonical(key: str) -> str:
-    """The original spelling of a key.
-
-    Files saved with old or very new versions of transformers lack `text_model.` in the names of the text tower.
-    """
-    return _TOWER.sub(r"\1text_model.\2", key, count=1) if key.startswith("cond_stage_model.") else key
+Places = Callable[[str], tuple[Place, ...]]  # our name inside a network -> where it may lie, under each known spelling
 
 
 def ema(key: str) -> str:
@@ -31,10 +24,90 @@ def ema(key: str) -> str:
     return "model_ema." + key.removeprefix("model.").replace(".", "")
 
 
-# --- diffusers and OpenCLIP -----------------------------------------------------------------------------------------
+# --- the original code ----------------------------------------------------------------------------------------------
+
+
+def same(name: str) -> tuple[Place, ...]:
+    """Networks whose published names are ours."""
+    return (Place(name),)
+
+
+def vae(name: str) -> tuple[Place, ...]:
+    """The VAE. Some converters have stored its attention's 1x1 convolutions as matrices."""
+    return (Place(name, "kernel" if re.search(r"\.attn_1\.(q|k|v|proj_out)\.weight$", name) else "whole"),)
+
+
+def hugging_face(name: str) -> tuple[Place, ...]:
+    """A text tower of transformers, some old and very new versions of which leave `text_model.` out."""
+    bare = name.removeprefix("text_model.")
+    return (Place(name),) if bare == name else (Place(name), Place(bare))
+
+
+_BLOCK = {"layer_norm1": "ln_1", "layer_norm2": "ln_2", "self_attn.out_proj": "attn.out_proj", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj"}
+_TEXT = {"text_model.embeddings.token_embedding.weight": "token_embedding.weight", "text_model.embeddings.position_embedding.weight": "positional_embedding",
+         "text_model.final_layer_norm.weight": "ln_final.weight", "text_model.final_layer_norm.bias": "ln_final.bias"}  # fmt: skip
+_VISION = {"vision_model.embeddings.class_embedding": "class_embedding", "vision_model.embeddings.patch_embedding.weight": "conv1.weight",
+           "vision_model.embeddings.position_embedding.weight": "positional_embedding", "vision_model.pre_layrnorm.weight": "ln_pre.weight",
+           "vision_model.pre_layrnorm.bias": "ln_pre.bias", "vision_model.post_layernorm.weight": "ln_post.weight",
+           "vision_model.post_layernorm.bias": "ln_post.bias"}  # fmt: skip
+
+
+def openclip(name: str) -> tuple[Place, ...]:
+    """A text tower of OpenCLIP.
+
+    `text_projection` is a parameter there, x @ w. Files made by way of transformers hold the matrix of a Linear layer instead, which is
+    its transpose, under two spellings.
+    """
+    if name == "text_projection.weight":
+        return Place("text_projection", "transposed"), Place("text_projection.weight"), Place("text_projection.weight.weight")
+    return (Place(_TEXT[name]),) if name in _TEXT else (_block(name, "text_model"),)
+
+
+def openai_vision(name: str) -> tuple[Place, ...]:
+    """The vision tower of OpenAI's CLIP."""
+    if name == "visual_projection.weight":
+        return (Place("proj", "transposed"),)
+    return (Place(_VISION[name]),) if name in _VISION else (_block(name, "vision_model"),)
+
+
+def _block(name: str, model: str) -> Place:
+    match = re.fullmatch(rf"{model}\.encoder\.layers\.(\d+)\.(.+)\.(weight|bias)", name)
+    if match is None:
+        raise KeyError(name)
+    layer, inner, kind = match.groups()
+    theirs = f"transformer.resblocks.{layer}"
+    for how in ("q", "k", "v"):
+        if inner == f"self_attn.{how}_proj":
+            return Place(f"{theirs}.attn.in_proj_{kind}", how)
+    return Place(f"{theirs}.{_BLOCK[inner]}.{kind}")
+
+
+# --- diffusers ------------------------------------------------------------------------------------------------------
 
 _RESNET = {"in_layers.0": "norm1", "in_layers.2": "conv1", "emb_layers.1": "time_emb_proj", "out_layers.0": "norm2", "out_layers.3": "conv2",
            "skip_connection": "conv_shortcut"}  # fmt: skip
+_OLD_ATTENTION = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}  # of the VAE, in the first folders
+
+
+def in_diffusers_unet(config: UNetConfig) -> Places:
+    """Where diffusers puts the UNet's parameters."""
+    table = diffusers_unet(config)
+    return lambda name: (Place(table[name]),)
+
+
+def in_diffusers_vae(config: VAEConfig) -> Places:
+    """Where diffusers puts the VAE's parameters, under the names of the day and under its first ones."""
+    table = diffusers_vae(config)
+
+    def places(name: str) -> tuple[Place, ...]:
+        theirs = table[name]
+        match = re.fullmatch(r"(.+\.attentions\.0\.)(to_[qkv]|to_out\.0)(\.weight|\.bias)", theirs)
+        if match is None:
+            return (Place(theirs),)
+        how: How = "kernel" if match[3] == ".weight" else "whole"
+        return Place(theirs, how), Place(match[1] + _OLD_ATTENTION[match[2]] + match[3], how)
+
+    return places
 
 
 def diffusers_unet(config: UNetConfig) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""`LatentDiffusion` -> `.safetensors` in the original SD 1 layout, with its sizes in the metadata."""
+"""`LatentDiffusion` -> `.safetensors` in the layout its family was published in, with its sizes in the metadata."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from ldm.errors import ArgumentError, OutputError
 from ldm.model import LatentDiffusion
 from weights.files import DTYPES
-from weights.layout import SD1
+from weights.layout import published
 from weights.metadata import CONFIG_KEY, to_json
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -25,11 +25,23 @@ _numbers = itertools.count()
 
 
 def original_state(model: LatentDiffusion) -> dict[str, Tensor]:
-    """The model's parameters under their names in the original checkpoints. The tensors are the model's own, not copies."""
-    unet = model.config.unet
-    if len(model.config.text) != 1 or model.config.vision or unet.linear_proj or unet.vector_dim or unet.noise_levels or unet.in_channels != 4:
-        raise ArgumentError(f"a model of family {model.config.name} has no SD 1 layout; this version saves SD 1 models only")
-    return {SD1.key(name): tensor.detach() for name, tensor in model.state_dict().items()}
+    """The model's parameters under their names in the original checkpoints of its make.
+
+    The tensors are the model's own, except where the original stores them in another form: OpenCLIP's attention and projections.
+    """
+    layout = published(model.config)
+    gathered: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in model.state_dict().items():
+        place = layout.places(name)[0]
+        gathered.setdefault(place.key, {})[place.how] = tensor.detach()
+    return {key: _stored(parts) for key, parts in gathered.items()}
+
+
+def _stored(parts: dict[str, Tensor]) -> Tensor:
+    if "q" in parts:
+        return torch.cat([parts[how] for how in ("q", "k", "v")])
+    ((how, tensor),) = parts.items()
+    return tensor.T.contiguous() if how == "transposed" else tensor
 
 
 def save(
@@ -40,7 +52,7 @@ def save(
     dtype: torch.dtype | None = torch.float16,
     overwrite: bool = False,
 ) -> Path:
-    """Write a checkpoint that `load` and other tools for SD 1 read: original names, `dtype` (None: as they are), own metadata added.
+    """Write a checkpoint that `load` and other tools for its family read: original names, `dtype` (None: as they are), own metadata added.
 
     All or nothing: a temporary file in the same directory takes the place of `path` when it is complete and on the disk.
     Raises OutputError, also where `path` exists and `overwrite` is false.

@@ -119,7 +119,7 @@ class Source:
     def _require_regular(self, status: os.stat_result) -> None:
         if stat.S_ISDIR(status.st_mode):
             if (self.path / "model_index.json").exists():
-                raise self.error("is a diffusers folder; this version reads single files, .safetensors or .ckpt")
+                raise self.error("is a diffusers folder, not a file; weights.load reads it as a whole")
             raise self.error("is a directory; name the .safetensors or .ckpt file in it")
         if not stat.S_ISREG(status.st_mode):
             kinds = {stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
