@@ -17,7 +17,9 @@ from ldm import LatentDiffusion, guided
 from ldm.config import ModelConfig, TextConfig, UNetConfig, VAEConfig
 from ldm.errors import ArgumentError, NonFinite
 from ldm.images import from_pil, to_pil
-from ldm.tasks import Sampling, decode, img2img, txt2img
+from ldm.precision import decode
+from ldm.sampling import Sampling
+from ldm.tasks import img2img, txt2img
 from ldm.tokenizer import TruncationWarning
 from samplers import GRIDS, SAMPLERS, Step, cfg, dpmpp_2m, finish, karras, seeded, start
 from tests.seeded import weight
@@ -193,7 +195,15 @@ def test_every_step_is_reported_in_float32_whatever_the_model_computes_in(model)
 
 def test_a_prompt_that_is_cut_is_reported(model):
     with pytest.warns(TruncationWarning, match="dropped from 'word' on"):
-        txt2img(model, "word " * 76, seeds=[0], steps=1)
+        txt2img(model, "word " * 76, seeds=[0], steps=1, truncate=True)
+
+
+def test_a_long_prompt_is_read_in_pieces_and_changes_no_other_picture(model):
+    long = "word " * 76 + "lighthouse"
+    pair = levels(txt2img(model, [long, "rain"], seeds=[1, 2], steps=2))
+    alone = [levels(txt2img(model, prompt, seeds=[seed], steps=2)) for prompt, seed in ((long, 1), ("rain", 2))]
+    assert np.array_equal(pair, np.concatenate(alone))
+    assert not np.array_equal(alone[0], levels(txt2img(model, "word " * 76, seeds=[1], steps=2)))
 
 
 # --- image to image -------------------------------------------------------------------------------------------------
@@ -278,27 +288,27 @@ def broken(change: Callable[[LatentDiffusion], None]) -> LatentDiffusion:
     return model
 
 
-def test_a_network_that_gives_nan_is_an_error_that_names_the_step(photo):
+def test_a_network_that_gives_nan_is_an_error_that_names_the_noise_level_and_the_layer(photo):
     model = broken(lambda model: model.unet.out[2].bias.fill_(float("nan")))
-    with pytest.raises(NonFinite, match="step 1 of 3") as caught:
+    with pytest.raises(NonFinite, match=r"sigma 14\.61 in float32, first at out\.2; weights not finite: out\.2\.bias") as caught:
         txt2img(model, "a", seeds=[1], steps=3)
     assert caught.value.exit_code == 5
-    with pytest.raises(NonFinite, match="step 1 of 2"):
+    with pytest.raises(NonFinite, match="UNet: NaN"):
         img2img(model, photo, "a", seeds=[1], steps=3)
 
 
-def test_the_step_named_is_the_one_where_it_happened(model, monkeypatch):
+def test_the_noise_level_named_is_the_one_where_it_happened(model, monkeypatch):
     forward, calls = model.unet.forward, []
     monkeypatch.setattr(model.unet, "forward", lambda x, *rest: (calls.append(0), forward(x, *rest) * (float("inf") if len(calls) == 3 else 1))[1])
-    with pytest.raises(NonFinite, match="step 3 of 5"):
+    with pytest.raises(NonFinite, match=r"sigma 1\.274 "):
         txt2img(model, "a", seeds=[1], steps=5)
 
 
 def test_a_vae_that_gives_nan_is_an_error_and_no_picture():
     model = broken(lambda model: model.vae.decoder.conv_out.bias.fill_(float("inf")))
-    with pytest.raises(NonFinite, match="the decoded picture"):
+    with pytest.raises(NonFinite, match="first at decoder.conv_out"):
         txt2img(model, "a", seeds=[1], steps=1)
-    with pytest.raises(NonFinite, match="the last step"):
+    with pytest.raises(NonFinite, match="latents: NaN or infinity in number 1 of 1"):
         decode(model, torch.full((1, 4, 2, 2), float("nan")))
 
 

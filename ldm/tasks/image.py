@@ -1,0 +1,134 @@
+"""Pictures to pictures: `img2img depth2img variations`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from ldm import precision
+from ldm.conditioning import Cond
+from ldm.dpt import depth_map
+from ldm.errors import ArgumentError
+from ldm.images import fit, from_pil, size_for, to_rgb
+from ldm.job import Job
+from ldm.model import LatentDiffusion
+from ldm.sampling import require_known, require_strength
+from ldm.tasks.text import require_text_only
+from ldm.vision import PREPROCESSORS, preprocess
+
+
+@torch.no_grad()
+def img2img(
+    model: LatentDiffusion, init: Image.Image, prompts: str | Sequence[str], *, strength: float = 0.75,
+    height: int | None = None, width: int | None = None, **job: Any,
+) -> list[Image.Image]:  # fmt: skip
+    """Pictures that begin as `init`, noised, and end as prompts say (SDEdit, Meng et al. 2022).
+
+    init           any mode; scaled to cover height x width and cut evenly
+    strength       share of the steps that are run: 0 takes init through the VAE and back, 1 keeps next to nothing of it
+    height, width  pixels, multiples of 8; init's own, rounded, if not given; given one, the other follows init's shape
+    The rest as for `txt2img`. The latent of init is a sample of the VAE's posterior, drawn from each picture's own noise as the original code does.
+    """
+    todo = Job.of(prompts, job)
+    require_strength(strength, todo.sampling)
+    require_text_only(model)
+    return _redrawn(model, todo, scaled(model, init, height, width), strength, None)
+
+
+@torch.no_grad()
+def depth2img(
+    model: LatentDiffusion, init: Image.Image, prompts: str | Sequence[str], *, depth: Image.Image | None = None, strength: float = 0.8,
+    height: int | None = None, width: int | None = None, **job: Any,
+) -> list[Image.Image]:  # fmt: skip
+    """Pictures with the depth of `init`: its shapes stay even where nothing else does (Stable Diffusion 2 depth model).
+
+    depth     a depth map, light is near; of the shape of init. None: the model's own network looks at init
+    strength  as for `img2img`; at 1 only the depth is left of init
+    The rest as for `img2img`.
+    """
+    todo = Job.of(prompts, job)
+    require_strength(strength, todo.sampling)
+    if model.config.concat != ("depth",):
+        raise ArgumentError(f"this model ({model.config.name}) is not told depth: use a depth model, or img2img")
+    image = scaled(model, init, height, width)
+    cells = [side // model.config.vae.factor for side in image.shape[2:]]
+    if depth is None:
+        if model.depth is None:
+            raise ArgumentError("this checkpoint holds no depth network: give a depth map", key="depth")
+        near = depth_map(model.depth, image.to(model.dtype), cells)
+    else:
+        near = given_depth(depth, image, cells)
+    return _redrawn(model, todo, image, strength, near)
+
+
+def given_depth(depth: Image.Image, image: Tensor, cells: Sequence[int]) -> Tensor:
+    """A depth map, 8- or 16-bit, light is near, as [1, 1, h, w] in [-1, 1], like `ldm.dpt.depth_map`.
+
+    Raises ArgumentError unless its shape agrees with that of `image` [1, 3, H, W] to 1 %.
+    """
+    height, width = image.shape[2:]
+    if abs(depth.width * height - depth.height * width) > 0.01 * depth.width * height:
+        raise ArgumentError(f"depth: it is {depth.width}x{depth.height} and the picture {width}x{height}; give a map of the same shape", key="depth")
+    grey = from_pil(to_rgb(depth)).mean(dim=1, keepdim=True)
+    near = F.interpolate(grey, size=tuple(cells), mode="bicubic", align_corners=False)
+    low, high = near.amin(), near.amax()
+    return (2 * (near - low) / (high - low + 0.001) - 1).to(image.device)
+
+
+@torch.no_grad()
+def variations(
+    model: LatentDiffusion, init: Image.Image, *, preprocessing: str = "card", height: int | None = None, width: int | None = None, **job: Any
+) -> list[Image.Image]:
+    """Pictures like `init`: the image embedding of CLIP stands where the text would (Pinkney's Stable Diffusion image variations).
+
+    preprocessing  how init becomes 224 x 224 pixels: "card", as the model card asks, or "original", as in training
+    height, width  pixels, multiples of 8; the model's own size if not given
+    job            as for `txt2img`, without a negative prompt: guidance steers away from zeros. The card suggests cfg=3
+    """
+    todo = Job.of("", job)
+    if model.vision is None:
+        raise ArgumentError(f"this model ({model.config.name}) is told text, not a picture: use img2img, or an image-variations model")
+    if todo.negative is not None:
+        raise ArgumentError("negative: image variations have no negative prompt", key="negative")
+    require_known("preprocessing", preprocessing, PREPROCESSORS)
+    size = model.config.size if height is None else height, model.config.size if width is None else width
+    pixels = preprocess(from_pil(to_rgb(init)), preprocessing, model.config.vision.image).to(model.device, model.dtype)
+    context = model.vision(pixels)[:, None]
+    images = []
+    for part in todo.parts(model):
+        n = len(part.prompts)
+        cond = Cond(context.expand(n, -1, -1))
+        denoise = todo.guided(model, [Cond(torch.zeros_like(cond.context)), cond])
+        images += todo.pictures(model, todo.draw(model, denoise, part.noise(model.latent_shape(n, *size)), part.noise))
+    return images
+
+
+def scaled(model: LatentDiffusion, init: Image.Image, height: int | None, width: int | None) -> Tensor:
+    """[1, 3, H, W] in [-1, 1]: a picture at the size asked for, or at its own, rounded."""
+    init = to_rgb(init)
+    width, height = size_for(init, width, height)
+    model.latent_shape(1, height, width)  # refuses a size before it is scaled to
+    return from_pil(fit(init, width, height)).to(model.device)
+
+
+def _redrawn(model: LatentDiffusion, job: Job, image: Tensor, strength: float, concat: Tensor | None) -> list[Image.Image]:
+    height, width = image.shape[2:]
+    images = []
+    for part in job.parts(model):
+        n = len(part.prompts)
+        if strength == 0:
+            images += job.pictures(model, precision.encode(model, image, tile=job.sampling.tile).expand(n, -1, -1, -1))
+            continue
+        conds = job.told(model, part, (height, width))
+        if concat is not None:
+            conds = [replace(cond, concat=concat.expand(n, -1, -1, -1)) for cond in conds]
+        shape = model.latent_shape(n, height, width)
+        latent = precision.encode(model, image, part.noise(shape), tile=job.sampling.tile)
+        images += job.pictures(model, job.redraw(model, job.guided(model, conds), latent, strength, part.noise(shape), part.noise))
+    return images
