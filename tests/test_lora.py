@@ -204,14 +204,21 @@ def test_two_loras_add_up_in_any_order():
     assert same_bits(state(tiny), state(other))
 
 
-def test_several_loras_are_summed_in_float32_before_one_rounding():
-    """In float16 1 + 2^-12 is 1: only a sum of three, made before rounding, reaches the next number."""
+@pytest.mark.parametrize(
+    ("values", "result"),
+    [
+        ((2.0**-12,) * 3, 1 + 2.0**-10),  # 1 + 2^-12 is 1: only a sum of three, made before rounding, reaches the next number
+        ((2048.0, 0.5, -2048.0), 1.5),  # 2048.5 is 2048
+    ],
+)
+def test_several_loras_are_summed_in_float32_before_one_rounding(values: tuple[float, ...], result: float):
+    """In float16 these sums come out as 1."""
     tiny = model().half()
     tiny.get_parameter(Q).fill_(1)
-    small = Changes({Q: Full(torch.full((32, 32), 2.0**-12, dtype=torch.float16))})
-    merge(tiny, [(small, 1), (small, 1), (small, 1)])
+    loras = [Changes({Q: Full(torch.full((32, 32), value, dtype=torch.float16))}) for value in values]
+    merge(tiny, [(lora, 1) for lora in loras])
     assert tiny.dtype == torch.float16
-    assert torch.equal(tiny.get_parameter(Q), torch.full((32, 32), 1 + 2.0**-10, dtype=torch.float16))
+    assert torch.equal(tiny.get_parameter(Q), torch.full((32, 32), result, dtype=torch.float16))
 
 
 def test_factors_of_half_precision_are_multiplied_in_float32():

@@ -152,7 +152,7 @@ def _read(file: Weights) -> tuple[Spelled, list[str]]:
 def _instead(file: Weights) -> str:
     if any(key.startswith(("model.diffusion_model.", "first_stage_model.", "cond_stage_model.", "conditioner.")) for key in file):
         return " but a model or a part of one; load it as the model"
-    if any(key.startswith(("string_to_param", "emb_params", "clip_l", "clip_g")) for key in file) or len(file) == 1:
+    if any(key.startswith(("string_to_param", "emb_params", "clip_l", "clip_g")) for key in file) or (len(file) == 1 and "." not in next(iter(file))):
         return " but a textual-inversion embedding"
     return f": it begins with {_short(next(iter(file)), 40)}; use a file of kohya, diffusers, peft or LyCORIS"
 
