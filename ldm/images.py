@@ -1,4 +1,4 @@
-"""Pictures: PIL <-> tensors in [-1, 1], files of untrusted origin -> RGB, sizes, contact sheets, and PNGs with their metadata."""
+"""Pictures: PIL <-> tensors in [-1, 1], files of untrusted origin -> RGB, sizes, PNGs with their metadata, and animations."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import os
 import re
 import stat
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
@@ -26,6 +26,8 @@ from ldm.errors import ArgumentError, FileError, NonFinite, OutputError, printab
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP")  # all that is read: most of what is dangerous in image libraries is in the other formats
 MAX_PIXELS = 64_000_000  # of a picture that is read, checked before it is decoded
 MAX_BYTES = 2 * 1024**3  # of a file that is read
+ANIMATIONS = ("webp", "gif")
+MAX_FPS = 50.0  # of an animation: viewers slow down a GIF that asks for more
 
 
 class ImageWarning(UserWarning):
@@ -71,6 +73,15 @@ def open_image(path: str | PathLike[str]) -> Image.Image:
             warnings.warn(f"{printable(str(path))[-80:]}: is animated; the first of its {image.n_frames} frames is used", ImageWarning, stacklevel=2)
         image.load()
         return to_rgb(image)
+
+
+def open_with_alpha(path: str | PathLike[str]) -> Image.Image:
+    """The same file with its transparency: upright, RGBA. Raises FileError as `open_image` does, and for a picture that is opaque by its kind."""
+    with _opened(path, FORMATS) as image:
+        image.load()
+        if not image.has_transparency_data:
+            raise FileError("has no transparency to read a mask from; give a mask that is white where to repaint", path=path)
+        return ImageOps.exif_transpose(image).convert("RGBA")
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -179,37 +190,6 @@ def fit(image: Image.Image, width: int, height: int) -> Image.Image:
     return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
 
 
-# --- contact sheets -------------------------------------------------------------------------------------------------
-
-
-def sheet(images: Sequence[Image.Image], labels: Sequence[str] = (), columns: int | None = None) -> Image.Image:
-    """All pictures on one, row by row, each over its label. Labels too long for the picture end in dots.
-
-    columns  as many as make the sheet about square, if not given
-    Raises ArgumentError for no pictures, or labels that are not one for each.
-    """
-    if not images or len(labels) not in (0, len(images)):
-        raise ArgumentError(f"a sheet of {len(images)} pictures with {len(labels)} labels: give at least one picture, and one label for each or none")
-    columns = columns or math.ceil(math.sqrt(len(images)))
-    gap, width, height = 8, max(image.width for image in images), max(image.height for image in images)
-    font = ImageFont.load_default(max(10, min(24, width // 12)))
-    line = sum(font.getmetrics()) + 4 if labels else 0
-    rows = math.ceil(len(images) / columns)
-    out = Image.new("RGB", (columns * (width + gap) + gap, rows * (height + line + gap) + gap), "white")
-    draw = ImageDraw.Draw(out)
-    for i, (image, label) in enumerate(itertools.zip_longest(images, labels, fillvalue="")):
-        x, y = gap + i % columns * (width + gap), gap + i // columns * (height + line + gap)
-        out.paste(image, (x, y))
-        draw.text((x, y + height + 2), _shortened(printable(label), lambda text: font.getlength(text) <= width), fill="black", font=font)
-    return out
-
-
-def _shortened(text: str, fits: Callable[[str], bool]) -> str:
-    if fits(text):
-        return text
-    return next((text[:n] + "..." for n in range(len(text), 0, -1) if fits(text[:n] + "...")), "")
-
-
 # --- writing --------------------------------------------------------------------------------------------------------
 
 _counter = itertools.count()
@@ -224,31 +204,39 @@ def save(image: Image.Image, path: str | PathLike[str] | Iterable[Path], metadat
     All or nothing: a temporary file in the same directory gets the name once it is complete and on the disk.
     Raises OutputError, also where the path exists and `overwrite` is false.
     """
-    data = _png(image, metadata or {})
-    names = iter([Path(path)] if isinstance(path, (str, PathLike)) else path)
-    first = next(names)
-    temporary = first.parent / f".{first.name[:40]}.ldm-{os.getpid()}-{next(_counter)}.tmp"
-    try:
-        _write(temporary, data)
-        for name in itertools.chain([first], names):
-            if _takes(temporary, name, overwrite):
-                _sync_directory(name.parent)
-                return name
-    except OSError as error:
-        if isinstance(error, OutputError):
-            raise
-        raise OutputError(f"could not be written: {error.strerror}", path=first) from None
-    finally:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-    raise OutputError("exists already; choose another name, or overwrite it", path=first)
+    return _write(_png(image, metadata or {}), path, overwrite)
 
 
-def numbered(directory: Path, suffix: str = "") -> Iterator[Path]:
+def save_animation(frames: Sequence[Image.Image], path: str | PathLike[str] | Iterable[Path], *, kind: str = "webp", fps: float = 8, overwrite: bool = False) -> Path:
+    """Write pictures of one size one after another, for ever from the beginning; return the path. The rest as for `save`.
+
+    kind  webp, or gif: 256 colours a picture, and times in hundredths of a second
+    fps   pictures a second, above 0 to 50
+    Raises ArgumentError for another kind or speed, and for pictures of different sizes, or none.
+    """
+    if kind not in ANIMATIONS:
+        raise ArgumentError(f"animation: {kind[:20]!r} is unknown; use {' or '.join(ANIMATIONS)}", key="animation")
+    require_fps(fps)
+    if len({frame.size for frame in frames}) != 1:
+        raise ArgumentError(f"an animation is made of pictures of one size; these have {sorted({frame.size for frame in frames}) or 'none'}")
+    buffer, time = io.BytesIO(), 1000 / fps
+    if kind == "gif":
+        frames, time = [frame.quantize(256) for frame in frames], max(20, round(time / 10) * 10)
+    frames[0].save(buffer, kind, save_all=True, append_images=frames[1:], duration=round(time), loop=0, **{"quality": 90} if kind == "webp" else {})
+    return _write(buffer.getvalue(), path, overwrite)
+
+
+def require_fps(fps: float) -> None:
+    """Raises ArgumentError for a speed that no animation has."""
+    if not 0 < fps <= MAX_FPS:
+        raise ArgumentError(f"fps: {fps:g}; give more than 0 and at most {MAX_FPS:g} pictures a second", key="fps")
+
+
+def numbered(directory: Path, suffix: str = "", ending: str = "png") -> Iterator[Path]:
     """Names in the directory from the first above all its numbers on: 00001.png, 00002.png, ...; with a suffix, 00001-sheet.png, ..."""
-    pattern = re.compile(rf"(\d{{5,9}}){re.escape(suffix)}\.png")
+    pattern = re.compile(rf"(\d{{5,9}}){re.escape(suffix)}\.{ending}")
     taken = [int(match[1]) for name in os.listdir(directory) if (match := pattern.fullmatch(name))]
-    return (directory / f"{n:05d}{suffix}.png" for n in itertools.count(max(taken, default=0) + 1))
+    return (directory / f"{n:05d}{suffix}.{ending}" for n in itertools.count(max(taken, default=0) + 1))
 
 
 def spare(path: Path) -> Iterator[Path]:
@@ -264,11 +252,28 @@ def _png(image: Image.Image, metadata: Mapping[str, str]) -> bytes:
     return buffer.getvalue()
 
 
-def _write(path: Path, data: bytes) -> None:
-    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666), "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+def _write(data: bytes, path: str | PathLike[str] | Iterable[Path], overwrite: bool) -> Path:
+    """The bytes under the first name that is free, complete or not at all."""
+    names = iter([Path(path)] if isinstance(path, (str, PathLike)) else path)
+    first = next(names)
+    temporary = first.parent / f".{first.name[:40]}.ldm-{os.getpid()}-{next(_counter)}.tmp"
+    try:
+        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666), "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        for name in itertools.chain([first], names):
+            if _takes(temporary, name, overwrite):
+                _sync_directory(name.parent)
+                return name
+    except OSError as error:
+        if isinstance(error, OutputError):
+            raise
+        raise OutputError(f"could not be written: {error.strerror}", path=first) from None
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+    raise OutputError("exists already; choose another name, or overwrite it", path=first)
 
 
 def _takes(temporary: Path, path: Path, overwrite: bool) -> bool:

@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 
 import weights
-from ldm import images, tasks
+from ldm import images, precision, tasks
 from ldm.__main__ import COMMANDS, main
 from ldm.cli import arguments, machine, place, terminal
 from ldm.errors import NonFinite
@@ -31,7 +31,7 @@ from tests.test_tasks import build
 from weights.load import load
 
 ROOT = Path(__file__).parents[1]
-QUICK = "--ckpt tiny.safetensors --steps 2 --seed 7"
+QUICK = "--ckpt tiny.safetensors --steps 2 --seed 7 --dtype float32"
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +83,7 @@ def test_txt2img_writes_the_picture_of_the_python_function(here, ldm):
     result = ldm(f"txt2img 'a cat' {QUICK} --negative 'a dog' --sampler euler_ancestral --cfg 5 --eta 0.5 --width 40 --height 16")
     assert (result.code, result.lines, result.errors) == (0, ["outputs/00001.png"], [])
     model = weights.load("tiny.safetensors")
-    (image,) = tasks.txt2img(model, "a cat", seeds=[7], negative="a dog", steps=2, sampler="euler_ancestral", cfg=5.0, eta=0.5, width=40, height=16)
+    (image,) = tasks.txt2img(model, "a cat", weighting=True, seeds=[7], negative="a dog", steps=2, sampler="euler_ancestral", cfg=5.0, eta=0.5, width=40, height=16)
     assert np.array_equal(open_image("outputs/00001.png"), image)
 
 
@@ -99,16 +99,16 @@ def test_without_a_checkpoint_the_model_that_ships_is_used(here, ldm, checkpoint
     loaded = []
     monkeypatch.setattr(weights, "load", lambda path, *args, **how: (loaded.append((path, args, how)), load(checkpoint, *args, **how))[1])
     monkeypatch.setattr("ldm.__main__.embedded", lambda: checkpoint)
-    assert ldm("txt2img 'a cat' --steps 1 --seed 7").code == 0
-    assert loaded == [(None, (None,), {"device": torch.device("cpu"), "dtype": torch.float32, "ema": False})]
+    assert ldm("txt2img 'a cat' --steps 1 --seed 7 --dtype float32").code == 0
+    assert loaded == [(None, (None,), {"device": torch.device("cpu"), "dtype": torch.float32, "ema": False, "prediction": None})]
     assert read_metadata("outputs/00001.png")["model"] == "tiny.safetensors"
 
 
 def test_options_of_the_model_reach_the_loader(here, ldm, checkpoint, monkeypatch):
     asked = []
     monkeypatch.setattr(weights, "load", lambda path, *args, **how: (asked.append((path, args, how)), load(checkpoint, None, dtype=how["dtype"]))[1])
-    assert ldm(f"txt2img a {QUICK} --config sd1 --ema --dtype bfloat16 --device cpu").code == 0
-    assert asked == [("tiny.safetensors", ("sd1",), {"device": torch.device("cpu"), "dtype": torch.bfloat16, "ema": True})]
+    assert ldm(f"txt2img a {QUICK} --config sd1 --ema --dtype bfloat16 --device cpu --prediction eps").code == 0
+    assert asked == [("tiny.safetensors", ("sd1",), {"device": torch.device("cpu"), "dtype": torch.bfloat16, "ema": True, "prediction": "eps"})]
     facts = read_metadata("outputs/00001.png")
     assert (facts["dtype"], facts["ema"]) == ("bfloat16", "true")
 
@@ -120,7 +120,8 @@ def test_a_picture_says_how_it_was_made(here, ldm):
     version = facts.pop("version")
     assert facts == {
         "task": "txt2img", "prompt": "un café 🙂", "negative_prompt": "赤い", "seed": "8", "sampler": "ddim", "grid": "ddim", "steps": "2", "cfg": "7.5",
-        "size": "32x32", "model": "tiny.safetensors", "dtype": "float32", "cfg_rescale": "0.7", "cfg_interval": "0.5 9.0", "eta": "1.0", "clip_skip": "2",
+        "size": "32x32", "model": "tiny.safetensors", "family": "sd1", "prediction": "eps", "dtype": "float32", "cfg_rescale": "0.7",
+        "cfg_interval": "0.5 9.0", "eta": "1.0", "clip_skip": "2", "weighting": "true",
     }  # fmt: skip
     assert digest == hashlib.sha256(Path("tiny.safetensors").read_bytes()).hexdigest()[:10]
     assert version
@@ -178,8 +179,8 @@ def test_a_preview_shows_the_current_estimate_in_one_file(here, ldm, monkeypatch
 
 
 def test_a_preview_that_cannot_be_drawn_is_left_out(here, ldm, monkeypatch):
-    decode = tasks.decode
-    monkeypatch.setattr(place.tasks, "decode", lambda model, x: decode(model, x * float("nan")) if decoding.pop() else decode(model, x))
+    decode = precision.decode
+    monkeypatch.setattr(place.precision, "decode", lambda model, x, **how: decode(model, x * float("nan") if decoding.pop() else x, **how))
     decoding = [False, True]
     assert ldm(f"txt2img 'a cat' {QUICK} --preview 2").code == 0
     assert os.listdir("outputs") == ["00001.png"]
@@ -241,8 +242,12 @@ def test_a_fault_while_writing_keeps_the_pictures_before_it(here, ldm, monkeypat
 
 
 def test_a_place_that_cannot_be_written_to_is_noticed_before_the_model_is_loaded(here, ldm, monkeypatch):
-    def refuse(*args, **how):
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    real = os.open
+
+    def refuse(path, flags, *mode):
+        if flags & os.O_CREAT:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return real(path, flags, *mode)
 
     monkeypatch.setattr(weights, "load", forbidden)
     monkeypatch.setattr(place.os, "open", refuse)
@@ -261,7 +266,7 @@ def forbidden(*args, **how):
     ("line", "message"),
     [
         ("", "the following arguments are required: COMMAND; see 'ldm --help'"),
-        ("txt2img", "the following arguments are required: PROMPT; see 'ldm txt2img --help'"),
+        ("txt2img", "PROMPT: none given; write it in quotes, or name a file with --prompts; see 'ldm txt2img --help'"),
         ("img2img x", "the following arguments are required: --init; see 'ldm img2img --help'"),
         ("txt2im x", "COMMAND: invalid choice: 'txt2im'"),
         ("txt2img a red cube", "red: unknown to ldm txt2img; put the prompt in quotes"),
@@ -375,7 +380,7 @@ def test_a_result_that_is_no_number_is_exit_code_5_and_no_picture(here, ldm):
     weights.save(model, "nan.safetensors")
     result = ldm("txt2img x --steps 2 --seed 7 --ckpt nan.safetensors")
     assert result.code == NonFinite.exit_code == 5
-    assert result.errors[0].startswith("ldm: error: step 1 of 2")
+    assert re.match(r"ldm: error: (step 1 of 2|UNet: NaN or infinity at sigma 14\.61)", result.errors[0])
     assert os.listdir("outputs") == []
 
 
@@ -465,8 +470,11 @@ def test_a_size_is_rounded_with_one_warning(here, ldm):
 
 
 def test_a_prompt_that_is_cut_is_reported_once(here, ldm):
-    result = ldm(f"txt2img '{'word ' * 80}' {QUICK} --n 2")
+    result = ldm(f"txt2img '{'word ' * 80}' {QUICK} --n 2 --truncate")
     assert result.errors == ["ldm: warning: prompt: 80 tokens, 75 are read; dropped from 'word' on"]
+    assert read_metadata("outputs/00001.png")["truncate"] == "true"
+    assert ldm(f"txt2img '{'word ' * 80}' {QUICK}").errors == []
+    assert not np.array_equal(open_image("outputs/00001.png"), open_image("outputs/00003.png"))
 
 
 @pytest.mark.parametrize(

@@ -5,12 +5,13 @@ from __future__ import annotations
 import itertools
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
 
-from ldm import images, tasks
+from ldm import compare, images, precision
 from ldm.errors import ArgumentError, NonFinite, OutputError
 from ldm.model import LatentDiffusion
 from samplers import OnStep, Step
@@ -67,6 +68,13 @@ class Place:
             return images.save(picture, next(itertools.islice(names, 0 if suffix else self.saved - 1, None)), facts, overwrite=True)
         return images.save(picture, names, facts)
 
+    def save_animation(self, frames: Sequence[Image.Image], kind: str, fps: float) -> Path:
+        """The frames as an animation, beside what was saved."""
+        if not self.is_file:
+            return images.save_animation(frames, images.numbered(self.path, "-animation", kind), kind=kind, fps=fps)
+        names = images.spare(self.path.with_name(f"{self.path.stem}-animation.{kind}"))
+        return images.save_animation(frames, next(names) if self.overwrite else names, kind=kind, fps=fps, overwrite=self.overwrite)
+
     def previewing(self, model: LatentDiffusion, every: int, watch: OnStep) -> OnStep:
         """`watch`, and every few steps the current x0 of the batch in a file, the same all through the run."""
 
@@ -74,10 +82,10 @@ class Place:
             watch(step)
             if (step.index + 1) % every == 0:
                 try:
-                    pictures = tasks.decode(model, step.x0)
+                    pictures = images.to_pil(precision.decode(model, step.x0))
                 except NonFinite:  # an early estimate may be too wild for half precision; the picture itself is still checked
                     return
-                picture = pictures[0] if len(pictures) == 1 else images.sheet(pictures)
+                picture = pictures[0] if len(pictures) == 1 else compare.sheet(pictures)
                 self.preview = images.save(picture, self.preview, overwrite=True) if self.preview else self.save(picture, {}, "-preview")
 
         return on_step

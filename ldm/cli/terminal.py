@@ -8,12 +8,10 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator
-from dataclasses import fields
 from typing import Any
 
 import torch
 
-from ldm import tasks
 from ldm.errors import LdmError, MemoryLimit, OutputError, printable
 from samplers import OnStep, Step
 
@@ -22,6 +20,12 @@ exit codes:
   0 done; 1 a fault of this program; 2 a bad argument or input file, or no such device; 3 a result could not be written;
   4 not enough memory; 5 a result with NaN or infinity; 130 interrupted; 143 terminated; 141 nobody reads the output
 """
+
+OPTIONS = {  # keys of errors that are options too
+    "sampler", "grid", "steps", "cfg", "rescale", "interval", "eta", "clip_skip", "tile", "original", "crop", "target", "aesthetic", "negative_aesthetic",
+    "seed", "strength", "config", "negative", "mask", "feather", "extend", "depth", "noise_level", "window", "preprocessing", "scale", "enlarge",
+    "refiner", "refine_from", "refine_strength", "frames", "fps", "animation",
+}  # fmt: skip
 
 
 class Terminated(BaseException):
@@ -93,11 +97,10 @@ def termination_as_exception() -> Iterator[None]:
 
 def option_of(error: LdmError) -> str:
     """The error's text with the option's name as it is typed."""
-    options = {"rescale": "cfg-rescale", "interval": "cfg-interval", "clip_skip": "clip-skip"}
-    names = {field.name for field in fields(tasks.Sampling)} | {"strength", "seed", "config"}
+    names = {"rescale": "cfg-rescale", "interval": "cfg-interval", "original": "original-size", "target": "target-size"}
     text = str(error)
-    if error.key in names and text.startswith(f"{error.key}: "):
-        return f"--{options.get(error.key, error.key)}{text[len(error.key) :]}"
+    if error.key in OPTIONS and text.startswith(f"{error.key}: "):
+        return f"--{names.get(error.key, error.key.replace('_', '-'))}{text[len(error.key) :]}"
     return text
 
 

@@ -10,7 +10,8 @@ import torch
 
 from ldm import shipped
 from ldm.cli import arguments, machine, terminal
-from ldm.errors import ArgumentError
+from ldm.cli.files import Readers
+from ldm.errors import ArgumentError, printable
 from ldm.model import LatentDiffusion
 from ldm.train import Settings
 
@@ -46,6 +47,13 @@ def settings_of(args: argparse.Namespace) -> Settings:
         raise ArgumentError(f"--seed: {args.seed}; give 0 to {2**32 - 1}")
     base = shipped.VAE_SETTINGS if args.stage == "vae" else shipped.DIFFUSION_SETTINGS
     return replace(base, steps=args.steps, batch=args.batch, lr=args.lr, seed=args.seed)
+
+
+def train(args: argparse.Namespace, readers: Readers) -> None:
+    """Train one stage of the model that ships; the last one leaves the model in the original layout."""
+    if model := run(args):
+        path = readers.save(model, Path(args.out) / "model.safetensors", overwrite=True)
+        terminal.show(printable(str(path)))
 
 
 def run(args: argparse.Namespace) -> LatentDiffusion | None:
