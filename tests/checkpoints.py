@@ -267,10 +267,10 @@ def ckpt_of(data: bytes | Any, records: Mapping[str, bytes] | None = None, **mor
 
 # -- every published file, narrow ---------------------------------------------------------------------------------------------
 
-FILES: dict[str, str | None] = {  # manifest -> the family it is recognised as; None: recognised, and refused
+FILES: dict[str, str | None] = {  # manifest -> the family that its shapes show (not eps or v); None: recognised, and refused
     "sd1": "sd1", "sd1-full": "sd1", "sd1-pruned-fp16": "sd1", "sd1-pruned-fp16-posids16": "sd1", "sd1-inpainting": "sd1-inpainting",
     "sd-image-variations": "sd-image-variations", "sd-image-variations-notext": "sd-image-variations",
-    "sd2-base": "sd2-base", "sd2-v": "sd2-v", "sd2-sgm": "sd2-base", "sd2-inpainting": "sd2-inpainting", "sd2-depth": "sd2-depth", "x4-upscaler": "x4-upscaler",
+    "sd2-base": "sd2-base", "sd2-v": "sd2-base", "sd2-sgm": "sd2-base", "sd2-inpainting": "sd2-inpainting", "sd2-depth": "sd2-depth", "x4-upscaler": "x4-upscaler",
     "sdxl-base": "sdxl-base", "sdxl-base-0.9": "sdxl-base", "sdxl-base-posids16": "sdxl-base", "sdxl-inpainting": "sdxl-inpainting",
     "sdxl-refiner": "sdxl-refiner", "sdxl-refiner-0.9": "sdxl-refiner", "ssd-1b": "ssd-1b", "ssd-1b-hfscript": "ssd-1b",
     "sd21-unclip-h": None, "vae-standalone": None,

@@ -69,7 +69,7 @@ def settle(
     seen: Prediction | None = None if CLOSE[0] <= deviation <= CLOSE[1] else "v" if deviation > THRESHOLD else "eps"
     if said and seen is not None and seen not in said:
         who, what = next(iter(claims.items()))
-        raise _clash(f"{who} says {what}, but its weights look like {seen} (norm1.bias deviates by {deviation:.3f}; v is above {THRESHOLD})", refuse)
+        raise _clash(f"{who} says {what}, its weights {seen} (norm1.bias std {deviation:.3f}, v > {THRESHOLD})", refuse)
     settled = said.pop() if said else seen
     return Finding(config, deviation) if settled is None else Finding(predicting(config, settled))
 
@@ -83,8 +83,7 @@ def settle_by_output(finding: Finding, unet: UNet, refuse: Callable[[str], FileE
         return predicting(finding.config, "v")
     if answer > EPS_OUTPUT:
         return predicting(finding.config, "eps")
-    low, high = CLOSE
-    raise _clash(f"may predict eps or v: norm1.bias deviates by {finding.doubt:.3f} (unclear from {low} to {high}), test output {answer:.2f} (from {V_OUTPUT} to {EPS_OUTPUT})", refuse)
+    raise _clash(f"may predict eps or v (norm1.bias std {finding.doubt:.3f}, test output {answer:.2f}: both in between)", refuse)
 
 
 @torch.no_grad()
@@ -113,9 +112,9 @@ def _claims(keys: Mapping[str, object], metadata: Mapping[str, str], refuse: Cal
             spelling = metadata[who].strip().lower()
             if spelling not in SPELLINGS:
                 raise refuse(f"its {who} says that it predicts '{spelling[:40]}'; this version knows eps and v: pass prediction= if it is one of them")
-            claims[f"its {who}"] = SPELLINGS[spelling]
+            claims[who] = SPELLINGS[spelling]
     if "v_pred" in keys:
-        claims["its key v_pred"] = "v"
+        claims["key v_pred"] = "v"
     return claims
 
 
