@@ -17,10 +17,23 @@ from torch import Tensor
 
 from benchmarks.machine import machine
 from benchmarks.peers import peer, require, seeded_model
-from ldm.config import FAMILIES, ModelConfig
+from ldm.config import FAMILIES, DepthConfig, ModelConfig
 from ldm.tokenizer import TruncationWarning, tokenize
 from samplers import GRIDS, finish, noised
-from tests.networks import GOLDEN, TINY_UNETS, TINY_VAES, golden, run_unet, tiny_clip_l, tiny_openclip, tiny_vae
+from tests.networks import (
+    GOLDEN,
+    TINY_UNETS,
+    TINY_VAES,
+    as_stored,
+    dpt,
+    golden,
+    run_unet,
+    tiny_clip_l,
+    tiny_openclip,
+    tiny_safety,
+    tiny_vae,
+    tiny_vision,
+)  # fmt: skip
 from tests.seeded import normal
 
 LIMIT = 1e-5  # relative; the tests say of each output why, and hold some to less
@@ -64,6 +77,8 @@ def equal(ours: Sequence[float], theirs: Sequence[float], what: str) -> str:
 def golden_rows() -> Iterator[Row]:
     """Everything in tests/golden that is an output."""
     yield from _networks()
+    yield from _vision()
+    yield _depth()
     yield _tokens()
     yield from _samplers()
 
@@ -92,6 +107,25 @@ def _networks() -> Iterator[Row]:
         for output, layer in outputs.items():
             tokens, pooled = tower(file[ids].long(), *(layer or ()))
             yield compared("text", f"{name} {output}", tokens if layer else pooled, file[f"{name}/{output}"])
+
+
+@torch.no_grad()
+def _vision() -> Iterator[Row]:
+    file = golden("vision")
+    embedding = tiny_vision()(normal("clip-vision-tiny/pixels", (2, 3, 28, 28)))
+    yield compared("vision", "clip-vision-tiny image_embeds", embedding, file["clip-vision-tiny/image_embeds"])
+    checker, pixels = tiny_safety(), normal("safety/pixels", (6, 3, 28, 28))
+    embedding = checker.visual_projection(checker.vision_model["vision_model"](pixels))
+    yield compared("vision", "safety-tiny image_embeds", embedding, file["safety-tiny/image_embeds"])
+    ours, theirs = checker(pixels).float(), file["safety-tiny/flags"]
+    yield compared("vision", "safety-tiny flags", ours, theirs, equal(ours.tolist(), theirs.tolist(), "flags"))
+
+
+@torch.no_grad()
+def _depth() -> Row:
+    """Full size, hence held by its rms: 123 M parameters deep, single elements are off by 2e-4 in float32 against float64."""
+    ours = dpt(DepthConfig())(normal("dpt-hybrid/x", (1, 3, 384, 384)).clamp(-1, 1))
+    return compared("depth", "dpt-hybrid depth, beyond the reference's float16", ours, as_stored(ours, golden("dpt")["dpt-hybrid/depth"]), elementwise=False)
 
 
 def _tokens() -> Row:

@@ -47,6 +47,13 @@ def relative(ours: Tensor, theirs: Tensor) -> float:
     return ((ours - theirs).abs().max() / theirs.square().mean().sqrt()).item()
 
 
+def as_stored(ours: Tensor, half: Tensor) -> Tensor:
+    """What a reference kept in float16 may have been, as near to ours as that allows: rounding moved it by 2^-11 of itself at most, or by 2^-25."""
+    reference = half.float()
+    moved = (reference.abs() * 2**-11).clamp(min=2**-25)
+    return torch.minimum(torch.maximum(ours, reference - moved), reference + moved)
+
+
 def fill(network: nn.Module, key: Callable[[str], str]) -> nn.Module:
     """`network` with the seeded weight of the checkpoint key that `key` gives for each of its names; ready to run."""
     network.load_state_dict({name: weight(key(name), p.shape) for name, p in network.state_dict().items()})
