@@ -74,11 +74,15 @@ def _surely(vae: VAE, run: Callable[[VAE, int | None, torch.device | None], Tens
     out = fitting(vae)
     if is_finite(out):
         return out.float()
-    overflow = f"VAE: cannot {doing} in {str(dtype_of(vae)).removeprefix('torch.')}, NaN or infinity {blame(vae, lambda: fitting(vae))}"
-    for how, copy in wider(vae) if not weights_not_finite(vae) else ():
-        out = fitting(copy)
+    wrong = f"VAE: cannot {doing} in {str(dtype_of(vae)).removeprefix('torch.')}, NaN or infinity {blame(vae, lambda: fitting(vae))}"
+    if weights_not_finite(vae):
+        raise NonFinite(f"{wrong}; use other weights")
+    wide = vae
+    for how, wide in wider(vae):
+        out = fitting(wide)
         if is_finite(out):
-            warnings.warn(f"{overflow}; done again {how}", stacklevel=4)
+            warnings.warn(f"{wrong}; done again {how}", stacklevel=4)
             return out.float()
-        overflow = f"VAE: cannot {doing} even {how}, NaN or infinity {blame(copy, lambda copy=copy: fitting(copy))}"
-    raise NonFinite(f"{overflow}; use other weights")
+    if wide is not vae:
+        wrong = f"VAE: cannot {doing} even {how}, NaN or infinity {blame(wide, lambda: fitting(wide))}"
+    raise NonFinite(f"{wrong}; use other weights")
