@@ -337,9 +337,12 @@ def test_a_device_that_is_not_there_is_never_replaced_by_another(here, ldm, monk
     assert machine.device_of("cuda:1") == torch.device("cuda:1")
 
 
-def test_auto_computes_in_half_precision_only_on_a_gpu(monkeypatch):
+def test_auto_computes_in_half_precision_only_where_the_hardware_does(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    monkeypatch.setattr(machine, "has_bfloat16", lambda: False)
     assert machine.dtype_of("auto", torch.device("cpu")) == torch.float32
+    monkeypatch.setattr(machine, "has_bfloat16", lambda: True)
+    assert machine.dtype_of("auto", torch.device("cpu")) == torch.bfloat16
     assert machine.dtype_of("auto", torch.device("cuda")) == torch.float16
     assert torch.backends.cudnn.allow_tf32
     assert machine.dtype_of("float32", torch.device("cuda")) == torch.float32

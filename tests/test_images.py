@@ -18,7 +18,7 @@ from PIL import Image, ImageCms, PngImagePlugin
 
 from ldm import images
 from ldm.errors import ArgumentError, FileError, NonFinite, OutputError
-from ldm.images import ImageWarning, fit, from_pil, numbered, open_image, read_metadata, save, sheet, to_pil
+from ldm.images import ImageWarning, fit, from_pil, numbered, open_image, open_with_alpha, read_metadata, save, save_animation, to_pil
 
 RED, WHITE = (255, 0, 0), (255, 255, 255)
 
@@ -102,6 +102,23 @@ def test_what_is_transparent_becomes_white(kind, tmp_path):
 
 def test_half_transparent_red_becomes_pink():
     assert color(images.to_rgb(Image.new("RGBA", (2, 2), (255, 0, 0, 127)))) == (255, 128, 128)
+
+
+def test_transparency_can_be_kept(tmp_path, noisy):
+    clear = noisy.convert("RGBA")
+    clear.putalpha(100)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    clear.save(tmp_path / "clear.png", exif=exif)
+    image = open_with_alpha(tmp_path / "clear.png")
+    assert (image.mode, image.size) == ("RGBA", (24, 40))
+    assert image.getchannel("A").getcolors() == [(24 * 40, 100)]
+    palette = noisy.convert("P")
+    palette.save(tmp_path / "palette.png", transparency=palette.getpixel((0, 0)))
+    assert open_with_alpha(tmp_path / "palette.png").getchannel("A").getextrema()[0] == 0
+    noisy.save(tmp_path / "opaque.png")
+    with pytest.raises(FileError, match=r"opaque\.png: has no transparency"):
+        open_with_alpha(tmp_path / "opaque.png")
 
 
 def test_pictures_are_turned_as_their_camera_says(tmp_path, noisy):
@@ -262,34 +279,6 @@ def test_a_picture_of_the_right_size_is_not_resampled(noisy):
     assert np.array_equal(fit(noisy, *noisy.size), noisy)
 
 
-# --- sheets ---------------------------------------------------------------------------------------------------------
-
-
-def test_a_sheet_shows_every_picture_in_order_with_its_label():
-    pictures = [Image.new("RGB", (64, 48), (50 * i, 0, 0)) for i in range(5)]
-    plain, labelled = sheet(pictures), sheet(pictures, [f"seed {i} 🙂" for i in range(5)])
-    assert plain.size == (3 * 72 + 8, 2 * 56 + 8)
-    assert [plain.getpixel((8 + i % 3 * 72 + 32, 8 + i // 3 * 56 + 24))[0] for i in range(5)] == [0, 50, 100, 150, 200]
-    assert labelled.height > plain.height
-    text = labelled.crop((8, 8 + 48, 72, 8 + 48 + 12))
-    assert np.asarray(text).min() < 128  # something is written there
-
-
-def test_a_label_that_is_too_long_stays_under_its_picture():
-    pictures = [Image.new("RGB", (64, 16))] * 2
-    long = sheet(pictures, ["W" * 1000, ""])
-    beside = long.crop((8 + 64, 8 + 16, long.width, long.height))
-    assert color(beside) == WHITE
-    assert sheet([Image.new("RGB", (2, 2))], ["W"]).width == 18  # not even dots fit
-
-
-def test_a_sheet_of_nothing_or_with_too_few_labels_is_refused(noisy):
-    with pytest.raises(ArgumentError, match="at least one"):
-        sheet([])
-    with pytest.raises(ArgumentError, match="one label for each"):
-        sheet([noisy, noisy], ["only one"])
-
-
 # --- writing --------------------------------------------------------------------------------------------------------
 
 
@@ -424,3 +413,41 @@ def test_several_writers_in_one_directory_lose_nothing(tmp_path):
     assert [writer.wait(timeout=120) for writer in writers] == [0] * 4
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"{n:05d}.png" for n in range(1, 81)]
     assert {color(open_image(path)) for path in tmp_path.iterdir()} == {(k, i, 0) for k in range(4) for i in range(20)}
+
+
+# --- animations -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def frames() -> list[Image.Image]:
+    return [Image.new("RGB", (24, 16), (60 * i, 255 - 60 * i, 128)) for i in range(4)]
+
+
+@pytest.mark.parametrize(("kind", "fps", "time"), [("webp", 8, 125), ("gif", 8, 120), ("gif", 50, 20), ("webp", 0.5, 2000)])
+def test_an_animation_shows_every_frame_for_its_time_and_begins_again(kind, fps, time, tmp_path, frames):
+    path = save_animation(frames, tmp_path / f"a.{kind}", kind=kind, fps=fps)
+    with Image.open(path) as animation:
+        assert (animation.format, animation.n_frames, animation.size, animation.info["loop"]) == (kind.upper(), 4, (24, 16), 0)
+        for i, frame in enumerate(frames):
+            animation.seek(i)
+            shown = np.asarray(animation.convert("RGB")).astype(int)
+            assert animation.info["duration"] == time
+            assert np.abs(shown - np.asarray(frame)).max() <= 8  # WebP is lossy
+    assert os.listdir(tmp_path) == [path.name]
+
+
+def test_an_animation_takes_the_next_number_and_is_replaced_only_on_request(tmp_path, frames):
+    for expected in ("00001-animation.gif", "00002-animation.gif"):
+        assert save_animation(frames, numbered(tmp_path, "-animation", "gif"), kind="gif").name == expected
+    with pytest.raises(OutputError, match="exists already"):
+        save_animation(frames, tmp_path / "00001-animation.gif", kind="gif")
+    save_animation(frames[:2], tmp_path / "00001-animation.gif", kind="gif", overwrite=True)
+    with Image.open(tmp_path / "00001-animation.gif") as animation:
+        assert animation.n_frames == 2
+
+
+def test_what_is_no_animation_is_refused(tmp_path, frames, noisy):
+    for given, how, what in [(frames, {"kind": "mp4"}, "animation: 'mp4' is unknown"), (frames, {"fps": 0}, "fps: 0; give more than 0"), (frames, {"fps": float("nan")}, "fps"), ([*frames, noisy], {}, "one size"), ([], {}, "none")]:
+        with pytest.raises(ArgumentError, match=what):
+            save_animation(given, tmp_path / "a.webp", **how)
+    assert os.listdir(tmp_path) == []

@@ -37,6 +37,7 @@ def make(args: argparse.Namespace, readers: Readers) -> None:
     loaded = models.load(args, device, dtype, readers)
     size = width or loaded.model.config.size, height or loaded.model.config.size
     machine.check_size(loaded.model, size, min(args.batch, args.frames))
+    machine.warn_of_size(loaded.model, size)
 
     sampling = settings.sampling(args, embeddings)
     keywords = {field.name: getattr(sampling, field.name) for field in fields(Sampling)}

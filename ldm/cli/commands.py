@@ -31,6 +31,7 @@ class Drawing:
     draw: Draw
     size: tuple[int | None, int | None]  # (width, height) of the picture, before it is enlarged; None: the model's own
     scale: float = 1  # by which it is enlarged
+    anew: bool = True  # all of it is drawn at once from what the prompt says, so that a size beyond the training shows
     facts: Mapping[str, str] = field(default_factory=dict)  # for the metadata of the pictures
 
 
@@ -67,9 +68,8 @@ def txt2img(args: argparse.Namespace, inputs: Inputs, sampling: Sampling) -> Dra
 def _hires(args: argparse.Namespace, sampling: Sampling, width: int | None, height: int | None) -> Drawing:
     """Write large pictures: made small, enlarged, and redrawn at their size."""
     strength, enlarge = 0.6 if args.strength is None else args.strength, args.enlarge or "pixel"
-    require_number("scale", args.scale, 1, 8)
-    if args.scale == 1:
-        raise ArgumentError("scale: 1 does not enlarge; give more than 1 and at most 8", key="scale")
+    if not 1 < args.scale <= 8:
+        raise ArgumentError(f"--{'hires' if args.command == 'txt2img' else 'scale'}: {args.scale:g}; give more than 1 and at most 8")
     _require_some(strength, sampling, "would only enlarge")
 
     def draw(model: LatentDiffusion, prompts: list[str], **common: Any) -> list[Image.Image]:
@@ -140,7 +140,7 @@ def upscale(args: argparse.Namespace, inputs: Inputs, sampling: Sampling) -> Dra
     def draw(model: LatentDiffusion, prompts: list[str], **common: Any) -> list[Image.Image]:
         return tasks.upscale(model, inputs.init, prompts, noise_level=args.noise_level, window=args.window, **common)
 
-    return Drawing(draw, (4 * inputs.init.width, 4 * inputs.init.height), facts=_facts(args, "noise_level", "window", "init"))
+    return Drawing(draw, (4 * inputs.init.width, 4 * inputs.init.height), anew=False, facts=_facts(args, "noise_level", "window", "init"))
 
 
 def variations(args: argparse.Namespace, inputs: Inputs, sampling: Sampling) -> Drawing:

@@ -51,7 +51,7 @@ def has_bfloat16() -> bool:
 
 
 def check_size(model: LatentDiffusion, size: tuple[int, int], batch: int) -> None:
-    """Raises MemoryLimit for pictures that cannot fit; warns of sizes that the model was not trained for."""
+    """Raises MemoryLimit for pictures that cannot fit."""
     width, height = size
     config = model.config.vae
     widest = max(config.channel_mult[:2]) * config.channels  # what the decoder holds at full resolution, as input, output and between
@@ -59,6 +59,11 @@ def check_size(model: LatentDiffusion, size: tuple[int, int], batch: int) -> Non
     free = free_memory(model.device)
     if free is not None and needed > free:
         raise MemoryLimit(f"{width}x{height} in batches of {batch} needs about {needed / 1e9:.3g} GB, {free / 1e9:.3g} GB are free; use a smaller --width and --height, or --batch 1")
+
+
+def warn_of_size(model: LatentDiffusion, size: tuple[int, int]) -> None:
+    """Warns of a size that the model was not trained for, of what it draws from noise alone."""
+    width, height = size
     if max(size) > 2 * model.config.size:
         warnings.warn(f"{width}x{height} from a model trained at {model.config.size}x{model.config.size}: things may appear twice; --width and --height set the size", stacklevel=2)
 

@@ -67,6 +67,8 @@ def make(args: argparse.Namespace, plan: Plan, readers: Readers) -> None:
     loaded = models.load(args, device, dtype, readers)
     for cell in cells:
         machine.check_size(loaded.model, _size(cell.drawing, loaded, enlarged=True), min(args.batch, len(items)))
+        if cell.drawing.anew:
+            machine.warn_of_size(loaded.model, _size(cell.drawing, loaded, enlarged=False))
 
     kept: list[list[Image.Image]] = []  # by cell and item, where a sheet shows them
     total = len(cells) * len(items)
@@ -79,6 +81,8 @@ def make(args: argparse.Namespace, plan: Plan, readers: Readers) -> None:
             facts = describe(cells[0], cells[0].sampling, loaded) | {"prompt": "\n".join(dict.fromkeys(each.prompt for each in item)), "seed": str(cells[0].seeds[item[0].offset])}
             if len(item) > 1:
                 facts["seeds"] = " ".join(dict.fromkeys(str(cells[0].seeds[each.offset]) for each in item))
+            for axis in axes:  # the value of the first picture is not that of the sheet
+                facts.pop({"rescale": "cfg_rescale", "width": "size", "height": "size"}.get(axis.dest, axis.dest), None)
             if axes:
                 facts["grid_of"] = "; ".join(f"{axis.name}={','.join(axis.texts)}" for axis in axes)
             terminal.show(printable(str(place.save(sheet, facts, "-sheet"))))

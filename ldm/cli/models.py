@@ -17,6 +17,7 @@ from ldm.cli import terminal
 from ldm.cli.files import Readers, file_hash, require_weights
 from ldm.errors import ArgumentError, printable
 from ldm.model import LatentDiffusion
+from ldm.offload import offload
 from ldm.prompts import Embedding
 from ldm.safety import flagged
 
@@ -68,10 +69,7 @@ def load(args: argparse.Namespace, device: torch.device, dtype: torch.dtype, rea
     if args.safety is not None:
         checker = functools.partial(flagged, readers.load_safety(args.safety, device=device))
     if args.offload:
-        from ldm.offload import offload
-
-        for each in filter(None, (model, refiner)):
-            offload(each, device)
+        offload([model, *filter(None, [refiner])], device)
     return Models(model, refiner, checker, _facts(args, model, readers))
 
 

@@ -14,7 +14,7 @@ from ldm.conditioning import Sizes
 from ldm.config import FAMILIES
 from ldm.errors import ArgumentError
 from ldm.prompts import Embedding
-from ldm.sampling import Sampling, require_known, require_seed
+from ldm.sampling import Sampling, require_known, require_whole
 
 MAX_SIDE = 16384  # pixels
 MAX_PICTURES = 10**6
@@ -112,7 +112,7 @@ def seeds_of(first: int, count: int) -> list[int]:
 def checked_seeds(seeds: Sequence[int], option: str = "seed") -> list[int]:
     """The seeds, if they all are some. Raises ArgumentError; warns of those that torch takes for others."""
     for seed in (seeds[0], seeds[-1]) if option == "seed" else seeds:
-        require_seed(seed)
+        require_whole(option, seed, 0, 2**64 - 1)
     if max(seeds) >= 2**32:
         warnings.warn(f"--{option}: torch uses the low 32 bits, so {max(seeds)} gives the same picture as {max(seeds) % 2**32}", stacklevel=2)
     return [*seeds]

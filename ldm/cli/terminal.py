@@ -23,7 +23,7 @@ exit codes:
 
 OPTIONS = {  # keys of errors that are options too
     "sampler", "grid", "steps", "cfg", "rescale", "interval", "eta", "clip_skip", "tile", "original", "crop", "target", "aesthetic", "negative_aesthetic",
-    "seed", "strength", "config", "negative", "mask", "feather", "extend", "depth", "noise_level", "window", "preprocessing", "scale", "enlarge",
+    "seed", "seeds", "strength", "config", "negative", "mask", "feather", "extend", "depth", "noise_level", "window", "preprocessing", "scale", "enlarge",
     "refiner", "refine_from", "refine_strength", "frames", "fps", "animation",
 }  # fmt: skip
 
