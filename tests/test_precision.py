@@ -6,6 +6,7 @@ import copy
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm import precision, tiles
+from ldm.cli import machine
 from ldm.config import SD1, ModelConfig, VAEConfig
 from ldm.errors import MemoryLimit, NonFinite
 from ldm.finite import converted, first_not_finite, weights_not_finite
@@ -229,3 +231,31 @@ def test_a_converted_copy_leaves_the_original_alone() -> None:
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
     assert all(value.dtype == before[name].dtype for name, value in network.state_dict().items())
     assert weights_not_finite(copied) == []
+
+
+# --- the type that the command line takes ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "has"),
+    [
+        ("processor\t: 0\nflags\t\t: fpu avx2 avx512f avx512_bf16\nflags\t\t: fpu\n", True),
+        ("flags\t\t: fpu avx2 amx_bf16 amx_tile\n", True),
+        ("Features\t: fp asimd bf16 i8mm\n", True),
+        ("flags\t\t: fpu avx2 avx512f\nbugs\t\t: bf16\n", False),
+        ("no such line", False),
+        (None, False),
+    ],
+)
+def test_bfloat16_is_chosen_where_the_processor_multiplies_it(text: str | None, has: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def read(path: Path) -> str:
+        assert path == Path("/proc/cpuinfo")
+        if text is None:
+            raise FileNotFoundError
+        return text
+
+    monkeypatch.setattr(Path, "read_text", read)
+    assert machine.has_bfloat16() is has
+    assert machine.dtype_of("auto", torch.device("cpu")) == (torch.bfloat16 if has else torch.float32)
+    assert machine.dtype_of("float32", torch.device("cpu")) == torch.float32
+    assert machine.dtype_of("auto", torch.device("cuda")) == torch.float16
