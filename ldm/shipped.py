@@ -34,7 +34,7 @@ BLOCKS = ModelConfig(
 )  # fmt: skip
 
 VAE_SETTINGS = Settings(steps=7000, batch=2, lr=1e-3, warmup=200, decay=0.3, ema=0.998, save_every=500)
-DIFFUSION_SETTINGS = Settings(steps=12_000, batch=16, lr=8e-4, warmup=200, decay=0.25, ema=0.998, save_every=100)
+DIFFUSION_SETTINGS = Settings(steps=7500, batch=16, lr=8e-4, warmup=200, decay=0.3, ema=0.998, save_every=100)
 
 KL_WEIGHT = 5e-4
 SCENES = 16_000  # pictures whose latents the UNet learns from
