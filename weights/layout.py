@@ -43,7 +43,7 @@ _BUFFERS = (
     "|sqrt_recip_alphas_cumprod|sqrt_recipm1_alphas_cumprod|posterior_variance|posterior_log_variance_clipped"
     "|posterior_mean_coef1|posterior_mean_coef2"
 )
-_POSITION_IDS = (r"(.+\.)?embeddings\.position_ids", "0 to 76 by definition; stored as integers, as floats, or damaged by merging, under many spellings")
+_POSITION_IDS = (r"(.+[./])?embeddings\.position_ids", "0 to 76 by definition; stored as integers, as floats, or damaged by merging, under many spellings")
 _CLIP_L_PROJECTION = "projection of CLIP-L's pooled text, which no family reads"
 
 ORIGINAL = (
@@ -73,8 +73,14 @@ FOLDER = (
     _POSITION_IDS,
     (r"text_encoder(_2)?/(text_model\.)?logit_scale", "temperature of CLIP's training loss"),
     (r"image_encoder/(text_model\..+|text_projection\.weight|logit_scale)", "text half of CLIP, which image variations do not use"),
-    (r"text_encoder/text_projection\.weight", _CLIP_L_PROJECTION),
+    (r"text_encoder/text_projection\.weight", "projection of the pooled text, which no family reads of its first tower"),
     (r"vae/(loss|model_ema)\..+", "leftover of the VAE's training"),
+)  # fmt: skip
+
+ALONE = (  # of networks that come alone
+    _POSITION_IDS,
+    (r"(first_stage_model\.)?loss\..+", "discriminator and perceptual loss of the VAE's training"),
+    (r"(first_stage_model\.)?model_ema\..+", "moving average of the VAE's training, which its weights already are, or its bookkeeping"),
 )  # fmt: skip
 
 _HUGGING_FACE, _OPENCLIP = "text_model.embeddings.token_embedding.weight", "token_embedding.weight"
@@ -106,6 +112,17 @@ def _towers(keys: Container[str], prefix: str, vision: bool) -> list[tuple[str, 
         return [(theirs, names.hugging_face)]
     theirs = f"{prefix}model."
     return [(theirs, names.openclip)] if theirs + _OPENCLIP in keys and not vision else []
+
+
+def diffusers(config: ModelConfig, folders: Container[str]) -> Layout:
+    """The layout of a diffusers folder with these components."""
+    parts = [Part("unet.", "unet/", names.in_diffusers_unet(config.unet)), Part("vae.", "vae/", names.in_diffusers_vae(config.vae))]
+    towers = [name for name in ("text_encoder", "text_encoder_2") if name in folders]  # the refiner has only the second
+    parts += [Part(f"text.{i}.", f"{name}/", names.hugging_face) for i, name in enumerate(towers)]
+    parts.append(Part("vision.", "image_encoder/", names.hugging_face_vision))
+    if config.depth is not None:
+        parts.append(Part("depth.", "depth_estimator/", names.in_transformers_dpt(config.depth)))
+    return Layout(tuple(parts), FOLDER)
 
 
 def published(config: ModelConfig) -> Layout:

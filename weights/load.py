@@ -15,6 +15,8 @@ from ldm.errors import ArgumentError, FileError
 from ldm.model import LatentDiffusion
 from weights.detect import detect
 from weights.files import Weights, open_file
+from weights.folder_config import describe
+from weights.folders import Folder, is_folder, open_folder
 from weights.layout import Layout, original
 from weights.metadata import CONFIG_KEY
 from weights.places import Place
@@ -45,10 +47,14 @@ def load(
     """
     require_dtype(dtype)
     require_prediction(prediction)
-    with open_file(embedded() if path is None else path) as file:
-        shapes = {key: file.shape(key) for key in file}
-        found = detect(shapes, file.metadata, config, file.path)
-        return _load(file, found, original(shapes), torch.device(device), dtype, ema, prediction, config is not None or CONFIG_KEY in file.metadata)
+    path = embedded() if path is None else path
+    with open_folder(path) if is_folder(path) else open_file(path) as file:
+        if isinstance(file, Folder):
+            found, layout = describe(file, config)
+        else:
+            shapes = {key: file.shape(key) for key in file}
+            found, layout = detect(shapes, file.metadata, config, file.path), original(shapes)
+        return _load(file, found, layout, torch.device(device), dtype, ema, prediction, config is not None or CONFIG_KEY in file.metadata)
 
 
 def embedded() -> Path:
@@ -66,7 +72,7 @@ def require_dtype(dtype: torch.dtype) -> None:
 
 
 def _load(
-    file: Weights, found: ModelConfig, layout: Layout, device: torch.device, dtype: torch.dtype, ema: bool, prediction: Prediction | None, explicit: bool
+    file: Weights | Folder, found: ModelConfig, layout: Layout, device: torch.device, dtype: torch.dtype, ema: bool, prediction: Prediction | None, explicit: bool
 ) -> LatentDiffusion:
     def statistic() -> Tensor | None:
         return next((file[place.key] for place in layout.places(STATISTIC) if place.key in file), None)
@@ -84,7 +90,7 @@ def built(make: Any) -> Any:
         return make()
 
 
-def fill(network: nn.Module, file: Weights, layout: Layout, device: torch.device, dtype: torch.dtype, ema: bool = False) -> None:
+def fill(network: nn.Module, file: Weights | Folder, layout: Layout, device: torch.device, dtype: torch.dtype, ema: bool = False) -> None:
     """Put a file's tensors in the place of all parameters of a network on the meta device, and make it ready for inference."""
     wanted = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
     sources = plan(layout, wanted, {key: file.shape(key) for key in file}, file.error, ema=ema).sources
@@ -97,7 +103,7 @@ def fill(network: nn.Module, file: Weights, layout: Layout, device: torch.device
     network.requires_grad_(False).eval()
 
 
-def _read(file: Weights, place: Place, ours: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+def _read(file: Weights | Folder, place: Place, ours: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
     if place.more:
         return torch.cat([file.read(key, device, dtype) for key in place.keys])
     return place.turned(file.read(place.key, device, dtype, place.rows(file.shape(place.key))), ours)

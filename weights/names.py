@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor
 
-from ldm.config import UNetConfig, VAEConfig
+from ldm.config import DepthConfig, UNetConfig, VAEConfig
 from ldm.unet import UNet
 from ldm.vae import VAE
+from weights.names_depth import dpt_names
 from weights.places import How, Place
 
 Places = Callable[[str], tuple[Place, ...]]  # our name inside a network -> where it may lie, under each known spelling
@@ -40,6 +41,18 @@ def vae(name: str) -> tuple[Place, ...]:
 def hugging_face(name: str) -> tuple[Place, ...]:
     """A text tower of transformers, some old and very new versions of which leave `text_model.` out."""
     bare = name.removeprefix("text_model.")
+    return (Place(name),) if bare == name else (Place(name), Place(bare))
+
+
+def hugging_face_vision(name: str) -> tuple[Place, ...]:
+    """A vision tower of transformers, with `vision_model.` or without."""
+    bare = name.removeprefix("vision_model.")
+    return (Place(name),) if bare == name else (Place(name), Place(bare))
+
+
+def doubled_vision(name: str) -> tuple[Place, ...]:
+    """The safety checker. Its vision tower's prefix is doubled in the published file; newer versions of transformers write it once."""
+    bare = name.removeprefix("vision_model.")
     return (Place(name),) if bare == name else (Place(name), Place(bare))
 
 
@@ -108,6 +121,12 @@ def in_diffusers_vae(config: VAEConfig) -> Places:
         return Place(theirs, how), Place(match[1] + _OLD_ATTENTION[match[2]] + match[3], how)
 
     return places
+
+
+def in_transformers_dpt(config: DepthConfig) -> Places:
+    """Where transformers puts the depth network's parameters: q, k and v of each attention in matrices of their own."""
+    table = dpt_names(config)
+    return lambda name: (Place(table[name][0], more=table[name][1:]),)
 
 
 def diffusers_unet(config: UNetConfig) -> dict[str, str]:

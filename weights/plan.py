@@ -75,7 +75,7 @@ def _sources(layout: Layout, wanted: Mapping[str, Shape], found: Mapping[str, Sh
             lacking = [key for key in places[0].keys if key not in found] if places else [ours]
             missing.setdefault(_network(ours), []).extend(lacking)
     for network in missing.keys() - {_network(ours) for ours in sources}:
-        what = next(what for prefix, what in WHAT.items() if network.startswith(prefix))
+        what = next((what for prefix, what in WHAT.items() if network.startswith(prefix)), network.strip("."))
         theirs = next((part.theirs for part in layout.parts if part.ours == network), None)
         raise error(f"has no {what}{f' (no {theirs}* of the names it should have)' if theirs else ''}; use a complete checkpoint", None)
     return sources, [*dict.fromkeys(key for keys in missing.values() for key in keys)]

@@ -16,7 +16,7 @@ from ldm.unet import UNet
 Prediction = Literal["eps", "v"]
 
 METADATA = "modelspec.prediction_type"
-SCHEDULER = "scheduler_config.json"  # under this name a folder's metadata quote its prediction_type
+SCHEDULER, ZERO_SNR = "scheduler_config.json", "rescale_betas_zero_snr"  # under these names a folder's metadata quote its scheduler
 SPELLINGS: dict[str, Prediction] = {"eps": "eps", "epsilon": "eps", "v": "v", "v_prediction": "v", "v-prediction": "v", "v_pred": "v"}
 
 STATISTIC = "unet.output_blocks.11.1.transformer_blocks.0.norm1.bias"  # its standard deviation tells SD 2's two kinds apart
@@ -53,8 +53,9 @@ def settle(
     for key, what in _EDM.items():
         if key in keys:
             raise refuse(f"is {what} ({key} is in it), trained with EDM's preconditioning, which this version does not know; use another model")
-    if "ztsnr" in keys and prediction is None:
-        raise refuse("was trained with zero terminal SNR (ztsnr is in it), which load() does not set up; prediction='v' loads it with the ordinary schedule")
+    mark = "ztsnr" if "ztsnr" in keys else ZERO_SNR if ZERO_SNR in metadata else None
+    if mark and prediction is None:
+        raise refuse(f"was trained with zero terminal SNR ({mark}), which load() does not set up; prediction='v' loads it with the ordinary schedule")
     if prediction is not None:
         return Finding(predicting(config, prediction, named=not explicit))
     if explicit:

@@ -79,6 +79,57 @@ def read_unet(shapes: Shapes, prefix: str = UNET) -> UNetConfig | None:
         return None
 
 
+def read_diffusers_unet(shapes: Shapes, prefix: str) -> UNetConfig | None:
+    """The visible sizes of the UNet under `prefix` with diffusers' names; None when its tensors do not make one."""
+
+    def depth(block: str, i: int) -> int:
+        return _count(shapes, f"{prefix}{block}.attentions.{i}.transformer_blocks.{{}}.norm1.weight")
+
+    try:
+        channels, in_channels = shapes[f"{prefix}conv_in.weight"][:2]
+        levels = range(_count(shapes, f"{prefix}down_blocks.{{}}.resnets.0.conv1.weight"))
+        blocks = range(_count(shapes, f"{prefix}down_blocks.0.resnets.{{}}.conv1.weight"))
+        widths = [shapes[f"{prefix}down_blocks.{level}.resnets.0.conv1.weight"][0] for level in levels]
+        keys = [shapes.get(f"{prefix}down_blocks.{level}.attentions.0.transformer_blocks.0.attn1.to_k.weight") for level in levels]
+        context = _first(shapes, rf"{re.escape(prefix)}.+\.attn2\.to_k\.weight")
+        proj = _first(shapes, rf"{re.escape(prefix)}.+\.proj_in\.weight")
+        label, vector = shapes.get(f"{prefix}class_embedding.weight"), shapes.get(f"{prefix}add_embedding.linear_1.weight")
+        return UNetConfig(
+            in_channels=in_channels,
+            out_channels=shapes[f"{prefix}conv_out.weight"][0],
+            model_channels=channels,
+            channel_mult=tuple(w // channels for w in widths),
+            num_res_blocks=len(blocks),
+            context_dim=context[1] if context else 0,
+            heads=1,
+            linear_proj=proj is not None and len(proj) == 2,
+            down_depth=tuple(tuple(depth(f"down_blocks.{level}", i) for i in blocks) for level in levels),
+            up_depth=tuple(tuple(depth(f"up_blocks.{level}", i) for i in range(len(blocks) + 1)) for level in levels),
+            mid_depth=depth("mid_block", 0) or None,
+            cross_only=tuple(bool(key) and len(key) == 2 and key[1] != width for key, width in zip(keys, widths, strict=True)),
+            vector_dim=vector[1] if vector else None,
+            noise_levels=label[0] if label else None,
+        )
+    except (KeyError, IndexError, ValueError, TypeError, ZeroDivisionError):  # not the tensors of a UNet
+        return None
+
+
+def read_diffusers_vae(shapes: Shapes, prefix: str) -> VAEConfig | None:
+    """The visible sizes of the VAE under `prefix` with diffusers' names; None when its tensors do not make one."""
+    try:
+        channels = shapes[f"{prefix}encoder.conv_in.weight"][0]
+        levels = range(_count(shapes, f"{prefix}encoder.down_blocks.{{}}.resnets.0.conv1.weight"))
+        return VAEConfig(
+            channels=channels,
+            channel_mult=tuple(shapes[f"{prefix}encoder.down_blocks.{i}.resnets.0.conv1.weight"][0] // channels for i in levels),
+            num_res_blocks=_count(shapes, f"{prefix}encoder.down_blocks.0.resnets.{{}}.conv1.weight"),
+            z_channels=shapes[f"{prefix}decoder.conv_in.weight"][1],
+            scale=1.0,
+        )
+    except (KeyError, IndexError, ValueError, ZeroDivisionError):
+        return None
+
+
 def read_vae(shapes: Shapes, prefix: str = VAE) -> VAEConfig | None:
     """The visible sizes of the VAE under `prefix`; None when its tensors do not make one."""
     try:

@@ -1,0 +1,190 @@
+"""A diffusers folder as one collection of tensors, each under `component/` and its key there."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldm.errors import FileError
+from weights.files import Weights, open_file
+from weights.torchfiles import Spec
+
+COMPONENTS = {  # folder -> the name of its weights, as .safetensors and as .bin
+    "unet": ("diffusion_pytorch_model", "diffusion_pytorch_model"), "vae": ("diffusion_pytorch_model", "diffusion_pytorch_model"),
+    "text_encoder": ("model", "pytorch_model"), "text_encoder_2": ("model", "pytorch_model"), "image_encoder": ("model", "pytorch_model"),
+    "depth_estimator": ("model", "pytorch_model"),
+}  # fmt: skip
+MAX_JSON = 16 * 2**20  # bytes of an index or config
+MAX_SHARDS = 1000
+
+
+class Folder(Mapping[str, Tensor]):
+    """The tensors of several files by name; nothing is read before it is asked for. Reads like `Weights`."""
+
+    def __init__(self, path: Path, metadata: Mapping[str, str] | None = None):
+        self.path, self.metadata = path, dict(metadata or {})
+        self.specs: dict[str, Spec] = {}
+        self._files: list[Weights] = []
+        self._places: dict[str, tuple[Weights, str]] = {}
+
+    def add(self, file: Weights, prefix: str) -> None:
+        """Take in a file's tensors, their keys after `prefix`. The file is closed with the folder."""
+        self._files.append(file)
+        for key, spec in file.specs.items():
+            if prefix + key in self.specs:
+                raise self.error(f"{prefix}{key} is in two of its files; download it again", prefix + key)
+            self.specs[prefix + key], self._places[prefix + key] = spec, (file, key)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.specs)
+
+    def __len__(self) -> int:
+        return len(self.specs)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.specs
+
+    def __getitem__(self, key: str) -> Tensor:
+        file, name = self._places[key]
+        return file[name]
+
+    def read(self, key: str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None, rows: slice | None = None) -> Tensor:
+        """As `Weights.read`."""
+        file, name = self._places[key]
+        return file.read(name, device, dtype, rows)
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """The tensor's shape, without reading it."""
+        return self.specs[key].shape
+
+    def error(self, what: str, key: str | None = None) -> FileError:
+        """The error to raise about this folder."""
+        return FileError(what, path=self.path, key=key)
+
+    def require_unchanged(self) -> None:
+        """Refuse files that were written to since they were opened."""
+        for file in self._files:
+            file.require_unchanged()
+
+    def close(self) -> None:
+        """Give the files back; tensors already read stay valid."""
+        for file in self._files:
+            file.close()
+
+    def __enter__(self) -> Folder:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def is_folder(path: str | PathLike[str]) -> bool:
+    """Is this a directory with a model's components in it?"""
+    with contextlib.suppress(OSError, ValueError):
+        return any((Path(path) / name).exists() for name in ("model_index.json", "unet")) and Path(path).is_dir()
+    return False
+
+
+def open_folder(path: str | PathLike[str]) -> Folder:
+    """Open the components of a diffusers folder that a model is made of. Raises FileError; nothing in it is run, and .bin only opened for want of .safetensors."""
+    folder = Folder(Path(path))
+    try:
+        listed = _listed(folder)
+        for name, stems in COMPONENTS.items():
+            there = (folder.path / name).is_dir()
+            if listed.get(name) and not there:
+                raise folder.error(f"its model_index.json lists {name}, and there is no folder of that name; download it again")
+            if there and listed.get(name, True):
+                add_component(folder, folder.path / name, stems, f"{name}/")
+        for name in ("unet", "vae"):
+            if not any(key.startswith(f"{name}/") for key in folder):
+                raise folder.error(f"has no {name}/ with weights in it; this project reads models with a UNet and a VAE")
+        return folder
+    except BaseException:
+        folder.close()
+        raise
+
+
+def _listed(folder: Folder) -> dict[str, bool]:
+    """Which components model_index.json, where it is there, says that there are."""
+    path = folder.path / "model_index.json"
+    if not path.exists():
+        return {}
+    listed = read_json(path)
+    return {name: any(part is not None for part in parts) for name, parts in listed.items() if name in COMPONENTS and isinstance(parts, list)}
+
+
+def add_component(folder: Folder, path: Path, stems: tuple[str, str], prefix: str) -> None:
+    """Take in the weights of one component: .safetensors before .bin, all of the numbers before their float16 variant."""
+    for kind, stem in zip(("safetensors", "bin"), stems, strict=True):
+        for variant in ("", ".fp16"):
+            single = path / f"{stem}{variant}.{kind}"
+            if single.exists():
+                folder.add(open_file(single), prefix)
+                return
+            for index in (path / f"{stem}.{kind}.index{variant}.json", path / f"{stem}{variant}.{kind}.index.json"):
+                if index.exists():
+                    _add_shards(folder, index, prefix)
+                    return
+    raise folder.error(f"{path.name}/ has no weights that this version knows ({stems[0]}.safetensors or {stems[1]}.bin); download it again")
+
+
+def _add_shards(folder: Folder, index: Path, prefix: str) -> None:
+    """Take in the files that an index names, which must be in its own folder and hold exactly what it says."""
+    found = read_json(index).get("weight_map")
+    if not isinstance(found, dict) or not found or any(not isinstance(name, str) for name in found.values()):
+        raise FileError("has no weight_map of file names; download it again", path=index)
+    shards = sorted(set(found.values()))
+    for name in shards:
+        if not name or name in (".", "..") or any(c in name for c in "/\\\0:"):
+            raise FileError(f"names the file {name[:60]!r}, which is not a plain name in its own folder; download it again", path=index)
+    if len(shards) > MAX_SHARDS:
+        raise FileError(f"names {len(shards)} files; the limit is {MAX_SHARDS}", path=index)
+    gone = [name for name in shards if not (index.parent / name).exists()]
+    if gone:
+        raise FileError(f"names {gone[0][:60]}, which is not there; download it too", path=index)
+    for name in shards:
+        file = open_file(index.parent / name)
+        folder.add(file, prefix)
+        listed = {key for key, shard in found.items() if shard == name}
+        odd = sorted(listed ^ set(file))
+        if odd:
+            fault = "is not in it" if odd[0] in listed else "is in it unannounced"
+            raise FileError(f"and {name[:40]} disagree: {odd[0][-50:]} {fault}; download both again", path=index, key=odd[0])
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A small JSON object. Raises FileError for anything else, also for NaN, doubled keys and deep nesting."""
+    try:
+        size = path.stat().st_size
+        if not path.is_file() or size > MAX_JSON:
+            raise FileError(f"is {f'{size} bytes long; the limit is {MAX_JSON}' if path.is_file() else 'not a file'}", path=path)
+        text = path.read_text(encoding="utf-8")
+        value = json.loads(text, parse_constant=_refuse, object_pairs_hook=_unique)
+    except OSError as error:
+        raise FileError(f"cannot be read: {error.strerror}", path=path) from None
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, FileError):
+            raise
+        raise FileError("is not JSON as it should be (damaged, doubled keys or NaN); download it again", path=path) from None
+    if not isinstance(value, dict):
+        raise FileError("is not a JSON object; download it again", path=path)
+    return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError
+    return found
+
+
+def _refuse(name: str) -> None:
+    raise ValueError(name)
