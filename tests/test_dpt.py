@@ -177,13 +177,6 @@ def test_the_picture_is_resized_by_opencvs_cubic_and_ends_in_the_networks_range(
     assert (x - (levels - 0.5) / 0.5).abs().max() < 3.2e-4  # takes mean and deviation 0.5 out
 
 
-def test_the_resize_is_opencvs() -> None:
-    cv2 = pytest.importorskip("cv2", reason="OpenCV is what the original resizes with")
-    image = normal("picture", (1, 3, 90, 60)).clamp(-1, 1)
-    theirs = cv2.resize(image[0].permute(1, 2, 0).numpy(), (64, 96), interpolation=cv2.INTER_CUBIC)
-    assert torch.allclose(depth_input(image, 64)[0].permute(1, 2, 0), torch.from_numpy(theirs), atol=1e-3)  # OpenCV's weights are float32 too
-
-
 def test_what_is_no_batch_of_pictures_is_refused() -> None:
     with pytest.raises(ArgumentError, match=r"tensors \[b, 3, H, W\]"):
         depth_input(torch.zeros(1, 1, 64, 64))
