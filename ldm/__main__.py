@@ -70,8 +70,8 @@ COMMANDS: dict[str, Command] = {
 def readers() -> Readers:
     """What commands ask of the package `weights`."""
     return Readers(
-        load=weights.load, load_vae=getattr(weights, "load_vae", None), load_lora=load_lora, load_embedding=load_embedding,
-        load_safety=getattr(weights, "load_safety", None), open_file=weights.open_file, embedded=embedded, save=weights.save,
+        load=weights.load, load_vae=weights.load_vae, load_lora=load_lora, load_embedding=load_embedding, load_safety=weights.load_safety,
+        open_file=weights.open_file, embedded=embedded, save=weights.save,
     )  # fmt: skip
 
 

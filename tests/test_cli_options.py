@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import shlex
 from dataclasses import replace
@@ -199,12 +200,16 @@ def test_frames_are_checked_before_they_are_shown(checker, here, ldm):
 def test_the_checker_of_a_file_judges_the_pictures(here, ldm):
     """A real one: with thresholds below -1 all is flagged, above 1 nothing."""
     checker = SafetyChecker(VisionConfig(image=28, patch=7, width=64, layers=2, heads=4, mlp=128, projection=48))
+    sizes = {"image_size": 28, "patch_size": 7, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
     for threshold, code in ((-2.0, "true, blacked"), (2.0, "false")):
         state = {name: weight(f"safety_checker.{name}", value.shape) for name, value in checker.state_dict().items()}
         state |= {name: torch.full_like(value, threshold) for name, value in state.items() if name.endswith("embeds_weights")}
-        save_file(state, "safety.safetensors")
-        assert ldm(f"txt2img 'a cat' {QUICK} --safety safety.safetensors --out a.png --overwrite")[0] == 0
+        Path("safety").mkdir(exist_ok=True)
+        save_file(state, "safety/model.safetensors")
+        Path("safety/config.json").write_text(json.dumps({"projection_dim": 48, "vision_config": sizes}))
+        assert ldm(f"txt2img 'a cat' {QUICK} --safety safety --out a.png --overwrite")[0] == 0
         assert read_metadata("a.png")["flagged"] == code
+        assert read_metadata("a.png")["safety_hash"] == files.file_hash(Path("safety/model.safetensors"))
 
 
 # --- prompts from a file --------------------------------------------------------------------------------------------

@@ -112,15 +112,17 @@ def named_file(text: str) -> tuple[str | None, str]:
 def build_parser(table: Mapping[str, Command]) -> tuple[Parser, dict[str, argparse.ArgumentParser]]:
     """The parser, and that of each command."""
     shape = argparse.RawDescriptionHelpFormatter
+    listed = "\n".join(f"  {name:13}{command.help}" for name, command in table.items())
     parser = Parser(
-        prog="ldm", description="Latent diffusion: pictures from text, and from other pictures, with the Stable Diffusion family.", formatter_class=shape,
-        allow_abbrev=False, usage="ldm COMMAND ... [options]", epilog=f"start with:\n  ldm txt2img \"a red cube on top of a blue sphere\"\n\n'ldm COMMAND --help' lists the options of a command, with examples.\n\n{EXIT_CODES}",
+        prog="ldm", usage="ldm COMMAND ... [options]", formatter_class=shape, allow_abbrev=False,
+        description=f"Latent diffusion: pictures from text, and from other pictures, with the Stable Diffusion family.\n\ncommands:\n{listed}",
+        epilog=f"start with:\n  ldm txt2img \"a red cube on top of a blue sphere\"\n\n'ldm COMMAND --help' lists the options of a command, with examples.\n\n{EXIT_CODES}",
     )  # fmt: skip
     parser.add_argument("--version", action="version", version=f"ldm {version()}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=Parser)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=Parser, help="one of these")
     parsers = {}
     for name, command in table.items():
-        parsers[name] = commands.add_parser(name, prog=f"ldm {name}", help=command.help, description=command.run.__doc__, formatter_class=shape, allow_abbrev=False, epilog=f"examples:{command.examples}\n\n{EXIT_CODES}")
+        parsers[name] = commands.add_parser(name, prog=f"ldm {name}", description=command.run.__doc__, formatter_class=shape, allow_abbrev=False, epilog=f"examples:{command.examples}\n\n{EXIT_CODES}")
         command.add_arguments(parsers[name])
     return parser, parsers
 
