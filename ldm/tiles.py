@@ -92,7 +92,7 @@ class Strips:
             extra = [0 if rows is None else rows.shape[2] * y.shape[2] // x.shape[2] for rows in (above, below)]
             made.append(y[:, :, extra[0] : y.shape[2] - extra[1]].to(strip.device))
             above = strip[:, :, -halo:].clone() if halo else None  # a view would keep all of the strip
-            self.rows[i] = strip[:, :, :0] if leave is None else leave(strip.to(self.device)).to(strip.device)
+            self.rows[i] = strip.new_empty(0) if leave is None else leave(strip.to(self.device)).to(strip.device)
         return Strips(made, self.device)
 
     def plus(self, other: Strips) -> Strips:
@@ -100,7 +100,7 @@ class Strips:
         made = []
         for i, strip in enumerate(self.rows):
             made.append((strip.to(self.device) + other.rows[i].to(self.device)).to(strip.device))
-            self.rows[i] = other.rows[i] = strip[:0]
+            self.rows[i] = other.rows[i] = strip.new_empty(0)
         return Strips(made, self.device)
 
 
