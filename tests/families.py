@@ -9,7 +9,7 @@ from ldm.model import LatentDiffusion
 from tests.seeded import weight
 
 CLIP = TextConfig(width=64, layers=3, heads=4, mlp=128)
-OPENCLIP = replace(CLIP, activation="gelu", projection=48, pad=0, skip=1)
+OPENCLIP = replace(CLIP, width=80, activation="gelu", projection=48, pad=0, skip=1)
 UNET = UNetConfig(
     model_channels=32, channel_mult=(1, 2), num_res_blocks=1, context_dim=64, heads=4,
     down_depth=((1,), (0,)), up_depth=((0, 0), (1, 1)), cross_only=(False, False),

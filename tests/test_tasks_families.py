@@ -16,6 +16,7 @@ from ldm.conditioning import Sizes, size_embedding
 from ldm.errors import ArgumentError
 from ldm.images import from_pil
 from ldm.model import LatentDiffusion
+from ldm.prompts import Embedding
 from ldm.tasks import depth2img, hires, img2img, inpaint, interpolate, outpaint, txt2img, upscale, variations
 from samplers import seeded
 from tests.families import build, tiny
@@ -67,7 +68,7 @@ def test_sdxl_is_told_both_towers_the_pooled_text_and_six_sizes(family: str, cal
     sizes = Sizes(original=(300, 200), crop=(5, 6), target=(1000, 900))
     txt2img(model(family), "a cat", seeds=[1], steps=1, negative="rain", sizes=sizes)
     x, _, context, y = calls[0]
-    assert (len(x), context.shape[2]) == (2, 128)
+    assert (len(x), context.shape[2]) == (2, 144)
     pooled = model(family).text[1](torch.tensor([[49406, 320, 2368, 49407] + [0] * 73]))[1]
     assert torch.allclose(y[1:, :48], pooled, atol=1e-6)
     assert torch.equal(y[:, 48:], size_embedding(torch.tensor([[300, 200, 5, 6, 1000, 900]] * 2)))
@@ -99,14 +100,23 @@ def test_base_and_refiner_share_one_schedule(calls) -> None:
     base, refiner = model("sdxl-base"), model("sdxl-refiner")
     txt2img(base, "a", seeds=[1], steps=10, refiner=refiner, refine_from=0.8, grid="trailing")
     widths, times = [c[2].shape[2] for c in calls], [c[1][0].item() for c in calls]
-    assert widths == [128] * 8 + [64] * 2
+    assert widths == [144] * 8 + [80] * 2
     assert times == sorted(times, reverse=True)
     assert times[7] >= 200 > times[8]
 
 
 def test_the_refiner_can_start_anew_from_the_finished_latent(calls) -> None:
     txt2img(model("sdxl-base"), "a", seeds=[1], steps=4, refiner=model("sdxl-refiner"), refine_strength=0.5)
-    assert [c[2].shape[2] for c in calls] == [128] * 4 + [64] * 2
+    assert [c[2].shape[2] for c in calls] == [144] * 4 + [80] * 2
+
+
+def test_a_learnt_word_of_sdxl_is_read_by_the_refiner_too(calls) -> None:
+    base, refiner = model("sdxl-base"), model("sdxl-refiner")
+    word = Embedding("thing", {64: normal("small", (2, 64)), 80: normal("large", (2, 80))})
+    told = txt2img(base, "thing", seeds=[1], steps=4, refiner=refiner, refine_strength=0.5, embeddings=(word,))
+    plain = txt2img(base, "thing", seeds=[1], steps=4, refiner=refiner, refine_strength=0.5)
+    assert not torch.equal(calls[4][2], calls[10][2]), "the refiner hears the learnt word"
+    assert not np.array_equal(levels(told[0]), levels(plain[0]))
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -56,7 +57,7 @@ def txt2img(
 
 def _refined(model: LatentDiffusion, refiner: LatentDiffusion, job: Job, part: Part, conds: list[Cond], size: tuple[int, int], refine_from: float, strength: float | None) -> Tensor:
     """Latents that the model begins and the refiner finishes."""
-    begin, end = job.guided(model, conds), job.guided(refiner, job.told(refiner, part, size))
+    begin, end = job.guided(model, conds), job.guided(refiner, _for(refiner, job).told(refiner, part, size))
     first = part.noise(model.latent_shape(len(part.prompts), *size))
     if strength is not None:
         latent = job.draw(model, begin, first, part.noise)
@@ -65,6 +66,13 @@ def _refined(model: LatentDiffusion, refiner: LatentDiffusion, job: Job, part: P
     k = handover(model, sigmas, refine_from)
     x = job.solve(begin, start(first, sigmas), sigmas[: k + 1], part.noise)
     return finish(job.solve(end, x, sigmas[k:], part.noise), sigmas)
+
+
+def _for(refiner: LatentDiffusion, job: Job) -> Job:
+    """The job with what of its textual inversions is for the refiner's text tower: those of SDXL are for both of the base's."""
+    widths = {tower.width for tower in refiner.config.text}
+    embeddings = tuple(replace(e, vectors={width: e.vectors[width] for width in e.vectors if width in widths}) for e in job.sampling.embeddings)
+    return replace(job, sampling=replace(job.sampling, embeddings=embeddings))
 
 
 def handover(model: LatentDiffusion, sigmas: Sequence[float], share: float) -> int:
