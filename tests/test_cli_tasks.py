@@ -214,24 +214,24 @@ def test_a_model_for_another_task_is_refused_with_the_right_one(family, line, me
 
 @pytest.fixture
 def scene(here) -> np.ndarray:
-    """A rendered scene, as scene.png, with floor.png, a mask of its lower right."""
+    """A yellow sphere, as scene.png, with floor.png, a mask of the floor left of it."""
     picture = blocks.render(blocks.sample(3))
     Image.fromarray(picture).save("scene.png")
     mask = np.zeros(picture.shape[:2], np.uint8)
-    mask[64:, 70:] = 255
+    mask[48:, :46] = 255
     Image.fromarray(mask).save("floor.png")
     return picture
 
 
 def test_the_floor_of_a_scene_is_repainted_and_the_rest_is_not_touched(scene, ldm):
-    code, _, errors = ldm(f"inpaint 'a red cube' --init scene.png --mask floor.png --feather 4 {SHIPPED}")
+    code, _, errors = ldm(f"inpaint 'a red cube to the left of a yellow sphere' --init scene.png --mask floor.png --feather 4 {SHIPPED} --steps 8")
     assert (code, errors) == (0, [])
     painted = np.asarray(open_image("outputs/00001.png"))
     kept = np.asarray(Image.open("floor.png")) == 0
     assert np.array_equal(painted[kept], scene[kept])
     assert np.mean(painted[~kept] != scene[~kept]) > 0.5
     red = painted[~kept].astype(int)
-    assert np.mean((red[:, 0] > 120) & (red[:, 0] > 2 * red[:, 1])) > 0.05  # of the hole
+    assert np.mean((red[:, 0] > 120) & (red[:, 0] > 2 * red[:, 1])) > 0.1  # of the hole; it is about 0.2
 
 
 def test_a_scene_goes_on_at_its_sides(scene, ldm):
