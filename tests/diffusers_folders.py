@@ -1,11 +1,12 @@
-"""Narrow diffusers folders of every family, written to disk with the published names."""
+"""diffusers folders of every family, narrow or at full size, written to disk with the published names."""
 
 from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,92 +48,115 @@ def single(family: str) -> dict[str, Tensor]:
 
 def components(family: str, state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     """The tensors of a narrow single file under diffusers' names, by folder."""
-    ours, config = meaning(state), tiny(family)
-    found: dict[str, dict[str, Tensor]] = {"unet": {theirs: ours[f"unet.{name}"] for name, theirs in diffusers_unet(config.unet).items()}}
-    old = FOLDERS[family]["vae"].endswith("legacy-names")
-    found["vae"] = {}
+    ours = meaning(state)
+    return {name: component(family, name, ours) for name in FOLDERS[family]}
+
+
+def component(family: str, name: str, ours: Mapping[str, Tensor], *, wide: bool = False) -> dict[str, Tensor]:
+    """One component under diffusers' names, from a model's tensors; `wide`: at its published size. Names and shapes are those of the manifest."""
+    config = FAMILIES[family] if wide else tiny(family)
+    tensors = _NAMED[name](family, config, ours)
+    if FOLDERS[family][name]:
+        listed = listed_shapes(family, name, wide=wide)
+        tensors |= {key: torch.arange(shape[-1])[None] for key, shape in listed.items() if key.endswith("position_ids")}
+        assert {key: tuple(value.shape) for key, value in tensors.items()} == listed, name
+    return {key: value.contiguous().clone() for key, value in tensors.items()}
+
+
+def _unet(family: str, config: ModelConfig, ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {theirs: ours[f"unet.{name}"] for name, theirs in diffusers_unet(config.unet).items()}
+
+
+def _vae(family: str, config: ModelConfig, ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    found = {}
     for name, theirs in diffusers_vae(config.vae).items():
         value = ours[f"vae.{name}"]
-        if ".attentions.0." in theirs and value.ndim == 4:
-            value = value[:, :, 0, 0]
-        for new, first in OLD_VAE.items() if old else ():
+        for new, first in OLD_VAE.items() if FOLDERS[family]["vae"].endswith("legacy-names") else ():
             theirs = theirs.replace(f".attentions.0.{new}.", f".attentions.0.{first}.")
-        found["vae"][theirs] = value
-    for i, name in enumerate(name for name in ("text_encoder", "text_encoder_2") if name in FOLDERS[family]):
-        tower = inside(ours, f"text.{i}.")
-        if family.startswith(("sd2", "x4")):
-            tower = {key: value for key, value in tower.items() if ".layers.23." not in key and key != "text_projection.weight"}
-        found[name] = tower
-    if "image_encoder" in FOLDERS[family]:
-        found["image_encoder"] = inside(ours, "vision.")
-    if config.depth is not None:
-        found["depth_estimator"] = {}
-        for name, theirs in dpt_names(config.depth).items():
-            found["depth_estimator"] |= dict(zip(theirs, ours[f"depth.{name}"].chunk(len(theirs)), strict=True))
-    for name, tensors in found.items():
-        if FOLDERS[family][name]:
-            listed = narrow_manifest(family, name)
-            for key in [key for key in listed if key.endswith("position_ids")]:
-                tensors[key] = torch.arange(listed[key][-1])[None]
-            assert {key: tuple(value.shape) for key, value in tensors.items()} == listed, name
-    return {name: {key: value.contiguous().clone() for key, value in tensors.items()} for name, tensors in found.items()}
+        found[theirs] = value[:, :, 0, 0] if ".attentions.0." in theirs and value.ndim == 4 else value
+    return found
 
 
-def narrow_manifest(family: str, name: str) -> dict[str, tuple[int, ...]]:
-    """The published names of a component, and its shapes as narrow as `tiny`."""
+def _text(i: int, family: str, config: ModelConfig, ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    tower = inside(ours, f"text.{min(i, len(config.text) - 1)}.")
+    if config.unet.vector_dim is None and config.unet.linear_proj:  # SD 2 and the upscaler
+        tower = {key: value for key, value in tower.items() if ".layers.23." not in key and key != "text_projection.weight"}
+    return tower
+
+
+def _depth(family: str, config: ModelConfig, ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for name, theirs in dpt_names(config.depth).items():
+        found |= dict(zip(theirs, ours[f"depth.{name}"].chunk(len(theirs)), strict=True))
+    return found
+
+
+_NAMED = {"unet": _unet, "vae": _vae, "text_encoder": partial(_text, 0), "text_encoder_2": partial(_text, 1),
+          "image_encoder": lambda family, config, ours: inside(ours, "vision."), "depth_estimator": _depth}  # fmt: skip
+
+
+def listed_shapes(family: str, name: str, *, wide: bool = False) -> dict[str, tuple[int, ...]]:
+    """The published names of a component, and its shapes, as narrow as `tiny` unless `wide`."""
     unit = UNIT.get(family, 10)
-    return {key: narrow(f"{name}/{key}", shape, unit) for key, (shape, _) in manifest(f"diffusers/{FOLDERS[family][name]}").items()}
+    found = manifest(f"diffusers/{FOLDERS[family][name]}")
+    return {key: shape if wide else narrow(f"{name}/{key}", shape, unit) for key, (shape, _) in found.items()}
 
 
-def config_json(family: str, name: str) -> dict[str, Any]:
-    """The published config.json of a component, as narrow as `tiny`."""
+def config_json(family: str, name: str, *, wide: bool = False) -> dict[str, Any]:
+    """The published config.json of a component, as narrow as `tiny` unless `wide`."""
     if name == "depth_estimator":
         depth = tiny(family).depth
         return {"architectures": ["DPTForDepthEstimation"], "is_hybrid": True, "hidden_size": depth.width, "intermediate_size": depth.mlp, "num_hidden_layers": depth.layers,
                 "num_attention_heads": depth.heads, "image_size": depth.image, "fusion_hidden_size": depth.features, "readout_type": "project",
                 "backbone_out_indices": [0, 1, *depth.hooks], "backbone_config": {"depths": [*depth.blocks], "embedding_size": depth.stem, "layer_type": "bottleneck"}}  # fmt: skip
     config = json.loads(gzip.decompress((MANIFESTS / f"diffusers/{FOLDERS[family][name]}.json.gz").read_bytes()))["config"]
+    config |= {"_class_name": {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL"}[name]} if name in STEMS else {}
+    if wide:
+        return config
     unit = {"unet": UNIT.get(family, 10), "vae": 4}.get(name, 16)
-    for field in ("block_out_channels",):
-        if field in config:
-            config[field] = [width // unit for width in config[field]]
+    if "block_out_channels" in config:
+        config["block_out_channels"] = [width // unit for width in config["block_out_channels"]]
     for field in ("cross_attention_dim", "projection_class_embeddings_input_dim", "hidden_size", "intermediate_size", "projection_dim"):
         if field in config and (name != "text_encoder" or field != "projection_dim"):
             config[field] //= 16
     if "vocab_size" in config:
         config["vocab_size"] = VOCAB
-    if name == "unet":
-        config["_class_name"] = "UNet2DConditionModel"
-        if isinstance(config["attention_head_dim"], list):
-            config["attention_head_dim"] = [width // 16 for width in config["block_out_channels"]]
-    elif name == "vae":
-        config["_class_name"] = "AutoencoderKL"
+    if name == "unet" and isinstance(config["attention_head_dim"], list):
+        config["attention_head_dim"] = [width // 16 for width in config["block_out_channels"]]
     return config
 
 
 def write_folder(path: Path, family: str, parts: Mapping[str, Mapping[str, Tensor]], *, variant: str = "", kind: str = "safetensors") -> Path:
-    """A folder as diffusers writes it."""
+    """A narrow folder as diffusers writes it."""
     path.mkdir()
-    index: dict[str, Any] = {"_class_name": "StableDiffusionPipeline", "scheduler": ["diffusers", "PNDMScheduler"], "safety_checker": [None, None]}
     for name, tensors in parts.items():
-        folder = path / name
-        folder.mkdir()
-        index[name] = ["diffusers", "SomeClass"]
-        (folder / "config.json").write_text(json.dumps(config_json(family, name)))
-        stem = STEMS.get(name, "model" if kind == "safetensors" else "pytorch_model")
-        (save_safetensors if kind == "safetensors" else save_zip)(dict(tensors), folder / f"{stem}{variant}.{kind}")
-    full = FAMILIES[family]
-    (path / "scheduler").mkdir()
-    scheduler = {"_class_name": "PNDMScheduler", "beta_start": full.schedule.start, "beta_end": full.schedule.end, "beta_schedule": "scaled_linear",
-                 "num_train_timesteps": 1000, "prediction_type": {"eps": "epsilon", "v": "v_prediction"}[full.prediction]}  # fmt: skip
-    (path / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
-    (path / "model_index.json").write_text(json.dumps(index))
+        write_component(path / name, tensors, config_json(family, name), variant=variant, kind=kind)
+    write_index(path, family, parts)
     return path
 
 
-def folder_config(family: str) -> ModelConfig:
+def write_component(path: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any], *, variant: str = "", kind: str = "safetensors") -> None:
+    """One folder of weights with its config.json."""
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps(config))
+    stem = STEMS.get(path.name, "model" if kind == "safetensors" else "pytorch_model")
+    (save_safetensors if kind == "safetensors" else save_zip)(dict(tensors), path / f"{stem}{variant}.{kind}")
+
+
+def write_index(path: Path, family: str, parts: Iterable[str]) -> None:
+    """model_index.json and the scheduler."""
+    index = {"_class_name": "StableDiffusionPipeline", "scheduler": ["diffusers", "PNDMScheduler"], "safety_checker": [None, None], "text_encoder": [None, None]}
+    (path / "model_index.json").write_text(json.dumps(index | {name: ["diffusers", "SomeClass"] for name in parts}))
+    full = FAMILIES[family]
+    scheduler = {"_class_name": "PNDMScheduler", "beta_start": full.schedule.start, "beta_end": full.schedule.end, "beta_schedule": "scaled_linear",
+                 "num_train_timesteps": 1000, "prediction_type": {"eps": "epsilon", "v": "v_prediction"}[full.prediction]}  # fmt: skip
+    (path / "scheduler").mkdir()
+    (path / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
+
+
+def folder_config(family: str, *, wide: bool = False) -> ModelConfig:
     """What the folder of a family should be recognised as."""
-    config = replace(tiny(family), size=FAMILIES[family].size)
+    config = FAMILIES[family] if wide else replace(tiny(family), size=FAMILIES[family].size)
     if family.startswith(("sd2", "x4")):
         config = replace(config, text=tuple(replace(tower, layers=23, skip=0, projection=None) for tower in config.text))
     return config

@@ -70,11 +70,21 @@ REFUSALS = {
 
 @pytest.mark.parametrize("what", REFUSALS)
 def test_a_family_that_is_not_supported_is_refused_by_name(what: str) -> None:
-    for config in (None, "sd1"):
+    for config in (None,) if what == "unknown" else (None, "sd1"):
         with pytest.raises(FileError) as caught:
             detect(REFUSALS[what], {}, config, "x")
         assert f"is {REFUSED[what.split()[0]]}" in str(caught.value)
         assert type(caught.value) is FileError
+
+
+def test_of_a_damaged_file_the_family_asked_for_says_what_is_missing(tmp_path, monkeypatch) -> None:
+    monkeypatch.setitem(FAMILIES, "sd1", tiny("sd1"))
+    state = {key: value for key, value in narrowed("sd1").items() if not key.startswith(f"{P}input_blocks.1.0.")}
+    path = save_safetensors(state, tmp_path / "x.safetensors")
+    with pytest.raises(FileError, match=r"of an unknown family, .*pass config= if it is a damaged file"):
+        load(path)
+    with pytest.raises(FileError, match="10 missing"):
+        load(path, "sd1")
 
 
 def test_a_config_of_another_family_is_refused() -> None:

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ldm.errors import FileError
 from ldm.model import LatentDiffusion
-from tests.checkpoints import FILES, MANIFESTS, meaning, narrowed, save_safetensors, tiny
+from tests.checkpoints import FILES, MANIFESTS, ema_name, meaning, narrowed, save_safetensors, save_stream, save_zip, tiny
+from tests.seeded import weight
 from weights import load, open_file, save
 from weights.layout import original
 from weights.load import built
@@ -65,3 +66,40 @@ def test_every_key_of_a_published_file_is_loaded_or_ignored_for_a_reason(file: s
     assert set(made.sources) == set(wanted)
     assert {key for place in made.sources.values() for key in place.keys} | set(made.ignored) == set(found)
     assert all(made.ignored.values())
+
+
+@pytest.mark.parametrize("save_as", [save_zip, save_stream])
+@pytest.mark.parametrize("file", ["sd2-base", "sd-image-variations"])
+def test_the_thirds_of_an_attention_come_from_a_pickle_too(file: str, save_as, tmp_path: Path) -> None:
+    """Storages lie at any address there, may be strided, and one may hold several tensors."""
+    state = narrowed(file)
+    keys = [key for key in state if "in_proj_weight" in key]
+    state[keys[0]] = state[keys[0]].t().contiguous().t()
+    state[keys[1]], state[keys[2]] = torch.stack([state[keys[1]], state[keys[2]]]).unbind()
+    path = save_as({"state_dict": state}, tmp_path / "x.ckpt")
+    for dtype in (torch.float32, torch.bfloat16):
+        assert_same(load(path, config_of(file), dtype=dtype), meaning(state), dtype)
+
+
+def test_a_damaged_third_is_noticed(tmp_path: Path) -> None:
+    """The file states one checksum for the whole stack."""
+    state = narrowed("sd2-base")
+    key = "cond_stage_model.model.transformer.resblocks.5.attn.in_proj_weight"
+    path = save_zip(state, tmp_path / "x.ckpt")
+    data = path.read_bytes()
+    at = data.index(state[key].numpy().tobytes())
+    path.write_bytes(data[: at + 100] + bytes([data[at + 100] ^ 1]) + data[at + 101 :])
+    for dtype in (torch.float32, torch.float16):
+        with pytest.raises(FileError, match=r"checksum of .*in_proj_weight is wrong"):
+            load(path, config_of("sd2-base"), dtype=dtype)
+
+
+@pytest.mark.parametrize("file", ["sd2-base", "sd2-sgm", "x4-upscaler", "sdxl-refiner", "sd-image-variations"])
+def test_the_moving_average_of_any_family_takes_the_place_of_its_unet(file: str, tmp_path: Path) -> None:
+    state = narrowed(file)
+    averages = {key: weight("ema " + key, value.shape).to(value.dtype) for key, value in state.items() if key.startswith("model.diffusion_model.")}
+    path = save_safetensors(state | {ema_name(key): value for key, value in averages.items()}, tmp_path / "x.safetensors")
+    assert_same(load(path, config_of(file)), meaning(state))
+    assert_same(load(path, config_of(file), ema=True), meaning(state | averages))
+    with pytest.raises(FileError, match="has no moving average"):
+        load(save_safetensors(state, tmp_path / "y.safetensors"), config_of(file), ema=True)

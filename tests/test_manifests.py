@@ -11,8 +11,9 @@ from ldm.config import FAMILIES
 from ldm.model import LatentDiffusion
 from ldm.unet import UNet
 from ldm.vae import VAE
+from tests.checkpoints import from_openclip
 from tests.networks import GOLDEN
-from weights.names import diffusers_unet, diffusers_vae, from_openclip
+from weights.names import diffusers_unet, diffusers_vae
 
 Shapes = dict[str, tuple[int, ...]]
 

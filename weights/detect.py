@@ -63,8 +63,10 @@ def require_family(config: str) -> None:
 
 def named(name: str, config: str | None, path: str | PathLike[str]) -> ModelConfig:
     """The config of the family that was recognised, or of the one asked for if the file can be of it."""
+    if name == "unknown" and config is not None:  # incomplete, perhaps: of what, the plan will say
+        return FAMILIES[config]
     if name in REFUSED:
-        raise FileError(f"is {REFUSED[name]}, which this version does not know; there are {', '.join(FAMILIES)}", path=path)
+        raise FileError(f"is {REFUSED[name]}, which this version does not know; pass config= if it is a damaged file of a known one", path=path)
     if config is not None and {"sd2-v": "sd2-base"}.get(config, config) != name:
         raise FileError(f"is {TITLES[name]} and config is '{config}'; leave config out, or name the right one", path=path)
     return FAMILIES[config or name]
