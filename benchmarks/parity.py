@@ -95,7 +95,8 @@ def _networks() -> Iterator[Row]:
     for name, config in TINY_VAES.items():
         vae, side = tiny_vae(name), 8 * config.factor
         yield compared("vae", f"{name} moments", vae.moments(normal(f"{name}/image", (2, 3, side, side)).clamp(-1, 1)), file[f"{name}/moments"])
-        yield compared("vae", f"{name} decoded", vae.decode(normal(f"{name}/z", (2, 4, 8, 8))), file[f"{name}/decoded"])
+        decoded = vae.decode(normal(f"{name}/z", (2, 4, 8, 8)))  # its worst element hangs on the processor's instructions: tests/test_vae.py
+        yield compared("vae", f"{name} decoded", decoded, file[f"{name}/decoded"], elementwise=False)
     file = golden("text")
     for name, tower, ids, outputs in (
         ("clip-l-tiny", tiny_clip_l(), "ids_pad_eot", {"last_hidden_state": (0, True), "hidden_states_-2": (1, False), "pooled": None}),

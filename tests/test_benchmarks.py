@@ -29,7 +29,7 @@ def test_parity_has_a_row_for_every_golden_output(tmp_path, capsys):
     assert all(row["ok"] for row in rows)
     samplers = {row["name"] for row in rows if row["kind"] in ("sampler", "grid")}
     assert samplers == set(golden("samplers")) - INPUTS
-    assert len(rows) - len(samplers) == 1 + sum(len(set(golden(file)) - INPUTS) for file in ("unet", "vae", "text"))  # 1: the tokens
+    assert len(rows) - len(samplers) == 1 + sum(len(set(golden(file)) - INPUTS) for file in ("unet", "vae", "text", "vision", "dpt"))  # 1: the tokens
     assert sum(row["exact"].endswith("timesteps") for row in rows) > 10
     printed = capsys.readouterr().out
     assert all(row["name"] in printed for row in rows)
