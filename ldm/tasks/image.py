@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.nn import functional as F
 
 from ldm import precision
 from ldm.conditioning import Cond
-from ldm.dpt import depth_map
+from ldm.dpt import depth_map, normalised_depth
 from ldm.errors import ArgumentError
 from ldm.images import fit, from_pil, size_for, to_rgb
 from ldm.job import Job
@@ -75,10 +74,7 @@ def given_depth(depth: Image.Image, image: Tensor, cells: Sequence[int]) -> Tens
     height, width = image.shape[2:]
     if abs(depth.width * height - depth.height * width) > 0.01 * depth.width * height:
         raise ArgumentError(f"depth: it is {depth.width}x{depth.height} and the picture {width}x{height}; give a map of the same shape", key="depth")
-    grey = from_pil(to_rgb(depth)).mean(dim=1, keepdim=True)
-    near = F.interpolate(grey, size=tuple(cells), mode="bicubic", align_corners=False)
-    low, high = near.amin(), near.amax()
-    return (2 * (near - low) / (high - low + 0.001) - 1).to(image.device)
+    return normalised_depth(from_pil(to_rgb(depth)).mean(dim=1, keepdim=True), tuple(cells)).to(image.device)
 
 
 @torch.no_grad()
