@@ -137,13 +137,13 @@ def run(code: str, cwd: Path = ROOT) -> str:
     return done.stdout
 
 
-def test_importing_everything_takes_less_than_two_seconds_and_neither_open_clip_nor_torchvision():
-    """Seconds of the processor, since the clock on the wall also counts what else the machine does. torch alone takes more than half of them."""
-    code = "import sys, time, ldm, samplers, weights; print(time.process_time(), *{name.split('.')[0] for name in sys.modules})"
+def test_importing_everything_costs_little_more_than_torch_and_neither_open_clip_nor_torchvision():
+    """2 s where torch takes 1.1 s: 0.9 s are ours. Seconds of the processor, since the clock on the wall also counts what else the machine does."""
+    code = "import sys, time, torch; t = time.process_time(); import ldm, samplers, weights; print(time.process_time() - t, *{name.split('.')[0] for name in sys.modules})"
     outputs = [run(code).split()]
-    if float(outputs[0][0]) >= 2:  # the first process may have compiled everything
+    if float(outputs[0][0]) >= 0.9:  # the first process may have compiled everything
         outputs.append(run(code).split())
-    assert min(float(seconds) for seconds, *_ in outputs) < 2
+    assert min(float(seconds) for seconds, *_ in outputs) < 0.9
     assert not {"open_clip", "torchvision", "timm", "transformers", "diffusers"} & set(outputs[0][1:])
 
 
