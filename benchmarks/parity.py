@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -179,36 +180,47 @@ def peer_rows(config: ModelConfig = FAMILIES["sd1"], cells: int = 64) -> Iterato
     yield compared("transformers", "text tower", model.text[0](ids)[0], theirs.text(ids).last_hidden_state)
 
 
+def family_rows() -> Iterator[Row]:
+    """Every family at narrow widths, loaded from one diffusers folder by us and by diffusers."""
+    from benchmarks import families
+
+    for family in families.FOLDERS:
+        with tempfile.TemporaryDirectory() as folder:
+            for name, ours, theirs in families.rows(family, Path(folder) / family):
+                yield compared(family, name, ours, theirs)
+
+
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
 def show(row: Row) -> None:
     """Print one line of the table."""
-    print(f"{row.kind:12}  {row.name:48}  {row.max:9.1e}  {row.rms:9.1e}  {'ok ' if row.ok else 'FAR'}  {row.exact}".rstrip(), flush=True)
+    print(f"{row.kind:19}  {row.name:48}  {row.max:9.1e}  {row.rms:9.1e}  {'ok ' if row.ok else 'FAR'}  {row.exact}".rstrip(), flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the table; return 0 if every output is as near as it should be, 1 if not."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--full", action="store_true", help="compare full-size SD 1 networks with diffusers and transformers too: 9 GB, minutes")
+    parser.add_argument("--families", action="store_true", help="compare narrow networks of every family with diffusers and transformers too: a minute")
     parser.add_argument("--cells", type=int, default=64, help="side of the full-size comparison's latent, a multiple of 8 (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     args = parser.parse_args(argv)
     if args.cells < 8 or args.cells % 8:
         parser.error(f"--cells {args.cells}: give a multiple of 8")
     require("test", "pytest")
-    if args.full:
+    if args.full or args.families:
         require("bench", "diffusers", "transformers")
-    print(f"{'':12}  {'output':48}  {'max':>9}  {'rms':>9}  of the error, relative to the reference's rms; limit {LIMIT:g}")
+    print(f"{'':19}  {'output':48}  {'max':>9}  {'rms':>9}  of the error, relative to the reference's rms; limit {LIMIT:g}")
     rows = []
-    for source in (golden_rows, *([lambda: peer_rows(cells=args.cells)] if args.full else [])):
+    for source in (golden_rows, *([family_rows] if args.families else []), *([lambda: peer_rows(cells=args.cells)] if args.full else [])):
         for row in source():
             show(row)
             rows.append(row)
     far = [row for row in rows if not row.ok]
     print(f"{len(rows)} outputs, {len(far)} beyond the limit")
     if args.out:
-        packages = ("diffusers", "transformers") if args.full else ()
+        packages = ("diffusers", "transformers") if args.full or args.families else ()
         args.out.write_text(
             json.dumps({"machine": machine(packages=packages), "limit": LIMIT, "rows": [{**asdict(row), "ok": row.ok} for row in rows]}, indent=1) + "\n"
         )

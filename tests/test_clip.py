@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from ldm.prompts import encode_text
 from ldm.errors import ArgumentError
+from ldm.prompts import encode_text
 from tests.networks import golden, relative, tiny_clip_l, tiny_openclip
 
 TOLERANCE = 1e-5  # of the reference's rms; measured 0 on one machine, rounding elsewhere
