@@ -288,7 +288,7 @@ def _encode(tower: CLIPText, rows: Sequence[Sequence[_Unit]], skip: int) -> tupl
     for k, row in enumerate(rows):
         of_tokens = [u.weight for u in row for _ in range(u.n)]
         weights[k, 1 : 1 + len(of_tokens)] = torch.tensor(of_tokens)
-    return (tokens if weights.eq(1).all() else _weighted(tokens, weights.to(device))), pooled
+    return (tokens if weights.eq(1).all() else _weighted(tokens, weights.to(tokens.device))), pooled
 
 
 def _given(rows: Sequence[Sequence[_Unit]], width: int, device: torch.device) -> Given | None:

@@ -36,7 +36,7 @@ def make(args: argparse.Namespace, readers: Readers) -> None:
         terminal.say(f"ldm: seed {seeds[0]}")  # without it the pictures could not be made again
     loaded = models.load(args, device, dtype, readers)
     size = width or loaded.model.config.size, height or loaded.model.config.size
-    machine.check_size(loaded.model, size, min(args.batch, args.frames))
+    machine.check_size(loaded.model, size, min(args.batch, args.frames), args.tile)
     machine.warn_of_size(loaded.model, size)
 
     sampling = settings.sampling(args, embeddings)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from ldm import tiles
 from ldm.errors import ArgumentError, DeviceError, MemoryLimit
 from ldm.model import LatentDiffusion
 
@@ -50,12 +51,12 @@ def has_bfloat16() -> bool:
     return found is not None and not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(found[1].split())
 
 
-def check_size(model: LatentDiffusion, size: tuple[int, int], batch: int) -> None:
-    """Raises MemoryLimit for pictures that cannot fit."""
+def check_size(model: LatentDiffusion, size: tuple[int, int], batch: int, tile: int | None = None) -> None:
+    """Raises MemoryLimit for pictures that cannot fit. `tile` as in `ldm.precision.decode`: strips need half as much."""
     width, height = size
     config = model.config.vae
     widest = max(config.channel_mult[:2]) * config.channels  # what the decoder holds at full resolution, as input, output and between
-    needed = 3 * widest * width * height * batch * model.dtype.itemsize
+    needed = (4 if tiles.side_for(tile, height, width) is None else 2) * widest * width * height * batch * model.dtype.itemsize
     free = free_memory(model.device)
     if free is not None and needed > free:
         raise MemoryLimit(f"{width}x{height} in batches of {batch} needs about {needed / 1e9:.3g} GB, {free / 1e9:.3g} GB are free; use a smaller --width and --height, or --batch 1")

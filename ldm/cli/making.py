@@ -66,7 +66,7 @@ def make(args: argparse.Namespace, plan: Plan, readers: Readers) -> None:
         terminal.say(f"ldm: seed {args.seed}")  # without it the picture could not be made again
     loaded = models.load(args, device, dtype, readers)
     for cell in cells:
-        machine.check_size(loaded.model, _size(cell.drawing, loaded, enlarged=True), min(args.batch, len(items)))
+        machine.check_size(loaded.model, _size(cell.drawing, loaded, enlarged=True), min(args.batch, len(items)), args.tile)
         if cell.drawing.anew:
             machine.warn_of_size(loaded.model, _size(cell.drawing, loaded, enlarged=False))
 
