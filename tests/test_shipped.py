@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 import weights
 from benchmarks.quality import SHOWCASE, right
 from ldm import blocks
-from ldm.blocks import Scene, Solid
 from ldm.__main__ import main
+from ldm.blocks import Scene, Solid
 from ldm.images import from_pil, open_image, read_metadata, to_pil
 from ldm.model import LatentDiffusion
 from ldm.shipped import BLOCKS

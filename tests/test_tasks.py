@@ -306,7 +306,7 @@ def test_the_noise_level_named_is_the_one_where_it_happened(model, monkeypatch):
 
 def test_a_vae_that_gives_nan_is_an_error_and_no_picture():
     model = broken(lambda model: model.vae.decoder.conv_out.bias.fill_(float("inf")))
-    with pytest.raises(NonFinite, match="first at decoder.conv_out"):
+    with pytest.raises(NonFinite, match=r"first at decoder\.conv_out"):
         txt2img(model, "a", seeds=[1], steps=1)
     with pytest.raises(NonFinite, match="latents: NaN or infinity in number 1 of 1"):
         decode(model, torch.full((1, 4, 2, 2), float("nan")))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from functools import cache
 
@@ -121,7 +122,7 @@ def test_a_learnt_word_of_sdxl_is_read_by_the_refiner_too(calls) -> None:
 
 @pytest.mark.parametrize("share", [0.0, 1.0])
 def test_a_share_that_leaves_a_model_nothing_to_do_is_refused(share: float) -> None:
-    with pytest.raises(ArgumentError, match="refine_from: .* leaves all 4 steps to one model"):
+    with pytest.raises(ArgumentError, match=r"refine_from: .* leaves all 4 steps to one model"):
         txt2img(model("sdxl-base"), "a", seeds=[1], steps=4, refiner=model("sdxl-refiner"), refine_from=share)
 
 
@@ -334,7 +335,7 @@ def test_the_way_between_two_prompts_begins_and_ends_as_they_do() -> None:
     for frame, prompt in ((frames[0], "a cat"), (frames[-1], "a dog")):
         (end,) = txt2img(model("sd1"), prompt, seeds=[3], steps=2, sampler="euler_ancestral")
         assert np.abs(levels(frame) - levels(end)).max() <= 1
-    steps = [np.abs(levels(a) - levels(b)).mean() for a, b in zip(frames, frames[1:], strict=False)]
+    steps = [np.abs(levels(a) - levels(b)).mean() for a, b in itertools.pairwise(frames)]
     assert min(steps) > 0
 
 
