@@ -20,6 +20,7 @@ from ldm import lora, precision, tasks
 from ldm.__main__ import COMMANDS, main
 from ldm.cli import arguments, axes, files, making, models
 from ldm.config import VisionConfig
+from ldm.errors import MemoryLimit
 from ldm.images import open_image, read_metadata
 from ldm.prompts import Embedding
 from ldm.safety import SafetyChecker
@@ -155,6 +156,27 @@ def test_offloading_hands_every_model_over(here, ldm, monkeypatch):
     monkeypatch.setattr(making.machine, "check_size", lambda *args: None)
     assert ldm(f"txt2img 'a cat' {QUICK} --offload")[0] == 0
     assert asked == [(1, torch.device("cuda"))]
+
+
+@pytest.mark.parametrize(("share", "happens"), [(2.0, "moved"), (1.0, "encoders leave"), (0.1, "refused")])
+def test_text_towers_leave_the_gpu_where_its_memory_is_short(share, happens, monkeypatch):
+    """The GPU is pretended: what it has free, and what is moved to it. The two text towers are most of this model."""
+    done: list[object] = []
+    gpu, model = torch.device("cuda"), build(tiny("sdxl-base"))
+    free = int(share * sum(p.numel() * p.itemsize for p in model.parameters()))
+    monkeypatch.setattr(models.machine, "free_memory", lambda device: free)
+    monkeypatch.setattr(models, "offload", lambda given, device, networks: done.append(networks))
+    monkeypatch.setattr(model, "to", done.append)
+    if happens == "refused":
+        with pytest.raises(MemoryLimit, match=r"GB of weights and .* GB free on the GPU; use --offload"):
+            models.bring([model], gpu, one_at_a_time=False)
+    elif happens == "moved":
+        models.bring([model], gpu, one_at_a_time=False)
+        assert done == [gpu]
+    else:
+        with pytest.warns(UserWarning, match="text towers leave it after encoding"):
+            models.bring([model], gpu, one_at_a_time=False)
+        assert done == [("text", "vision", "depth")]
 
 
 # --- the safety checker ---------------------------------------------------------------------------------------------

@@ -5,21 +5,26 @@ from __future__ import annotations
 import argparse
 import functools
 import itertools
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from PIL import Image
+from torch import nn
 
 from ldm import lora
-from ldm.cli import terminal
+from ldm.cli import machine, terminal
 from ldm.cli.files import Readers, file_hash, require_weights
-from ldm.errors import ArgumentError, printable
+from ldm.errors import ArgumentError, MemoryLimit, printable
 from ldm.model import LatentDiffusion
 from ldm.offload import offload
 from ldm.prompts import Embedding
 from ldm.safety import flagged
+
+WEIGHTS = 0.8  # share of the GPU's free memory that weights may take
+ENCODERS = ("text", "vision", "depth")
 
 
 @dataclass(frozen=True)
@@ -54,23 +59,48 @@ def check(args: argparse.Namespace, device: torch.device, readers: Readers) -> l
 
 def load(args: argparse.Namespace, device: torch.device, dtype: torch.dtype, readers: Readers) -> Models:
     """The model, changed as the arguments say. Each LoRA is reported on stderr."""
-    place = torch.device("cpu") if args.offload else device
-    model = readers.load(args.ckpt, args.config, device=place, dtype=dtype, ema=args.ema, prediction=args.prediction)
+    model = readers.load(args.ckpt, args.config, dtype=dtype, ema=args.ema, prediction=args.prediction)
     if args.vae is not None:
-        model.vae = readers.load_vae(args.vae, model.config.vae, device=place, dtype=dtype)
+        model.vae = readers.load_vae(args.vae, model.config.vae, dtype=dtype)
     if args.lora:
         changes = [(readers.load_lora(path, model.config, allow_unmatched=args.allow_unmatched), scale) for path, scale in args.lora]
         for line in lora.merge(model, changes).lines:
             terminal.say(f"ldm: {line}")
     refiner = None
     if getattr(args, "refiner", None) is not None:
-        refiner = readers.load(args.refiner, None, device=place, dtype=dtype)
+        refiner = readers.load(args.refiner, None, dtype=dtype)
     checker = None
     if args.safety is not None:
         checker = functools.partial(flagged, readers.load_safety(args.safety, device=device))
-    if args.offload:
-        offload([model, *filter(None, [refiner])], device)
+    if device.type != "cpu":
+        bring([model, *filter(None, [refiner])], device, one_at_a_time=args.offload)
     return Models(model, refiner, checker, _facts(args, model, readers))
+
+
+def bring(models: Sequence[LatentDiffusion], device: torch.device, *, one_at_a_time: bool) -> None:
+    """Models from the CPU to the GPU. Where its memory is short, what encodes prompts and pictures leaves it after use, with a warning.
+
+    Raises MemoryLimit where that does not suffice.
+    """
+    if one_at_a_time:
+        offload(models, device)
+        return
+    free = machine.free_memory(device)
+    encoders = [network for model in models for network in (*model.text, model.vision, model.depth) if network is not None]
+    needed, rest = sum(map(_size, models)), sum(map(_size, models)) - sum(map(_size, encoders)) + max(map(_size, encoders), default=0)
+    if free is None or needed <= WEIGHTS * free:
+        for model in models:
+            model.to(device)
+    elif rest <= WEIGHTS * free:
+        warnings.warn(f"{needed / 1e9:.3g} GB of weights and {free / 1e9:.3g} GB free on the GPU: text towers leave it after encoding", stacklevel=2)
+        offload(models, device, ENCODERS)
+    else:
+        raise MemoryLimit(f"{needed / 1e9:.3g} GB of weights and {free / 1e9:.3g} GB free on the GPU; use --offload or --device cpu")
+
+
+def _size(network: nn.Module) -> int:
+    """Bytes of its weights."""
+    return sum(p.numel() * p.itemsize for p in network.parameters())
 
 
 def _facts(args: argparse.Namespace, model: LatentDiffusion, readers: Readers) -> dict[str, str]:
