@@ -17,8 +17,9 @@ from ldm.safety import SafetyChecker
 from ldm.unet import UNet
 from ldm.vae import VAE
 from ldm.vision import CLIPVision
+from tests.checkpoints import from_openclip
 from tests.seeded import normal, weight
-from weights.names import diffusers_unet, from_openclip
+from weights.names import diffusers_unet
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -6,7 +6,6 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 
 import torch
-from torch import Tensor
 
 from ldm.config import DepthConfig, UNetConfig, VAEConfig
 from ldm.unet import UNet
@@ -186,26 +185,3 @@ def _renamed(keys: Iterable[str], names: Mapping[str, str]) -> dict[str, str]:
         return key
 
     return {key: rename(key) for key in keys}
-
-
-def from_openclip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A text tower of OpenCLIP under the names of `CLIPText`: q, k and v are thirds of one matrix there, and the projection is transposed.
-
-    `logit_scale`, which no conditioning reads, is left out.
-    """
-    inner = {"ln_1": "layer_norm1", "ln_2": "layer_norm2", "attn.out_proj": "self_attn.out_proj", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}
-    names = {"positional_embedding": "text_model.embeddings.position_embedding.weight", "ln_final": "text_model.final_layer_norm",
-             "token_embedding": "text_model.embeddings.token_embedding"}  # fmt: skip
-    layers = {key.split(".")[2] for key in state if key.startswith("transformer.resblocks.")}
-    names |= {f"transformer.resblocks.{i}.{a}": f"text_model.encoder.layers.{i}.{b}" for i in layers for a, b in inner.items()}
-    out: dict[str, Tensor] = {}
-    for key, tensor in state.items():
-        if ".attn.in_proj_" in key:
-            layer, kind = key.split(".")[2], key.rsplit("_", 1)[1]
-            for part, third in zip("qkv", tensor.chunk(3), strict=True):
-                out[f"text_model.encoder.layers.{layer}.self_attn.{part}_proj.{kind}"] = third
-        elif key == "text_projection":
-            out["text_projection.weight"] = tensor.T
-        elif key != "logit_scale":
-            out[_renamed([key], names)[key]] = tensor
-    return out
