@@ -191,24 +191,24 @@ def not_a_model(shapes: Shapes) -> str:
     lora = next((key for key in shapes if re.search(r"^lora_|\.lora_|_lora\.|hada_w|lokr_w", key)), None)
     vae = any(f"{prefix}encoder.conv_in.weight" in shapes and f"{prefix}decoder.conv_in.weight" in shapes for prefix in ("", VAE))
     if lora:
-        return f"is a LoRA ({lora[:60]}), not a model; load the model that it was made for"
+        return f"is a LoRA ({lora[:60]}), not a model; use it with --lora, beside the model that it was made for"
     if any("double_blocks." in key or "joint_blocks." in key for key in shapes):
         return "is a Flux or SD 3 transformer; this project reads models with a UNet"
     if any(key.startswith(("control_model.", "controlnet_")) for key in shapes):
         return "is a ControlNet, not a model; load the model that it steers"
     if vae:
-        return "is a VAE alone, not a model: it has no UNet; use a complete checkpoint, and weights.load_vae for this"
+        return "is a VAE alone, not a model: it has no UNet; use it with --vae (weights.load_vae), beside a complete checkpoint"
     if "conv_in.weight" in shapes and any(key.startswith("down_blocks.") for key in shapes):
         return "is a diffusers UNet alone, not a model; name the folder that unet/, vae/ and text_encoder/ are in"
     if any(key.removeprefix("diffusion_model.") == "input_blocks.0.0.weight" for key in shapes):
         return f"is a bare UNet (no {UNET} in its names); use a complete checkpoint"
     if any(key.startswith("special_care_embeds") for key in shapes):
-        return "is a safety checker, not a model"
+        return "is a safety checker, not a model; use it with --safety"
     if any("text_model.encoder.layers.0." in key for key in shapes):
         return "is a text tower alone, not a model; use a complete checkpoint"
     embedding = len(shapes) <= 3 and all(len(shape) <= 2 and math.prod(shape) <= 1_000_000 for shape in shapes.values())
     if embedding or any(key.startswith("string_to_param.") for key in shapes):
-        return f"is a textual-inversion embedding ({first[:40]}), not a model; load the model that it was made for"
+        return f"is a textual-inversion embedding ({first[:40]}), not a model; use it with --embedding, beside the model that it was made for"
     return f"has no UNet ({UNET}input_blocks.0.0.weight is missing; it begins with {first[:40]}); use a Stable Diffusion checkpoint"
 
 
