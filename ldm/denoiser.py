@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ldm.conditioning import Cond
 from ldm.errors import MemoryLimit, NonFinite
-from ldm.finite import blame, dtype_of, is_finite, weights_not_finite, wider
+from ldm.finite import again, dtype_of, is_finite
 from ldm.model import LatentDiffusion
 from ldm.unet import UNet
 from samplers import Combine, Denoiser
@@ -91,18 +91,9 @@ def _again(unet: UNet, run: Callable[[UNet], Tensor], x: Tensor, sigma: float, c
     for what, given in (("x", x), ("the context", cond.context), ("y", cond.y), ("what is concatenated", cond.concat)):
         if given is not None and not is_finite(given):
             raise NonFinite(f"UNet: at sigma {sigma:.4g}, {what} has NaN or infinity before the UNet has seen it; use bfloat16 or float32, or check the weights")
-    wrong = f"UNet: NaN or infinity at sigma {sigma:.4g} in {str(dtype_of(unet)).removeprefix('torch.')}, {blame(unet, lambda: run(unet))}"
-    if weights_not_finite(unet):
-        raise NonFinite(f"{wrong}; use other weights")
-    wide = unet
-    for how, wide in wider(unet):
-        out = run(wide)
-        if is_finite(out):
-            warnings.warn(f"{wrong}; computed {how} from here on", stacklevel=5)
-            return out, wide
-    if wide is not unet:
-        wrong = f"UNet: NaN or infinity at sigma {sigma:.4g} even {how}, {blame(wide, lambda: run(wide))}"
-    raise NonFinite(f"{wrong}; use other weights")
+    out, wide, wrong, how = again(unet, run, lambda how, where: f"UNet: NaN or infinity at sigma {sigma:.4g} {how}, {where}")
+    warnings.warn(f"{wrong}; computed {how} from here on", stacklevel=5)
+    return out, wide
 
 
 def guided(model: LatentDiffusion, conds: Sequence[Cond], combine: Combine) -> Denoiser:

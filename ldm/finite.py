@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.attention import CrossAttention
+from ldm.errors import NonFinite
 
 
 class AttendInFloat32(nn.Module):
@@ -108,3 +109,24 @@ def blame(network: nn.Module, run: Callable[[], object]) -> str:
     where = f"first at {module}" if module else "after its last module"
     more = f" and {len(weights) - 1} more" if len(weights) > 1 else ""
     return f"{where}; weights not finite: {weights[0]}{more}" if weights else where
+
+
+# --- again, wider -----------------------------------------------------------------------------------------------------
+
+
+def again(network: nn.Module, run: Callable[[nn.Module], Tensor], wrong: Callable[[str, str], str]) -> tuple[Tensor, nn.Module, str, str]:
+    """A finite output after one that was not: the output, the wider copy that gave it, what had gone wrong, and how the copy differs.
+
+    run    calls the network, or a copy of it
+    wrong  (in which type, where it begins) -> the words of a person who is told
+    Raises NonFinite where no copy gives one, or where the weights themselves are not finite.
+    """
+    said, wide = wrong(f"in {str(dtype_of(network)).removeprefix('torch.')}", blame(network, lambda: run(network))), network
+    if not weights_not_finite(network):
+        for how, wide in wider(network):
+            out = run(wide)
+            if is_finite(out):
+                return out, wide, said, how
+        if wide is not network:
+            said = wrong(f"even {how}", blame(wide, lambda: run(wide)))
+    raise NonFinite(f"{said}; use other weights")

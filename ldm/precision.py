@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ldm import tiles
 from ldm.errors import MemoryLimit, NonFinite
-from ldm.finite import blame, dtype_of, is_finite, weights_not_finite, wider
+from ldm.finite import again, dtype_of, is_finite
 from ldm.model import LatentDiffusion
 from ldm.vae import VAE
 
@@ -74,15 +74,6 @@ def _surely(vae: VAE, run: Callable[[VAE, int | None, torch.device | None], Tens
     out = fitting(vae)
     if is_finite(out):
         return out.float()
-    wrong = f"VAE: cannot {doing} in {str(dtype_of(vae)).removeprefix('torch.')}, NaN or infinity {blame(vae, lambda: fitting(vae))}"
-    if weights_not_finite(vae):
-        raise NonFinite(f"{wrong}; use other weights")
-    wide = vae
-    for how, wide in wider(vae):
-        out = fitting(wide)
-        if is_finite(out):
-            warnings.warn(f"{wrong}; done again {how}", stacklevel=4)
-            return out.float()
-    if wide is not vae:
-        wrong = f"VAE: cannot {doing} even {how}, NaN or infinity {blame(wide, lambda: fitting(wide))}"
-    raise NonFinite(f"{wrong}; use other weights")
+    out, _, wrong, how = again(vae, fitting, lambda how, where: f"VAE: cannot {doing} {how}, NaN or infinity {where}")
+    warnings.warn(f"{wrong}; done again {how}", stacklevel=4)
+    return out.float()
