@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 import weights
 from ldm import lora, precision, tasks
-from ldm.__main__ import COMMANDS, main
+from ldm.__main__ import COMMANDS
 from ldm.cli import arguments, axes, files, making, models
 from ldm.config import VisionConfig
 from ldm.errors import MemoryLimit
@@ -55,18 +55,6 @@ def here(tmp_path, folder, monkeypatch) -> Path:
     for file in folder.iterdir():
         (tmp_path / file.name).symlink_to(file)
     return tmp_path
-
-
-@pytest.fixture
-def ldm(capsys):
-    """Run a command line in this process; its code, lines of output and lines of errors."""
-
-    def run(line: str) -> tuple[int, list[str], list[str]]:
-        code = main(shlex.split(line))
-        out, err = capsys.readouterr()
-        return code, out.splitlines(), err.splitlines()
-
-    return run
 
 
 def drawn(model, prompt: str = "a cat", **options) -> Image.Image:

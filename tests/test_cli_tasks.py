@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +12,6 @@ from PIL import Image
 
 import weights
 from ldm import blocks, tasks
-from ldm.__main__ import main
 from ldm.conditioning import Sizes
 from ldm.images import open_image, read_metadata
 from ldm.model import LatentDiffusion
@@ -49,18 +47,6 @@ def here(tmp_path, monkeypatch) -> Path:
     clear.putalpha(Image.fromarray(np.repeat(np.linspace(0, 255, 32, dtype=np.uint8)[:, None], 40, axis=1)))
     clear.save("clear.png")
     return tmp_path
-
-
-@pytest.fixture
-def ldm(capsys):
-    """Run a command line in this process; its code, lines of output and lines of errors."""
-
-    def run(line: str) -> tuple[int, list[str], list[str]]:
-        code = main(shlex.split(line))
-        out, err = capsys.readouterr()
-        return code, out.splitlines(), err.splitlines()
-
-    return run
 
 
 def same(path: str, image: Image.Image) -> bool:

@@ -2,16 +2,13 @@
 
 import copy
 import math
-import warnings
-from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from ldm import denoiser
+from ldm import finite
 from ldm.conditioning import Cond
 from ldm.config import CLIP_L, SD1, ModelConfig, VAEConfig
 from ldm.denoiser import guided, predict_x0, to_x0
@@ -20,6 +17,7 @@ from ldm.model import LatentDiffusion
 from samplers import cfg
 from tests.networks import CLIP_L_TINY, fill
 from tests.seeded import normal
+from tests.warned import caught
 
 TINY = ModelConfig("tiny", unet=replace(SD1, model_channels=32, context_dim=64), vae=VAEConfig(channels=32), text=(CLIP_L_TINY,), size=64)
 
@@ -137,15 +135,6 @@ SMALL = replace(TINY, unet=replace(SD1, model_channels=32, channel_mult=(1, 2), 
 X, CONDS = normal("x", (1, 4, 8, 8)), [Cond(normal(name, (1, 77, 64))) for name in ("u", "c")]
 
 
-def caught(run: Callable[[], Any]) -> tuple[Any, list[str]]:
-    """What it gives, and the warnings on the way."""
-    with warnings.catch_warnings(record=True) as seen:
-        warnings.simplefilter("always")
-        out = run()
-    assert all(w.category is UserWarning for w in seen)
-    return out, [str(w.message) for w in seen]
-
-
 def enlarge(layer: nn.Module, by: float) -> None:
     with torch.no_grad():
         layer.weight.mul_(by)
@@ -237,7 +226,7 @@ def test_what_no_type_can_compute_is_an_error(half: LatentDiffusion) -> None:
 def test_weights_that_are_not_finite_are_named_and_nothing_is_tried_again(half: LatentDiffusion, monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.no_grad():
         half.unet.middle_block[0].in_layers[2].weight[0] = math.nan
-    monkeypatch.setattr(denoiser, "wider", lambda unet: pytest.fail("tried again"))
+    monkeypatch.setattr(finite, "wider", lambda unet: pytest.fail("tried again"))
     name = "middle_block.0.in_layers.2"
     with pytest.raises(NonFinite, match=rf"at sigma 1 in float16, first at {name}; weights not finite: {name}.weight; use other weights"):
         predict_x0(half, X, 1.0, CONDS[0])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ldm import precision, tiles
+from ldm import finite, precision, tiles
 from ldm.cli import machine
 from ldm.config import SD1, ModelConfig, VAEConfig
 from ldm.errors import MemoryLimit, NonFinite
@@ -22,6 +21,7 @@ from ldm.model import LatentDiffusion
 from ldm.vae import VAE
 from tests.networks import fill
 from tests.seeded import normal
+from tests.warned import caught
 
 SMALL = VAEConfig(channels=32, channel_mult=(1, 2), num_res_blocks=1, scale=0.5)
 CONFIG = ModelConfig("tiny", unet=replace(SD1, model_channels=32, context_dim=64), vae=SMALL, text=(), size=64)
@@ -55,15 +55,6 @@ def overflowing(model: LatentDiffusion, way: str, dtype: torch.dtype = torch.flo
         layer.bias.copy_(layer.bias * by)
     model.vae.to(dtype)
     return model
-
-
-def caught(run: Callable[[], Any]) -> tuple[Any, list[str]]:
-    """What it gives, and the warnings on the way."""
-    with warnings.catch_warnings(record=True) as seen:
-        warnings.simplefilter("always")
-        out = run()
-    assert all(w.category is UserWarning for w in seen)
-    return out, [str(w.message) for w in seen]
 
 
 def test_what_is_finite_is_what_the_vae_gives(model: LatentDiffusion) -> None:
@@ -147,7 +138,7 @@ def test_weights_that_are_not_finite_are_named_and_nothing_is_tried_again(model:
     with torch.no_grad():
         model.vae.decoder.mid.attn_1.q.weight[0] = torch.inf
         model.vae.decoder.conv_out.bias[0] = torch.nan
-    monkeypatch.setattr(precision, "wider", lambda vae: pytest.fail("tried again"))
+    monkeypatch.setattr(finite, "wider", lambda vae: pytest.fail("tried again"))
     with pytest.raises(NonFinite, match=r"first at decoder.mid.attn_1.q; weights not finite: decoder.mid.attn_1.q.weight and 1 more; use other weights"):
         WAYS["decode"](model)
 

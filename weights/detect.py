@@ -14,7 +14,7 @@ from ldm.errors import AmbiguousCheckpoint, ArgumentError, FileError
 from weights.layout import Layout, original
 from weights.metadata import CONFIG_KEY, from_json
 from weights.places import Shape
-from weights.sizes import UNET, VAE, Lookup, Shapes, read_text, read_unet, read_vae, read_vision, visible
+from weights.sizes import UNET, VAE, Config, Lookup, Shapes, read_text, read_unet, read_vae, read_vision, visible
 
 TITLES = {
     "sd1": "an SD 1 model", "sd1-inpainting": "an SD 1 inpainting model", "sd-image-variations": "an SD Image Variations model",
@@ -77,11 +77,19 @@ def require_published(
     title: str, path: str | PathLike[str],
 ) -> None:  # fmt: skip
     """Refuse other sizes than the family's: they would need heads, which shapes do not show."""
-    parts = [("UNet", unet, known.unet), ("VAE", vae, known.vae), ("image encoder", vision, known.vision)]
-    parts += [("text tower", there, _comparable(usual, there)) for there, usual in zip(towers, known.text, strict=False)]
-    odd = [what for what, there, usual in parts if there is not None and usual is not None and there != visible(usual)]
+    pairs = _pairs(known, unet, vae, towers, vision)
+    odd = [what for what, usual, there in pairs if there is not None and usual is not None and there != usual]
     if odd:
         raise AmbiguousCheckpoint(f"is {title} of its own sizes ({', '.join(dict.fromkeys(odd))}); shapes do not show heads: pass config=ModelConfig(...)", path=path)
+
+
+def _pairs(
+    config: ModelConfig, unet: UNetConfig | None, vae: VAEConfig | None, towers: list[TextConfig | None], vision: VisionConfig | None
+) -> list[tuple[str, Config | None, Config | None]]:  # fmt: skip
+    """(network, as the config has it, as the file has it), both as far as shapes show; None where there is none."""
+    pairs = [("UNet", config.unet, unet), ("VAE", config.vae, vae), ("image encoder", config.vision, vision)]
+    pairs += [("text tower", _comparable(usual, there), there) for usual, there in zip(config.text, towers, strict=False)]
+    return [(what, None if usual is None else visible(usual), there) for what, usual, there in pairs]
 
 
 def _comparable(usual: TextConfig, there: TextConfig | None) -> TextConfig:
@@ -97,12 +105,11 @@ def _described(
         config = from_json(described)
     except ArgumentError as fault:
         raise FileError(str(fault), path=path, key=CONFIG_KEY) from None
-    pairs = [("UNet", config.unet, unet), ("VAE", config.vae, vae), ("image encoder", config.vision, vision)]
-    pairs += [("text tower", _comparable(claimed, there), there) for claimed, there in zip(config.text, towers, strict=False)]
+    pairs = _pairs(config, unet, vae, towers, vision)
     if len(config.text) != len(towers):
         pairs.append(("text tower", None, towers[-1] if towers else TextConfig()))
     for what, claimed, there in pairs:
-        if (claimed is None) != (there is None) or (claimed is not None and visible(claimed) != there):
+        if claimed != there:
             raise FileError(f"its {CONFIG_KEY} and the shapes of its {what} disagree; pass config= to overrule it", path=path, key=CONFIG_KEY)
     return config
 
