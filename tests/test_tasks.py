@@ -17,11 +17,12 @@ from ldm import LatentDiffusion, guided
 from ldm.config import ModelConfig, TextConfig, UNetConfig, VAEConfig
 from ldm.errors import ArgumentError, NonFinite
 from ldm.images import from_pil, to_pil
+from ldm.job import Job
 from ldm.precision import decode
 from ldm.sampling import Sampling
 from ldm.tasks import img2img, txt2img
 from ldm.tokenizer import TruncationWarning
-from samplers import GRIDS, SAMPLERS, Step, cfg, dpmpp_2m, finish, karras, seeded, start
+from samplers import GRIDS, SAMPLERS, Schedule, Step, cfg, dpmpp_2m, finish, karras, seeded, start
 from tests.seeded import weight
 
 TINY = ModelConfig(
@@ -302,6 +303,19 @@ def test_the_noise_level_named_is_the_one_where_it_happened(model, monkeypatch):
     monkeypatch.setattr(model.unet, "forward", lambda x, *rest: (calls.append(0), forward(x, *rest) * (float("inf") if len(calls) == 3 else 1))[1])
     with pytest.raises(NonFinite, match=r"sigma 1\.274 "):
         txt2img(model, "a", seeds=[1], steps=5)
+
+
+def test_a_denoiser_that_is_no_network_is_watched_too():
+    """Whatever is put around the model (windows, known regions, a function of one's own): its x0 is checked before every update."""
+    job, calls = Job("a", seeds=[1], sampling=Sampling(steps=4)), []
+
+    def denoise(x: Tensor, sigma: float) -> Tensor:
+        calls.append(sigma)
+        return x * (float("inf") if len(calls) == 3 else 0)
+
+    sigmas = job.sampling.sigmas(Schedule())
+    with pytest.raises(NonFinite, match=r"step 3 of 4 .*: NaN or infinity"):
+        job.solve(denoise, torch.ones(1, 4, 2, 2), sigmas, seeded([1]))
 
 
 def test_a_vae_that_gives_nan_is_an_error_and_no_picture():
