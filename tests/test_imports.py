@@ -138,12 +138,12 @@ def run(code: str, cwd: Path = ROOT) -> str:
 
 
 def test_importing_everything_costs_little_more_than_torch_and_neither_open_clip_nor_torchvision():
-    """2 s where torch takes 1.1 s: 0.9 s are ours. Seconds of the processor, since the clock on the wall also counts what else the machine does."""
+    """2 s where torch takes 1.1 s would leave us 0.9 s; we take 0.2 s, and may not take more than 0.5 s. Seconds of the processor, since the clock on the wall also counts what else the machine does."""
     code = "import sys, time, torch; t = time.process_time(); import ldm, samplers, weights; print(time.process_time() - t, *{name.split('.')[0] for name in sys.modules})"
     outputs = [run(code).split()]
-    if float(outputs[0][0]) >= 0.9:  # the first process may have compiled everything
+    if float(outputs[0][0]) >= 0.5:  # the first process may have compiled everything
         outputs.append(run(code).split())
-    assert min(float(seconds) for seconds, *_ in outputs) < 0.9
+    assert min(float(seconds) for seconds, *_ in outputs) < 0.5
     assert not {"open_clip", "torchvision", "timm", "transformers", "diffusers"} & set(outputs[0][1:])
 
 
