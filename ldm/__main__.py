@@ -71,7 +71,7 @@ def readers() -> Readers:
     """What commands ask of the package `weights`."""
     return Readers(
         load=weights.load, load_vae=weights.load_vae, load_lora=load_lora, load_embedding=load_embedding, load_safety=weights.load_safety,
-        open_file=weights.open_file, embedded=embedded, save=weights.save,
+        open_file=weights.open_file, embedded=embedded, save=weights.save, package=weights,
     )  # fmt: skip
 
 

@@ -109,7 +109,7 @@ def test_short_writes_are_continued(model, tmp_path, monkeypatch):
 
 def test_numbers_that_float16_cannot_hold_are_an_error(model, tmp_path):
     model.unet.time_embed[0].weight[0, 0] = 1e5
-    with pytest.raises(OutputError, match=r"too large for float16; save with dtype=torch.float32") as caught:
+    with pytest.raises(OutputError, match=r"too large for float16; write float32 or bfloat16") as caught:
         save(model, tmp_path / "x.safetensors")
     assert caught.value.key == "model.diffusion_model.time_embed.0.weight"
     assert not (tmp_path / "x.safetensors").exists()

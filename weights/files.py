@@ -66,12 +66,17 @@ class Weights(Mapping[str, Tensor]):
     def __getitem__(self, key: str) -> Tensor:
         return self._tensor(key, mapped=True)
 
-    def read(self, key: str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None, rows: slice | None = None) -> Tensor:
-        """The tensor, or a run of its rows, on `device` in `dtype`, converted while reading: no more than one tensor exists twice."""
+    def read(
+        self, key: str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None, rows: slice | None = None, *, mapped: bool = True
+    ) -> Tensor:
+        """The tensor, or a run of its rows, on `device` in `dtype`, converted while reading: no more than one tensor exists twice.
+
+        `mapped` false: a copy, also where nothing is converted. What passes through is then given back to the system when it is let go.
+        """
         spec = self.specs[key]
         device, dtype = torch.device(device), dtype or spec.dtype
         as_stored = device.type == "cpu" and dtype == spec.dtype
-        return self._tensor(key, mapped=as_stored, rows=rows).to(device).to(dtype)
+        return self._tensor(key, mapped=mapped and as_stored, rows=rows).to(device).to(dtype)
 
     def shape(self, key: str) -> tuple[int, ...]:
         """The tensor's shape, without reading it."""

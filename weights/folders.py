@@ -55,10 +55,12 @@ class Folder(Mapping[str, Tensor]):
         file, name = self._places[key]
         return file[name]
 
-    def read(self, key: str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None, rows: slice | None = None) -> Tensor:
+    def read(
+        self, key: str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None, rows: slice | None = None, *, mapped: bool = True
+    ) -> Tensor:
         """As `Weights.read`."""
         file, name = self._places[key]
-        return file.read(name, device, dtype, rows)
+        return file.read(name, device, dtype, rows, mapped=mapped)
 
     def shape(self, key: str) -> tuple[int, ...]:
         """The tensor's shape, without reading it."""

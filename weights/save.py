@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-import itertools
-import json
-import os
-import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ldm.errors import ArgumentError, OutputError
 from ldm.model import LatentDiffusion
-from weights.files import DTYPES
 from weights.layout import published
 from weights.metadata import CONFIG_KEY, to_json
-
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_numbers = itertools.count()
+from weights.write import pending, write
 
 
 def original_state(model: LatentDiffusion) -> dict[str, Tensor]:
@@ -57,87 +48,5 @@ def save(
     All or nothing: a temporary file in the same directory takes the place of `path` when it is complete and on the disk.
     Raises OutputError, also where `path` exists and `overwrite` is false.
     """
-    return write(original_state(model), path, {"format": "pt", CONFIG_KEY: to_json(model.config), **(metadata or {})}, dtype=dtype, overwrite=overwrite)
-
-
-def write(
-    tensors: Mapping[str, Tensor],
-    path: str | PathLike[str],
-    metadata: Mapping[str, str],
-    *,
-    dtype: torch.dtype | None = None,
-    overwrite: bool = False,
-) -> Path:
-    """Write named tensors as `.safetensors`, converted to `dtype` one at a time. As careful as `save`."""
-    path = Path(path)
-    if not all(type(word) is str for pair in metadata.items() for word in pair):
-        raise ArgumentError("metadata must be text: names and values", key="metadata")
-    header: dict[str, object] = {"__metadata__": dict(metadata)}
-    position = 0
-    order = sorted(tensors, key=lambda name: (-(dtype or tensors[name].dtype).itemsize, name))  # widest first: all aligned
-    for name in order:
-        kind = dtype or tensors[name].dtype
-        size = tensors[name].numel() * kind.itemsize
-        header[name] = {"dtype": _NAMES[kind], "shape": list(tensors[name].shape), "data_offsets": [position, position + size]}
-        position += size
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    with _replacing(path, overwrite) as descriptor:
-        _write_all(descriptor, len(text).to_bytes(8, "little") + text)
-        for name in order:
-            _write_all(descriptor, memoryview(_converted(tensors[name], dtype, path, name).view(-1).view(torch.uint8).numpy()))
-    return path
-
-
-def _converted(tensor: Tensor, dtype: torch.dtype | None, path: Path, name: str) -> Tensor:
-    tensor = tensor.detach()
-    if dtype == torch.float16 and tensor.dtype != dtype and tensor.numel() and tensor.abs().max() > torch.finfo(dtype).max:
-        raise OutputError(f"{name} has numbers too large for float16; save with dtype=torch.float32", path=path, key=name)
-    return tensor.to(device="cpu", dtype=dtype or tensor.dtype).contiguous()
-
-
-@contextlib.contextmanager
-def _replacing(path: Path, overwrite: bool) -> Iterator[int]:
-    """A descriptor of a temporary file that becomes `path` if the block ends well and is removed if it does not."""
-    try:
-        status = os.lstat(path)
-    except FileNotFoundError:
-        status = None
-    except OSError as error:
-        raise OutputError(f"cannot be written: {error.strerror}", path=path) from None
-    if status is not None and not (stat.S_ISREG(status.st_mode) and overwrite):
-        raise OutputError("exists already; choose another name or overwrite=True" if stat.S_ISREG(status.st_mode) else "exists and is not a regular file", path=path)
-    temporary = path.parent / f".{path.name}.ldm-{os.getpid()}-{next(_numbers)}.tmp"
-    try:
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
-    except OSError as error:
-        raise OutputError(f"cannot be written: {error.strerror} ({path.parent})", path=path) from None
-    try:
-        try:
-            yield descriptor
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-        os.replace(temporary, path)
-        _sync_directory(path.parent)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        if isinstance(error, OSError) and not isinstance(error, OutputError):
-            raise OutputError(f"could not be written: {error.strerror}", path=path) from None
-        raise
-
-
-def _write_all(descriptor: int, data: bytes | memoryview) -> None:
-    view = memoryview(data)
-    while len(view):
-        view = view[os.write(descriptor, view) :]
-
-
-def _sync_directory(directory: Path) -> None:
-    if hasattr(os, "O_DIRECTORY"):
-        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    tensors = {name: pending(tensor, dtype) for name, tensor in original_state(model).items()}
+    return write(tensors, path, {"format": "pt", CONFIG_KEY: to_json(model.config), **(metadata or {})}, overwrite=overwrite)

@@ -9,6 +9,8 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
+
 from ldm.cli.axes import axes_of
 from ldm.cli.files import Readers
 from ldm.cli.terminal import EXIT_CODES
@@ -92,6 +94,15 @@ def added(text: str) -> tuple[str, int]:
     if not equals:
         raise argparse.ArgumentTypeError(f"{text[:40]!r} is no side; write left=128, for example")
     return side, whole(count)
+
+
+def stored_type(text: str) -> torch.dtype:
+    """fp16 or float16 -> torch.float16: what numbers are stored as."""
+    types = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+    types |= {str(dtype).removeprefix("torch."): dtype for dtype in types.values()}
+    if text not in types:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is unknown; use fp32, fp16 or bf16")
+    return types[text]
 
 
 def scaled_file(text: str) -> tuple[str, float]:

@@ -31,6 +31,7 @@ class Readers:
     open_file: Callable[..., Any]
     embedded: Callable[[], Path]
     save: Callable[..., Path]
+    package: Any  # `weights` itself, for the commands that are about files
 
 
 @dataclass(frozen=True)

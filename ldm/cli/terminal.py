@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import signal
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -61,6 +62,23 @@ def progress(title: str) -> Iterator[OnStep]:
 
 
 @contextlib.contextmanager
+def writing(title: str) -> Iterator[Callable[[Any], None]]:
+    """An `on_write` that moves a bar of bytes, if there is a terminal to see it."""
+    if sys.stderr is None or not sys.stderr.isatty():
+        yield lambda written: None
+        return
+    from tqdm import tqdm
+
+    with tqdm(desc=title, unit="B", unit_scale=True, leave=False, file=sys.stderr) as bar:
+
+        def on_write(written: Any) -> None:
+            bar.total = written.total
+            bar.update(written.done - bar.n)
+
+        yield on_write
+
+
+@contextlib.contextmanager
 def warnings_in_a_line() -> Iterator[None]:
     """Warnings as `ldm: warning: ...` on stderr, each text once; what only programmers want to know is left out."""
     shown = set()
@@ -100,8 +118,8 @@ def option_of(error: LdmError) -> str:
     names = {"rescale": "cfg-rescale", "interval": "cfg-interval", "original": "original-size", "target": "target-size"}
     text = str(error)
     if error.key in OPTIONS and text.startswith(f"{error.key}: "):
-        return f"--{names.get(error.key, error.key.replace('_', '-'))}{text[len(error.key) :]}"
-    return text
+        text = f"--{names.get(error.key, error.key.replace('_', '-'))}{text[len(error.key) :]}"
+    return re.sub(r"\b([a-z_]+)=True\b", lambda match: f"--{match[1].replace('_', '-')}", text)  # the API's overwrite=True is --overwrite here
 
 
 def explain(error: Exception) -> tuple[str, int]:

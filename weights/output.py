@@ -1,0 +1,135 @@
+"""A file or a directory written all or nothing: complete and on the disk under its name, or not there at all."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import shutil
+import stat
+from collections.abc import Iterator
+from os import PathLike
+from pathlib import Path
+
+from ldm.errors import OutputError
+
+_numbers = itertools.count()
+
+
+@contextlib.contextmanager
+def replacing(path: str | PathLike[str], overwrite: bool) -> Iterator[int]:
+    """A descriptor of a temporary file that becomes `path` if the block ends well and is removed if it does not.
+
+    Raises OutputError where `path` exists and `overwrite` is false, where it is no regular file, and when the disk is full or read-only.
+    """
+    path = Path(path)
+    require_writable(path, overwrite)
+    temporary = _beside(path)
+    try:
+        descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
+    except OSError as error:
+        raise OutputError(f"cannot be written: {error.strerror} ({path.parent})", path=path) from None
+    with _output_errors(path):
+        try:
+            try:
+                yield descriptor
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+            os.replace(temporary, path)
+            sync_directory(path.parent)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+            raise
+
+
+@contextlib.contextmanager
+def replacing_directory(path: str | PathLike[str], overwrite: bool) -> Iterator[Path]:
+    """A new temporary directory that becomes `path` if the block ends well and is removed if it does not.
+
+    Files in it must be synced by who writes them; `replacing` does. With `overwrite` an existing directory steps aside for the new one and
+    is removed last. Raises OutputError as `replacing` does.
+    """
+    path = Path(path)
+    require_writable(path, overwrite, directory=True)
+    temporary = _beside(path)
+    with _output_errors(path):
+        try:
+            temporary.mkdir()
+            yield temporary
+            for folder in (*(entry for entry in temporary.rglob("*") if entry.is_dir()), temporary):
+                sync_directory(folder)
+            _put_in_place(temporary, path)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+
+
+def require_writable(path: str | PathLike[str], overwrite: bool, *, directory: bool = False) -> None:
+    """Refuse a name that is taken, unless `overwrite` and by the same kind of thing, and a directory that is not there."""
+    path = Path(path)
+    try:
+        status = os.lstat(path)
+    except FileNotFoundError:
+        status = None
+    except (OSError, ValueError) as error:
+        raise OutputError(f"cannot be written: {getattr(error, 'strerror', None) or error}", path=path) from None
+    if status is None:
+        if not path.parent.is_dir():
+            raise OutputError(f"cannot be written: there is no directory {path.parent}", path=path)
+        return
+    same = stat.S_ISDIR(status.st_mode) if directory else stat.S_ISREG(status.st_mode)
+    if not same:
+        raise OutputError(f"exists and is not a {'directory' if directory else 'regular file'}", path=path)
+    if not overwrite:
+        raise OutputError("exists already; choose another name or overwrite=True", path=path)
+
+
+def write_all(descriptor: int, data: bytes | memoryview) -> None:
+    """All of `data`, however little the system takes at once."""
+    view = memoryview(data)
+    while len(view):
+        view = view[os.write(descriptor, view) :]
+
+
+def sync_directory(directory: Path) -> None:
+    """Bring the names in a directory to the disk, where the system can."""
+    if hasattr(os, "O_DIRECTORY"):
+        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _beside(path: Path) -> Path:
+    return path.parent / f".{path.name}.ldm-{os.getpid()}-{next(_numbers)}.tmp"
+
+
+def _put_in_place(temporary: Path, path: Path) -> None:
+    """Rename, with the old directory, if there is one, out of the way for as long as it takes."""
+    old = _beside(path)
+    try:
+        os.rename(path, old)
+    except FileNotFoundError:
+        os.rename(temporary, path)
+    else:
+        try:
+            os.rename(temporary, path)
+        except BaseException:
+            os.rename(old, path)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+    sync_directory(path.parent)
+
+
+@contextlib.contextmanager
+def _output_errors(path: Path) -> Iterator[None]:
+    """The system's errors while writing as OutputError; those of files that are read are FileErrors already."""
+    try:
+        yield
+    except OutputError:
+        raise
+    except OSError as error:
+        raise OutputError(f"could not be written: {error.strerror}", path=path) from None
