@@ -31,12 +31,12 @@ class Folder(Mapping[str, Tensor]):
     def __init__(self, path: Path, metadata: Mapping[str, str] | None = None):
         self.path, self.metadata = path, dict(metadata or {})
         self.specs: dict[str, Spec] = {}
-        self._files: list[Weights] = []
+        self.files: list[Weights] = []  # all that was opened, in the order of COMPONENTS
         self._places: dict[str, tuple[Weights, str]] = {}
 
     def add(self, file: Weights, prefix: str) -> None:
         """Take in a file's tensors, their keys after `prefix`. The file is closed with the folder."""
-        self._files.append(file)
+        self.files.append(file)
         for key, spec in file.specs.items():
             if prefix + key in self.specs:
                 raise self.error(f"{prefix}{key} is in two of its files; download it again", prefix + key)
@@ -72,12 +72,12 @@ class Folder(Mapping[str, Tensor]):
 
     def require_unchanged(self) -> None:
         """Refuse files that were written to since they were opened."""
-        for file in self._files:
+        for file in self.files:
             file.require_unchanged()
 
     def close(self) -> None:
         """Give the files back; tensors already read stay valid."""
-        for file in self._files:
+        for file in self.files:
             file.close()
 
     def __enter__(self) -> Folder:

@@ -60,11 +60,11 @@ def settle(
         return Finding(predicting(config, prediction, named=not explicit))
     if explicit:
         return Finding(config)
-    claims = _claims(keys, metadata, refuse)
+    claims = claims_of(keys, metadata, refuse)
     said = set(claims.values())
     if len(said) > 1:
         raise _clash(f"says both eps and v ({', '.join(f'{who}: {what}' for who, what in claims.items())})", refuse)
-    deviation = _deviation(config, statistic)
+    deviation = deviation_of(config, statistic)
     if deviation is None:
         return Finding(predicting(config, said.pop()) if said else config)
     seen: Prediction | None = None if CLOSE[0] <= deviation <= CLOSE[1] else "v" if deviation > THRESHOLD else "eps"
@@ -105,7 +105,7 @@ def predicting(config: ModelConfig, prediction: Prediction, *, named: bool = Tru
     return replace(config, prediction=prediction)
 
 
-def _claims(keys: Mapping[str, object], metadata: Mapping[str, str], refuse: Callable[[str], FileError]) -> dict[str, Prediction]:
+def claims_of(keys: Mapping[str, object], metadata: Mapping[str, str], refuse: Callable[[str], FileError]) -> dict[str, Prediction]:
     """Who says what."""
     claims: dict[str, Prediction] = {}
     for who in (METADATA, SCHEDULER):
@@ -119,7 +119,7 @@ def _claims(keys: Mapping[str, object], metadata: Mapping[str, str], refuse: Cal
     return claims
 
 
-def _deviation(config: ModelConfig, statistic: Callable[[], Tensor | None]) -> float | None:
+def deviation_of(config: ModelConfig, statistic: Callable[[], Tensor | None]) -> float | None:
     """The statistic of SD 2's text models; None where it means nothing."""
     if config.name not in ("sd2-base", "sd2-v"):
         return None
