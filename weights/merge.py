@@ -1,0 +1,293 @@
+"""Two or three models of one family -> one, parameter by parameter, in the layout of the first."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldm.config import ModelConfig
+from ldm.errors import ArgumentError, FileError
+from weights.blend import METHODS, Method, added, slerp, weighted
+from weights.folders import COMPONENTS, is_folder
+from weights.load import require_dtype
+from weights.merge_blocks import Blocks, block_of, weights_of
+from weights.merge_sides import Side, agreeing, averages, opening, side_of
+from weights.metadata import CONFIG_KEY, to_json
+from weights.output import require_writable
+from weights.places import Shape
+from weights.plan import short
+from weights.prediction import Prediction, require_prediction
+from weights.source import CHUNK, Source
+from weights.write import OnWrite, Pending, Written, cast, write
+
+RECIPE = "ldm.merge"  # metadata: method, weights and sources, as JSON
+CARRIED = ("modelspec.architecture", "modelspec.license", "modelspec.prediction_type", "license")  # of A's metadata: what stays true of the result
+LIMITS = {"weighted": (0.0, 1.0), "slerp": (0.0, 1.0), "add-difference": (-2.0, 2.0)}  # of a weight
+INPUT = "unet.input_blocks.0.0.weight"
+
+NOTHING_READS = "nothing reads it, and not every model has it"
+PARTIAL = "not every model has it (partial)"
+FOREIGN = "no parameter of this family"
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What `merge` did. Keys are those of A's file."""
+
+    path: Path
+    merged: tuple[str, ...]
+    kept: Mapping[str, str]  # taken from A as it is -> why
+    dropped: tuple[str, ...]  # A's moving average, which would be of other weights
+    unused: Mapping[str, tuple[str, ...]]  # B, C -> its keys for which A has no place
+    notes: tuple[str, ...]  # what else is worth knowing, a line each
+
+    def lines(self) -> list[str]:
+        """The same for people."""
+        said = [f"{len(self.merged)} tensors merged"]
+        said += [f"{n} kept as in A: {why}" for why, n in Counter(self.kept.values()).items()]
+        if self.dropped:
+            said.append(f"{len(self.dropped)} of A's moving average dropped: they average other weights than these")
+        said += [f"{len(keys)} of {model} unused: A has no place for them ({', '.join(map(short, keys[:3]))})" for model, keys in self.unused.items() if keys]
+        return [*said, *self.notes]
+
+
+def merge(
+    a: str | PathLike[str],
+    b: str | PathLike[str],
+    out: str | PathLike[str],
+    *,
+    c: str | PathLike[str] | None = None,
+    method: Method = "weighted",
+    alpha: float = 0.5,
+    blocks: Blocks | None = None,
+    dtype: torch.dtype | None = None,
+    config: ModelConfig | str | None = None,
+    prediction: Prediction | None = None,
+    partial: bool = False,
+    overwrite: bool = False,
+    on_write: OnWrite | None = None,
+) -> Merged:
+    """Merge models of one family into a file with A's keys: .safetensors, or a torch file where `out` ends so.
+
+    a           a single file in any container; b and c may also be diffusers folders
+    method      weighted        (1 - alpha) A + alpha B
+                add-difference  A + alpha (B - C)
+                slerp           from A (0) to B (1) along the arc between them, tensor by tensor (`weights.blend.slerp`)
+    alpha       0 to 1; for add-difference -2 to 2. 0 gives A's numbers bit by bit, 1 gives B's where A stores the same type
+    blocks      other weights for some blocks: {"IN00": 0.2, "MID": 0.5, "TEXT": 0, "VAE": 0}, or one number for each block of the UNet
+    dtype       of what is merged; None: as in A. The arithmetic is in float32
+    config, prediction   as in `load`, for all models, where the files do not tell
+    partial     keep A's where B or C lacks a parameter, which is an error otherwise
+    on_write    called after every tensor
+
+    A and B may be of an inpainting family and of the one it was made from, with C of the latter, for add-difference: the difference then
+    goes to the four latent channels of the UNet's input, and A's other five stay. What is no parameter (position_ids, schedules,
+    bookkeeping) is A's. A's moving average is left out. The recipe goes into the metadata.
+    One tensor at a time is in memory, of each model. Raises ArgumentError, FileError, AmbiguousCheckpoint, OutputError.
+    """
+    _check(method, alpha, c, blocks, dtype, prediction)
+    require_writable(out, overwrite)
+    if is_folder(a):
+        raise FileError("is a diffusers folder; A must be a single file, whose layout the result has: convert it first (ldm convert)", path=a)
+    with contextlib.ExitStack() as opened:
+        sides = [side_of(letter, opened.enter_context(opening(path)), config, prediction) for letter, path in zip("ABC", (a, b, c), strict=False) if path is not None]
+        inpaints = agreeing(sides, method)
+        weights = weights_of(blocks, sides[0].config)
+        common, kept = _common(sides, inpaints, partial)
+        alphas = {name: weights.get(block_of(name, sides[0].config), alpha) for name in common}
+
+        def merged(name: str) -> Tensor:
+            return _merged(sides, name, alphas[name], method, inpaints)
+
+        tensors, dropped = _pending(sides[0], common, kept, merged, dtype)
+        recipe = {"method": method, "alpha": alpha, **({"blocks": weights} if weights else {}), "arithmetic": "float32", "sources": [_source(side) for side in sides]}
+        if dropped:
+            recipe["moving_average"] = "dropped: it averaged A's weights"
+        path = write(tensors, out, _metadata(sides[0], recipe), overwrite=overwrite, on_write=_guarded(sides, on_write))
+        used = {sides[0].places[name].key for name in common}
+        unused = {side.letter: _unused(side, sides[0]) for side in sides[1:]}
+        notes = ["the 4 latent channels of the UNet's input got the difference, its other channels are A's"] if inpaints else []
+        notes += [f"{side.letter} has a moving average, which was not used" for side in sides[1:] if averages(side)]
+        return Merged(path, tuple(key for key in tensors if key in used), kept, tuple(dropped), unused, tuple(notes))
+
+
+# --- what is asked for ----------------------------------------------------------------------------------------------
+
+
+def _check(method: str, alpha: float, c: Any, blocks: Blocks | None, dtype: torch.dtype | None, prediction: str | None) -> None:
+    """Refuse what no models could be merged with."""
+    if method not in METHODS:
+        raise ArgumentError(f"method: {str(method)[:40]!r}; there are {', '.join(METHODS)}", key="method")
+    if (c is None) == (method == "add-difference"):
+        fault = "needs a third model, C, to take from B" if c is None else f"takes two models; the third is for add-difference, not {method}"
+        raise ArgumentError(f"method: {method} {fault}", key="method")
+    _check_weight("alpha", alpha, method)
+    for name, weight in blocks.items() if isinstance(blocks, Mapping) else enumerate(blocks or ()):
+        _check_weight("blocks", weight, method, f"{name}: ")
+    if dtype is not None:
+        require_dtype(dtype)
+    require_prediction(prediction)
+
+
+def _check_weight(option: str, weight: Any, method: str, where: str = "") -> None:
+    low, high = LIMITS[method]
+    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight) or not low <= weight <= high:
+        raise ArgumentError(f"{option}: {where}{str(weight)[:40]}; give {low:g} to {high:g} for {method}", key=option)
+
+
+# --- parameter by parameter -----------------------------------------------------------------------------------------
+
+
+def _common(sides: Sequence[Side], inpaints: bool, partial: bool) -> tuple[list[str], dict[str, str]]:
+    """The parameters that are merged, and why other keys of A's parameters stay as they are. Raises FileError for missing and misshapen ones."""
+    a, common, kept = sides[0], [], {}
+    for name, place in a.places.items():
+        if all(name in side.places for side in sides[1:]):
+            common.append(name)
+        else:
+            kept[place.key] = NOTHING_READS if _unread(name, a.config) else PARTIAL
+    for side in sides[1:]:
+        lacking = [name for name in a.places if name not in side.places and not _unread(name, a.config)]
+        if lacking and not partial:
+            shown = ", ".join(short(name) for name in lacking[:3])
+            raise side.file.error(f"{side.letter} lacks {len(lacking)} parameters that A has ({shown}); partial=True keeps A's", lacking[0])
+        for name in common:
+            ours = _shape(a, name)
+            if inpaints and name == INPUT:
+                ours = (ours[0], side.config.unet.in_channels, *ours[2:])
+            place = side.places[name]
+            odd = next((key for key in place.keys if not place.fits(side.file.shape(key), ours)), None)
+            if odd:
+                there, want = list(side.file.shape(odd)), list(place.stored(ours))
+                raise side.file.error(f"{short(odd)} is {there} in {side.letter}, {want} would go with A; merge models of one size", odd)
+    common = [name for name in common if a.places[name].key not in kept]  # of q, k and v under one key all or none
+    if not common:
+        raise sides[1].file.error("has no parameter that all of the models have; give complete checkpoints")
+    return common, kept
+
+
+def _unread(name: str, config: ModelConfig) -> bool:
+    """Is this of the last blocks, or the projection, of a text tower whose pooled text nothing reads? Files may leave those out."""
+    match = re.match(r"text\.(\d+)\.(.+)", name)
+    if not match or (config.unet.vector_dim is not None and int(match[1]) == len(config.text) - 1):
+        return False
+    tower, layer = config.text[int(match[1])], re.match(r"text_model\.encoder\.layers\.(\d+)\.", match[2])
+    return match[2] == "text_projection.weight" or bool(layer and int(layer[1]) >= tower.layers - tower.skip)
+
+
+def _shape(side: Side, name: str) -> Shape:
+    """The shape of one of our parameters, as this model has it."""
+    place = side.places[name]
+    shape = place.ours(side.file.shape(place.key))
+    return (*shape, 1, 1) if place.how == "kernel" and len(shape) == 2 else shape
+
+
+def _read(side: Side, name: str, shape: Shape, dtype: torch.dtype | None = None) -> Tensor:
+    """One of our parameters, in memory of its own."""
+    place, file = side.places[name], side.file
+    if place.more:
+        return torch.cat([file.read(key, "cpu", dtype, mapped=False) for key in place.keys])
+    return place.turned(file.read(place.key, "cpu", dtype, place.rows(file.shape(place.key)), mapped=False), shape)
+
+
+def _merged(sides: Sequence[Side], name: str, alpha: float, method: Method, inpaints: bool) -> Tensor:
+    shape = _shape(sides[0], name)
+    if alpha == 0:
+        return _read(sides[0], name, shape)
+    if alpha == 1 and method != "add-difference":
+        return _read(sides[1], name, shape)
+    if inpaints and name == INPUT:
+        a = _read(sides[0], name, shape, torch.float32)
+        n = sides[1].config.unet.in_channels
+        b, c = (_read(side, name, (shape[0], n, *shape[2:]), torch.float32) for side in sides[1:])
+        return torch.cat([added(a[:, :n], b, c, alpha), a[:, n:]], dim=1)
+    tensors = [_read(side, name, shape, torch.float32) for side in sides]
+    return {"weighted": weighted, "add-difference": added, "slerp": slerp}[method](*tensors, alpha)
+
+
+def _pending(
+    a: Side, common: Sequence[str], kept: dict[str, str], merged: Callable[[str], Tensor], dtype: torch.dtype | None
+) -> tuple[dict[str, Pending], list[str]]:
+    """Every tensor of the result, and the keys of A that it has not. `kept` gets the keys that are no parameters."""
+    parameters = {place.key for place in a.places.values()}
+    parts: dict[str, dict[str, str]] = {}  # key -> {how: parameter}
+    for name in common:
+        parts.setdefault(a.places[name].key, {})[a.places[name].how] = name
+    dropped = averages(a)
+    tensors: dict[str, Pending] = {}
+    for key, spec in a.file.specs.items():
+        if key in dropped:
+            continue
+        if key in parts:
+            tensors[key] = Pending(cast(spec.dtype, dtype), spec.shape, lambda key=key, shape=spec.shape: _stored(parts[key], shape, merged))
+            continue
+        if key not in parameters:
+            kept[key] = next((why for pattern, why in a.layout.ignored if re.fullmatch(pattern, key)), FOREIGN)
+        wanted = dtype if key in parameters else None
+        tensors[key] = Pending(cast(spec.dtype, wanted), spec.shape, lambda key=key: a.file.read(key, mapped=False))
+    return tensors, [key for key in a.file if key in dropped]
+
+
+def _stored(parts: Mapping[str, str], shape: Shape, merged: Callable[[str], Tensor]) -> Tensor:
+    """What A's file has under one key, of `shape` there, from our parameters."""
+    if "q" in parts:
+        return torch.cat([merged(parts[how]) for how in ("q", "k", "v")])
+    ((how, name),) = parts.items()
+    return merged(name).T if how == "transposed" else merged(name).view(shape)
+
+
+def _unused(side: Side, a: Side) -> tuple[str, ...]:
+    """The keys of B or C that are parameters of theirs and not of A's, or nobody's."""
+    used = {key for name, place in side.places.items() if name in a.places for key in place.keys} | averages(side)
+    return tuple(key for key in side.file if key not in used and not any(re.fullmatch(pattern, key) for pattern, _ in side.layout.ignored))
+
+
+# --- what is said about it ------------------------------------------------------------------------------------------
+
+
+def _metadata(a: Side, recipe: Mapping[str, Any]) -> dict[str, str]:
+    found = {"format": "pt", **{key: a.file.metadata[key] for key in (*CARRIED, CONFIG_KEY) if key in a.file.metadata}, RECIPE: json.dumps(recipe)}
+    return {**found, CONFIG_KEY: to_json(a.config)} if a.complete else found
+
+
+def _source(side: Side) -> dict[str, str]:
+    return {"model": side.letter, "name": side.file.path.resolve().name, "family": side.config.name, "sha256": _sha256(side.file.path)}
+
+
+def _sha256(path: Path) -> str:
+    """Of a file; of a folder, that of its components' weights one after another, by name."""
+    digest = hashlib.sha256()
+    files = sorted(file for name in COMPONENTS for file in (path / name).glob("*") if file.suffix in (".safetensors", ".bin")) if path.is_dir() else [path]
+    for each in files:
+        source = Source(each)
+        try:
+            for at in range(0, source.size, CHUNK):
+                digest.update(source.read(at, min(CHUNK, source.size - at)))
+        finally:
+            source.close()
+    return digest.hexdigest()
+
+
+def _guarded(sides: Sequence[Side], on_write: OnWrite | None) -> OnWrite:
+    """`on_write`, that before the result takes its name refuses sources that were written to meanwhile."""
+
+    def told(written: Written) -> None:
+        if written.done == written.total:
+            for side in sides:
+                side.file.require_unchanged()
+        if on_write is not None:
+            on_write(written)
+
+    return told
