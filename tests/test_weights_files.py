@@ -119,7 +119,7 @@ HEADERS = {
     "truncated data": (safetensors_of({"w": ENTRY}, bytes(23)), "bytes of"),
     "extra byte": (safetensors_of({"w": ENTRY}, bytes(25)), "1 extra bytes after the last tensor"),
     "header of 10^18 bytes": (b"\x00\x00\x64\xa7\xb3\xb6\xe0\x0d{}" + bytes(100), "neither .safetensors"),
-    "header beyond the limit": ((10**8 + 1).to_bytes(8, "little") + b"{" + bytes(10**8 + 200), "the limit is 100000000"),
+    "header beyond the limit": ((10**8 + 1).to_bytes(8, "little") + b"{" + bytes(10**8 + 200), "above the limit of 100000000"),
     "not JSON": (safetensors_of(None, raw=b'{"w": '), "it is not JSON"),
     "not UTF-8": (safetensors_of(None, raw=b'{"\xff": 1}'), "it is not JSON"),
     "nested 100000 deep": (safetensors_of(None, raw=b'{"w":' + b"[" * 100_000 + b"]" * 100_000 + b"}"), "damaged header"),
@@ -218,7 +218,7 @@ def test_a_missing_file_is_answered_with_its_nearest_names(tmp_path):
         (tmp_path / name).touch()
     with pytest.raises(FileError, match=r"does not exist; near it: v1-5-pruned.ckpt, v1-5-pruned-emaonly.ckpt"):
         open_file(tmp_path / "v1-5-prunde.ckpt")
-    with pytest.raises(FileError, match=r"does not exist$"):
+    with pytest.raises(FileError, match=r"does not exist; check the path$"):
         open_file(tmp_path / "nowhere" / "x.ckpt")
 
 

@@ -12,6 +12,15 @@ STORAGES = {
     }.items()
 }  # fmt: skip
 
+UNTYPED = ("torch.storage", "UntypedStorage")  # bytes, whose type each tensor says: how torch stores types that have no storage class
+TYPES = {
+    ("torch", str(dtype).removeprefix("torch.")): dtype
+    for dtype in (
+        torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2,
+        torch.int64, torch.int32, torch.int16, torch.int8, torch.uint64, torch.uint32, torch.uint16, torch.uint8, torch.bool,
+    )
+}  # fmt: skip
+
 # Bookkeeping that published and fine-tuned checkpoints carry beside their weights: accepted by name, kept as nothing.
 INERT = frozenset(
     (module, name)
@@ -44,7 +53,7 @@ INERT = frozenset(
         "collections": "defaultdict Counter deque",
         "builtins": "set frozenset dict list tuple int float str bool bytes bytearray complex object",
         "__builtin__": "set frozenset dict list tuple int long float str unicode bool bytearray complex object",
-        "torch": "Size device float16 float32 float64 bfloat16 int8 int16 int32 int64 uint8 bool",
+        "torch": "Size device",
     }.items()
     for name in names.split()
 )

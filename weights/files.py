@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from os import PathLike
@@ -18,7 +19,7 @@ from weights.source import Source
 from weights.torchfiles import MAX_RANK, MAX_TENSORS, Contents, Record, Spec, contiguous
 
 MAX_HEADER = 100_000_000  # bytes of a safetensors header; the format's own limit
-MAX_HEADER_PARTS = 2_000_000  # commas and brackets in it: what its parsed form may cost
+MAX_HEADER_PARTS = 1_000_000  # commas and brackets in it: what its parsed form may cost
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -34,12 +35,12 @@ _FOREIGN = {  # first bytes -> what the file is, and what to do
     b"BZh": "is bzip2-compressed; unpack it with 'bunzip2'",
     b"\xfd7zXZ": "is xz-compressed; unpack it with 'unxz'",
     b"\x28\xb5\x2f\xfd": "is zstd-compressed; unpack it with 'unzstd'",
-    b"\x93NUMPY": "is a numpy array, not a model",
+    b"\x93NUMPY": "is a numpy array, not a model; name a .safetensors or .ckpt file",
     b"\x89HDF": "is an HDF5 file (Keras?), not a torch checkpoint; convert it to .safetensors",
     b"GGUF": "is a GGUF file; use the .safetensors or .ckpt it was made from",
-    b"\x89PNG": "is a PNG picture, not weights",
-    b"\xff\xd8\xff": "is a JPEG picture, not weights",
-    b"%PDF": "is a PDF document, not weights",
+    b"\x89PNG": "is a PNG picture, not weights; name a .safetensors or .ckpt file",
+    b"\xff\xd8\xff": "is a JPEG picture, not weights; name a .safetensors or .ckpt file",
+    b"%PDF": "is a PDF document, not weights; name a .safetensors or .ckpt file",
 }
 
 
@@ -178,7 +179,7 @@ def _kind(source: Source) -> Literal["safetensors", "zip", "stream"]:
         if head.startswith(start):
             raise source.error(what)
     if head[257:262] == b"ustar":
-        raise source.error("is a tar archive; if torch before 0.1.10 wrote it, save it again with a current torch")
+        raise source.error("is a tar archive; unpack it, or save it again with a current torch if torch before 0.1.10 wrote it")
     if head[:1] == b"\x80" and torchfiles.legacy_magic(source, head):
         return "stream"
     length = int.from_bytes(head[:8], "little")
@@ -199,7 +200,7 @@ def _safetensors(source: Source) -> Contents:
     """The header, every number compared with the file before it is believed: the tensors must tile the rest of the file."""
     length = int.from_bytes(source.read(0, 8), "little")
     if not 2 <= length <= MAX_HEADER:
-        raise source.error(f"has a header of {length} bytes; the limit is {MAX_HEADER}")
+        raise source.error(f"has a header of {length} bytes, above the limit of {MAX_HEADER}; download it again")
     if 8 + length > source.size:
         raise source.error(f"is truncated: its header alone is {8 + length} bytes, {source.size} are there; download it again")
     raw = source.read(8, length)
@@ -216,10 +217,10 @@ def _safetensors(source: Source) -> Contents:
     if not isinstance(metadata, dict) or any(not isinstance(value, str) for value in metadata.values()):
         raise source.error("has a damaged header: its metadata are not text; download it again", "__metadata__")
     if not header:
-        raise source.error("holds no tensors")
+        raise source.error("holds no tensors; download it again")
     if len(header) > MAX_TENSORS:
-        raise source.error(f"has {len(header)} tensors; the limit is {MAX_TENSORS}")
-    base, size = 8 + length, source.size - 8 - length
+        raise source.error(f"has {len(header)} tensors, above the limit of {MAX_TENSORS}; download it again")
+    base = 8 + length
     specs = {key: _spec(source, key, entry, base) for key, entry in header.items()}
     position = base
     for key, spec in sorted(specs.items(), key=lambda item: (item[1].record.start, item[1].record.size)):
@@ -230,7 +231,8 @@ def _safetensors(source: Source) -> Contents:
     if position > source.size:
         raise source.error(f"is truncated: {source.size} bytes of {position}; download it again")
     if position < source.size:
-        raise source.error(f"has {base + size - position} extra bytes after the last tensor; download it again")
+        name = shlex.quote(source.path.name) if len(source.path.name) <= 60 else "FILE"
+        raise source.error(f"has {source.size - position} extra bytes after the last tensor; run 'ldm repair {name}'")
     return Contents(specs, metadata)
 
 
@@ -240,7 +242,7 @@ def _spec(source: Source, key: str, entry: Any, base: int) -> Spec:
     name, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     dtype = DTYPES.get(name) if isinstance(name, str) else None
     if dtype is None:
-        raise source.error(f"{key} has the dtype {str(name)[:20]}, which this version does not read", key)
+        raise source.error(f"{key} has the dtype {str(name)[:20]}, which this version does not read; convert it to F16, BF16 or F32", key)
     if not isinstance(shape, list) or len(shape) > MAX_RANK or any(type(n) is not int or not 0 <= n < 2**63 for n in shape):
         raise source.error(f"{key} has no valid shape; download it again", key)
     if not isinstance(offsets, list) or len(offsets) != 2 or any(type(n) is not int or n < 0 for n in offsets):
@@ -248,7 +250,7 @@ def _spec(source: Source, key: str, entry: Any, base: int) -> Spec:
     record = Record(base + offsets[0], offsets[1] - offsets[0], users=1)
     spec = Spec(dtype, tuple(shape), contiguous(tuple(shape)), 0, record)
     if spec.numel * dtype.itemsize != record.size:
-        raise source.error(f"{key} is {spec.numel} numbers of {dtype.itemsize} bytes by its shape, {record.size} bytes by its place", key)
+        raise source.error(f"{key} is {spec.numel} numbers of {dtype.itemsize} bytes by its shape, {record.size} bytes by its place; download it again", key)
     return spec
 
 

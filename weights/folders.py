@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ldm.errors import FileError
 from weights.files import Weights, open_file
+from weights.source import Source, refusal
 from weights.torchfiles import Spec
 
 COMPONENTS = {  # folder -> the name of its weights, as .safetensors and as .bin
@@ -21,7 +22,11 @@ COMPONENTS = {  # folder -> the name of its weights, as .safetensors and as .bin
     "text_encoder": ("model", "pytorch_model"), "text_encoder_2": ("model", "pytorch_model"), "image_encoder": ("model", "pytorch_model"),
     "depth_estimator": ("model", "pytorch_model"),
 }  # fmt: skip
+# Variants in the order in which they are taken where several are there: the numbers with all their digits come first, bfloat16, which has
+# the fewest, last. `ema` and no name at all are the averaged weights. `non_ema`, the raw ones, is taken where it was asked for or is alone.
+VARIANTS = ("", "fp32", "ema", "fp16", "bf16", "non_ema")
 MAX_JSON = 16 * 2**20  # bytes of an index or config
+MAX_JSON_PARTS = 500_000  # commas and brackets in it: what its parsed form may cost
 MAX_SHARDS = 1000
 
 
@@ -68,7 +73,7 @@ class Folder(Mapping[str, Tensor]):
 
     def error(self, what: str, key: str | None = None) -> FileError:
         """The error to raise about this folder."""
-        return FileError(what, path=self.path, key=key)
+        return refusal(what, self.path, key)
 
     def require_unchanged(self) -> None:
         """Refuse files that were written to since they were opened."""
@@ -94,20 +99,30 @@ def is_folder(path: str | PathLike[str]) -> bool:
     return False
 
 
-def open_folder(path: str | PathLike[str]) -> Folder:
-    """Open the components of a diffusers folder that a model is made of. Raises FileError; nothing in it is run, and .bin only opened for want of .safetensors."""
+def open_folder(path: str | PathLike[str], variant: str | None = None) -> Folder:
+    """Open the components of a diffusers folder that a model is made of; nothing in it is run, and .bin only opened for want of .safetensors.
+
+    variant   which weights to take of components that have them in several variants, as in their file names: "fp16", "non_ema" (the raw
+              weights), ...; components without it give what they have. None: the first of VARIANTS
+    Raises FileError, also when no component has the variant.
+    """
     folder = Folder(Path(path))
+    if variant is not None and variant not in VARIANTS:
+        known = ", ".join(VARIANTS[1:])
+        raise folder.error(f"has no variant {variant!r} that this version knows; use one of {known}")
     try:
-        listed = _listed(folder)
+        listed, found = _listed(folder), set()
         for name, stems in COMPONENTS.items():
             there = (folder.path / name).is_dir()
             if listed.get(name) and not there:
                 raise folder.error(f"its model_index.json lists {name}, and there is no folder of that name; download it again")
             if there and listed.get(name, True):
-                add_component(folder, folder.path / name, stems, f"{name}/")
+                found.add(add_component(folder, folder.path / name, stems, f"{name}/", variant))
         for name in ("unet", "vae"):
             if not any(key.startswith(f"{name}/") for key in folder):
-                raise folder.error(f"has no {name}/ with weights in it; this project reads models with a UNet and a VAE")
+                raise folder.error(f"has no {name}/ with weights in it; name the folder of a whole model, which has a UNet and a VAE")
+        if variant is not None and variant not in found:
+            raise folder.error(f"has no {variant or 'plain'} weights in any component; use one of: {', '.join(sorted(found)) or 'no variant'}")
         return folder
     except BaseException:
         folder.close()
@@ -123,35 +138,46 @@ def _listed(folder: Folder) -> dict[str, bool]:
     return {name: any(part is not None for part in parts) for name, parts in listed.items() if name in COMPONENTS and isinstance(parts, list)}
 
 
-def add_component(folder: Folder, path: Path, stems: tuple[str, str], prefix: str) -> None:
-    """Take in the weights of one component: .safetensors before .bin, all of the numbers before their float16 variant."""
-    for kind, stem in zip(("safetensors", "bin"), stems, strict=True):
-        for variant in ("", ".fp16"):
-            single = path / f"{stem}{variant}.{kind}"
-            if single.exists():
-                folder.add(open_file(single), prefix)
-                return
-            for index in (path / f"{stem}.{kind}.index{variant}.json", path / f"{stem}{variant}.{kind}.index.json"):
-                if index.exists():
-                    _add_shards(folder, index, prefix)
-                    return
-    raise folder.error(f"{path.name}/ has no weights that this version knows ({stems[0]}.safetensors or {stems[1]}.bin); download it again")
+def add_component(folder: Folder, path: Path, stems: tuple[str, str], prefix: str, variant: str | None = None) -> str:
+    """Take in the weights of one component and return their variant: averaged before raw, .safetensors before .bin, then as in VARIANTS."""
+    averaged, raw = VARIANTS[:-1], VARIANTS[-1:]
+    for group in (averaged, raw) if variant is None else ((variant,), averaged, raw):
+        for kind, stem in zip(("safetensors", "bin"), stems, strict=True):
+            for name in group:
+                if _add_variant(folder, path, stem, f".{name}" if name else "", kind, prefix):
+                    return name
+    odd = sorted(file.name for file in path.glob("*") if file.name.startswith(stems) and file.suffix in (".safetensors", ".bin"))
+    known = f"but {odd[0]}" if odd else f"{stems[0]}.safetensors or {stems[1]}.bin"
+    raise folder.error(f"{path.name}/ has no weights that this version knows ({known}); download it again")
+
+
+def _add_variant(folder: Folder, path: Path, stem: str, variant: str, kind: str, prefix: str) -> bool:
+    """Take in the weights of one variant, in one file or in shards; false if there are none. `variant` has its dot."""
+    single = path / f"{stem}{variant}.{kind}"
+    if single.exists() or single.is_symlink():
+        folder.add(open_file(single), prefix)
+        return True
+    for index in (path / f"{stem}.{kind}.index{variant}.json", path / f"{stem}{variant}.{kind}.index.json"):
+        if index.exists() or index.is_symlink():
+            _add_shards(folder, index, prefix)
+            return True
+    return False
 
 
 def _add_shards(folder: Folder, index: Path, prefix: str) -> None:
     """Take in the files that an index names, which must be in its own folder and hold exactly what it says."""
     found = read_json(index).get("weight_map")
     if not isinstance(found, dict) or not found or any(not isinstance(name, str) for name in found.values()):
-        raise FileError("has no weight_map of file names; download it again", path=index)
+        raise refusal("has no weight_map of file names; download it again", index)
     shards = sorted(set(found.values()))
     for name in shards:
         if not name or name in (".", "..") or any(c in name for c in "/\\\0:"):
-            raise FileError(f"names the file {name[:60]!r}, which is not a plain name in its own folder; download it again", path=index)
+            raise refusal(f"names the file {name[:28]!r}, which is not a plain name in its own folder; download it again", index)
     if len(shards) > MAX_SHARDS:
-        raise FileError(f"names {len(shards)} files; the limit is {MAX_SHARDS}", path=index)
+        raise refusal(f"names {len(shards)} files, the limit is {MAX_SHARDS}; download it again", index)
     gone = [name for name in shards if not (index.parent / name).exists()]
     if gone:
-        raise FileError(f"names {gone[0][:60]}, which is not there; download it too", path=index)
+        raise refusal(f"names {gone[0]}, which is not there; download it too", index)
     for name in shards:
         file = open_file(index.parent / name)
         folder.add(file, prefix)
@@ -159,25 +185,27 @@ def _add_shards(folder: Folder, index: Path, prefix: str) -> None:
         odd = sorted(listed ^ set(file))
         if odd:
             fault = "is not in it" if odd[0] in listed else "is in it unannounced"
-            raise FileError(f"and {name[:40]} disagree: {odd[0][-50:]} {fault}; download both again", path=index, key=odd[0])
+            raise refusal(f"and {name[:40]} disagree: {odd[0][-50:]} {fault}; download both again", index, odd[0])
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """A small JSON object. Raises FileError for anything else, also for NaN, doubled keys and deep nesting."""
+    source = Source(path)
     try:
-        size = path.stat().st_size
-        if not path.is_file() or size > MAX_JSON:
-            raise FileError(f"is {f'{size} bytes long; the limit is {MAX_JSON}' if path.is_file() else 'not a file'}", path=path)
-        text = path.read_text(encoding="utf-8")
-        value = json.loads(text, parse_constant=_refuse, object_pairs_hook=_unique)
-    except OSError as error:
-        raise FileError(f"cannot be read: {error.strerror}", path=path) from None
+        if source.size > MAX_JSON:
+            raise source.error(f"has {source.size} bytes, the limit for JSON is {MAX_JSON}; download it again")
+        raw = source.read(0, source.size)
+        if sum(map(raw.count, (b",", b"[", b"{"))) > MAX_JSON_PARTS:
+            raise source.error("is JSON of too many parts for an index or a config; download it again")
+        value = json.loads(raw.decode("utf-8"), parse_constant=_refuse, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
         if isinstance(error, FileError):
             raise
-        raise FileError("is not JSON as it should be (damaged, doubled keys or NaN); download it again", path=path) from None
+        raise source.error("is not JSON as it should be (damaged, doubled keys or NaN); download it again") from None
+    finally:
+        source.close()
     if not isinstance(value, dict):
-        raise FileError("is not a JSON object; download it again", path=path)
+        raise source.error("is not a JSON object; download it again")
     return value
 
 

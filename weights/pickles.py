@@ -15,21 +15,27 @@ from typing import Any
 import torch
 
 from ldm.errors import FileError
-from weights.allowed import INERT, STORAGES
+from weights.allowed import INERT, STORAGES, TYPES, UNTYPED
 
 MAX_BYTES = 64 * 2**20  # of one pickle
-MAX_OPERATIONS = 2_000_000  # a full SDXL training checkpoint has about 300,000
+MAX_OPERATIONS = 1_000_000  # a full SDXL training checkpoint has about 300,000
 MAX_MARKS = 200  # open at a time: nesting
 MAX_DIMENSIONS = 64  # torch's own limit
 MAX_INT_BYTES = 1024  # of one integer; the widest that torch writes has 10
+
 
 @dataclass(frozen=True)
 class Storage:
     """A run of `numel` numbers, found elsewhere in the file under `key`."""
 
     key: str
-    dtype: torch.dtype
+    dtype: torch.dtype | None  # None: bytes, whose type each tensor says
     numel: int
+
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        return self.numel * (self.dtype.itemsize if self.dtype else 1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +46,7 @@ class TensorRef:
     offset: int
     shape: tuple[int, ...]
     stride: tuple[int, ...]
+    dtype: torch.dtype
 
 
 class Inert:
@@ -52,9 +59,35 @@ class Inert:
 
 
 class _InertType(Inert):
-    """Stands for the type itself, or for the function that makes the object."""
+    """Stands for the type itself, or for the function that makes the object. One placeholder serves for all objects it makes."""
 
-    __slots__ = ()
+    __slots__ = ("instance",)
+
+    def __init__(self, type_name: str):
+        super().__init__(type_name)
+        self.instance = Inert(type_name)
+
+
+_BYTES, _SET, _FROZEN_SET = Inert("bytes"), Inert("builtins.set"), Inert("builtins.frozenset")
+
+
+class _TypeName(Inert):
+    """Stands for a type of numbers, which some tensors name."""
+
+    __slots__ = ("dtype",)
+
+    def __init__(self, type_name: str, dtype: torch.dtype):
+        super().__init__(type_name)
+        self.dtype = dtype
+
+
+class _StorageType:
+    """Stands for a class of storages; `dtype` is None for that of bytes without a type."""
+
+    __slots__ = ("dtype",)
+
+    def __init__(self, dtype: torch.dtype | None):
+        self.dtype = dtype
 
 
 class _Builder:
@@ -73,7 +106,7 @@ class _ParameterDict(dict):
 class Machine:
     """Runs one pickle from `data[start:]`. `what` names it in errors; storages are collected in `storages` by key."""
 
-    def __init__(self, data: bytes, start: int, error: Callable[[str], FileError], storages: dict[str, Storage]):
+    def __init__(self, data: bytes, start: int, error: Callable[..., FileError], storages: dict[str, Storage]):
         self.data, self.at, self.error, self.storages = data, start, error, storages
         self.left = MAX_OPERATIONS
         self.stack: list[Any] = []
@@ -186,11 +219,16 @@ class Machine:
         if pair in _BUILDERS:
             self.push(_BUILDERS[pair])
         elif pair in STORAGES:
-            self.push(STORAGES[pair])
+            self.push(_StorageType(STORAGES[pair]))
+        elif pair == UNTYPED:
+            self.push(_StorageType(None))
+        elif pair in TYPES:
+            self.push(_TypeName(f"{module}.{name}", TYPES[pair]))
         elif pair in INERT:
             self.push(_InertType(f"{module}.{name}"))
         else:
-            raise self.error(f"refers to {module[:60]}.{name[:60]}, which is code, not weights; use a .safetensors of this model")
+            full = f"{module}.{name}"
+            raise self.error(f"refers to {full if len(full) <= 60 else full[:57] + '...'}, which is code, not weights; use a .safetensors of this model")
 
     def reduce(self) -> None:
         arguments, function = self.pop(), self.pop()
@@ -202,7 +240,7 @@ class Machine:
         if type(function) is _Builder:
             return function.make(self, arguments)
         if type(function) is _InertType:
-            return Inert(function.type_name)
+            return function.instance
         raise self.bad("it calls what is not a function")
 
     def build(self) -> None:
@@ -236,21 +274,21 @@ class Machine:
         for key, value in zip(keys, values, strict=True):
             if type(key) is str:
                 if key in target:
-                    raise self.bad(f"the key {key[:60]} appears twice")
+                    raise self.error(f"its pickle is damaged or made to mislead: the key {key} appears twice; use a .safetensors of this model", key)
                 target[key] = value
 
     def persistent(self, identity: Any) -> None:
         """('storage', type, key, location, numel[, view]): torch's way to say that numbers are stored elsewhere in the file."""
         if type(identity) is not tuple or len(identity) not in (5, 6) or identity[5:] not in ((), (None,)):
             raise self.bad("a reference to something other than a storage")
-        kind, dtype, key, location, numel = identity[:5]
+        kind, stored, key, location, numel = identity[:5]
         if type(kind) is not str or kind != "storage":
             raise self.bad("a reference to something other than a storage")
-        if type(dtype) is not torch.dtype or type(location) is not str or type(numel) is not int or numel < 0:
+        if type(stored) is not _StorageType or type(location) is not str or type(numel) is not int or numel < 0:
             raise self.bad("a storage without type or size")
         if type(key) is not str or not key.isascii() or not key.isdigit() or len(key) > 20:
             raise self.bad("a storage whose key is not a number")
-        storage = Storage(key, dtype, numel)
+        storage = Storage(key, stored.dtype, numel)
         if self.storages.setdefault(key, storage) != storage:
             raise self.bad(f"storage {key} with two types or sizes")
         self.push(self.storages[key])
@@ -277,9 +315,24 @@ def _tensor(machine: Machine, arguments: tuple) -> TensorRef:
     """(storage, offset, shape, stride[, requires_grad, hooks[, metadata]])"""
     if len(arguments) not in (4, 6, 7):
         raise machine.bad("a tensor with a wrong number of arguments")
+    if type(arguments[0]) is not Storage or arguments[0].dtype is None:
+        raise machine.bad("a tensor without a storage of numbers")
+    return _view(machine, arguments, arguments[0].dtype)
+
+
+def _typed_tensor(machine: Machine, arguments: tuple) -> TensorRef:
+    """(storage of bytes, offset, shape, stride, requires_grad, hooks, type[, metadata]): float8 and the unsigned types."""
+    if len(arguments) not in (7, 8) or type(arguments[6]) is not _TypeName:
+        raise machine.bad("a tensor with a wrong number of arguments, or without a type")
+    if type(arguments[0]) is not Storage or arguments[0].dtype is not None:
+        raise machine.bad("a tensor without a storage of bytes")
+    return _view(machine, arguments[:6] + arguments[7:], arguments[6].dtype)
+
+
+def _view(machine: Machine, arguments: tuple, dtype: torch.dtype) -> TensorRef:
     storage, offset, shape, stride = arguments[:4]
-    if type(storage) is not Storage or type(offset) is not int or type(shape) is not tuple or type(stride) is not tuple:
-        raise machine.bad("a tensor without storage, offset, shape or stride")
+    if type(offset) is not int or type(shape) is not tuple or type(stride) is not tuple:
+        raise machine.bad("a tensor without offset, shape or stride")
     if len(shape) > MAX_DIMENSIONS or len(stride) > MAX_DIMENSIONS:
         raise machine.bad("a tensor of absurd rank")
     if any(type(n) is not int for n in shape + stride):
@@ -288,7 +341,7 @@ def _tensor(machine: Machine, arguments: tuple) -> TensorRef:
         raise machine.bad("a tensor with hooks, which are code")
     if arguments[6:7] and not (type(arguments[6]) is dict and not arguments[6]) and arguments[6] is not None:
         raise machine.bad("a tensor that is conjugated or negated in passing")
-    return TensorRef(storage, offset, shape, stride)
+    return TensorRef(storage, offset, shape, stride, dtype)
 
 
 def _parameter(machine: Machine, arguments: tuple) -> TensorRef:
@@ -304,13 +357,14 @@ def _encode(machine: Machine, arguments: tuple) -> Inert:
     """Bytes in protocol 2, as text and a codec; only numpy scalars, which are bookkeeping, hold any."""
     if len(arguments) != 2 or type(arguments[0]) is not str or type(arguments[1]) is not str or arguments[1] not in ("latin1", "latin-1"):
         raise machine.bad("bytes in an unusual encoding")
-    return Inert("bytes")
+    return _BYTES
 
 
 _BUILDERS = {
     ("collections", "OrderedDict"): _Builder(_ordered_dict),
     ("torch._utils", "_rebuild_tensor"): _Builder(_tensor),
     ("torch._utils", "_rebuild_tensor_v2"): _Builder(_tensor),
+    ("torch._utils", "_rebuild_tensor_v3"): _Builder(_typed_tensor),
     ("torch._utils", "_rebuild_parameter"): _Builder(_parameter),
     ("torch.nn.modules.container", "ParameterDict"): _Builder(_parameter_dict),
     ("_codecs", "encode"): _Builder(_encode),
@@ -356,7 +410,7 @@ def _new_object_with_keywords(m: Machine) -> None:
     keywords, arguments, kind = m.pop(), m.pop(), m.pop()
     if type(keywords) is not dict or type(arguments) is not tuple or type(kind) is not _InertType:
         raise m.bad("a call with keywords")
-    m.push(Inert(kind.type_name))
+    m.push(kind.instance)
 
 
 def _long(m: Machine, size: int) -> None:
@@ -405,7 +459,7 @@ def _drop_to_mark(m: Machine) -> None:
 
 def _frozen_set(m: Machine) -> None:
     m.pop_mark()
-    m.push(Inert("builtins.frozenset"))
+    m.push(_FROZEN_SET)
 
 
 _OPERATIONS: dict[int, Callable[[Machine], None]] = {
@@ -448,7 +502,7 @@ _OPERATIONS: dict[int, Callable[[Machine], None]] = {
     ord("d"): _dict_from_mark,
     ord("s"): lambda m: m.set_items([m.pop(), m.pop()][::-1]),
     ord("u"): lambda m: m.set_items(m.pop_mark()),
-    0x8F: lambda m: m.push(Inert("builtins.set")),  # EMPTY_SET
+    0x8F: lambda m: m.push(_SET),  # EMPTY_SET
     0x90: lambda m: m.append(m.pop_mark()),  # ADDITEMS
     0x91: _frozen_set,
     ord("g"): lambda m: m.get(m.decimal(m.line())),

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ldm.errors import FileError
+from ldm.errors import LIMIT, FileError, printable
 
 CHUNK = 2**20  # bytes read at once while checking: they fit a processor's cache
 
@@ -37,15 +37,19 @@ class Source:
 
     def error(self, what: str, key: str | None = None) -> FileError:
         """The error to raise about this file."""
-        return FileError(what, path=self.path, key=key)
+        return refusal(what, self.path, key)
 
     def read(self, start: int, count: int) -> bytes:
         """Bytes [start, start + count); refused when the file ends before."""
         if start < 0 or count < 0 or start + count > self.size:
             raise self.error(f"is truncated: bytes {start} to {start + count} of {self.size} are needed; download it again")
-        buffer = bytearray(count)
-        self._fill(memoryview(buffer), start)
-        return bytes(buffer)
+        self._file.seek(start)
+        data = self._file.read(count)
+        if len(data) < count:  # an interrupted call, or a file that shrank
+            rest = bytearray(count - len(data))
+            self._fill(memoryview(rest), start + len(data))
+            data += rest
+        return data
 
     def copied(self, start: int, count: int) -> Tensor:
         """The same bytes as a fresh uint8 tensor, aligned for any dtype."""
@@ -98,7 +102,7 @@ class Source:
 
     def _stat(self) -> os.stat_result:
         if "\0" in str(self.path):
-            raise self.error("is no file name: it has a NUL character in it")
+            raise self.error("is no file name: it has a NUL character in it; check the name")
         try:
             return os.stat(self.path)
         except OSError as error:
@@ -113,17 +117,26 @@ class Source:
             return self.error(f"is a link to {os.readlink(self.path)}, which does not exist; download the file again")
         if error.errno in (errno.ENOENT, errno.ENOTDIR):
             near = nearest(self.path)
-            return self.error(f"does not exist; near it: {', '.join(near)}" if near else "does not exist")
-        return self.error(f"cannot be opened: {error.strerror}")
+            return self.error(f"does not exist; near it: {', '.join(near)}" if near else "does not exist; check the path")
+        return self.error(f"cannot be opened: {error.strerror}; check the path")
 
     def _require_regular(self, status: os.stat_result) -> None:
         if stat.S_ISDIR(status.st_mode):
             if (self.path / "model_index.json").exists():
-                raise self.error("is a diffusers folder, not a file; weights.load reads it as a whole")
+                raise self.error("is a diffusers folder, not a file; use weights.load, which reads it as a whole")
             raise self.error("is a directory; name the .safetensors or .ckpt file in it")
         if not stat.S_ISREG(status.st_mode):
             kinds = {stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
-            raise self.error(f"is {kinds.get(stat.S_IFMT(status.st_mode), 'not a regular file')}, not a file of weights")
+            raise self.error(f"is {kinds.get(stat.S_IFMT(status.st_mode), 'not a regular file')}, not a file of weights; name a .safetensors or .ckpt file")
+
+
+def refusal(what: str, path: Path, key: str | None = None) -> FileError:
+    """A FileError whose remedy, the words after the last semicolon, is kept: names from the file that are too long for a line give way."""
+    fault, mark, remedy = printable(what).rpartition("; ")
+    room = LIMIT - min(len(printable(str(path))), 80) - len(": ; ") - len(remedy)
+    if mark and len(fault) > room:
+        fault = f"{fault[: room - 3]}..."
+    return FileError(f"{fault}{mark}{remedy}", path=path, key=key)
 
 
 def nearest(path: Path, count: int = 3) -> list[str]:

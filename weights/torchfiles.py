@@ -16,7 +16,7 @@ from weights.pickles import MAX_BYTES, Inert, Machine, Storage, TensorRef
 from weights.source import Source
 
 MAX_RANK = 16
-MAX_TENSORS = 100_000
+MAX_TENSORS = 50_000
 MAX_EXPANSION = 4  # elements of a view per element of its storage
 MAGIC = 0x1950A86A20F9469CFC6C  # opens the pre-1.6 stream
 PROTOCOL = 1001
@@ -95,7 +95,7 @@ def read_zip(source: Source) -> Contents:
         tops.add(match[1])
         files[match[2]] = entry
     if len(tops) != 1 or "data.pkl" not in files:
-        raise source.error("is a zip, but not one that torch.save wrote: it has no data.pkl, or two top folders")
+        raise source.error("is a zip, but not one that torch.save wrote: it has no data.pkl, or two top folders; download it again")
     if "byteorder" in files and zips.contents(source, files["byteorder"], 16).strip() != b"little":
         raise source.error("holds big-endian numbers; save it again on a little-endian machine")
     data = zips.contents(source, files["data.pkl"], MAX_BYTES)
@@ -135,9 +135,9 @@ def read_stream(source: Source) -> Contents:
     records = {}
     for key in keys:
         (count,) = struct.unpack("<q", source.read(at, 8))
-        if count != storages[key].numel:
+        if count != storages[key].numel:  # of bytes, where the storage has no type
             raise source.error(f"storage {key} has {count} numbers where its tensors expect {storages[key].numel}; download it again")
-        size = count * storages[key].dtype.itemsize
+        size = storages[key].size
         at += 8
         if at + size > source.size:
             raise source.error(f"is truncated: {source.size} bytes, at least {at + size} are needed; download it again")
@@ -153,7 +153,7 @@ def _contents(source: Source, top: Any, storages: Mapping[str, Storage], records
     for key in sorted(set(storages) ^ set(records), key=lambda key: key in records):  # the missing ones first
         raise source.error(f"storage {key} is {'missing' if key in storages else 'used by no tensor'}; download it again")
     for key, storage in storages.items():
-        if storage.numel * storage.dtype.itemsize != records[key].size:
+        if storage.size != records[key].size:
             raise source.error(f"storage {key} has {records[key].size} bytes where {storage.numel} numbers are expected; download it again")
     for ref in refs.values():
         records[ref.storage.key].users += 1
@@ -162,19 +162,19 @@ def _contents(source: Source, top: Any, storages: Mapping[str, Storage], records
 
 def _checked(source: Source, key: str, ref: TensorRef, records: Mapping[str, Record]) -> Spec:
     """The tensor, if it lies within its storage. All in Python's integers, which do not overflow."""
-    storage = ref.storage
+    capacity = ref.storage.size // ref.dtype.itemsize
     if len(ref.shape) > MAX_RANK or len(ref.shape) != len(ref.stride):
-        raise source.error(f"{key} has {len(ref.shape)} dimensions and {len(ref.stride)} strides", key)
+        raise source.error(f"{key} has {len(ref.shape)} dimensions and {len(ref.stride)} strides; download it again", key)
     if ref.offset < 0 or any(n < 0 for n in ref.shape) or any(n < 0 for n in ref.stride):
-        raise source.error(f"{key} has a negative size, stride or offset", key)
-    spec = Spec(storage.dtype, ref.shape, ref.stride, ref.offset, records[storage.key])
+        raise source.error(f"{key} has a negative size, stride or offset; download it again", key)
+    spec = Spec(ref.dtype, ref.shape, ref.stride, ref.offset, records[ref.storage.key])
     if any(n >= 2**63 for n in (*ref.shape, *ref.stride, ref.offset)):
-        raise source.error(f"{key} has an absurd size, stride or offset", key)
+        raise source.error(f"{key} has an absurd size, stride or offset; download it again", key)
     last = ref.offset + sum((n - 1) * step for n, step in zip(ref.shape, ref.stride, strict=True))
-    if (spec.numel and last >= storage.numel) or (not spec.numel and ref.offset > storage.numel):
-        raise source.error(f"{key} reaches beyond its storage of {storage.numel} numbers; download it again", key)
-    if spec.numel > MAX_EXPANSION * storage.numel:
-        raise source.error(f"{key} claims {spec.numel} numbers and stores {storage.numel}", key)
+    if (spec.numel and last >= capacity) or (not spec.numel and ref.offset > capacity):
+        raise source.error(f"{key} reaches beyond its storage of {capacity} numbers; download it again", key)
+    if spec.numel > MAX_EXPANSION * capacity:
+        raise source.error(f"{key} claims {spec.numel} numbers and stores {capacity}; download it again", key)
     # a dimension of one never steps: torch writes any stride there
     normal = tuple(own if n != 1 else usual for n, own, usual in zip(ref.shape, ref.stride, contiguous(ref.shape), strict=True))
     return Spec(spec.dtype, spec.shape, normal, spec.offset, spec.record)
@@ -185,7 +185,7 @@ def _named(source: Source, top: Any) -> tuple[dict[str, TensorRef], dict[str, st
     if type(top) is TensorRef:
         if len(top.shape) <= 2:  # old embeddings are no more than that
             return {"tensor": top}, {}
-        raise source.error("holds one tensor without a name, not a model")
+        raise source.error("holds one tensor without a name, not a model; save the model's state_dict() instead")
     facts: dict[str, str] = {}
     for _ in range(8):
         if not isinstance(top, dict):
@@ -205,17 +205,17 @@ def _named(source: Source, top: Any) -> tuple[dict[str, TensorRef], dict[str, st
         prefix, room, depth = rooms.pop()
         seen += 1 + len(room)
         if seen > 10 * MAX_TENSORS:
-            raise source.error(f"names more than {10 * MAX_TENSORS} things, far more than a model needs")
+            raise source.error(f"names more than {10 * MAX_TENSORS} things, far more than a model needs; use a .safetensors of this model")
         for name, value in room.items():
             key = f"{prefix}{name}"
             if type(value) is TensorRef:
                 if key in found or len(found) >= MAX_TENSORS:
-                    raise source.error(f"names {key} twice, or has more than {MAX_TENSORS} tensors", key)
+                    raise source.error(f"names {key} twice, or has more than {MAX_TENSORS} tensors; use a .safetensors of this model", key)
                 found[key] = value
             elif isinstance(value, dict) and depth < 3:
                 rooms.append((f"{key}.", value, depth + 1))
     if not found:
-        raise source.error("holds no tensors")
+        raise source.error("holds no tensors; save the model's state_dict() instead")
     return found, facts
 
 

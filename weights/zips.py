@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from weights.source import Source
 
-MAX_ENTRIES = 100_000
+MAX_ENTRIES = 50_000
 _END, _END64, _LOCATOR64 = b"PK\x05\x06", b"PK\x06\x06", b"PK\x06\x07"
 _CENTRAL, _LOCAL, _DESCRIPTOR = b"PK\x01\x02", b"PK\x03\x04", b"PK\x07\x08"
 _HAS_DESCRIPTOR = 0x0008
@@ -45,7 +45,7 @@ def entries(source: Source) -> dict[str, Entry]:
     start, size, count = _directory(source)
     claims = _claims(source, source.read(start, size), count)
     if not claims:
-        raise source.error("is an empty zip archive")
+        raise source.error("is an empty zip archive; download it again")
     found: dict[bytes, Entry] = {}
     position = 0
     in_file_order = sorted(claims, key=lambda claim: claim.offset)
@@ -59,17 +59,17 @@ def entries(source: Source) -> dict[str, Entry]:
     seen: set[str] = set()
     for entry in found.values():
         if entry.name.casefold() in seen:
-            raise source.error(f"is a zip with two entries named {entry.name}")
+            raise source.error(f"is a zip with two entries named {entry.name}; download it again", entry.name)
         seen.add(entry.name.casefold())
     if len(found) != len(claims):
-        raise source.error("is a zip with two entries of one name")
+        raise source.error("is a zip with two entries of one name; download it again")
     return {entry.name: entry for entry in (found[claim.name] for claim in claims)}
 
 
 def contents(source: Source, entry: Entry, limit: int) -> bytes:
     """The bytes of a small entry, CRC checked. Refused when it is longer than `limit`."""
     if entry.size > limit:
-        raise source.error(f"has {entry.size} bytes in {entry.name}; the limit is {limit}", entry.name)
+        raise source.error(f"has {entry.size} bytes in {entry.name}, above the limit of {limit}; use a .safetensors of this model", entry.name)
     data = source.read(entry.start, entry.size)
     if zlib.crc32(data) != entry.crc:
         raise source.error(f"is damaged: the checksum of {entry.name} is wrong; download it again", entry.name)
@@ -99,7 +99,7 @@ def _directory(source: Source) -> tuple[int, int, int]:
     if disk not in (0, _FULL16) or first not in (0, _FULL16) or here != count or start + size != end:
         raise source.error("is a zip whose directory is not where it says; download it again")
     if count > MAX_ENTRIES or size > 1024 * MAX_ENTRIES:
-        raise source.error(f"is a zip with {count} entries; the limit is {MAX_ENTRIES}")
+        raise source.error(f"is a zip with {count} entries, above the limit of {MAX_ENTRIES}; use a .safetensors of this model")
     return start, size, count
 
 
@@ -120,9 +120,9 @@ def _claims(source: Source, directory: bytes, count: int) -> list[_Claim]:
         size, packed, offset = _wide(source, extra, (size, packed, offset))
         shown = name.decode(errors="replace")
         if flags & ~_KNOWN_FLAGS:
-            raise source.error(f"is a zip with an encrypted or unusual entry ({shown}); torch writes neither", shown)
+            raise source.error(f"is a zip with an encrypted or unusual entry ({shown}); use a .safetensors of this model", shown)
         if method != 0 or packed != size:
-            raise source.error(f"is a zip with a compressed entry ({shown}); torch stores them plain: repack with 'zip -0'", shown)
+            raise source.error(f"is a zip with a compressed entry ({shown}); unpack it and repack it with 'zip -0'", shown)
         if disk not in (0, _FULL16):
             raise source.error("is one part of a zip over several files; join them first")
         claims.append(_Claim(name, flags, crc, size, offset))
@@ -174,7 +174,7 @@ def _local(source: Source, claim: _Claim, following: int) -> Entry:
     try:
         return Entry(claim.name.decode(), start, claim.size, claim.crc)
     except UnicodeDecodeError:
-        raise source.error(f"is a zip with an entry name that is not UTF-8 ({shown})") from None
+        raise source.error(f"is a zip with an entry name that is not UTF-8 ({shown}); download it again", shown) from None
 
 
 def _is_descriptor(source: Source, claim: _Claim, end: int, gap: int) -> bool:
