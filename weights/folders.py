@@ -172,7 +172,7 @@ def _add_shards(folder: Folder, index: Path, prefix: str) -> None:
     shards = sorted(set(found.values()))
     for name in shards:
         if not name or name in (".", "..") or any(c in name for c in "/\\\0:"):
-            raise refusal(f"names the file {name[:28]!r}, which is not a plain name in its own folder; download it again", index)
+            raise refusal(f"names the file {name[:20]!r}, which is not a plain name in its own folder; download it again", index)
     if len(shards) > MAX_SHARDS:
         raise refusal(f"names {len(shards)} files, the limit is {MAX_SHARDS}; download it again", index)
     gone = [name for name in shards if not (index.parent / name).exists()]
@@ -185,7 +185,7 @@ def _add_shards(folder: Folder, index: Path, prefix: str) -> None:
         odd = sorted(listed ^ set(file))
         if odd:
             fault = "is not in it" if odd[0] in listed else "is in it unannounced"
-            raise refusal(f"and {name[:40]} disagree: {odd[0][-50:]} {fault}; download both again", index, odd[0])
+            raise refusal(f"and {name[-26:]} disagree: {odd[0][-34:]} {fault}; download both again", index, odd[0])
 
 
 def read_json(path: Path) -> dict[str, Any]:
