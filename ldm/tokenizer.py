@@ -90,3 +90,13 @@ def tokenize(prompts: Sequence[str], length: int = 77, pad: int = END) -> Tensor
             ids = ids[: length - 2]
         rows.append(framed(ids, length, pad))
     return torch.tensor(rows, dtype=torch.long).reshape(len(rows), length)
+
+
+def vocabulary() -> dict[str, int]:
+    """{piece of text: its id} of the encoding, in the order of the ids."""
+    return {piece: i for i, piece in sorted(_bpe().decoder.items())}
+
+
+def merges() -> list[tuple[str, str]]:
+    """The pairs of pieces that the encoding joins, the most frequent first."""
+    return sorted(_bpe().bpe_ranks, key=_bpe().bpe_ranks.__getitem__)

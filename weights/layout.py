@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Container
 from dataclasses import dataclass
 
@@ -75,6 +76,8 @@ FOLDER = (
     (r"image_encoder/(text_model\..+|text_projection\.weight|logit_scale)", "text half of CLIP, which image variations do not use"),
     (r"text_encoder/text_projection\.weight", "projection of the pooled text, which no family reads of its first tower"),
     (r"vae/(loss|model_ema)\..+", "leftover of the VAE's training"),
+    (r"safety_checker/.+", "safety checker, which is no part of the model"),
+    (r"original_only\.safetensors/.+", "of the original file, and no picture is computed from it"),
 )  # fmt: skip
 
 ALONE = (  # of networks that come alone
@@ -82,6 +85,12 @@ ALONE = (  # of networks that come alone
     (r"(first_stage_model\.)?loss\..+", "discriminator and perceptual loss of the VAE's training"),
     (r"(first_stage_model\.)?model_ema\..+", "moving average of the VAE's training, which its weights already are, or its bookkeeping"),
 )  # fmt: skip
+
+
+def reason(ignored: tuple[tuple[str, str], ...], key: str) -> str | None:
+    """Why a key may be ignored, by a table like those above; None: it may not."""
+    return next((why for pattern, why in ignored if re.fullmatch(pattern, key)), None)
+
 
 _HUGGING_FACE, _OPENCLIP = "text_model.embeddings.token_embedding.weight", "token_embedding.weight"
 

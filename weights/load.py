@@ -48,13 +48,35 @@ def load(
     require_dtype(dtype)
     require_prediction(prediction)
     path = embedded() if path is None else path
-    with open_folder(path) if is_folder(path) else open_file(path) as file:
-        if isinstance(file, Folder):
-            found, layout = describe(file, config)
-        else:
-            shapes = {key: file.shape(key) for key in file}
-            found, layout = detect(shapes, file.metadata, config, file.path), original(shapes)
-        return _load(file, found, layout, torch.device(device), dtype, ema, prediction, config is not None or CONFIG_KEY in file.metadata)
+    with open_any(path) as file:
+        finding, layout = recognise(file, config, prediction)
+        model = built(lambda: LatentDiffusion(finding.config))
+        fill(model, file, layout, torch.device(device), dtype, ema)
+        model.config = settle_by_output(finding, model.unet, file.error)
+        return model
+
+
+def open_any(path: str | PathLike[str]) -> Weights | Folder:
+    """A file of weights, or a diffusers folder. Raises FileError."""
+    return open_folder(path) if is_folder(path) else open_file(path)
+
+
+def recognise(file: Weights | Folder, config: ModelConfig | str | None = None, prediction: Prediction | None = None) -> tuple[Finding, Layout]:
+    """Which model an open file or folder holds, and where its tensors lie in it. `config` and `prediction` overrule the file as in `load`.
+
+    Reads headers and, of SD 2's text models, one small tensor. Raises FileError for what is no model of a family that this version knows.
+    """
+    if isinstance(file, Folder):
+        found, layout = describe(file, config)
+    else:
+        shapes = {key: file.shape(key) for key in file}
+        found, layout = detect(shapes, file.metadata, config, file.path), original(shapes)
+
+    def statistic() -> Tensor | None:
+        return next((file[place.key] for place in layout.places(STATISTIC) if place.key in file), None)
+
+    explicit = config is not None or CONFIG_KEY in file.metadata
+    return settle(found, file.specs, file.metadata, statistic, file.error, prediction=prediction, explicit=explicit), layout
 
 
 def embedded() -> Path:
@@ -69,19 +91,6 @@ def require_dtype(dtype: torch.dtype) -> None:
     """Refuse a type that parameters cannot have."""
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or dtype.itemsize < 2:
         raise ArgumentError(f"dtype {dtype} cannot hold weights; use torch.float32, torch.bfloat16 or torch.float16", key="dtype")
-
-
-def _load(
-    file: Weights | Folder, found: ModelConfig, layout: Layout, device: torch.device, dtype: torch.dtype, ema: bool, prediction: Prediction | None, explicit: bool
-) -> LatentDiffusion:
-    def statistic() -> Tensor | None:
-        return next((file[place.key] for place in layout.places(STATISTIC) if place.key in file), None)
-
-    finding: Finding = settle(found, file.specs, file.metadata, statistic, file.error, prediction=prediction, explicit=explicit)
-    model = built(lambda: LatentDiffusion(finding.config))
-    fill(model, file, layout, device, dtype, ema)
-    model.config = settle_by_output(finding, model.unet, file.error)
-    return model
 
 
 def built(make: Any) -> Any:

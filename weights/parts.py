@@ -34,7 +34,7 @@ def load_vae(path: str | PathLike[str], config: VAEConfig, *, device: torch.devi
     require_dtype(dtype)
     with _open(path, "vae") as file:
         shapes = {key: file.shape(key) for key in file}
-        layout = _vae_layout(shapes, config, file)
+        layout = vae_layout(shapes, config, file)
         if isinstance(file, Folder) and (file.path / "config.json").exists():
             told = read_vae_config(component(file.path, "", "AutoencoderKL"), config)
             if told != config:
@@ -87,7 +87,7 @@ def _open(path: str | PathLike[str], name: str) -> Weights | Folder:
     return folder
 
 
-def _vae_layout(shapes: Mapping[str, Shape], config: VAEConfig, file: Weights | Folder) -> Layout:
+def vae_layout(shapes: Mapping[str, Shape], config: VAEConfig, file: Weights | Folder) -> Layout:
     """Whose names the VAE has."""
     for prefix in () if f"{UNET}input_blocks.0.0.weight" in shapes else ("", "first_stage_model."):
         if f"{prefix}encoder.down.0.block.0.conv1.weight" in shapes:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from ldm.errors import FileError
 from weights import names
-from weights.layout import WHAT, Layout
+from weights.layout import WHAT, Layout, reason
 from weights.places import Place, Shape
 
 RAW = "the moving average was not asked for: ema=True loads it"
@@ -50,11 +50,11 @@ def plan(layout: Layout, wanted: Mapping[str, Shape], found: Mapping[str, Shape]
     for key in found:
         if key in used:
             continue
-        reason = reasons.get(key) or next((why for pattern, why in layout.ignored if re.fullmatch(pattern, key)), None)
-        if reason is None:
+        why = reasons.get(key) or reason(layout.ignored, key)
+        if why is None:
             unknown.append(key)
         else:
-            ignored[key] = reason
+            ignored[key] = why
     if missing or unknown or misshapen:
         raise _unaccounted(missing, unknown, misshapen, error)
     return Plan(sources, ignored)

@@ -1,0 +1,52 @@
+"""The record of a conversion: for every key of the source where it went, what was done to it, and the sha256 of the result."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from weights import published
+from weights.files import Weights
+from weights.folders import Folder
+from weights.write import NAMES
+
+if TYPE_CHECKING:
+    from weights.convert import Conversion
+
+
+def sha256(tensor: Tensor) -> str:
+    """Of a tensor's numbers, contiguous and little-endian."""
+    return hashlib.sha256(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()).hexdigest()
+
+
+def sha256_of(file: Weights | Folder) -> str:
+    """Of a file; of a folder that of the sha256s of its files of weights, in the order of their paths."""
+    if isinstance(file, Weights):
+        return published.sha256(file.source)
+    return hashlib.sha256("".join(published.sha256(each.source) for each in sorted(file.files, key=lambda each: each.path)).encode()).hexdigest()
+
+
+def manifest(file: Weights | Folder, made: Conversion, facts: Mapping[str, str], digests: Mapping[tuple[str, str], str]) -> str:
+    """The record as JSON. {"source": ..., "target": ..., "facts": ..., "tensors": {key of the source: [{"target", "done", "dtype", "shape", "sha256"}]},
+    "synthesised": [{"target", ...}], "dropped": {key of the source: why}}; a target in a folder is the path of its file, a colon and its key."""
+    tensors: dict[str, list[dict[str, Any]]] = {}
+    synthesised = []
+    for path, moves in made.route.files.items():
+        for key, move in moves.items():
+            entry = {"target": f"{path}:{key}" if path else key, "done": move.done, "dtype": NAMES[move.pending.dtype], "shape": list(move.pending.shape), "sha256": digests[path, key]}
+            for source in move.sources:
+                cast = file.specs[source].dtype != move.pending.dtype
+                tensors.setdefault(source, []).append(entry | ({"from": NAMES[file.specs[source].dtype]} if cast else {}))
+            if not move.sources:
+                synthesised.append(entry)
+    whole = {
+        "source": {"name": file.path.name, "sha256": facts["ldm.source_sha256"], "keys": len(tensors) + len(made.dropped)},
+        "target": {"name": made.path.name, "family": made.config and made.config.name, "tensors": made.tensors, "bytes": made.bytes},
+        "facts": dict(facts), "tensors": tensors, "synthesised": synthesised, "dropped": dict(made.dropped),
+    }  # fmt: skip
+    return json.dumps(whole, indent=1, ensure_ascii=False) + "\n"

@@ -1,0 +1,54 @@
+"""A VAE that comes alone, in a conversion: between its original names and the folder that diffusers keeps it in."""
+
+from __future__ import annotations
+
+import json
+
+import torch
+
+from ldm.config import FAMILIES, ModelConfig, VAEConfig
+from ldm.errors import ArgumentError
+from ldm.vae import VAE
+from weights import names
+from weights.fields import component
+from weights.files import Weights
+from weights.folder_config import read_vae_config
+from weights.folder_files import STEMS, vae_alone_json
+from weights.folders import Folder
+from weights.layout import ALONE, Layout, Part
+from weights.load import built
+from weights.moves import renamed
+from weights.parts import vae_layout
+from weights.places import Shape
+from weights.plan import plan
+from weights.routes import Route
+
+
+def is_vae(file: Weights) -> bool:
+    """Does the file have an encoder and a decoder, under any known names?"""
+    return any(all(f"{prefix}{half}.conv_in.weight" in file for half in ("encoder", "decoder")) for prefix in ("", "first_stage_model."))
+
+
+def vae_to_folder(file: Weights, config: ModelConfig | str | None, dtype: torch.dtype | None) -> Route:
+    """The folder of one VAE. `config` names the family whose scale its latents have, which no file tells. Raises ArgumentError without it."""
+    if config is None:
+        raise ArgumentError("config: a VAE's file does not tell the scale of its latents; name the family it is for: config='sd1', 'sdxl-base', ...", key="config")
+    family = FAMILIES[config] if isinstance(config, str) else config
+    source = vae_layout({key: file.shape(key) for key in file}, family.vae, file)
+    target = Layout((Part("", "", names.in_diffusers_vae(family.vae)),), ())
+    text = json.dumps(vae_alone_json(family.vae, family.size), indent=2) + "\n"
+    made = _renamed(file, family.vae, source, target, dtype)
+    return Route({f"{STEMS['vae']}.safetensors": made.files[""]}, made.dropped, {"config.json": text})
+
+
+def vae_to_file(folder: Folder, dtype: torch.dtype | None) -> Route:
+    """The original names, bare as VAEs are published alone."""
+    config = read_vae_config(component(folder.path, "", "AutoencoderKL"), VAEConfig())
+    source = Layout((Part("", "", names.in_diffusers_vae(config)),), ALONE)
+    return _renamed(folder, config, source, Layout((Part("", ""),), ()), dtype)
+
+
+def _renamed(file: Weights | Folder, config: VAEConfig, source: Layout, target: Layout, dtype: torch.dtype | None) -> Route:
+    wanted: dict[str, Shape] = {name: tuple(tensor.shape) for name, tensor in built(lambda: VAE(config)).state_dict().items()}
+    made = plan(source, wanted, {key: file.shape(key) for key in file}, file.error)
+    return Route({"": renamed(file, made.sources, wanted, target, dtype)}, made.ignored)
