@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Callable, Sequence
 
 import weights
-from ldm.cli import animating, arguments, commands, listing, making, merging, options, terminal, training
+from ldm.cli import animating, arguments, commands, differing, listing, making, merging, options, terminal, training
 from ldm.cli.arguments import Command
 from ldm.cli.files import Readers
 from weights.embeddings import load_embedding
@@ -66,6 +66,10 @@ COMMANDS: dict[str, Command] = {
   ldm merge a.safetensors b.safetensors --out ab.safetensors --alpha 0.3
   ldm merge a.ckpt b.safetensors --out ab.safetensors --blocks IN00=0.2,MID=0.5,OUT11=0.9,TEXT=0,VAE=0 --dtype fp16
   ldm merge sd-v1-5-inpainting.ckpt style.safetensors v1-5-pruned.ckpt --out style-inpainting.safetensors --method add-difference --alpha 1"""),
+    "diff": Command("compare two files of weights", differing.add_diff, differing.diff, """
+  ldm diff v1-5-pruned-emaonly.ckpt v1-5-pruned-emaonly.safetensors
+  ldm diff v1-5-pruned-emaonly.safetensors dreamshaper_8.safetensors --quick
+  ldm diff v1-5-pruned-emaonly.safetensors mix.safetensors --third dreamshaper_8.safetensors"""),
     "samplers": Command("list samplers and grids", options.samplers, listing.show, """
   ldm samplers --steps 10"""),
 }  # fmt: skip
