@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Callable, Sequence
 
 import weights
-from ldm.cli import animating, arguments, commands, differing, listing, making, merging, options, terminal, training
+from ldm.cli import animating, arguments, commands, differing, listing, lora, making, merging, options, terminal, training
 from ldm.cli.arguments import Command
 from ldm.cli.files import Readers
 from weights.embeddings import load_embedding
@@ -70,6 +70,11 @@ COMMANDS: dict[str, Command] = {
   ldm diff v1-5-pruned-emaonly.ckpt v1-5-pruned-emaonly.safetensors
   ldm diff v1-5-pruned-emaonly.safetensors dreamshaper_8.safetensors --quick
   ldm diff v1-5-pruned-emaonly.safetensors mix.safetensors --third dreamshaper_8.safetensors"""),
+    "lora": Command("extract, merge, resize or convert LoRA files", lora.add_lora, lora.lora, """
+  ldm lora extract v1-5-pruned-emaonly.safetensors tuned.safetensors --variance 0.95 --max-rank 64 --out tuned-lora.safetensors
+  ldm lora merge v1-5-pruned-emaonly.safetensors engraving.safetensors:0.8 lines.safetensors --out engraved.safetensors
+  ldm lora resize engraving.safetensors --rank 8 --out small.safetensors
+  ldm lora convert engraving.safetensors --to diffusers --out pytorch_lora_weights.safetensors"""),
     "samplers": Command("list samplers and grids", options.samplers, listing.show, """
   ldm samplers --steps 10"""),
 }  # fmt: skip

@@ -5,8 +5,12 @@ from weights.embeddings import load_embedding
 from weights.files import Weights, open_file
 from weights.load import load
 from weights.lora import load_lora
+from weights.lora_extract import extract_lora
+from weights.lora_merge import merge_lora
+from weights.lora_sources import config_of
+from weights.lora_tools import convert_lora, resize_lora
 from weights.merge import Merged, merge
 from weights.parts import load_safety, load_vae
 from weights.save import original_state, save
 
-__all__ = ["Difference", "Merged", "Weights", "diff", "load", "load_embedding", "load_lora", "load_safety", "load_vae", "merge", "open_file", "original_state", "save"]
+__all__ = ["Difference", "Merged", "Weights", "config_of", "convert_lora", "diff", "extract_lora", "load", "load_embedding", "load_lora", "load_safety", "load_vae", "merge", "merge_lora", "open_file", "original_state", "resize_lora", "save"]  # fmt: skip
