@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Callable, Sequence
 
 import weights
-from ldm.cli import animating, arguments, commands, differing, listing, lora, making, merging, options, terminal, training
+from ldm.cli import animating, arguments, commands, differing, inspecting, listing, lora, making, merging, options, terminal, training
 from ldm.cli.arguments import Command
 from ldm.cli.files import Readers
 from weights.embeddings import load_embedding
@@ -66,15 +66,20 @@ COMMANDS: dict[str, Command] = {
   ldm merge a.safetensors b.safetensors --out ab.safetensors --alpha 0.3
   ldm merge a.ckpt b.safetensors --out ab.safetensors --blocks IN00=0.2,MID=0.5,OUT11=0.9,TEXT=0,VAE=0 --dtype fp16
   ldm merge sd-v1-5-inpainting.ckpt style.safetensors v1-5-pruned.ckpt --out style-inpainting.safetensors --method add-difference --alpha 1"""),
-    "diff": Command("compare two files of weights", differing.add_diff, differing.diff, """
-  ldm diff v1-5-pruned-emaonly.ckpt v1-5-pruned-emaonly.safetensors
-  ldm diff v1-5-pruned-emaonly.safetensors dreamshaper_8.safetensors --quick
-  ldm diff v1-5-pruned-emaonly.safetensors mix.safetensors --third dreamshaper_8.safetensors"""),
     "lora": Command("extract, merge, resize or convert LoRA files", lora.add_lora, lora.lora, """
   ldm lora extract v1-5-pruned-emaonly.safetensors tuned.safetensors --variance 0.95 --max-rank 64 --out tuned-lora.safetensors
   ldm lora merge v1-5-pruned-emaonly.safetensors engraving.safetensors:0.8 lines.safetensors --out engraved.safetensors
   ldm lora resize engraving.safetensors --rank 8 --out small.safetensors
   ldm lora convert engraving.safetensors --to diffusers --out pytorch_lora_weights.safetensors"""),
+    "inspect": Command("say what files of weights are", inspecting.add_inspect, inspecting.inspect, """
+  ldm inspect v1-5-pruned-emaonly.safetensors
+  ldm inspect --hash v1-5-pruned-emaonly.safetensors
+  ldm inspect *.safetensors --json
+  ldm inspect engraving.safetensors --keys '*attn2*'"""),
+    "diff": Command("compare two files of weights", differing.add_diff, differing.diff, """
+  ldm diff v1-5-pruned-emaonly.ckpt v1-5-pruned-emaonly.safetensors
+  ldm diff v1-5-pruned-emaonly.safetensors dreamshaper_8.safetensors --quick
+  ldm diff v1-5-pruned-emaonly.safetensors mix.safetensors --third dreamshaper_8.safetensors"""),
     "samplers": Command("list samplers and grids", options.samplers, listing.show, """
   ldm samplers --steps 10"""),
 }  # fmt: skip

@@ -11,6 +11,7 @@ from weights.lora_sources import config_of
 from weights.lora_tools import convert_lora, resize_lora
 from weights.merge import Merged, merge
 from weights.parts import load_safety, load_vae
+from weights.report import Report, inspect
 from weights.save import original_state, save
 
-__all__ = ["Difference", "Merged", "Weights", "config_of", "convert_lora", "diff", "extract_lora", "load", "load_embedding", "load_lora", "load_safety", "load_vae", "merge", "merge_lora", "open_file", "original_state", "resize_lora", "save"]  # fmt: skip
+__all__ = ["Difference", "Merged", "Report", "Weights", "config_of", "convert_lora", "diff", "extract_lora", "inspect", "load", "load_embedding", "load_lora", "load_safety", "load_vae", "merge", "merge_lora", "open_file", "original_state", "resize_lora", "save"]  # fmt: skip

@@ -14,8 +14,8 @@ from ldm.config import FAMILIES, ModelConfig
 from ldm.errors import ArgumentError
 from ldm.lora import Change, Decomposed, Full, Generalised, Hadamard, Kronecker, LowRank, rank, require_fit
 from weights import lora_names
-from weights.embeddings import MAX_VECTORS, PARAMETERS, TOWERS, _keys
-from weights.evidence import tower_name
+from weights.embeddings import MAX_VECTORS, PARAMETERS, _keys
+from weights.evidence import TOWERS
 from weights.facts import EmbeddingFacts, LoraFacts
 from weights.files import Weights
 from weights.load import built
@@ -102,10 +102,7 @@ def _component(spelling: str) -> str:
 
 def _families(spelled: Mapping[tuple[str, str], Change]) -> tuple[tuple[str, ...], int]:
     """The families that most of the changes fit, and how many do. Of SDXL and SSD-1B, which is a part of it, the one that is changed whole."""
-    counts = {}
-    for name in _candidates(spelled):
-        built(lambda name=name: lora_names.shapes(FAMILIES[name]))  # cached: what follows asks again
-        counts[name] = _fitting(spelled, FAMILIES[name])
+    counts = built(lambda: {name: _fitting(spelled, FAMILIES[name]) for name in _candidates(spelled)})
     best = max(counts.values())
     families = [name for name in counts if counts[name] == best] if best else []
     if {"ssd-1b", "sdxl-base"} <= {*families} and (only := next((name for name in ("ssd-1b", "sdxl-base") if _whole(spelled, FAMILIES[name])), None)):
@@ -157,13 +154,13 @@ def embedding_facts(file: Weights) -> EmbeddingFacts:
     keys = _keys(file)
     towers: dict[str, int] = {}
     counts = set()
-    for key in keys:
+    for key in sorted(keys, key=lambda key: file.shape(key)[-1:]):
         shape = file.shape(key)
         n, width = (1, *shape)[-2:] if shape else (0, 0)
         if len(shape) not in (1, 2) or not 1 <= n <= MAX_VECTORS or not width:
             raise file.error(f"has the shape {list(shape)[:6]}; an embedding is [width] or [n, width] with n up to {MAX_VECTORS}", key)
         counts.add(n)
-        towers[LETTERS.get(key) or tower_name(width)] = width
+        towers[LETTERS.get(key) or TOWERS.get(width, "a text tower")] = width
     if len(counts) > 1:
         raise file.error("has another number of vectors for each text tower; an embedding has the same")
     form, word = _form(file, keys[0])
@@ -174,7 +171,7 @@ def _form(file: Weights, key: str) -> tuple[str, str | None]:
     """Who writes such files, and the word in it."""
     if key.startswith(PARAMETERS):
         return "A1111's web UI or the original trainer", key.removeprefix(PARAMETERS)
-    if key in TOWERS:
+    if key in LETTERS:
         return "SDXL, of kohya or ComfyUI", None
     if key == "emb_params":
         return "kohya", None

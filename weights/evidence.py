@@ -27,7 +27,7 @@ from weights.torchfiles import Spec
 TOWERS = {768: "CLIP-L", 1024: "OpenCLIP-H", 1280: "OpenCLIP-bigG"}  # text towers by width
 TITLES = {
     "unet": "UNet", "vae": "VAE", "vision": "image encoder", "depth": "depth network", "safety": "safety checker", "controlnet": "ControlNet",
-    "lora": "changes", "embedding": "vectors", "ema": "moving average", "schedule": "noise schedule", "leftovers": "read by nothing", "unknown": "unknown",
+    "lora": "factors", "embedding": "vectors", "ema": "moving average", "schedule": "noise schedule", "leftovers": "read by nothing", "unknown": "unknown",
 }  # fmt: skip
 ORDER = ("unet", "vae", "text.0", "text.1", "vision", "depth", "safety", "controlnet", "lora", "embedding", "ema", "schedule", "leftovers", "unknown")
 POSITION_IDS = re.compile(r"(.+[./])?embeddings\.position_ids")
@@ -87,14 +87,16 @@ def _why(key: str, ignored: Iterable[tuple[str, str]]) -> str | None:
     return next((why for pattern, why in ignored if re.fullmatch(pattern, key)), None)
 
 
+def same_names(unet: UNetConfig | None, vae: VAEConfig | None, config: ModelConfig) -> bool:
+    """Have networks of these sizes, None where there is none, the names of the config's? Widths may differ, the number of layers not."""
+    theirs, ours = unet, config.unet
+    layers = theirs is None or (theirs.num_res_blocks, theirs.down_depth, theirs.up_depth, theirs.mid_depth) == (ours.num_res_blocks, ours.down_depth, ours.up_depth, ours.mid_depth)
+    return layers and (vae is None or (len(vae.channel_mult), vae.num_res_blocks) == (len(config.vae.channel_mult), config.vae.num_res_blocks))
+
+
 def tower_titles(towers: Mapping[str, TextConfig | None]) -> dict[str, str]:
     """What text towers are called, by component."""
-    return {name: f"text tower, {tower_name(tower.width)}" if tower else "text tower" for name, tower in towers.items()}
-
-
-def tower_name(width: int) -> str:
-    """The text tower that has this width."""
-    return TOWERS.get(width, f"{width} wide")
+    return {name: f"text tower, {TOWERS.get(tower.width, f'{tower.width} wide')}" if tower else "text tower" for name, tower in towers.items()}
 
 
 def read_towers(layout: Layout, shapes: Mapping[str, Shape]) -> dict[str, TextConfig | None]:
@@ -135,8 +137,9 @@ class Account:
     refusal: str | None  # what the loader would say
 
 
-def account(layout: Layout, wanted: Mapping[str, Shape], shapes: Mapping[str, Shape], *, sized: bool = True) -> Account:
-    """Where the parameters `wanted` of a network are among these tensors, by name; `sized`: by shape too."""
+def account(layout: Layout, wanted: Mapping[str, Shape], specs: Mapping[str, Spec], *, sized: bool = True) -> Account:
+    """Where the parameters `wanted` of a network are among these tensors, by name; `sized`: by shape and type too, as the loader asks."""
+    shapes = {key: spec.shape for key, spec in specs.items()}
     used: set[str] = set()
     there: set[str] = set()
     lacking: dict[str, list[str]] = {}  # network -> keys
@@ -154,11 +157,18 @@ def account(layout: Layout, wanted: Mapping[str, Shape], shapes: Mapping[str, Sh
     unknown = tuple(key for key in shapes if key not in used and key not in averages and _why(key, layout.ignored) is None)
     missing_keys = tuple(dict.fromkeys(key for network in lacking if network in there for key in lacking[network]))
     ema = None if layout.averaged is None else average(shapes, averages)
-    try:
-        refused = plan(layout, wanted, shapes, refusal) and None if sized else None
-    except FileError as error:
-        refused = reason(error)
+    refused = _refused(layout, wanted, specs, shapes) if sized else None
     return Account(tuple(network for network in lacking if network not in there), missing_keys, unknown, ema, refused)
+
+
+def _refused(layout: Layout, wanted: Mapping[str, Shape], specs: Mapping[str, Spec], shapes: Mapping[str, Shape]) -> str | None:
+    """What the loader would say against these tensors."""
+    try:
+        sources = plan(layout, wanted, shapes, refusal).sources
+    except FileError as error:
+        return reason(error)
+    whole = next((key for place in sources.values() for key in place.keys if not specs[key].dtype.is_floating_point), None)
+    return None if whole is None else f"{whole} holds {typed(specs[whole].dtype)} numbers, not floating-point ones: quantised weights are not read"
 
 
 def wanted_by(config: ModelConfig) -> dict[str, Shape]:
@@ -166,12 +176,12 @@ def wanted_by(config: ModelConfig) -> dict[str, Shape]:
     return {name: tuple(tensor.shape) for name, tensor in built(lambda: LatentDiffusion(config)).state_dict().items()}
 
 
-def average(shapes: Mapping[str, Shape], expected: Iterable[str]) -> AverageFacts:
+def average(keys: Iterable[str], expected: Iterable[str]) -> AverageFacts:
     """What there is of a moving average, whose tensors should be `expected`, where they are known."""
-    expected = set(expected)
-    there = [key for key in shapes if key.startswith("model_ema.") and key not in ("model_ema.decay", "model_ema.num_updates")]
+    keys, expected = set(keys), set(expected)
+    there = [key for key in keys if key.startswith("model_ema.") and key not in ("model_ema.decay", "model_ema.num_updates")]
     if not there:
-        return AverageFacts("leftover" if "model_ema.decay" in shapes or "model_ema.num_updates" in shapes else "none", 0, len(expected))
+        return AverageFacts("leftover" if {"model_ema.decay", "model_ema.num_updates"} & keys else "none", 0, len(expected))
     return AverageFacts("full" if expected <= set(there) else "partial", len(there), len(expected))
 
 

@@ -28,6 +28,7 @@ from weights.evidence import (
     prediction,
     read_towers,
     reason,
+    same_names,
     sizes_of,
     tower_titles,
     training,
@@ -185,7 +186,8 @@ def _single(file: Weights | Folder, shapes: Mapping[str, tuple[int, ...]], confi
     if known is not None and explicit is not None:
         evidence += (f"{explicit}: {known.name}",)
     groups = components(file.specs, owners(layout), layout.ignored, tower_titles(towers))
-    return _model(file, shapes, layout, name, known, refused, explicit, evidence, groups, [*towers.values()])
+    like = like_file(FAMILIES[name], [*towers.values()]) if name in FAMILIES and same_names(unet, read_vae(shapes), FAMILIES[name]) else None
+    return _model(file, layout, name, known, like, refused, explicit, evidence, groups)
 
 
 def _folder(folder: Folder, shapes: Mapping[str, tuple[int, ...]], config: ModelConfig | str | None, stack: contextlib.ExitStack) -> _Findings:
@@ -198,14 +200,14 @@ def _folder(folder: Folder, shapes: Mapping[str, tuple[int, ...]], config: Model
     name = family(unet, any(key.startswith("image_encoder/") for key in shapes), {"cc_projection.": ()} if (folder.path / "cc_projection").is_dir() else {})
     known, refused = None, None
     try:
-        known, layout = describe(folder, config)
+        known, layout = built(lambda: describe(folder, config))
     except FileError as error:
         refused = str(error).removeprefix(f"{folder.path}: ")
     prefixes = FOLDER_OWNERS | {f"{name}/": f"text.{i}" for i, name in enumerate(there)}
     groups = components({**folder.specs, **_safety_checker(folder, stack)}, prefixes, FOLDER, tower_titles(towers))
     evidence = () if unet is None else (f"{sizes_of(unet)} -> {name}",)
     evidence += ("its config.json files describe the tensors beside them",) if known is not None and config is None else ()
-    return _model(folder, shapes, layout, name, known, refused, None if config is None else "the config given", evidence, groups, [*towers.values()])
+    return _model(folder, layout, name, known, None, refused, None if config is None else "the config given", evidence, groups)
 
 
 def _safety_checker(folder: Folder, stack: contextlib.ExitStack) -> Mapping[str, Any]:
@@ -219,20 +221,17 @@ def _safety_checker(folder: Folder, stack: contextlib.ExitStack) -> Mapping[str,
 
 
 def _model(
-    file: Weights | Folder, shapes: Mapping[str, tuple[int, ...]], layout: Layout, name: str, known: ModelConfig | None, refused: str | None,
-    explicit: str | None, evidence: tuple[str, ...], groups: tuple[Component, ...], towers: list[Any],
+    file: Weights | Folder, layout: Layout, name: str, known: ModelConfig | None, like: ModelConfig | None, refused: str | None,
+    explicit: str | None, evidence: tuple[str, ...], groups: tuple[Component, ...],
 ) -> _Findings:  # fmt: skip
-    """What a model and a lone UNet have in common. Without a config, names are compared with the family's, whose sizes may be others."""
+    """What a model and a lone UNet have in common. Where it cannot be `known`, its names are compared with those of one that it is `like`."""
     what: What = "unet" if {group.name for group in groups} <= {"unet", "leftovers", "schedule"} else "model"
     predicted, trouble = None, None
-    if known is not None:
-        predicted, known, trouble = prediction(file, known, layout, explicit)
-        name = known.name
-    like = known or (like_file(FAMILIES[name], towers) if name in FAMILIES else None)
-    if like is None or (known is None and isinstance(file, Folder)):
-        found = Account((), (), (), average(shapes, ()) if layout.averaged is not None else None, None)
-    else:
-        found = account(layout, wanted_by(like), shapes, sized=known is not None)
+    found = Account((), (), (), None if layout.averaged is None else average(file.specs, ()), None)
+    if (config := known or like) is not None:
+        predicted, config, trouble = prediction(file, config, layout, explicit)
+        name = config.name
+        found = account(layout, wanted_by(config), file.specs, sized=known is not None)
     title = TITLES.get(name) or REFUSED.get(name, name)
     return _Findings(
         what=what,
@@ -297,8 +296,8 @@ def _embedding(file: Weights | Folder, shapes: Mapping[str, Any]) -> _Findings:
         facts = embedding_facts(file)
     except FileError as error:
         return _Findings("other", "small tensors that are no embedding", groups, (), problem=str(error).removeprefix(f"{file.path}: "))
-    towers = " and ".join(facts.towers)
-    return _Findings("embedding", f"textual-inversion embedding for {towers}", groups, (f"{facts.vectors} vectors of width {', '.join(map(str, facts.towers.values()))}",), embedding=facts)
+    evidence = tuple(f"{key}: {[*shapes[key]]}" for key in shapes if file.specs[key].dtype.is_floating_point)
+    return _Findings("embedding", f"textual-inversion embedding for {' and '.join(facts.towers)}", groups, evidence, embedding=facts)
 
 
 def _vae(file: Weights | Folder, shapes: Mapping[str, Any]) -> _Findings:
@@ -315,12 +314,12 @@ def _vae(file: Weights | Folder, shapes: Mapping[str, Any]) -> _Findings:
         layout = None
     if layout is None:
         return _Findings("vae", title, groups, evidence, problem="no family of this project has a VAE of these sizes")
-    found = account(layout, _shapes_of(lambda: VAE(known)), shapes)
+    found = account(layout, _shapes_of(lambda: VAE(known)), file.specs)
     return _Findings("vae", title, groups, evidence, None, found.refusal, None, (), found.missing_keys, found.unknown_keys)
 
 
 def _safety(file: Weights | Folder, shapes: Mapping[str, Any]) -> _Findings:
-    found = account(Layout((Part("", "", names.doubled_vision),), ALONE), _shapes_of(lambda: SafetyChecker(VisionConfig())), shapes)
+    found = account(Layout((Part("", "", names.doubled_vision),), ALONE), _shapes_of(lambda: SafetyChecker(VisionConfig())), file.specs)
     return _Findings("safety checker", "safety checker", components(file.specs, {"": "safety"}, ()), ("it has special_care_embeds",), None, found.refusal, None, (), found.missing_keys, found.unknown_keys)
 
 

@@ -118,7 +118,7 @@ def _lines(report: Any) -> Lines:
         epoch = "" if report.training.epoch is None else f", epoch {report.training.epoch}"
         yield "trained", f"step {report.training.step}{epoch} ({report.training.source})"
     yield from _labelled("metadata", _metadata(report.metadata))
-    yield from _labelled("hash", [line for file in report.files for line in _hashes(file, len(report.files) > 1)])
+    yield from _labelled("hash", [line for file in report.files for line in _hashes(file, len(report.files) > 1, report.what in ("model", "vae"))])
     if report.problem:
         yield "not loaded", report.problem
     elif report.what in USE:
@@ -133,7 +133,7 @@ def _labelled(label: str, lines: Any) -> Lines:
 def _file(report: Any) -> Iterator[str]:
     count = f" of {len(report.files)} files" if len(report.files) > 1 else ""
     notes = [note for note in ("sharded" if report.sharded else "", f"variant {report.variant}" if report.variant else "") if note]
-    yield ", ".join([f"{report.kind}{count}", _size(report.bytes), f"{len(report.tensors)} tensors", *notes])
+    yield ", ".join([f"{report.kind}{count}", _size(report.bytes), _number(len(report.tensors), "tensor"), *notes])
     for file in report.files:
         where = f"{file.name}: " if len(report.files) > 1 else ""
         if file.published:
@@ -168,8 +168,8 @@ def _components(report: Any) -> Iterator[str]:
     shown = [each for each in report.components if each.name in NETWORKS]
     width = max((len(each.title) for each in shown), default=0)
     for each in shown:
-        yield f"{each.title:{width}}  {each.tensors:5} tensors  {_count(each.parameters):>7} parameters  {_types(each.dtypes)}"
-    rest = [f"{each.title} ({each.tensors} {'tensor' if each.tensors == 1 else 'tensors'})" for each in report.components if each.name not in NETWORKS]
+        yield f"{each.title:{width}}  {_number(each.tensors, 'tensor'):>12}  {_count(each.parameters):>7} parameters  {_types(each.dtypes)}"
+    rest = [f"{each.title} ({_number(each.tensors, 'tensor')})" for each in report.components if each.name not in NETWORKS]
     if rest:
         yield "and " + ", ".join(rest)
 
@@ -177,7 +177,7 @@ def _components(report: Any) -> Iterator[str]:
 def _average(ema: Any) -> str:
     if ema.kind == "leftover":
         return "its bookkeeping alone: the average is in the weights already"
-    return f"{ema.kind}, {ema.tensors} tensors" + (f" of {ema.expected}" if ema.kind == "partial" and ema.expected else "; ema=True loads it")
+    return f"{ema.kind}, {ema.tensors} tensors" + (f" of {ema.expected}" if ema.kind == "partial" and ema.expected else "; --ema loads it")
 
 
 def _metadata(metadata: Mapping[str, str]) -> Iterator[str]:
@@ -189,12 +189,13 @@ def _metadata(metadata: Mapping[str, str]) -> Iterator[str]:
         yield f"and {len(metadata) - ENTRIES} more; --json has all"
 
 
-def _hashes(file: Any, several: bool) -> Iterator[str]:
+def _hashes(file: Any, several: bool, old: bool) -> Iterator[str]:
+    """`old`: A1111's first hash too, by which models are named and nothing else."""
     where = f"{file.name}: " if several else ""
     if file.sha256 is not None:
         yield f"{where}sha256 {file.sha256}"
-    if file.a1111_old is not None:
-        yield f"{where}A1111's {file.a1111_old}, of old" + ("" if file.a1111_new is None else f", and {file.a1111_new}")
+    if old and file.a1111_old is not None:
+        yield f"{where}A1111 calls it {'' if file.a1111_new is None else file.a1111_new + ', and once '}{file.a1111_old}"
 
 
 def _types(dtypes: Mapping[str, int]) -> str:
@@ -208,12 +209,16 @@ def _counts(counts: Mapping[Any, int], form: str = "") -> str:
 
 
 def _some(keys: tuple[str, ...], what: str) -> str:
-    return f"{len(keys)} {what}{'s' * (len(keys) > 1)}: {', '.join(map(_end, keys[:LISTED]))}{', ...' if len(keys) > LISTED else ''}"
+    return f"{_number(len(keys), what)}: {', '.join(map(_end, keys[:LISTED]))}{', ...' if len(keys) > LISTED else ''}"
 
 
 def _end(key: str, limit: int = 60) -> str:
     """The telling end of a long name."""
     return key if len(key) <= limit else "..." + key[3 - limit :]
+
+
+def _number(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"
 
 
 def _size(count: int) -> str:
