@@ -148,7 +148,7 @@ def open_file(path: str | PathLike[str]) -> Weights:
     """Open a file of weights by its content, whatever its extension. Raises FileError for anything that is not one."""
     source = Source(path)
     try:
-        kind = _kind(source)
+        kind = kind_of(source)
         if kind == "safetensors":
             return Weights(source, kind, _safetensors(source))
         if source.path.suffix == ".safetensors":  # who chose safetensors did not choose pickle
@@ -159,7 +159,7 @@ def open_file(path: str | PathLike[str]) -> Weights:
         raise
 
 
-def _kind(source: Source) -> Literal["safetensors", "zip", "stream"]:
+def kind_of(source: Source) -> Literal["safetensors", "zip", "stream"]:
     """What the first 4 KiB say the file is; refused by name when that is no file of weights."""
     if source.size == 0:
         raise source.error("is empty (0 bytes); download it again")
@@ -197,7 +197,19 @@ def _kind(source: Source) -> Literal["safetensors", "zip", "stream"]:
 
 
 def _safetensors(source: Source) -> Contents:
-    """The header, every number compared with the file before it is believed: the tensors must tile the rest of the file."""
+    """What the header says, of a file that ends with its last tensor."""
+    contents, end = read_header(source)
+    if end < source.size:
+        name = shlex.quote(source.path.name) if len(source.path.name) <= 60 else "FILE"
+        raise source.error(f"has {source.size - end} extra bytes after the last tensor; run 'ldm repair {name}'")
+    return contents
+
+
+def read_header(source: Source) -> tuple[Contents, int]:
+    """What a safetensors header says, every number compared with the file before it is believed, and where the last tensor ends.
+
+    The tensors must tile the file up to there.
+    """
     length = int.from_bytes(source.read(0, 8), "little")
     if not 2 <= length <= MAX_HEADER:
         raise source.error(f"has a header of {length} bytes, above the limit of {MAX_HEADER}; download it again")
@@ -230,10 +242,7 @@ def _safetensors(source: Source) -> Contents:
         position += spec.record.size
     if position > source.size:
         raise source.error(f"is truncated: {source.size} bytes of {position}; download it again")
-    if position < source.size:
-        name = shlex.quote(source.path.name) if len(source.path.name) <= 60 else "FILE"
-        raise source.error(f"has {source.size - position} extra bytes after the last tensor; run 'ldm repair {name}'")
-    return Contents(specs, metadata)
+    return Contents(specs, metadata), position
 
 
 def _spec(source: Source, key: str, entry: Any, base: int) -> Spec:
