@@ -138,7 +138,7 @@ HEADERS = {
     "shape with a float": (safetensors_of({"w": {**ENTRY, "shape": [2.0, 3]}}, bytes(24)), "no valid shape"),
     "negative shape": (safetensors_of({"w": {**ENTRY, "shape": [-2, -3]}}, bytes(24)), "no valid shape"),
     "rank 17": (safetensors_of({"w": {**ENTRY, "shape": [1] * 16 + [6]}}, bytes(24)), "no valid shape"),
-    "shape that wraps 64 bits": (safetensors_of({"w": {**ENTRY, "shape": [2**62, 2**62, 2]}}, bytes(24)), "by its shape"),
+    "shape that wraps 64 bits": (safetensors_of({"w": {**ENTRY, "shape": [2**62, 2**62, 2]}}, bytes(24)), "absurd size"),
     "number of 5000 digits": (safetensors_of(None, raw=b'{"w":{"dtype":"F32","shape":[' + b"9" * 5000 + b'],"data_offsets":[0,24]}}'), "damaged header"),
     "size and place differ": (safetensors_of({"w": {**ENTRY, "shape": [2, 2]}}, bytes(24)), "4 numbers of 4 bytes by its shape"),
     "offsets reversed": (safetensors_of({"w": {**ENTRY, "data_offsets": [24, 0]}}, bytes(24)), "by its shape"),

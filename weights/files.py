@@ -151,7 +151,7 @@ def open_file(path: str | PathLike[str]) -> Weights:
         kind = kind_of(source)
         if kind == "safetensors":
             return Weights(source, kind, _safetensors(source))
-        if source.path.suffix == ".safetensors":  # who chose safetensors did not choose pickle
+        if source.path.suffix.lower() == ".safetensors":  # who chose safetensors did not choose pickle
             raise source.error("is a torch pickle file, not safetensors as its name says; rename it to .ckpt to read it as what it is")
         return Weights(source, kind, torchfiles.read_zip(source) if kind == "zip" else torchfiles.read_stream(source))
     except BaseException:
@@ -258,6 +258,8 @@ def _spec(source: Source, key: str, entry: Any, base: int) -> Spec:
         raise source.error(f"{key} has no valid offsets; download it again", key)
     record = Record(base + offsets[0], offsets[1] - offsets[0], users=1)
     spec = Spec(dtype, tuple(shape), contiguous(tuple(shape)), 0, record)
+    if not spec.is_possible:
+        raise source.error(f"{key} has an absurd size; download it again", key)
     if spec.numel * dtype.itemsize != record.size:
         raise source.error(f"{key} is {spec.numel} numbers of {dtype.itemsize} bytes by its shape, {record.size} bytes by its place; download it again", key)
     return spec

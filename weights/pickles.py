@@ -19,6 +19,7 @@ from weights.allowed import INERT, STORAGES, TYPES, UNTYPED
 
 MAX_BYTES = 64 * 2**20  # of one pickle
 MAX_OPERATIONS = 1_000_000  # a full SDXL training checkpoint has about 300,000
+CONTAINER_WORK = 4  # operations that an empty list or dictionary counts as, besides its own
 MAX_MARKS = 200  # open at a time: nesting
 MAX_DIMENSIONS = 64  # torch's own limit
 MAX_INT_BYTES = 1024  # of one integer; the widest that torch writes has 10
@@ -118,13 +119,17 @@ class Machine:
         """The object the pickle describes; `self.at` is then just after its last byte."""
         if self.take(1) != b"\x80" or not 2 <= self.take(1)[0] <= 5:
             raise self.error("its pickle is not of protocol 2 to 5; save it again with a current torch")
+        data, end = self.data, len(self.data)
         while True:
-            self.spend(1)
+            if self.left <= 0:
+                self.spend(1)
+            self.left -= 1
             if self.frame_end is not None and self.at >= self.frame_end:
                 if self.at > self.frame_end:
                     raise self.bad("a frame of a wrong length")
                 self.frame_end = None
-            code = self.take(1)[0]
+            code = data[self.at] if self.at < end else self.take(1)[0]
+            self.at += 1
             if code == 0x2E:  # STOP
                 if len(self.stack) != 1 or self.marks or (self.frame_end is not None and self.at != self.frame_end):
                     raise self.bad("leftovers at its end")
@@ -173,6 +178,11 @@ class Machine:
 
     def push(self, value: Any) -> None:
         self.stack.append(value)
+
+    def container(self, empty: list | dict) -> None:
+        """Push a list or dictionary, which weighs more than other objects of one byte."""
+        self.spend(CONTAINER_WORK)
+        self.push(empty)
 
     def pop(self) -> Any:
         if len(self.stack) <= (self.marks[-1] if self.marks else 0):
@@ -296,6 +306,7 @@ class Machine:
 
 def _ordered_dict(machine: Machine, arguments: tuple) -> dict[str, Any]:
     made: dict[str, Any] = {}
+    machine.spend(CONTAINER_WORK)
     if arguments:  # Python 2 wrote the items as a list of pairs
         pairs = arguments[0]
         machine.spend(len(pairs) if type(pairs) is list else 0)
@@ -489,7 +500,7 @@ _OPERATIONS: dict[int, Callable[[Machine], None]] = {
     ord("C"): lambda m: m.push(m.take(m.number("<B"))),
     0x8E: lambda m: m.push(m.take(m.number("<Q"))),
     0x96: lambda m: m.push(m.take(m.number("<Q"))),  # BYTEARRAY8
-    ord("]"): lambda m: m.push([]),
+    ord("]"): lambda m: m.container([]),
     ord("a"): lambda m: m.append([m.pop()]),
     ord("e"): lambda m: m.append(m.pop_mark()),
     ord("l"): lambda m: m.push(m.pop_mark()),
@@ -498,7 +509,7 @@ _OPERATIONS: dict[int, Callable[[Machine], None]] = {
     0x85: _tuple_of(1),
     0x86: _tuple_of(2),
     0x87: _tuple_of(3),
-    ord("}"): lambda m: m.push({}),
+    ord("}"): lambda m: m.container({}),
     ord("d"): _dict_from_mark,
     ord("s"): lambda m: m.set_items([m.pop(), m.pop()][::-1]),
     ord("u"): lambda m: m.set_items(m.pop_mark()),

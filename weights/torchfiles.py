@@ -54,6 +54,14 @@ class Spec:
         return numel
 
     @property
+    def is_possible(self) -> bool:
+        """Does torch have strides for the shape? An empty tensor can be of a size and yet be none."""
+        bound = 1
+        for n in self.shape:
+            bound *= max(n, 1)
+        return bound * self.dtype.itemsize < 2**63
+
+    @property
     def whole(self) -> bool:
         """Contiguous, and all of its record, which is nobody else's."""
         return (
@@ -168,7 +176,7 @@ def _checked(source: Source, key: str, ref: TensorRef, records: Mapping[str, Rec
     if ref.offset < 0 or any(n < 0 for n in ref.shape) or any(n < 0 for n in ref.stride):
         raise source.error(f"{key} has a negative size, stride or offset; download it again", key)
     spec = Spec(ref.dtype, ref.shape, ref.stride, ref.offset, records[ref.storage.key])
-    if any(n >= 2**63 for n in (*ref.shape, *ref.stride, ref.offset)):
+    if any(n >= 2**63 for n in (*ref.stride, ref.offset)) or (not spec.numel and not spec.is_possible):
         raise source.error(f"{key} has an absurd size, stride or offset; download it again", key)
     last = ref.offset + sum((n - 1) * step for n, step in zip(ref.shape, ref.stride, strict=True))
     if (spec.numel and last >= capacity) or (not spec.numel and ref.offset > capacity):
