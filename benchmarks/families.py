@@ -21,7 +21,12 @@ SIZE_WIDTH = 16  # of an embedded size, 256 in the published models: as narrow a
 def rows(family: str, folder: Path) -> Iterator[tuple[str, Tensor, Tensor]]:
     """(network, our output, that of diffusers or transformers) for one family. `folder` must not exist yet; the checkpoint is written there."""
     write_folder(folder, family, components(family, single(family)))
-    model = weights.load(folder)
+    yield from compared(family, weights.load(folder), folder)
+
+
+@torch.no_grad()
+def compared(family: str, model: LatentDiffusion, folder: Path) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """The same for a model, and a narrow folder that holds its weights."""
     yield _unet(family, model, folder)
     yield from _vae(family, model, folder)
     for i, name in enumerate(name for name in FOLDERS[family] if name.startswith("text_encoder")):

@@ -9,7 +9,21 @@ import traceback
 from collections.abc import Callable, Sequence
 
 import weights
-from ldm.cli import animating, arguments, commands, differing, inspecting, listing, lora, making, merging, options, terminal, training
+from ldm.cli import (
+    animating,
+    arguments,
+    commands,
+    converting,
+    differing,
+    inspecting,
+    listing,
+    lora,
+    making,
+    merging,
+    options,
+    terminal,
+    training,
+)
 from ldm.cli.arguments import Command
 from ldm.cli.files import Readers
 from weights.embeddings import load_embedding
@@ -80,6 +94,12 @@ COMMANDS: dict[str, Command] = {
   ldm diff v1-5-pruned-emaonly.ckpt v1-5-pruned-emaonly.safetensors
   ldm diff v1-5-pruned-emaonly.safetensors dreamshaper_8.safetensors --quick
   ldm diff v1-5-pruned-emaonly.safetensors mix.safetensors --third dreamshaper_8.safetensors"""),
+    "convert": Command("weights in another container, layout or type of numbers", converting.add_convert, converting.convert, """
+  ldm convert v1-5-pruned.ckpt v1-5.safetensors
+  ldm convert sd_xl_base_1.0.safetensors sdxl/ --dtype fp16 --shard-size 2GB
+  ldm convert my-finetune/ my-finetune.safetensors --manifest where-it-went.json
+  ldm convert v1-5-pruned.ckpt v1-5-ema-fp16.safetensors --ema --prune --dtype fp16
+  ldm convert 768-v-ema.ckpt vae.safetensors --only vae"""),
     "samplers": Command("list samplers and grids", options.samplers, listing.show, """
   ldm samplers --steps 10"""),
 }  # fmt: skip

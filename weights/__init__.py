@@ -1,5 +1,6 @@
 """Files of weights: read safely, loaded strictly, written atomically."""
 
+from weights.convert import Conversion, convert
 from weights.diff import Difference, diff
 from weights.embeddings import load_embedding
 from weights.files import Weights, open_file
@@ -12,6 +13,7 @@ from weights.lora_tools import convert_lora, resize_lora
 from weights.merge import Merged, merge
 from weights.parts import load_safety, load_vae
 from weights.report import Report, inspect
+from weights.routes import LEFTOVERS
 from weights.save import original_state, save
 
-__all__ = ["Difference", "Merged", "Report", "Weights", "config_of", "convert_lora", "diff", "extract_lora", "inspect", "load", "load_embedding", "load_lora", "load_safety", "load_vae", "merge", "merge_lora", "open_file", "original_state", "resize_lora", "save"]  # fmt: skip
+__all__ = ["LEFTOVERS", "Conversion", "Difference", "Merged", "Report", "Weights", "config_of", "convert", "convert_lora", "diff", "extract_lora", "inspect", "load", "load_embedding", "load_lora", "load_safety", "load_vae", "merge", "merge_lora", "open_file", "original_state", "resize_lora", "save"]  # fmt: skip

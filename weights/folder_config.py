@@ -25,6 +25,7 @@ UNET_FIXED = {"act_fn": "silu", "norm_num_groups": 32, "norm_eps": 1e-5, "center
               "resnet_out_scale_factor": 1.0}  # fmt: skip
 VAE_FIXED = {"in_channels": 3, "out_channels": 3, "act_fn": "silu", "norm_num_groups": 32, "shift_factor": None, "latents_mean": None,
              "use_quant_conv": True, "use_post_quant_conv": True, "mid_block_add_attention": True}  # fmt: skip
+MAX_CELLS = 4096  # of a latent along one side
 SCHEDULERS = ("DDIM", "DDPM", "PNDM", "LMSDiscrete", "EulerDiscrete", "EulerAncestralDiscrete", "HeunDiscrete", "DPMSolverMultistep", "DPMSolverSinglestep",
               "DPMSolverSDE", "KDPM2Discrete", "KDPM2AncestralDiscrete", "DEISMultistep", "UniPCMultistep", "SASolver", "LCM", "TCD")  # fmt: skip
 
@@ -48,11 +49,13 @@ def describe(folder: Folder, config: ModelConfig | str | None) -> tuple[ModelCon
         return known, diffusers(known, there)
 
     path = folder.path
-    unet = _agreeing(folder, "unet", _unet(component(path, "unet", "UNet2DConditionModel")), read_diffusers_unet(shapes, "unet/"))
+    told = component(path, "unet", "UNet2DConditionModel")
+    unet = _agreeing(folder, "unet", _unet(told), read_diffusers_unet(shapes, "unet/"))
     marks = {"cc_projection.": ()} if (path / "cc_projection").is_dir() else {}
     known = named(family(visible(unet), "image_encoder" in there, marks), config, path)
     vae = _agreeing(folder, "vae", read_vae_config(component(path, "vae", "AutoencoderKL"), known.vae), read_diffusers_vae(shapes, "vae/"))
-    known = replace(known, unet=unet, vae=vae, schedule=_schedule(folder, known.schedule))
+    cells = told.whole("sample_size", known.size // vae.factor, MAX_CELLS)
+    known = replace(known, unet=unet, vae=vae, schedule=_schedule(folder, known.schedule), size=cells * vae.factor)
     if len(towers) != len(known.text):
         raise folder.error(f"has {len(towers)} text encoders, a model of family {known.name} has {len(known.text)}; download the whole folder")
     text = []

@@ -208,12 +208,12 @@ def _betas(config: ModelConfig) -> dict[str, Any]:
 
 
 def _scheduler(config: ModelConfig) -> dict[str, Any]:
-    """The sampler that the family's published folder has."""
-    common = {**_betas(config), "prediction_type": {"eps": "epsilon", "v": "v_prediction"}[config.prediction], "steps_offset": 1}
+    """The sampler that the family's published folder has. Others are made from these settings too: DDIM would clip if it were not told."""
+    common = {**_betas(config), "clip_sample": False, "prediction_type": {"eps": "epsilon", "v": "v_prediction"}[config.prediction], "steps_offset": 1}
     if is_xl(config):
         return {"_class_name": "EulerDiscreteScheduler", **common, "interpolation_type": "linear", "timestep_spacing": "leading", "use_karras_sigmas": False}
     if config.prediction == "v":
-        return {"_class_name": "DDIMScheduler", **common, "clip_sample": False, "set_alpha_to_one": False}
+        return {"_class_name": "DDIMScheduler", **common, "set_alpha_to_one": False}
     return {"_class_name": "PNDMScheduler", **common, "set_alpha_to_one": False, "skip_prk_steps": True}
 
 

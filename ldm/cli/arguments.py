@@ -117,6 +117,14 @@ def named_file(text: str) -> tuple[str | None, str]:
     return (match[1], match[2]) if match else (None, text)
 
 
+def shown_bytes(count: int) -> str:
+    """2134567890 -> "2.13 GB", in powers of a thousand as disks are sold."""
+    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if count >= size:
+            return f"{count / size:.2f} {unit}"
+    return f"{count} bytes"
+
+
 # --- parsing --------------------------------------------------------------------------------------------------------
 
 
