@@ -49,7 +49,7 @@ def convert_lora(
 
     src           whatever `read_lora` reads, in any dialect and of any kind
     to            "kohya": a file for kohya's scripts, A1111 and ComfyUI; "diffusers": a file for `pipe.load_lora_weights`; "peft": a
-                  directory with one folder per network, `PeftModel.from_pretrained(unet, dst / "unet")`
+                  directory with one folder per network, `PeftModel.from_pretrained(unet, dst / "unet")`, named as transformers 5 does
     model_config  the family, or a model's config; None: found out from the targets
     as_lora       re-express what the dialect cannot hold (LoHa, LoKr, cores, full differences) as products of this rank, the nearest there
                   are; None: refuse it

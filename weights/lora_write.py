@@ -60,7 +60,8 @@ def write_lora(
     with replacing_directory(path, overwrite) as folder:
         for name, held in networks.items():
             (folder / name).mkdir()
-            tensors = {f"base_model.model.{key}": tensor for key, tensor in peft_tensors(held, dtype).items()}
+            bare = "text_model." if name == TOWERS[0] else ""  # transformers 5 has dropped it from CLIPTextModel, not from the second tower's class; peft maps no names
+            tensors = {f"base_model.model.{key.removeprefix(bare)}": tensor for key, tensor in peft_tensors(held, dtype).items()}
             write(tensors, folder / name / "adapter_model.safetensors", {"format": "pt", **metadata}, on_write=on_write)
             text = json.dumps({"peft_type": "LORA", "task_type": None, "base_model_name_or_path": None, "bias": "none", **settings(held)}, indent=2, sort_keys=True)
             with replacing(folder / name / "adapter_config.json", False) as descriptor:
@@ -177,15 +178,15 @@ def require_held(changes: Mapping[str, Change], to: Dialect, config: ModelConfig
     for parameter, change in changes.items():
         module, _, leaf = parameter.rpartition(".")
         if (what := unheld(change)) is not None:
-            remedy = "--as-lora RANK re-expresses it by SVD" if expressible(change) else "merge it into a checkpoint, or leave it in kohya's"
+            remedy = "use --as-lora RANK" if expressible(change) else "merge it instead"
             raise FileError(f"{_short(module)}{'.bias' if leaf == 'bias' else ''} is {what}, which {to} cannot hold; {remedy}", path=source, key=parameter)
         if module.startswith("text.") and len(config.text) == 1 and config.unet.vector_dim is not None:
-            raise FileError(f"{_short(module)} is in the refiner's text tower, of which {to} files have no settled name; leave it in kohya's", path=source, key=parameter)
+            raise FileError(f"{_short(module, 30)} is of the refiner's text tower, for which {to} has no settled name; keep kohya's", path=source, key=parameter)
         network, dora = components(config)[module][0], isinstance(change, Decomposed)
         before = decomposed.setdefault(network, (dora, module))
         if before[0] != dora:
             one = module if dora else before[1]
-            raise FileError(f"{_short(one)} is a DoRA and others of its network are not, which {to} cannot hold; merge it into a checkpoint", path=source, key=parameter)
+            raise FileError(f"{_short(one)} is a DoRA, others beside it are not: {to} holds no mixture; merge it instead", path=source, key=parameter)
 
 
 def unheld(change: Change) -> str | None:
@@ -255,5 +256,5 @@ def _module(parameter: str) -> str:
     return parameter.rpartition(".")[0]
 
 
-def _short(name: str, limit: int = 60) -> str:
+def _short(name: str, limit: int = 36) -> str:
     return name if len(name) <= limit else "..." + name[3 - limit :]
