@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections.abc import Iterator, Mapping
 from os import PathLike
 from pathlib import Path
@@ -154,11 +155,11 @@ def add_component(folder: Folder, path: Path, stems: tuple[str, str], prefix: st
 def _add_variant(folder: Folder, path: Path, stem: str, variant: str, kind: str, prefix: str) -> bool:
     """Take in the weights of one variant, in one file or in shards; false if there are none. `variant` has its dot."""
     single = path / f"{stem}{variant}.{kind}"
-    if single.exists() or single.is_symlink():
+    if os.path.lexists(single):
         folder.add(open_file(single), prefix)
         return True
     for index in (path / f"{stem}.{kind}.index{variant}.json", path / f"{stem}{variant}.{kind}.index.json"):
-        if index.exists() or index.is_symlink():
+        if os.path.lexists(index):
             _add_shards(folder, index, prefix)
             return True
     return False
@@ -171,11 +172,11 @@ def _add_shards(folder: Folder, index: Path, prefix: str) -> None:
         raise refusal("has no weight_map of file names; download it again", index)
     shards = sorted(set(found.values()))
     for name in shards:
-        if not name or name in (".", "..") or any(c in name for c in "/\\\0:"):
+        if not name or name in (".", "..") or any(c in name for c in "/\\\0:") or not name.isprintable() or len(name.encode()) > 255:
             raise refusal(f"names the file {name[:20]!r}, which is not a plain name in its own folder; download it again", index)
     if len(shards) > MAX_SHARDS:
         raise refusal(f"names {len(shards)} files, the limit is {MAX_SHARDS}; download it again", index)
-    gone = [name for name in shards if not (index.parent / name).exists()]
+    gone = [name for name in shards if not os.path.lexists(index.parent / name)]
     if gone:
         raise refusal(f"names {gone[0]}, which is not there; download it too", index)
     for name in shards:
