@@ -46,11 +46,15 @@ class _Outline(Mapping[str, Tensor]):
         return len(self.specs)
 
 
-def lora_facts(file: Weights) -> tuple[LoraFacts, tuple[str, ...], tuple[str, ...]]:
-    """What a LoRA is, the names in it that belong to nothing, and what its family was decided by. Raises FileError for one that lacks a part."""
+def lora_facts(file: Weights, config: ModelConfig | None = None) -> tuple[LoraFacts, tuple[str, ...], tuple[str, ...]]:
+    """What a LoRA is, the names in it that belong to nothing, and what its family was decided by. Raises FileError for one that lacks a part.
+
+    config  the model that it is for; None: one of KIN
+    """
     spelled, strays = _read(_Outline(file))
-    families, fitting = _families(spelled)
-    table = lora_names.spellings(FAMILIES[families[0]]) if families else {}
+    configs = {name: FAMILIES[name] for name in _candidates(spelled)} if config is None else {config.name: config}
+    families, fitting = _families(spelled, configs)
+    table = lora_names.spellings(configs[families[0]]) if families else {}
     unmatched = [*dict.fromkeys(spelling for spelling, _ in spelled if spelling not in table)] if families else []
     modules = {table.get(spelling, _component(spelling)) for spelling, _ in spelled}
     changes = [*spelled.values()]
@@ -100,9 +104,9 @@ def _component(spelling: str) -> str:
     return "unet" if re.match(r"lora_unet_|(base_model\.model\.)?unet\.", spelling) else "unknown"
 
 
-def _families(spelled: Mapping[tuple[str, str], Change]) -> tuple[tuple[str, ...], int]:
-    """The families that most of the changes fit, and how many do. Of SDXL and SSD-1B, which is a part of it, the one that is changed whole."""
-    counts = built(lambda: {name: _fitting(spelled, FAMILIES[name]) for name in _candidates(spelled)})
+def _families(spelled: Mapping[tuple[str, str], Change], configs: Mapping[str, ModelConfig]) -> tuple[tuple[str, ...], int]:
+    """Those of `configs` that most of the changes fit, and how many do. Of SDXL and SSD-1B, which is a part of it, the one that is changed whole."""
+    counts = built(lambda: {name: _fitting(spelled, config) for name, config in configs.items()})
     best = max(counts.values())
     families = [name for name in counts if counts[name] == best] if best else []
     if {"ssd-1b", "sdxl-base"} <= {*families} and (only := next((name for name in ("ssd-1b", "sdxl-base") if _whole(spelled, FAMILIES[name])), None)):

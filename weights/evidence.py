@@ -200,7 +200,7 @@ def prediction(file: Weights | Folder, config: ModelConfig, layout: Layout, expl
     """
 
     def statistic() -> torch.Tensor | None:
-        return next((file[place.key] for place in layout.places(STATISTIC) if place.key in file), None)
+        return next((file.read(place.key, mapped=False) for place in layout.places(STATISTIC) if place.key in file), None)
 
     evidence = []
     try:
