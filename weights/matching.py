@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 from os import PathLike
 
 import torch
@@ -59,7 +60,7 @@ class Side:
     entries: Mapping[str, Entry]  # by our names if `ours`, by the file's otherwise
     ours: bool
 
-    @property
+    @cached_property
     def components(self) -> set[str]:
         """The networks in it; where names are the file's own, all that it has."""
         found = {entry.component for entry in self.entries.values()}
@@ -137,7 +138,7 @@ def _single(shapes: Shapes, known: ModelConfig | None) -> _Found | None:
     towers = [read_text(lookup(layout, shapes, part.ours)) for part in layout.parts if part.ours.startswith("text.")]
     vision = read_vision(lookup(layout, shapes, "vision."))
     unet = read_unet(shapes)
-    name = family(unet, vision is not None, shapes)
+    name = known.name if known is not None and unet is None else family(unet, vision is not None, shapes)
     if known is None and unet is not None:
         usual = FAMILIES.get(name, FAMILIES["sd1"])
         known = replace(usual, unet=unet, vae=read_vae(shapes), text=tuple(towers), vision=vision, depth=FAMILIES["sd2-depth"].depth)
@@ -152,7 +153,7 @@ def _folder(shapes: Shapes, known: ModelConfig | None) -> _Found | None:
     towers = [read_text(lookup(bare, shapes, part.ours)) for part in parts]
     vision = read_vision(lookup(bare, shapes, "vision."))
     unet, vae = read_diffusers_unet(shapes, "unet/"), read_diffusers_vae(shapes, "vae/")
-    name = family(unet, vision is not None, shapes)
+    name = known.name if known is not None and unet is None else family(unet, vision is not None, shapes)
     if known is None and unet is not None and vae is not None:
         usual = FAMILIES.get(name, FAMILIES["sd1"])
         known = replace(usual, unet=unet, vae=vae, text=tuple(towers), vision=vision, depth=FAMILIES["sd2-depth"].depth)
@@ -168,11 +169,11 @@ def _alone(shapes: Shapes) -> _Found | None:
         for vae, places in ((read_vae(shapes, prefix), lambda config: names.vae), (read_diffusers_vae(shapes, prefix), names.in_diffusers_vae)):
             if vae is not None and vae.channel_mult:  # none: its blocks have other names
                 layout = Layout((Part("vae.", prefix, places(vae)),), ALONE)
-                return "a VAE", layout, [f"vae.{name}" for name in built(lambda vae=vae: VAE(vae)).state_dict()], lambda ours: ""
+                return "a VAE", layout, [f"vae.{name}" for name in _names_of(VAE, vae)], lambda ours: ""
     for unet, places in ((read_unet(shapes, ""), lambda config: names.same), (read_diffusers_unet(shapes, ""), names.in_diffusers_unet)):
         if unet is not None:
             layout = Layout((Part("unet.", "", places(unet)),), ALONE)
-            return "a UNet", layout, [f"unet.{name}" for name in built(lambda unet=unet: UNet(unet)).state_dict()], lambda ours: ""
+            return "a UNet", layout, [f"unet.{name}" for name in _names_of(UNet, unet)], lambda ours: ""
     return None
 
 
@@ -185,11 +186,16 @@ def _parameters(config: ModelConfig, layout: Layout) -> Iterator[str]:
     for part in layout.parts:
         kind, sizes = networks.get(part.ours, (None, None))
         if kind is not None and sizes is not None:
-            yield from (part.ours + name for name in built(lambda kind=kind, sizes=sizes: kind(sizes)).state_dict())
+            yield from (part.ours + name for name in _names_of(kind, sizes))
+
+
+@lru_cache(maxsize=16)  # two files of one family have the same networks
+def _names_of(kind: Callable[..., nn.Module], sizes: object) -> tuple[str, ...]:
+    return tuple(built(lambda: kind(sizes)).state_dict())
 
 
 def _title(name: str) -> str:
-    return TITLES.get(name) or REFUSED[name]
+    return TITLES.get(name) or REFUSED.get(name) or f"a model of family {name}"
 
 
 def _unread(name: str) -> Callable[[str], str]:

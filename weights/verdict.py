@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 from weights.closeness import Nearness, Rounding, ratio
@@ -25,6 +26,8 @@ Kind = Literal[
     "averaged", "swapped", "merge", "lora", "fine-tune", "undecided", "unrelated",
 ]  # fmt: skip
 SAME: tuple[Kind, ...] = ("identical", "converted")  # no number differs, and nothing is missing that anything reads
+
+RENAMED = " under other names"
 
 _TITLES = {"unet": "UNet", "vae": "VAE", "vision": "image encoder", "depth": "depth network", "ema": "moving average", "other": "other tensors"}
 
@@ -83,7 +86,7 @@ class Facts:
     ranks: Sequence[Rank] = ()
     weights: Sequence[Weight] = ()
 
-    @property
+    @cached_property
     def common(self) -> set[str]:
         """Components that are in both; where names are ours, networks only."""
         return self.a.components & self.b.components
@@ -130,9 +133,10 @@ def low_rank(ranks: Sequence[Rank]) -> bool:
 
 
 def may_be_lora(moved: Sequence[Compared]) -> bool:
-    """Did matrices and kernels of the UNet or the text towers move, and none of their norms and biases?"""
+    """Did matrices and kernels of the UNet or the text towers move, and none of their norms, biases and embeddings?"""
     changed = [one for one in moved if one.component != "vae"]
-    return bool(changed) and all(len(one.shape) > 1 for one in changed) and all(one.component == "unet" or one.component.startswith("text.") for one in changed)
+    layers = all(len(one.shape) > 1 and ".embeddings." not in one.name for one in changed)
+    return bool(changed) and layers and all(one.component == "unet" or one.component.startswith("text.") for one in changed)
 
 
 def judge(facts: Facts) -> Verdict:
@@ -173,7 +177,7 @@ def _copy(facts: Facts) -> Verdict | None:
     if any(lost):
         whole, part = ("A", "B") if lost[0] else ("B", "A")
         own = ", ".join(title(component) for component in sorted(facts.common))
-        return Verdict("part", f"{part} is a part of {whole}: its {own}{_how(facts, part == 'B')}.", tuple(_evidence(facts)))
+        return Verdict("part", f"{part} is a part of {whole}: its {own}{_how(facts, part == 'B').removesuffix(RENAMED)}.", tuple(_evidence(facts)))
     if any(missing):
         whole, part = ("A", "B") if missing[0] else ("B", "A")
         return Verdict("overlapping", f"{part} is a part of {whole}: {max(missing)} tensors are missing, the rest is the same{_how(facts, part == 'B')}.", tuple(_evidence(facts)))
@@ -293,13 +297,13 @@ def _how(facts: Facts, forward: bool) -> str:
         if subject:
             stored = {one.dtypes[1 if forward else 0] for one in facts.compared if one.near.rounding}
             words += f" in {to}" if to in stored else f" rounded to {to}"
-            words += " (nothing was lost)" if lossless else ""
+            words += " (nothing was lost)" * lossless
         else:
-            words += " in a wider type" if lossless else f", whose numbers the other has in {to}"
+            words += " in a wider type (nothing was lost)" if lossless else f", whose numbers the other has in {to}"
     mine, theirs = (facts.b, facts.a) if forward else (facts.a, facts.b)
     if mine.container != theirs.container:
         return f"{words} as {mine.container}"
-    return f"{words} under other names" if _relaid(facts) else words
+    return words + RENAMED * _relaid(facts)
 
 
 def _coverage(facts: Facts, forward: bool) -> str:
