@@ -21,6 +21,7 @@ from ldm.cli import (
     making,
     merging,
     options,
+    repairing,
     terminal,
     training,
 )
@@ -100,6 +101,10 @@ COMMANDS: dict[str, Command] = {
   ldm convert my-finetune/ my-finetune.safetensors --manifest where-it-went.json
   ldm convert v1-5-pruned.ckpt v1-5-ema-fp16.safetensors --ema --prune --dtype fp16
   ldm convert 768-v-ema.ckpt vae.safetensors --only vae"""),
+    "repair": Command("repair a damaged file of weights", repairing.add_repair, repairing.repair, """
+  ldm repair merged.safetensors
+  ldm repair old.ckpt --dry-run
+  ldm repair old.ckpt --out sound.safetensors"""),
     "samplers": Command("list samplers and grids", options.samplers, listing.show, """
   ldm samplers --steps 10"""),
 }  # fmt: skip

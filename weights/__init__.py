@@ -12,8 +12,9 @@ from weights.lora_sources import config_of
 from weights.lora_tools import convert_lora, resize_lora
 from weights.merge import Merged, merge
 from weights.parts import load_safety, load_vae
+from weights.repair import Repaired, repair
 from weights.report import Report, inspect
 from weights.routes import LEFTOVERS
 from weights.save import original_state, save
 
-__all__ = ["LEFTOVERS", "Conversion", "Difference", "Merged", "Report", "Weights", "config_of", "convert", "convert_lora", "diff", "extract_lora", "inspect", "load", "load_embedding", "load_lora", "load_safety", "load_vae", "merge", "merge_lora", "open_file", "original_state", "resize_lora", "save"]  # fmt: skip
+__all__ = ["LEFTOVERS", "Conversion", "Difference", "Merged", "Repaired", "Report", "Weights", "config_of", "convert", "convert_lora", "diff", "extract_lora", "inspect", "load", "load_embedding", "load_lora", "load_safety", "load_vae", "merge", "merge_lora", "open_file", "original_state", "repair", "resize_lora", "save"]  # fmt: skip

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import math
 import re
@@ -20,7 +19,9 @@ from torch import Tensor
 from ldm.config import ModelConfig
 from ldm.errors import ArgumentError, FileError
 from weights.blend import METHODS, Method, added, slerp, weighted
-from weights.folders import COMPONENTS, is_folder
+from weights.conversion_record import sha256_of
+from weights.files import Weights
+from weights.folders import Folder, is_folder
 from weights.load import require_dtype
 from weights.merge_blocks import Blocks, block_of, weights_of
 from weights.merge_sides import Side, agreeing, averages, opening, side_of
@@ -29,7 +30,6 @@ from weights.output import require_writable
 from weights.places import Shape
 from weights.plan import short
 from weights.prediction import Prediction, require_prediction
-from weights.source import CHUNK, Source
 from weights.write import OnWrite, Pending, Written, cast, write
 
 RECIPE = "ldm.merge"  # metadata: method, weights and sources, as JSON
@@ -115,7 +115,7 @@ def merge(
         recipe = {"method": method, "alpha": alpha, **({"blocks": weights} if weights else {}), "arithmetic": "float32", "sources": [_source(side) for side in sides]}
         if dropped:
             recipe["moving_average"] = "dropped: it averaged A's weights"
-        path = write(tensors, out, _metadata(sides[0], recipe), overwrite=overwrite, on_write=_guarded(sides, on_write))
+        path = write(tensors, out, _metadata(sides[0], recipe), overwrite=overwrite, on_write=guarded([side.file for side in sides], on_write))
         used = {sides[0].places[name].key for name in common}
         unused = {side.letter: _unused(side, sides[0]) for side in sides[1:]}
         notes = ["the 4 latent channels of the UNet's input got the difference, its other channels are A's"] if inpaints else []
@@ -263,30 +263,16 @@ def _metadata(a: Side, recipe: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _source(side: Side) -> dict[str, str]:
-    return {"model": side.letter, "name": side.file.path.resolve().name, "family": side.config.name, "sha256": _sha256(side.file.path)}
+    return {"model": side.letter, "name": side.file.path.resolve().name, "family": side.config.name, "sha256": sha256_of(side.file)}
 
 
-def _sha256(path: Path) -> str:
-    """Of a file; of a folder, that of its components' weights one after another, by name."""
-    digest = hashlib.sha256()
-    files = sorted(file for name in COMPONENTS for file in (path / name).glob("*") if file.suffix in (".safetensors", ".bin")) if path.is_dir() else [path]
-    for each in files:
-        source = Source(each)
-        try:
-            for at in range(0, source.size, CHUNK):
-                digest.update(source.read(at, min(CHUNK, source.size - at)))
-        finally:
-            source.close()
-    return digest.hexdigest()
-
-
-def _guarded(sides: Sequence[Side], on_write: OnWrite | None) -> OnWrite:
+def guarded(files: Sequence[Weights | Folder], on_write: OnWrite | None) -> OnWrite:
     """`on_write`, that before the result takes its name refuses sources that were written to meanwhile."""
 
     def told(written: Written) -> None:
         if written.done == written.total:
-            for side in sides:
-                side.file.require_unchanged()
+            for file in files:
+                file.require_unchanged()
         if on_write is not None:
             on_write(written)
 
