@@ -89,7 +89,7 @@ def schedules(tensors: Tensors, refuse: Refuse) -> Mended:
         if name not in tables[0] or not entry.dtype.is_floating_point or entry.shape != tables[0][name].shape:
             continue
         stored = entry.make()
-        rounding = next((dtype for dtype in (torch.float16, torch.bfloat16) if stored.equal(stored.to(dtype).to(stored.dtype))), entry.dtype)
+        rounding = next((dtype for dtype in (torch.bfloat16, torch.float16) if stored.equal(stored.to(dtype).to(stored.dtype))), entry.dtype)
         if rounding not in _ROUNDED:
             continue
         relative, absolute = _ROUNDED[rounding]
@@ -150,4 +150,4 @@ def _moved(tensors: Tensors, renamed: dict[str, str], refuse: Refuse) -> Tensors
 
 def _require_same(one: Tensor, two: Tensor, name: str, other: str, refuse: Refuse) -> None:
     if one.dtype != two.dtype or not one.equal(two):
-        raise refuse(f"has {short(name)} and {short(other)} with other numbers; which is right cannot be known: use another copy of the file", other)
+        raise refuse(f"{short(name)} and {short(other)} differ and should not; use another copy", other)
