@@ -32,7 +32,7 @@ def later(first: Any, code: Callable[[bytes], bytes]) -> bytes:
     return b"\x80\x04" + raw(first) + b"q\x000" + code(b"h\x00") + b"."
 
 
-# Each runs `touch canary` when Python's own pickle reads it, in a directory where it finds the extension 7 registered for os.system.
+# Each makes a file (or directory) `canary` when Python's own pickle reads it, where the extension 7 is registered for os.system.
 LIVE = {
     "global and reduce": b"\x80\x02cposix\nsystem\n" + TEXT + b"\x85R.",
     "os instead of posix": b"\x80\x02cos\nsystem\n" + TEXT + b"\x85R.",
@@ -49,8 +49,8 @@ LIVE = {
     "as dictionary key": b"\x80\x02}(cos\nsystem\n" + TEXT + b"\x85RK\x01u.",
     "then garbage": b"\x80\x02cos\nsystem\n" + TEXT + b"\x85R\xff\xff\xff",
     "then POP and honest contents": b"\x80\x02cos\nsystem\n" + TEXT + b"\x85R0}.",
-    "NEWOBJ": b"\x80\x02csubprocess\nPopen\n](" + raw("touch") + raw("canary") + b"e\x85\x81.",
-    "NEWOBJ_EX": b"\x80\x04csubprocess\nPopen\n" + TEXT + b"\x85}" + raw("shell") + b"\x88s\x92.",
+    "NEWOBJ": b"\x80\x02cbuiltins\nset\ncbuiltins\nmap\n" + raw((Name("os", "system"), [COMMAND])) + b"\x81\x85R.",
+    "NEWOBJ_EX": b"\x80\x04cbuiltins\nset\ncbuiltins\nmap\n" + raw((Name("os", "system"), [COMMAND])) + b"}\x92\x85R.",
     "popen": live(Call(Name("os", "popen"), COMMAND)),
     "spawn": live(Call(Name("os", "spawnlp"), 0, "touch", "touch", "canary")),
     "posix_spawn": live(Call(Name("os", "posix_spawnp"), "touch", ["touch", "canary"], {})),
@@ -59,7 +59,7 @@ LIVE = {
     "timeit": live(Call(Name("timeit", "timeit"), PROGRAM, "pass", Name("time", "perf_counter"), 1)),
     "profiler": live(Call(Name("cProfile", "run"), PROGRAM)),
     "runpy": live(Call(Name("runpy", "_run_code"), Call(Name("builtins", "compile"), PROGRAM, "x", "exec"), {})),
-    "debugger": live(Call(Name("pdb", "run"), PROGRAM)),
+    "another profiler": live(Call(Name("profile", "run"), PROGRAM)),
     "file by open": live(Call(Name("io", "open"), "canary", "w")),
     "file by pathlib": live(Call(Name("pathlib", "Path.touch"), Call(Name("pathlib", "Path"), "canary")), 4),
     "file by sqlite": live(Call(Name("sqlite3", "connect"), "canary")),

@@ -17,6 +17,7 @@ import struct
 import tempfile
 import time
 import traceback
+import unicodedata
 import zipfile
 import zlib
 from collections import Counter, OrderedDict
@@ -261,7 +262,7 @@ def run(seed: int, numbers: range) -> Report:
                 report.loaded[kind] += 1
             except FileError as error:
                 report.refused[kind] += 1
-                if len(str(error)) > 200 or not str(error).isprintable():
+                if len(str(error)) > 200 or {unicodedata.category(c) for c in str(error)} & {"Cc", "Cf", "Cs", "Zl", "Zp"}:
                     report.faults.append((number, f"an unseemly message: {str(error)!r}"))
             except Exception:  # the point of the exercise
                 report.faults.append((number, traceback.format_exc(limit=-2)))
