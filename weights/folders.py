@@ -123,7 +123,7 @@ def open_folder(path: str | PathLike[str], variant: str | None = None) -> Folder
             if not any(key.startswith(f"{name}/") for key in folder):
                 raise folder.error(f"has no {name}/ with weights in it; name the folder of a whole model, which has a UNet and a VAE")
         if variant is not None and variant not in found:
-            raise folder.error(f"has no {variant or 'plain'} weights in any component; use one of: {', '.join(sorted(found)) or 'no variant'}")
+            raise folder.error(f"has no {variant or 'plain'} weights in any component; use another variant, or none")
         return folder
     except BaseException:
         folder.close()
