@@ -175,9 +175,9 @@ def _pair(files: tuple[Weights | Folder, Weights | Folder], places: list[Place],
         shape = places[0].ours(stored[0])
     for file, place, there in zip(files, places, stored, strict=True):
         if not place.fits(there, shape) and not (place.how == "kernel" and there[:2] == shape[:2]):
-            raise file.error(f"{place.key[-60:]} is {list(there)}, in the other {list(places[0].stored(shape))}; with text=False towers are left out", place.key)
+            raise file.error(f"{place.key[-40:]} is {list(there)}, in the other {list(places[0].stored(shape))}; text=False leaves towers out", place.key)
         if not file.specs[place.key].dtype.is_floating_point:
-            raise file.error(f"{place.key[-60:]} holds {file.specs[place.key].dtype} numbers, not floating-point ones: quantised weights are not read", place.key)
+            raise file.error(f"{place.key[-40:]} holds {file.specs[place.key].dtype} numbers: quantised weights are not read", place.key)
     dtypes = [file.specs[place.key].dtype for file, place in zip(files, places, strict=True)]
     size = dtypes[1].itemsize * torch.Size(shape).numel()
     readers = [partial(_read, file, place, shape) for file, place in zip(files, places, strict=True)]

@@ -29,6 +29,7 @@ from weights.write import OnWrite, Pending, cast, write
 
 LORAS, DROPPED = "ldm.merged_loras", "ldm.dropped"  # keys of the metadata
 EMA = "model_ema."
+BOOKKEEPING = {"model_ema.decay", "model_ema.num_updates"}  # all that is left of an average that already is the weights
 UNTRUE = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")  # metadata: hashes of the tensors as they were
 
 Scale = float | tuple[float, float]  # of all; or of the UNet, and of the text towers
@@ -136,10 +137,11 @@ def place_of(file: Weights, layout: Layout, parameter: str) -> Place | None:
 
 
 def _dropped(file: Weights, places: Iterable[str]) -> dict[str, str]:
-    """The moving average, if it is one of weights that change: LitEma averages what lies under `model.`."""
-    if not any(key.startswith("model.") for key in places):
+    """The moving average, if there is one and it is of weights that change: LitEma averages what lies under `model.`."""
+    averages = [key for key in file if key.startswith(EMA)]
+    if set(averages) <= BOOKKEEPING or not any(key.startswith("model.") for key in places):
         return {}
-    return dict.fromkeys((key for key in file if key.startswith(EMA)), "moving average of the weights before the LoRA, no longer theirs")
+    return dict.fromkeys(averages, "moving average of the weights before the LoRA, no longer theirs")
 
 
 def _dtype(file: Weights, layout: Layout, key: str, dtype: torch.dtype | None) -> torch.dtype:
