@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
+from types import MappingProxyType
 
 import torch
 
@@ -171,9 +173,10 @@ def _refused(layout: Layout, wanted: Mapping[str, Shape], specs: Mapping[str, Sp
     return None if whole is None else f"{whole} holds {typed(specs[whole].dtype)} numbers, not floating-point ones: quantised weights are not read"
 
 
-def wanted_by(config: ModelConfig) -> dict[str, Shape]:
+@lru_cache(maxsize=16)  # whoever asks about a whole directory has many files of few families
+def wanted_by(config: ModelConfig) -> Mapping[str, Shape]:
     """The parameters of a model, without building it in memory."""
-    return {name: tuple(tensor.shape) for name, tensor in built(lambda: LatentDiffusion(config)).state_dict().items()}
+    return MappingProxyType({name: tuple(tensor.shape) for name, tensor in built(lambda: LatentDiffusion(config)).state_dict().items()})
 
 
 def average(keys: Iterable[str], expected: Iterable[str]) -> AverageFacts:
@@ -202,9 +205,8 @@ def prediction(file: Weights | Folder, config: ModelConfig, layout: Layout, expl
     def statistic() -> torch.Tensor | None:
         return next((file.read(place.key, mapped=False) for place in layout.places(STATISTIC) if place.key in file), None)
 
-    evidence = []
+    evidence = _claims(file)
     try:
-        evidence = [f"{who}: {what}" for who, what in claims_of(file.specs, file.metadata, refusal).items()]
         if (deviation := deviation_of(config, statistic)) is not None:
             evidence.append(f"weights: norm1.bias std {deviation:.3f}; eps has less than {THRESHOLD}, v more")
         finding: Finding = settle(config, file.specs, file.metadata, statistic, refusal, explicit=explicit is not None)
@@ -220,6 +222,14 @@ def prediction(file: Weights | Folder, config: ModelConfig, layout: Layout, expl
     elif not evidence:
         evidence.append(f"all published models of family {config.name} predict {finding.config.prediction}; this file says nothing else")
     return PredictionFacts(finding.config.prediction, tuple(evidence), None), finding.config, None
+
+
+def _claims(file: Weights | Folder) -> list[str]:
+    """Who says what, or what somebody says that this version does not understand."""
+    try:
+        return [f"{who}: {what}" for who, what in claims_of(file.specs, file.metadata, refusal).items()]
+    except FileError as fault:
+        return [reason(fault)]
 
 
 # --- damage, training -----------------------------------------------------------------------------------------------

@@ -108,29 +108,29 @@ class TrainingFacts:
 class Report:
     """What a file or folder is. `to_json` gives the names below as they are, tuples as lists; parts that do not apply are null.
 
-    path         as it was given
-    kind         safetensors, torch zip, torch stream or diffusers folder
-    sharded      true for a component in several files
-    variant      fp16 for files such as model.fp16.safetensors; "" for ordinary ones
-    files        FileFacts: name, container, bytes, published, same_size, a1111_old, a1111_new, sha256
-    what         model, unet, vae, text tower, safety checker, lora, embedding, controlnet, transformer (SD 3, Flux, ...) or other
-    title        the same for people
-    family       of a model or UNet: a name in ldm.config.FAMILIES or weights.detect.REFUSED; of others null
-    loadable     whether `weights.load` (of a LoRA, VAE, ...: its own function) would take it, as far as names and shapes tell
-    problem      why not, in a line; or what has to be said first
-    evidence     how it was decided what this is
-    prediction   PredictionFacts: value, evidence, conflict
-    components   Component: name, title, tensors, parameters, bytes, dtypes
-    missing      networks that a model of this family has and this file has not, by name
-    missing_keys tensors that are missing from networks that are there
-    unknown_keys tensors that nothing accounts for
-    ema          AverageFacts: kind, tensors, expected
-    lora         LoraFacts: kinds, spellings, ranks, alphas, families, fitting, weights, modules
-    embedding    EmbeddingFacts: form, word, vectors, towers
-    damage       Damage: key, what
-    training     TrainingFacts: step, epoch, source
-    metadata     text by name, as it is in the file
-    tensors      TensorFacts: name, dtype, shape, in the file's order; in JSON only where asked for
+    path          as it was given
+    kind          safetensors, torch zip, torch stream or diffusers folder
+    sharded       true for a component in several files
+    variant       fp16 for files such as model.fp16.safetensors; "" for ordinary ones
+    files         FileFacts: name, container, bytes, published, same_size, a1111_old, a1111_new, sha256
+    what          model, unet, vae, text tower, safety checker, lora, embedding, controlnet, transformer (SD 3, Flux, ...) or other
+    title         the same for people
+    family        of a model or UNet: a name in ldm.config.FAMILIES or weights.detect.REFUSED; of others null
+    loadable      whether `weights.load` (of a LoRA, VAE, ...: its own function) would take it, as far as names and shapes tell
+    problem       why not, in a line; or what has to be said first
+    evidence      how it was decided what this is
+    prediction    PredictionFacts: value, evidence, conflict
+    components    Component: name, title, tensors, parameters, bytes, dtypes
+    missing       networks that a model of this family has and this file has not, by name
+    missing_keys  tensors that are missing from networks that are there
+    unknown_keys  tensors that nothing accounts for
+    ema           AverageFacts: kind, tensors, expected
+    lora          LoraFacts: kinds, spellings, ranks, alphas, families, fitting, weights, modules
+    embedding     EmbeddingFacts: form, word, vectors, towers
+    damage        Damage: key, what
+    training      TrainingFacts: step, epoch, source
+    metadata      text by name, as it is in the file
+    tensors       TensorFacts: name, dtype, shape, in the file's order; in JSON only where asked for
     """
 
     path: str
