@@ -12,6 +12,7 @@ from ldm.errors import FileError
 from tests.checkpoints import safetensors_of, save_safetensors, save_zip
 from tests.corpus_files import ENTRY, SOUND, stream_of
 from weights import open_file
+from weights.source import is_remote
 
 
 def test_the_examples_are_refused_for_their_fault_alone(tmp_path):
@@ -50,6 +51,21 @@ def test_writing_to_a_mapped_tensor_leaves_the_file_alone(tmp_path):
     mapped.zero_()  # valid after closing
     assert mapped.sum() == 0
     assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("system", ["nfs4", "cifs", "fuse.sshfs"])
+def test_a_file_of_another_machine_is_copied_since_it_may_shrink_under_a_map(system, tmp_path, monkeypatch):
+    path = save_safetensors({"w": torch.ones(1000)}, tmp_path / "x.safetensors")
+    device = path.stat().st_dev
+    line = f"30 1 {os.major(device)}:{os.minor(device)} / /share rw,relatime shared:1 - {{}} server:/x rw\n"
+    assert not is_remote(device, line.format("ext4"))
+    assert not is_remote(device + 1, line.format(system))
+    monkeypatch.setattr("weights.source._mounts", lambda: line.format(system))
+    with open_file(path) as file:
+        value, again = file["w"], file["w"]
+        assert value.data_ptr() != again.data_ptr()  # a map gives the same memory
+        path.write_bytes(b"")  # touching a map would now end the process
+        assert value.sum() == 1000
 
 
 def test_opening_8_gigabytes_costs_a_header(tmp_path):

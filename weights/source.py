@@ -16,6 +16,8 @@ from torch import Tensor
 
 from ldm.errors import LIMIT, FileError, printable
 
+# File systems on which another machine may shorten a file under a map, and the process would be killed for touching it.
+REMOTE = frozenset(("nfs", "nfs4", "cifs", "smb3", "smbfs", "afs", "coda", "ceph", "glusterfs", "lustre", "gpfs", "beegfs", "9p", "virtiofs", "vboxsf", "fuse"))
 CHUNK = 2**20  # bytes read at once while checking: they fit a processor's cache
 
 
@@ -32,7 +34,7 @@ class Source:
         self._file = os.fdopen(descriptor, "rb", buffering=0)
         status = os.fstat(descriptor)
         self._require_regular(status)
-        self.size, self._mtime = status.st_size, status.st_mtime_ns
+        self.size, self._mtime, self._device = status.st_size, status.st_mtime_ns, status.st_dev
         self._map: mmap.mmap | None = None
 
     def error(self, what: str, key: str | None = None) -> FileError:
@@ -63,9 +65,12 @@ class Source:
     def mapped(self, start: int, count: int, dtype: torch.dtype) -> Tensor:
         """The same bytes as a tensor of `dtype` over the mapped file: nothing is read before it is used, writes stay private.
 
+        A copy where mapping is not safe, which is on file systems of other machines, or not possible.
         `start` must be a multiple of the item size and `count` a positive one. Every tensor has a storage of its own.
         """
         if self._map is None:
+            if is_remote(self._device, _mounts()):
+                return self.copied(start, count).view(dtype)
             try:
                 self._map = mmap.mmap(self._file.fileno(), self.size, access=mmap.ACCESS_COPY)
             except OSError:  # a file system that cannot map
@@ -137,6 +142,23 @@ def refusal(what: str, path: Path, key: str | None = None) -> FileError:
     if mark and len(fault) > room:
         fault = f"{fault[: room - 3]}..."
     return FileError(f"{fault}{mark}{remedy}", path=path, key=key)
+
+
+def is_remote(device: int, mounts: str) -> bool:
+    """Does another machine serve the file system of this device number? `mounts` is what Linux says in /proc/self/mountinfo; elsewhere: no."""
+    number = f"{os.major(device)}:{os.minor(device)}"
+    for line in mounts.splitlines():
+        place, _, system = line.partition(" - ")
+        if place.split(" ")[2:3] == [number]:
+            return system.split(" ")[0].split(".")[0] in REMOTE
+    return False
+
+
+def _mounts() -> str:
+    try:
+        return Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
 
 
 def nearest(path: Path, count: int = 3) -> list[str]:
