@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,8 @@ from torch import Tensor
 from ldm.cli.differing import DIFFERENT
 from ldm.config import FAMILIES
 from ldm.errors import ArgumentError, FileError
-from tests.checkpoints import checkpoint, ema_name, narrowed, save_safetensors, save_stream, save_zip
-from tests.diffusers_folders import components, single, write_component, write_folder
+from tests.checkpoints import TINY, checkpoint, ema_name, save_safetensors, save_stream, save_zip
+from tests.diffusers_folders import components, single, write_folder
 from tests.seeded import normal, weight
 from weights import diff
 from weights.diff import Difference
@@ -25,10 +26,24 @@ UNET, VAE, TEXT = "model.diffusion_model.", "first_stage_model.", "cond_stage_mo
 POSITION_IDS = "cond_stage_model.transformer.text_model.embeddings.position_ids"
 
 
+SMALL = replace(  # of SD 1's make: one level, one layer, 295 tensors
+    TINY, unet=replace(TINY.unet, channel_mult=(1,), down_depth=((1,),), up_depth=((1, 1),), cross_only=(False,)),
+    vae=replace(TINY.vae, channel_mult=(1,)), text=(replace(TINY.text[0], layers=1),),
+)  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def state() -> State:
     """A small SD 1 checkpoint with its noise schedule and the bookkeeping of its moving average."""
-    return checkpoint()
+    return checkpoint(SMALL)
+
+
+@pytest.fixture(scope="module")
+def inpainting(tmp_path_factory: pytest.TempPathFactory) -> tuple[State, dict[str, State], Path, Path]:
+    """All layers of SD 1 inpainting, narrow: a checkpoint and the components of a folder with the VAE's first names, and both on the disk."""
+    state, directory = single("sd1-inpainting"), tmp_path_factory.mktemp("sd1")
+    parts = components("sd1-inpainting", state)
+    return state, parts, save_safetensors(state, directory / "x.safetensors"), write_folder(directory / "x", "sd1-inpainting", parts)
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +102,7 @@ def test_a_file_is_identical_to_itself(a: Path, state: State) -> None:
     assert found.verdict.kind == "identical"
     assert found.same
     assert found.verdict.text == f"A and B hold the same {len(state)} tensors, bit by bit."
-    assert counts(found) == {"unet": (208, 0, 0), "vae": (124, 0, 0), "text.0": (52, 0, 0), "other": (15, 0, 0)}
+    assert counts(found) == {"unet": (168, 0, 0), "vae": (92, 0, 0), "text.0": (20, 0, 0), "other": (15, 0, 0)}
 
 
 @pytest.mark.parametrize("save", [save_zip, save_stream])
@@ -101,7 +116,7 @@ def test_another_container_is_a_conversion(save, a: Path, state: State, tmp_path
     assert not found.only_b
 
 
-@pytest.mark.parametrize("family", ["sd1-inpainting", "sd2-depth", "sdxl-base", "sd-image-variations"])
+@pytest.mark.parametrize("family", ["sd2-depth", "ssd-1b", "sd-image-variations"])
 def test_a_folder_of_the_same_tensors_is_a_conversion_both_ways(family: str, tmp_path: Path) -> None:
     state = single(family)
     one, two = save_safetensors(state, tmp_path / "x.safetensors"), write_folder(tmp_path / "x", family, components(family, state))
@@ -112,27 +127,24 @@ def test_a_folder_of_the_same_tensors_is_a_conversion_both_ways(family: str, tmp
     assert found.verdict.text.startswith("B is A, bit by bit, as a diffusers folder")
     assert all(one.different == one.rounded == 0 for one in found.components)
     assert all(found.only_a.values()), "every key that the folder lacks is a known leftover"
-    read = {"unet": "unet.", "vae": "vae.", "text.0": "text.0.", "text.1": "text.1.", "vision": "vision.", "depth": "depth."}
-    assert {one.name for one in found.components if one.equal and one.name != "other"} == {
-        name for name in read if name in ("unet", "vae") or name in {part.name for part in found.components}
-    }
-    if family == "sd1-inpainting":  # the other way round, and one number off in one tensor
-        assert diff(two, one).verdict.text == "A is B, bit by bit, as a diffusers folder, without 14 leftovers."
-        state[f"{UNET}out.2.bias"][0] += 1
-        found = diff(save_safetensors(state, tmp_path / "y.safetensors"), two)
-        assert [entry.name for entry in found.different] == ["unet.out.2.bias"]
+    others = {"sd2-depth": {"text.0", "depth"}, "ssd-1b": {"text.0", "text.1"}, "sd-image-variations": {"vision"}}[family]
+    assert set(counts(found)) - {"other"} == {"unet", "vae", *others}
+    if family == "sd2-depth":  # one row of the matrix that OpenCLIP stacks q, k and v in: the first of k
+        stacked = state["cond_stage_model.model.transformer.resblocks.3.attn.in_proj_weight"]
+        stacked[len(stacked) // 3] += 1
+        found = diff(save_safetensors(state, one), two)
+        assert [entry.name for entry in found.different] == ["text.0.text_model.encoder.layers.3.self_attn.k_proj.weight"]
         assert found.different[0].near.largest == pytest.approx(1, abs=1e-6)
+        assert not found.same
+        assert found.verdict.text == "B is A with a LoRA of rank about 1 merged into 1 weights of its text tower 0."
 
 
-def test_a_third_of_an_attention_matrix_is_told_by_our_name(tmp_path: Path) -> None:
-    state = single("sd2-v")
-    folder = write_folder(tmp_path / "x", "sd2-v", components("sd2-v", state))
-    stacked = state["cond_stage_model.model.transformer.resblocks.3.attn.in_proj_weight"]
-    stacked[len(stacked) // 3] += 1  # the first row of k
-    found = diff(save_safetensors(state, tmp_path / "x.safetensors"), folder)
-    assert [one.name for one in found.different] == ["text.0.text_model.encoder.layers.3.self_attn.k_proj.weight"]
-    assert not found.same
-    assert found.verdict.text == "B is A with a LoRA of rank about 1 merged into 1 weights of its text tower 0."  # as one row is
+def test_the_other_way_round_the_folder_is_the_copy(inpainting) -> None:
+    *_, file, folder = inpainting
+    found = diff(file, folder)
+    assert found.verdict.text == "B is A, bit by bit, as a diffusers folder, without 14 leftovers."
+    assert counts(found) == {"unet": (686, 0, 0), "vae": (248, 0, 0), "text.0": (196, 0, 0), "other": (1, 0, 0)}
+    assert diff(folder, file).verdict.text == "A is B, bit by bit, as a diffusers folder, without 14 leftovers."
 
 
 @pytest.mark.parametrize(("dtype", "name"), [(torch.float16, "float16"), (torch.bfloat16, "bfloat16")])
@@ -142,7 +154,7 @@ def test_a_rounded_copy_is_known_in_both_directions(dtype: torch.dtype, name: st
     assert found.verdict.kind == "rounded"
     assert found.verdict.text == f"B is A in {name}."
     assert not found.same
-    assert counts(found)["unet"] == (0, 208, 0)
+    assert counts(found)["unet"] == (0, 168, 0)
     assert found.retyped == {f"float32 -> {name}": sum(value.is_floating_point() for value in state.values())}
     assert against(state, narrow).verdict.text == f"A is B in {name}."
     back = against(cast(narrow, torch.float32))  # a copy in float32 of the copy in float16
@@ -168,20 +180,20 @@ def test_another_order_of_sums_is_rounding(state: State, against) -> None:
 
 
 def test_a_pruned_copy_lacks_the_moving_average_and_leftovers(against) -> None:
-    full = checkpoint(ema="full")
+    full = checkpoint(SMALL, ema="full")
     pruned = {key: value for key, value in full.items() if "model_ema" not in key}
     found = against(pruned, full)
     assert found.verdict.kind == "pruned"
-    assert found.verdict.text == "B is A, bit by bit, without the moving average (208 tensors) and 2 leftovers."
+    assert found.verdict.text == "B is A, bit by bit, without the moving average (168 tensors) and 2 leftovers."
     assert set(found.only_a) == set(full) - set(pruned)
-    assert sum(reason == "moving average of the weights" for reason in found.only_a.values()) == 208
+    assert sum(reason == "moving average of the weights" for reason in found.only_a.values()) == 168
     assert against(full, pruned).verdict.text.startswith("A is B, bit by bit, without the moving average")
-    assert against(cast(pruned, torch.float16), full).verdict.text == "B is A in float16, without the moving average (208 tensors) and 2 leftovers."
+    assert against(cast(pruned, torch.float16), full).verdict.text == "B is A in float16, without the moving average (168 tensors) and 2 leftovers."
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_the_moving_average_as_weights_is_found_out(dtype: torch.dtype, against) -> None:
-    full = checkpoint(ema="full")
+    full = checkpoint(SMALL, ema="full")
     averaged = {key: full.get(ema_name(key), value) for key, value in full.items() if "model_ema" not in key}
     found = against(cast(averaged, dtype), full)
     assert found.verdict.kind == "averaged"
@@ -202,42 +214,37 @@ def test_a_part_is_known_by_what_it_lacks(state: State, against, tmp_path: Path)
     assert against(state, unet).verdict.text == "A is a part of B: its UNet."
 
 
-def test_a_vae_alone_is_compared_with_diffusers_names_for_it(tmp_path: Path) -> None:
-    state = single("sd1")
-    parts = components("sd1", state)
+def test_a_vae_alone_is_compared_with_diffusers_names_for_it(inpainting, tmp_path: Path) -> None:
+    state, _, whole, folder = inpainting
     original = save_safetensors({key.removeprefix(VAE): value for key, value in state.items() if key.startswith(VAE)}, tmp_path / "vae.safetensors")
-    write_component(tmp_path / "vae", parts["vae"], {})
-    write_component(tmp_path / "unet", parts["unet"], {})
-    theirs = tmp_path / "vae" / "diffusion_pytorch_model.safetensors"
-    found = diff(original, theirs)
+    found = diff(original, folder / "vae" / "diffusion_pytorch_model.safetensors")
     assert found.verdict.text == "B is A, bit by bit, under other names."
     assert found.same
     assert counts(found) == {"vae": (248, 0, 0)}
-    whole = save_safetensors(state, tmp_path / "x.safetensors")
-    assert diff(whole, tmp_path / "unet" / "diffusion_pytorch_model.safetensors").verdict.text == "B is a part of A: its UNet."
+    assert diff(whole, folder / "unet" / "diffusion_pytorch_model.safetensors").verdict.text == "B is a part of A: its UNet."
 
 
-def test_a_model_that_lacks_tensors_is_compared_by_its_keys_or_as_config_says(tmp_path: Path) -> None:
-    state = single("sd1")
-    parts = components("sd1", state)
-    del state[f"{UNET}out.2.weight"], parts["unet"]["conv_out.weight"]
-    one, two = save_safetensors(state, tmp_path / "x.safetensors"), write_folder(tmp_path / "x", "sd1", parts)
+def test_a_model_that_lacks_tensors_is_compared_by_its_keys_or_as_config_says(inpainting, tmp_path: Path) -> None:
+    state, parts, *_ = inpainting
+    less = {key: value for key, value in state.items() if key != f"{UNET}out.2.weight"}
+    unet = {key: value for key, value in parts["unet"].items() if key != "conv_out.weight"}
+    one, two = save_safetensors(less, tmp_path / "x.safetensors"), write_folder(tmp_path / "x", "sd1-inpainting", parts | {"unet": unet})
     without = diff(one, two)
     assert without.names == "keys"
     assert without.verdict.kind == "unrelated"
     assert diff(one, one).verdict.kind == "identical"
-    for config in ("sd1", FAMILIES["sd1"]):
-        found = diff(one, two, config=config)
-        assert (found.names, found.verdict.kind) == ("parameters", "converted")
+    for config in ("sd1-inpainting", FAMILIES["sd1-inpainting"]):
+        found = diff(one, two, config=config, quick=True)
+        assert (found.names, found.verdict.kind, found.a.title) == ("parameters", "converted", "an SD 1 inpainting model")
 
 
 def test_tensors_missing_from_one_file_are_counted(state: State, against) -> None:
-    less = {key: value for key, value in state.items() if "encoder.layers.2.mlp" not in key}
+    less = {key: value for key, value in state.items() if "self_attn.v_proj" not in key}
     found = against(less)
     assert found.verdict.kind == "overlapping"
-    assert found.verdict.text == "B is a part of A: 4 tensors are missing, the rest is the same."
+    assert found.verdict.text == "B is a part of A: 2 tensors are missing, the rest is the same."
     assert set(found.only_a.values()) == {""}
-    more = {key: value for key, value in state.items() if "encoder.layers.1.mlp" not in key}
+    more = {key: value for key, value in state.items() if "self_attn.k_proj" not in key}
     assert against(less, more).verdict.text == "What A and B both have is the same."
 
 
@@ -249,7 +256,7 @@ def test_a_fine_tune_is_near_and_all_of_it_moved(state: State, against) -> None:
     found = against(tuned)
     assert found.verdict.kind == "fine-tune"
     assert found.verdict.text == "B looks like a fine-tune of A, or A of B: all of its UNet moved, its matrices by 2 %."
-    assert counts(found) == {"unet": (0, 0, 208), "vae": (124, 0, 0), "text.0": (52, 0, 0), "other": (15, 0, 0)}
+    assert counts(found) == {"unet": (0, 0, 168), "vae": (92, 0, 0), "text.0": (20, 0, 0), "other": (15, 0, 0)}
     keys = [key for key in state if key.startswith(UNET)]
     apart = torch.cat([(tuned[key].double() - state[key].double()).flatten() for key in keys])
     norm = torch.cat([state[key].double().flatten() for key in keys]).norm()
@@ -264,7 +271,7 @@ def test_a_training_of_few_tensors_counts_them(state: State, against) -> None:
     found = against(changed(state, UNET, only("attn2.to_k", noisy(0.05))))
     assert found.verdict.kind == "fine-tune"
     moved = sum("attn2.to_k" in key for key in state)
-    assert f"{moved} of 208 tensors of its UNet moved" in found.verdict.text
+    assert f"{moved} of 168 tensors of its UNet moved" in found.verdict.text
     assert all(one.rank > 0.9 * one.highest for one in found.ranks), "noise has full rank"
 
 
@@ -351,13 +358,14 @@ def test_an_inpainting_model_differs_in_the_shape_of_one_tensor(state: State, ag
     assert any("another shape" in line for line in found.verdict.evidence)
 
 
-def test_families_and_kinds_that_differ_are_a_result(a: Path, state: State, tmp_path: Path) -> None:
-    other = save_safetensors(narrowed("sdxl-refiner"), tmp_path / "x.safetensors")
+def test_families_and_kinds_that_differ_are_a_result(a: Path, state: State, inpainting, tmp_path: Path) -> None:
+    sd2 = replace(SMALL, unet=replace(SMALL.unet, linear_proj=True, context_dim=96))  # SD 1's names, one shape in ten another
+    other = save_safetensors(checkpoint(sd2), tmp_path / "x.safetensors")
     found = diff(a, other)
     assert found.verdict.kind == "unrelated"
-    assert found.verdict.text == "B is another network than A: A is an SD 1 model, B is an SDXL refiner."
-    folder = write_folder(tmp_path / "x", "sd1", components("sd1", single("sd1")))
-    assert diff(folder, other).verdict.kind == "unrelated"
+    assert found.verdict.text == "B is another network than A: A is an SD 1 model, B is an SD 2 model."
+    assert "their VAE is the same" in found.verdict.evidence
+    assert diff(inpainting[3], other, quick=True).verdict.kind == "unrelated"
     lora = save_safetensors({"lora_unet_x.lora_up.weight": torch.ones(4, 2), "lora_unet_x.lora_down.weight": torch.ones(2, 4)}, tmp_path / "l.safetensors")
     found = diff(a, lora)
     assert found.verdict.text == "A and B have no network in common: A is an SD 1 model, B is a LoRA."
@@ -449,8 +457,8 @@ def test_the_command_gives_the_verdict_first_and_0_for_any_result(state: State, 
     assert (code, err) == (0, [])
     assert out[0].startswith("B looks like a fine-tune of A")
     row = next(line.split() for line in out if line.startswith("unet "))
-    assert row[:5] == ["unet", "208", "0", "0", "208"]
-    assert any(line.startswith("differ most, of 208") for line in out)
+    assert row[:5] == ["unet", "168", "0", "0", "168"]
+    assert any(line.startswith("differ most, of 168") for line in out)
     assert all(len(line) <= 200 for line in out)
 
 
@@ -472,7 +480,7 @@ def test_json_is_one_document_with_every_number(state: State, a: Path, tmp_path:
     assert told["same"] is False
     assert told["only_b"] == {"extra": ""}
     assert {one["name"] for one in told["components"]} == {"unet", "vae", "text.0", "other"}
-    assert len(told["different"]) == 208
+    assert len(told["different"]) == 168
     assert set(told["different"][0]) == {"name", "component", "shape", "a", "b", "largest", "relative"}
     assert told["quick"] is None
     assert told["weights"][0]["weight"] == pytest.approx(1.0, abs=1e-12)

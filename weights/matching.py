@@ -103,7 +103,7 @@ def by_parameters(file: Weights | Folder, config: ModelConfig | str | None = Non
         place = next((place for place in layout.places(ours) if all(_usable(place, shapes.get(key)) for key in place.keys)), None)
         if place is None:
             continue
-        entries[ours] = _entry(file, _component(ours), place, read(ours) or _reason(layout, place.key))
+        entries[ours] = _entry(file, _component(ours), place, read(ours) or (_reason(layout, place.key) if ours.startswith("text.") else ""))
         used.update(place.keys)
         average = names.ema(place.key) if layout.averaged and place.key.startswith(layout.averaged) else ""
         if average in shapes:

@@ -17,7 +17,7 @@ from weights.places import Shape
 # of d means a cosine of about 1 - d**2 / 2 between them.
 TRAINED_FROM = 0.5  # up to here, a cosine above 0.87, B's weights still point where A's do
 TRAINED_APART = 1.0  # from here on, a cosine below 0.5, nothing says that one came from the other; in between it stays undecided
-SAME_NETWORK = 0.9  # share of a network's tensors that must have one name and shape in both: an inpainting UNet differs in 1 of 686
+SAME_NETWORK = 0.98  # share of a network's tensors that must have one name and shape in both: an inpainting UNet differs in 1 of 686, SD 2's from SD 1's in 64
 ALL_OF_IT = 0.9  # share of a network's tensors that move when all of it is trained: in float16 small steps leave some norms as they were
 LOW_RANK = 0.5  # of the smaller side of a matrix: a trained difference has nearly full rank, a LoRA's at most that of its factors
 
