@@ -193,7 +193,7 @@ ZIPS = {
     "sizes after the data that are not there": (SOUND.replace(b"PK\x03\x04\x14\0\0\0", b"PK\x03\x04\x14\0\x08\0").replace(b"PK\x01\x02\x14\x03\x14\0\0\0", b"PK\x01\x02\x14\x03\x14\0\x08\0"), "overlap or leave holes", "archive/data.pkl"),
     "a pickle of more than 64 MiB": (big, "bytes in archive/data.pkl, above the limit of 67108864; use a .safetensors", "archive/data.pkl"),
     "only its end": (SOUND[SOUND.index(b"PK\x05\x06"):], "not where it says"),
-    "60000 entries": (zip_of({f"data/{i}": b"" for i in range(60_000)}), "above the limit of 50000"),
+    "60000 entries": (with_field(8, struct.pack("<HH", 60_000, 60_000), b"PK\x05\x06"), "above the limit of 50000"),
     "20000 entries": (zip_of({f"{i}": b"" for i in range(20_000)}), "no part of a torch checkpoint", "archive/0"),
 }
 

@@ -1,7 +1,7 @@
 """Reads the pickle of a checkpoint without resolving or running anything named in it.
 
 A pickle is a program for a small stack machine. This machine knows lists, dictionaries, numbers, text and, by exact (module, name)
-pairs, the handful of functions that describe a tensor; those are carried out here, by this code. Names of training bookkeeping give
+pairs, the handful of functions that describe a tensor; those are carried out by our own code, in rebuild.py. Names of training bookkeeping give
 an `Inert` that stands for the object and keeps nothing of it. Any other name is an error that quotes it. No name is ever looked up.
 """
 
@@ -9,99 +9,28 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
-
-import torch
 
 from ldm.errors import FileError
 from weights.allowed import INERT, STORAGES, TYPES, UNTYPED
+from weights.rebuild import (
+    BUILDERS,
+    CONTAINER_WORK,
+    FROZEN_SET,
+    SET,
+    Builder,
+    Inert,
+    InertType,
+    ParameterDict,
+    Storage,
+    StorageType,
+    TypeName,
+)
 
 MAX_BYTES = 64 * 2**20  # of one pickle
 MAX_OPERATIONS = 1_000_000  # a full SDXL training checkpoint has about 300,000
-CONTAINER_WORK = 4  # operations that an empty list or dictionary counts as, besides its own
 MAX_MARKS = 200  # open at a time: nesting
-MAX_DIMENSIONS = 64  # torch's own limit
 MAX_INT_BYTES = 1024  # of one integer; the widest that torch writes has 10
-
-
-@dataclass(frozen=True)
-class Storage:
-    """A run of `numel` numbers, found elsewhere in the file under `key`."""
-
-    key: str
-    dtype: torch.dtype | None  # None: bytes, whose type each tensor says
-    numel: int
-
-    @property
-    def size(self) -> int:
-        """In bytes."""
-        return self.numel * (self.dtype.itemsize if self.dtype else 1)
-
-
-@dataclass(frozen=True, eq=False)
-class TensorRef:
-    """A tensor as a view of a storage; offset and strides in elements. The numbers are the file's, unchecked."""
-
-    storage: Storage
-    offset: int
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-
-
-class Inert:
-    """Stands for an object that is not weights: its type's name, nothing else."""
-
-    __slots__ = ("type_name",)
-
-    def __init__(self, type_name: str):
-        self.type_name = type_name
-
-
-class _InertType(Inert):
-    """Stands for the type itself, or for the function that makes the object. One placeholder serves for all objects it makes."""
-
-    __slots__ = ("instance",)
-
-    def __init__(self, type_name: str):
-        super().__init__(type_name)
-        self.instance = Inert(type_name)
-
-
-_BYTES, _SET, _FROZEN_SET = Inert("bytes"), Inert("builtins.set"), Inert("builtins.frozenset")
-
-
-class _TypeName(Inert):
-    """Stands for a type of numbers, which some tensors name."""
-
-    __slots__ = ("dtype",)
-
-    def __init__(self, type_name: str, dtype: torch.dtype):
-        super().__init__(type_name)
-        self.dtype = dtype
-
-
-class _StorageType:
-    """Stands for a class of storages; `dtype` is None for that of bytes without a type."""
-
-    __slots__ = ("dtype",)
-
-    def __init__(self, dtype: torch.dtype | None):
-        self.dtype = dtype
-
-
-class _Builder:
-    """A function or type that this code carries out itself: `make(machine, arguments)`."""
-
-    __slots__ = ("make",)
-
-    def __init__(self, make: Callable[[Machine, tuple], Any]):
-        self.make = make
-
-
-class _ParameterDict(dict):
-    """A torch ParameterDict, which old embeddings use: its parameters by name."""
 
 
 class Machine:
@@ -226,16 +155,16 @@ class Machine:
     def name(self, module: str, name: str) -> None:
         """Push what stands for module.name. This is where every name in a file ends: in a table, or in an error."""
         pair = (module, name)
-        if pair in _BUILDERS:
-            self.push(_BUILDERS[pair])
+        if pair in BUILDERS:
+            self.push(BUILDERS[pair])
         elif pair in STORAGES:
-            self.push(_StorageType(STORAGES[pair]))
+            self.push(StorageType(STORAGES[pair]))
         elif pair == UNTYPED:
-            self.push(_StorageType(None))
+            self.push(StorageType(None))
         elif pair in TYPES:
-            self.push(_TypeName(f"{module}.{name}", TYPES[pair]))
+            self.push(TypeName(f"{module}.{name}", TYPES[pair]))
         elif pair in INERT:
-            self.push(_InertType(f"{module}.{name}"))
+            self.push(InertType(f"{module}.{name}"))
         else:
             full = f"{module}.{name}"
             raise self.error(f"refers to {full if len(full) <= 60 else full[:57] + '...'}, which is code, not weights; use a .safetensors of this model")
@@ -247,15 +176,15 @@ class Machine:
         self.push(self.made(function, arguments))
 
     def made(self, function: Any, arguments: tuple) -> Any:
-        if type(function) is _Builder:
+        if type(function) is Builder:
             return function.make(self, arguments)
-        if type(function) is _InertType:
+        if type(function) is InertType:
             return function.instance
         raise self.bad("it calls what is not a function")
 
     def build(self) -> None:
         state, target = self.pop(), self.top()
-        if type(target) is _ParameterDict:
+        if type(target) is ParameterDict:
             parameters = state.get("_parameters") if type(state) is dict else None
             if type(parameters) is dict:
                 self.fill(target, list(parameters), list(parameters.values()))
@@ -273,7 +202,7 @@ class Machine:
         if len(items) % 2:
             raise self.bad("a key without a value")
         target = self.top()
-        if type(target) in (dict, _ParameterDict):
+        if type(target) in (dict, ParameterDict):
             self.fill(target, items[::2], items[1::2])
         elif type(target) is not Inert:
             raise self.bad("it sets keys of what is not a dictionary")
@@ -294,7 +223,7 @@ class Machine:
         kind, stored, key, location, numel = identity[:5]
         if type(kind) is not str or kind != "storage":
             raise self.bad("a reference to something other than a storage")
-        if type(stored) is not _StorageType or type(location) is not str or type(numel) is not int or numel < 0:
+        if type(stored) is not StorageType or type(location) is not str or type(numel) is not int or numel < 0:
             raise self.bad("a storage without type or size")
         if type(key) is not str or not key.isascii() or not key.isdigit() or len(key) > 20:
             raise self.bad("a storage whose key is not a number")
@@ -302,84 +231,6 @@ class Machine:
         if self.storages.setdefault(key, storage) != storage:
             raise self.bad(f"storage {key} with two types or sizes")
         self.push(self.storages[key])
-
-
-def _ordered_dict(machine: Machine, arguments: tuple) -> dict[str, Any]:
-    made: dict[str, Any] = {}
-    machine.spend(CONTAINER_WORK)
-    if arguments:  # Python 2 wrote the items as a list of pairs
-        pairs = arguments[0]
-        machine.spend(len(pairs) if type(pairs) is list else 0)
-        if len(arguments) != 1 or type(pairs) is not list or any(type(pair) not in (list, tuple) or len(pair) != 2 for pair in pairs):
-            raise machine.bad("a dictionary from something else than pairs")
-        machine.fill(made, [pair[0] for pair in pairs], [pair[1] for pair in pairs])
-    return made
-
-
-def _parameter_dict(machine: Machine, arguments: tuple) -> _ParameterDict:
-    if arguments:
-        raise machine.bad("a parameter dictionary with arguments")
-    return _ParameterDict()
-
-
-def _tensor(machine: Machine, arguments: tuple) -> TensorRef:
-    """(storage, offset, shape, stride[, requires_grad, hooks[, metadata]])"""
-    if len(arguments) not in (4, 6, 7):
-        raise machine.bad("a tensor with a wrong number of arguments")
-    if type(arguments[0]) is not Storage or arguments[0].dtype is None:
-        raise machine.bad("a tensor without a storage of numbers")
-    return _view(machine, arguments, arguments[0].dtype)
-
-
-def _typed_tensor(machine: Machine, arguments: tuple) -> TensorRef:
-    """(storage of bytes, offset, shape, stride, requires_grad, hooks, type[, metadata]): float8 and the unsigned types."""
-    if len(arguments) not in (7, 8) or type(arguments[6]) is not _TypeName:
-        raise machine.bad("a tensor with a wrong number of arguments, or without a type")
-    if type(arguments[0]) is not Storage or arguments[0].dtype is not None:
-        raise machine.bad("a tensor without a storage of bytes")
-    return _view(machine, arguments[:6] + arguments[7:], arguments[6].dtype)
-
-
-def _view(machine: Machine, arguments: tuple, dtype: torch.dtype) -> TensorRef:
-    storage, offset, shape, stride = arguments[:4]
-    if type(offset) is not int or type(shape) is not tuple or type(stride) is not tuple:
-        raise machine.bad("a tensor without offset, shape or stride")
-    if len(shape) > MAX_DIMENSIONS or len(stride) > MAX_DIMENSIONS:
-        raise machine.bad("a tensor of absurd rank")
-    if any(type(n) is not int for n in shape + stride):
-        raise machine.bad("a tensor whose shape is not made of whole numbers")
-    if arguments[5:6] and not (type(arguments[5]) is dict and not arguments[5]) and arguments[5] is not None:
-        raise machine.bad("a tensor with hooks, which are code")
-    if arguments[6:7] and not (type(arguments[6]) is dict and not arguments[6]) and arguments[6] is not None:
-        raise machine.bad("a tensor that is conjugated or negated in passing")
-    return TensorRef(storage, offset, shape, stride, dtype)
-
-
-def _parameter(machine: Machine, arguments: tuple) -> TensorRef:
-    """(tensor, requires_grad, hooks)"""
-    if len(arguments) != 3 or type(arguments[0]) is not TensorRef:
-        raise machine.bad("a parameter that is not a tensor")
-    if not (type(arguments[2]) is dict and not arguments[2]):
-        raise machine.bad("a parameter with hooks, which are code")
-    return arguments[0]
-
-
-def _encode(machine: Machine, arguments: tuple) -> Inert:
-    """Bytes in protocol 2, as text and a codec; only numpy scalars, which are bookkeeping, hold any."""
-    if len(arguments) != 2 or type(arguments[0]) is not str or type(arguments[1]) is not str or arguments[1] not in ("latin1", "latin-1"):
-        raise machine.bad("bytes in an unusual encoding")
-    return _BYTES
-
-
-_BUILDERS = {
-    ("collections", "OrderedDict"): _Builder(_ordered_dict),
-    ("torch._utils", "_rebuild_tensor"): _Builder(_tensor),
-    ("torch._utils", "_rebuild_tensor_v2"): _Builder(_tensor),
-    ("torch._utils", "_rebuild_tensor_v3"): _Builder(_typed_tensor),
-    ("torch._utils", "_rebuild_parameter"): _Builder(_parameter),
-    ("torch.nn.modules.container", "ParameterDict"): _Builder(_parameter_dict),
-    ("_codecs", "encode"): _Builder(_encode),
-}
 
 
 # -- operations, by opcode ---------------------------------------------------------------------------------------------------
@@ -419,7 +270,7 @@ def _new_object(m: Machine) -> None:
 
 def _new_object_with_keywords(m: Machine) -> None:
     keywords, arguments, kind = m.pop(), m.pop(), m.pop()
-    if type(keywords) is not dict or type(arguments) is not tuple or type(kind) is not _InertType:
+    if type(keywords) is not dict or type(arguments) is not tuple or type(kind) is not InertType:
         raise m.bad("a call with keywords")
     m.push(kind.instance)
 
@@ -470,7 +321,7 @@ def _drop_to_mark(m: Machine) -> None:
 
 def _frozen_set(m: Machine) -> None:
     m.pop_mark()
-    m.push(_FROZEN_SET)
+    m.push(FROZEN_SET)
 
 
 _OPERATIONS: dict[int, Callable[[Machine], None]] = {
@@ -513,7 +364,7 @@ _OPERATIONS: dict[int, Callable[[Machine], None]] = {
     ord("d"): _dict_from_mark,
     ord("s"): lambda m: m.set_items([m.pop(), m.pop()][::-1]),
     ord("u"): lambda m: m.set_items(m.pop_mark()),
-    0x8F: lambda m: m.push(_SET),  # EMPTY_SET
+    0x8F: lambda m: m.push(SET),  # EMPTY_SET
     0x90: lambda m: m.append(m.pop_mark()),  # ADDITEMS
     0x91: _frozen_set,
     ord("g"): lambda m: m.get(m.decimal(m.line())),

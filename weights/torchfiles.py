@@ -12,7 +12,8 @@ import torch
 
 from ldm.errors import FileError
 from weights import zips
-from weights.pickles import MAX_BYTES, Inert, Machine, Storage, TensorRef
+from weights.pickles import MAX_BYTES, Machine
+from weights.rebuild import Inert, Storage, TensorRef
 from weights.source import Source
 
 MAX_RANK = 16
