@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -16,15 +17,16 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import weights
-from ldm.config import FAMILIES, ModelConfig
+from ldm.config import ModelConfig
 from ldm.errors import AmbiguousCheckpoint, ArgumentError, FileError, NonFinite, OutputError
 from ldm.lora import merge
+from ldm.model import LatentDiffusion
 from tests.checkpoints import TINY, checkpoint, save_safetensors, save_stream, save_zip, tiny
 from tests.diffusers_folders import components, single, write_folder
 from tests.families import build
 from tests.families import tiny as wide
 from tests.seeded import normal
-from tests.test_lora_tools import CONV, FC, KEYS, Q, product, published, some_lora, spectrum, targets
+from tests.test_lora_tools import CONV, FC, KEYS, Q, product, published, some_lora, spectrum
 from weights import lora_names
 from weights.lora import load_lora
 from weights.lora_extract import CONVOLUTION, _attention
@@ -32,7 +34,6 @@ from weights.lora_write import kohya_names
 from weights.metadata import CONFIG_KEY, to_json
 
 HALF = 2**-24  # of the distance of 1 to the next float32
-FAMILY = {"sd1": "sd1", "sd2": "sd2-base", "sdxl": "sdxl-base", "ssd-1b": "ssd-1b"}  # manifest -> key of FAMILIES
 
 
 def shallow(family: str) -> ModelConfig:
@@ -41,14 +42,24 @@ def shallow(family: str) -> ModelConfig:
     return replace(config, text=tuple(replace(tower, vocab=128) for tower in config.text))
 
 
+@lru_cache(maxsize=8)
+def seeded(config: ModelConfig) -> LatentDiffusion:
+    """A model to borrow: who changes it puts it back."""
+    return build(config)
+
+
 def saved(path: Path, config: ModelConfig = TINY, change: Callable[[dict[str, Tensor]], None] | None = None, dtype: torch.dtype = torch.float32) -> Path:
     """A seeded model of these sizes, its parameters changed, as a checkpoint."""
-    model = build(config)
-    state = model.state_dict()
+    model = seeded(config)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    state = dict(before)
     if change:
         change(state)
+    try:
         model.load_state_dict(state)
-    return weights.save(model, path, dtype=dtype)
+        return weights.save(model, path, dtype=dtype)
+    finally:
+        model.load_state_dict(before)
 
 
 def adding(names: dict[str, Tensor]) -> Callable[[dict[str, Tensor]], None]:
@@ -68,18 +79,7 @@ def lowrank(config: ModelConfig, r: int) -> dict[str, Tensor]:
     return made
 
 
-@pytest.mark.parametrize("manifest", FAMILY)
-def test_what_is_taken_out_is_what_trainers_put_in(manifest: str):
-    """The published targets: those of every LoRA, and those of LoCon beside them."""
-    config = FAMILIES[FAMILY[manifest]]
-    table = lora_names.spellings(config)
-    for group, ours in (("lora", _attention), ("locon", CONVOLUTION.fullmatch)):
-        expected = {f"{table[target['peft']]}.weight" for target in targets(manifest) if target["group"] == group}
-        assert {name for name in lora_names.shapes(config) if ours(name)} - expected <= {name for name in lora_names.shapes(config) if ".layers.23." in name}
-        assert expected <= {name for name in lora_names.shapes(config) if ours(name)}
-
-
-@pytest.mark.parametrize("family", ["sd1", "sd2-base", "sdxl-base"])
+@pytest.mark.parametrize("family", ["sd1", "sdxl-base"])
 def test_a_change_of_known_rank_is_given_back(family: str, tmp_path: Path):
     """To the rounding of the tuned weights, of the difference, and of the decomposition, which loses no more than 64 roundings of its norm."""
     config = shallow(family)
@@ -182,7 +182,7 @@ def test_rounding_to_half_is_no_difference(tmp_path: Path):
     half = saved(tmp_path / "d.safetensors", change=adding({Q: normal("q", (32, 32))}), dtype=torch.float16)
     made = weights.extract_lora(base, half, tmp_path / "c.safetensors", rank=2)
     assert [one.parameter for one in made.modules] == [Q]
-    assert made.unchanged == len(build(TINY).state_dict()) - 1
+    assert made.unchanged == len(seeded(TINY).state_dict()) - 1
 
 
 def test_the_file_says_what_it_is_for(tmp_path: Path):
@@ -196,7 +196,7 @@ def test_the_file_says_what_it_is_for(tmp_path: Path):
         assert {spec.dtype for spec in file.specs.values()} == {torch.float16}
 
 
-@pytest.mark.parametrize(("family", "version", "two"), [("sd2-base", "sd_v2", "True"), ("sd2-v", "sd_v2_v", "True"), ("sdxl-base", "sdxl_base_v1-0", "False")])
+@pytest.mark.parametrize(("family", "version", "two"), [("sd2-v", "sd_v2_v", "True"), ("sdxl-base", "sdxl_base_v1-0", "False")])
 def test_kohyas_words_for_the_base_are_used(family: str, version: str, two: str, tmp_path: Path):
     config = shallow(family)
     name = "unet.input_blocks.1.1.transformer_blocks.0.attn1.to_q.weight"
@@ -268,8 +268,7 @@ def lora_of(config: ModelConfig, path: Path, r: int = 2) -> Path:
     return save_safetensors(tensors, path)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("family", ["sd1", "sd2-base", "sdxl-base"])
+@pytest.mark.parametrize(("family", "dtype"), [("sd1", torch.float32), ("sd2-base", torch.float16), ("sdxl-base", torch.float32)])
 def test_a_merged_file_is_the_merged_model_bit_for_bit(family: str, dtype: torch.dtype, tmp_path: Path):
     """The towers of SD 2 and SDXL store q, k and v as one matrix, and their projection transposed."""
     config = shallow(family)

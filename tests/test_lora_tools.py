@@ -24,6 +24,7 @@ from tests.families import tiny as shallow
 from tests.seeded import normal
 from weights import lora_names
 from weights.lora import KIN, load_lora
+from weights.lora_extract import CONVOLUTION, _attention
 from weights.lora_sources import read_lora
 from weights.lora_write import components as their_names
 from weights.lora_write import kohya_names
@@ -112,6 +113,17 @@ def test_the_family_is_found_out_from_the_targets(manifest: str, tmp_path: Path)
     attention = {key: value for key, value in published(manifest).items() if "lora_unet" in key and "attn2" in key}
     made = weights.convert_lora(save_safetensors(attention, tmp_path / "a.safetensors"), tmp_path / "b.safetensors", "diffusers")
     assert made.family == FAMILY[manifest]
+
+
+@pytest.mark.parametrize("manifest", FAMILY)
+def test_what_is_taken_out_is_what_trainers_put_in(manifest: str):
+    """The published targets: those of every LoRA, and those of LoCon beside them."""
+    config = FAMILIES[FAMILY[manifest]]
+    table = lora_names.spellings(config)
+    for group, ours in (("lora", _attention), ("locon", CONVOLUTION.fullmatch)):
+        expected = {f"{table[target['peft']]}.weight" for target in targets(manifest) if target["group"] == group}
+        assert {name for name in lora_names.shapes(config) if ours(name)} - expected <= {name for name in lora_names.shapes(config) if ".layers.23." in name}
+        assert expected <= {name for name in lora_names.shapes(config) if ours(name)}
 
 
 @pytest.mark.parametrize("family", KIN)
