@@ -29,7 +29,7 @@ SAME: tuple[Kind, ...] = ("identical", "converted")  # no number differs, and no
 
 RENAMED = " under other names"
 
-_TITLES = {"unet": "UNet", "vae": "VAE", "vision": "image encoder", "depth": "depth network", "ema": "moving average", "other": "other tensors"}
+_TITLES = {"unet": "UNet", "vae": "VAE", "vision": "image encoder", "depth": "depth network", "ema": "moving average", "other": "tensors"}
 
 
 @dataclass(frozen=True)
