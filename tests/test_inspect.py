@@ -528,6 +528,28 @@ def test_the_text_of_a_published_file_tells_what_a_newcomer_asks(tmp_path, capsy
         assert line in text
 
 
+@pytest.mark.parametrize(("deviation", "line", "last"), [(0.2, "  conflict    modelspec.prediction_type says eps, its weights v", "  not loaded  until the conflict is settled"), (0.09, None, "  use it with --ckpt")])
+def test_the_text_says_a_conflict_once(deviation, line, last, tmp_path, capsys):
+    path = sparse.published("sd2-base", tmp_path / "a.safetensors", {STATISTIC: statistic(deviation)}, {"modelspec.prediction_type": "epsilon"})
+    assert main(["inspect", str(path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [each for each in lines if "conflict " in each and each.startswith("  conflict")] == [each for each in lines if line and each.startswith(line)]
+    assert lines[-1].startswith(last)
+
+
+def test_the_text_of_loras_and_embeddings_tells_what_they_are_made_of(tmp_path, capsys):
+    lora = save_safetensors({key: torch.zeros(shape) for key, shape in {**KINDS["LoRA"], **KINDS["LoCon"]}.items()}, tmp_path / "a.safetensors")
+    embedding = save_safetensors({"<cat>": torch.zeros(3, 1024)}, tmp_path / "b.safetensors")
+    assert main(["inspect", str(lora), str(embedding), "--hash"]) == 0
+    text = capsys.readouterr().out
+    for line in (
+        "a.safetensors: LoRA/LoCon for sd1", "made of     LoRA (1), LoCon (1)", "rank        4", "alpha       not stored; it is the rank", "changes     unet (2) modules", "names of    kohya",
+        f"hash        sha256 {hashlib.sha256(lora.read_bytes()).hexdigest()}", "b.safetensors: textual-inversion embedding for OpenCLIP-H", "form        diffusers, for '<cat>'",
+        "vectors     3, for OpenCLIP-H (width 1024)", f"use it with --embedding {embedding}",
+    ):  # fmt: skip
+        assert line in text
+
+
 @pytest.mark.parametrize(("pattern", "count"), [("*", 399), ("model.diffusion_model.out.2.*", 2), ("attn1.to_q", 4), (r"/out\.2\.(weight|bias)$/", 2), ("nothing", 0)])
 def test_keys_are_chosen_by_glob_part_or_expression(pattern, count, tmp_path, capsys):
     path = save_safetensors(checkpoint(), tmp_path / "a.safetensors")

@@ -31,12 +31,9 @@ def add_inspect(parser: argparse.ArgumentParser) -> None:
 
 
 def inspect(args: argparse.Namespace, readers: Readers) -> None:
-    """Say what files of weights are: family, prediction, networks, what is missing or damaged. Only their headers are read.
-
-    A file that cannot be read does not keep the others from being reported.
-    """
+    """Say what files of weights are, from their headers: family, prediction, networks, what is missing or damaged."""
     chosen = pattern(args.keys)
-    codes = []
+    codes = []  # of files that could not be read: they do not keep the others from being reported
     for i, path in enumerate(args.files or [None]):
         try:
             with terminal.writing("reading") as on_hash:
@@ -97,7 +94,7 @@ def _lines(report: Any) -> Lines:
         yield "family", report.family
     yield from _labelled("because" if report.evidence else "", report.evidence)
     if report.prediction is not None:
-        yield from _prediction(report.prediction)
+        yield from _prediction(report.prediction, report.loadable)
     if report.lora is not None:
         yield from _lora(report.lora)
     if report.embedding is not None:
@@ -120,7 +117,7 @@ def _lines(report: Any) -> Lines:
     yield from _labelled("metadata", _metadata(report.metadata))
     yield from _labelled("hash", [line for file in report.files for line in _hashes(file, len(report.files) > 1, report.what in ("model", "vae"))])
     if report.problem:
-        yield "not loaded", report.problem
+        yield "not loaded", "until the conflict is settled" if report.prediction and report.problem == report.prediction.conflict else report.problem
     elif report.what in USE:
         yield "use it with", f"{USE[report.what]} {report.path}"
 
@@ -144,11 +141,11 @@ def _file(report: Any) -> Iterator[str]:
             yield f"{where}as long as the published {' and '.join(file.same_size)}, but not the same bytes"
 
 
-def _prediction(prediction: Any) -> Lines:
+def _prediction(prediction: Any, loadable: bool) -> Lines:
     yield "predicts", prediction.value or "undecided"
     yield from (("", line) for line in prediction.evidence)
     if prediction.conflict:
-        yield "conflict", prediction.conflict
+        yield "in doubt" if loadable else "conflict", prediction.conflict
 
 
 def _lora(lora: Any) -> Lines:
@@ -203,8 +200,9 @@ def _types(dtypes: Mapping[str, int]) -> str:
 
 
 def _counts(counts: Mapping[Any, int], form: str = "") -> str:
-    if len(counts) == 1 and form + str(next(iter(counts))) and not isinstance(next(iter(counts)), str):
-        return f"{next(iter(counts)):{form}}"
+    """How often each value occurs; of a number that is the only one, how often does not matter."""
+    if len(counts) == 1 and isinstance(value := next(iter(counts)), (int, float)):
+        return f"{value:{form}}"
     return ", ".join(f"{value:{form}} ({count})" for value, count in [*counts.items()][:LISTED]) + (", ..." if len(counts) > LISTED else "")
 
 
