@@ -160,7 +160,7 @@ DAMAGE = {
     "second pickle": (pickled({"w": 1}) + LIVE["global and reduce"], "bytes after the end"),
     "a list": ([1, 2], "holds list, not named tensors"),
     "a bare tensor": (tensor(shape=(1, 2, 3), stride=(6, 3, 1)), "without a name"),
-    "no tensors": ({"state_dict": {}}, ""),
+    "no tensors": ({"state_dict": {}}, "holds no tensors; save the model's state_dict() instead"),
     "offset that is text": ({"w": tensor(offset="0")}, "without offset, shape or stride"),
     "tensor of three arguments": ({"w": Call(REBUILD, storage(), 0, (2, 3))}, "wrong number of arguments"),
     "float8 without its type": ({"w": Call(TYPED, BYTES, 0, (6,), (1,), False, HOOKS)}, "without a type"),
