@@ -14,7 +14,7 @@ from ldm.config import ModelConfig, TextConfig, UNetConfig, VAEConfig
 from ldm.model import LatentDiffusion
 from tests.checkpoints import original_name
 from tests.seeded import weight
-from weights.load import _Uninitialised
+from weights.blank import _Uninitialised
 from weights.names import diffusers_unet, diffusers_vae
 
 if TYPE_CHECKING:

@@ -66,7 +66,7 @@ def named(name: str, config: str | None, path: str | PathLike[str]) -> ModelConf
     if name == "unknown" and config is not None:  # incomplete, perhaps: of what, the plan will say
         return FAMILIES[config]
     if name in REFUSED:
-        raise FileError(f"is {REFUSED[name]}, which this version does not know; pass config= if it is a damaged file of a known one", path=path)
+        raise FileError(f"is {REFUSED[name]}, unknown here; pass config= if it is a damaged file of a known one", path=path)
     if config is not None and {"sd2-v": "sd2-base"}.get(config, config) != name:
         raise FileError(f"is {TITLES[name]} and config is '{config}'; leave config out, or name the right one", path=path)
     return FAMILIES[config or name]

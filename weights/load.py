@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from os import PathLike
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from ldm.config import ModelConfig
 from ldm.errors import ArgumentError, FileError
 from ldm.model import LatentDiffusion
+from weights.blank import built
 from weights.detect import detect
 from weights.files import Weights, open_file
 from weights.folder_config import describe
@@ -93,12 +92,6 @@ def require_dtype(dtype: torch.dtype) -> None:
         raise ArgumentError(f"dtype {dtype} cannot hold weights; use torch.float32, torch.bfloat16 or torch.float16", key="dtype")
 
 
-def built(make: Any) -> Any:
-    """What `make()` returns, on the meta device: no memory, no random numbers."""
-    with torch.device("meta"), _Uninitialised():
-        return make()
-
-
 def fill(network: nn.Module, file: Weights | Folder, layout: Layout, device: torch.device, dtype: torch.dtype, ema: bool = False) -> None:
     """Put a file's tensors in the place of all parameters of a network on the meta device, and make it ready for inference."""
     wanted = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
@@ -116,16 +109,3 @@ def _read(file: Weights | Folder, place: Place, ours: tuple[int, ...], device: t
     if place.more:
         return torch.cat([file.read(key, device, dtype) for key in place.keys])
     return place.turned(file.read(place.key, device, dtype, place.rows(file.shape(place.key))), ours)
-
-
-class _Uninitialised(TorchFunctionMode):
-    """Modules built inside get no initial values.
-
-    On the meta device there is nothing to fill, and the attempt makes torch import its compiler: a second and 150 MB.
-    """
-
-    def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        kwargs = kwargs or {}
-        if getattr(function, "__module__", None) == "torch.nn.init" or getattr(function, "__name__", "") in ("uniform_", "normal_", "fill_", "zero_"):
-            return args[0] if args else kwargs["tensor"]
-        return function(*args, **kwargs)

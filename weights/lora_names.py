@@ -6,12 +6,11 @@ from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from types import MappingProxyType
 
-import torch
-
 from ldm.clip import CLIPText
 from ldm.config import ModelConfig
 from ldm.lora import Shape
 from ldm.unet import UNet
+from weights import blank
 from weights.names import diffusers_unet
 
 SUFFIXES: dict[str, str] = {  # end of a key -> what the tensor is; before it stands the spelling of the module
@@ -38,9 +37,8 @@ def split(key: str) -> tuple[str, str] | None:
 @lru_cache(maxsize=16)  # several LoRAs of one model are looked up in the same tables
 def shapes(config: ModelConfig) -> Mapping[str, Shape]:
     """{our name: shape} of every parameter that a LoRA can change: those of the UNet and of the text towers."""
-    with torch.device("meta"):
-        networks = {"unet": UNet(config.unet), **{f"text.{i}": CLIPText(text) for i, text in enumerate(config.text)}}
-    return MappingProxyType({f"{name}.{key}": tuple(tensor.shape) for name, network in networks.items() for key, tensor in network.state_dict().items()})
+    networks = {"unet": blank.shapes(UNet, config.unet), **{f"text.{i}": blank.shapes(CLIPText, text) for i, text in enumerate(config.text)}}
+    return MappingProxyType({f"{name}.{key}": shape for name, network in networks.items() for key, shape in network.items()})
 
 
 @lru_cache(maxsize=16)

@@ -5,11 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 
-import torch
-
 from ldm.config import DepthConfig, UNetConfig, VAEConfig
 from ldm.unet import UNet
 from ldm.vae import VAE
+from weights.blank import shapes
 from weights.names_depth import dpt_names
 from weights.places import How, Place
 
@@ -153,8 +152,7 @@ def diffusers_unet(config: UNetConfig) -> dict[str, str]:
             block(f"output_blocks.{n}", f"up_blocks.{up}", i)
             names[f"output_blocks.{n}.{2 if depth else 1}.conv"] = f"up_blocks.{up}.upsamplers.0.conv"
             n += 1
-    with torch.device("meta"):
-        return _renamed(UNet(config).state_dict(), names)
+    return _renamed(shapes(UNet, config), names)
 
 
 def diffusers_vae(config: VAEConfig) -> dict[str, str]:
@@ -170,8 +168,7 @@ def diffusers_vae(config: VAEConfig) -> dict[str, str]:
             names[f"{part}.{levels}.{i}.{levels}sample"] = f"{theirs}.{levels}samplers.0"
             for j in range(config.num_res_blocks + (part == "decoder")):
                 names |= {f"{part}.{levels}.{i}.block.{j}": f"{theirs}.resnets.{j}", f"{part}.{levels}.{i}.block.{j}.nin_shortcut": f"{theirs}.resnets.{j}.conv_shortcut"}
-    with torch.device("meta"):
-        return _renamed(VAE(config).state_dict(), names)
+    return _renamed(shapes(VAE, config), names)
 
 
 def _renamed(keys: Iterable[str], names: Mapping[str, str]) -> dict[str, str]:

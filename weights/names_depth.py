@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
-
 from ldm.config import DepthConfig
 from ldm.dpt import DPT
+from weights.blank import shapes
 
 _QKV = ("query", "key", "value")
 _VIT = {"cls_token": "cls_token", "pos_embed": "position_embeddings", "patch_embed.proj": "projection",
@@ -41,5 +40,4 @@ def dpt_names(config: DepthConfig) -> dict[str, tuple[str, ...]]:
         module, _, kind = key.rpartition(".")
         return tuple(f"{names[module]}.{part}.{kind}" for part in _QKV) if module.endswith(".qkv") else (f"{names[module]}.{kind}",)
 
-    with torch.device("meta"):
-        return {key: renamed(key) for key in DPT(config).state_dict()}
+    return {key: renamed(key) for key in shapes(DPT, config)}

@@ -13,11 +13,12 @@ from ldm.errors import AmbiguousCheckpoint
 from ldm.model import LatentDiffusion
 from weights import layout as layouts
 from weights import names
+from weights.blank import shapes
 from weights.files import Weights
 from weights.folder_files import STEMS, as_in_folders, folder_files, towers
 from weights.folders import Folder
 from weights.layout import Layout
-from weights.load import built, recognise
+from weights.load import recognise
 from weights.moves import Move, copied, renamed, synthesised
 from weights.places import Place, Shape
 from weights.plan import AVERAGED, RAW, plan
@@ -70,7 +71,7 @@ def known(
 ) -> Known:
     """Recognise the model in an open file. Raises what `load` raises for it."""
     finding, layout = recognise(file, config, prediction)
-    wanted, found = shapes(finding.config), {key: file.shape(key) for key in file}
+    wanted, found = shapes(LatentDiffusion, finding.config), {key: file.shape(key) for key in file}
     made = plan(layout, wanted, found, file.error, ema=ema is True)
     return Known(file, finding.config, finding.doubt, made.sources, made.ignored, _averages(layout, wanted, found), dtype, ema, prune)
 
@@ -80,11 +81,6 @@ def _averages(layout: Layout, wanted: Mapping[str, Shape], found: Mapping[str, S
         return {}
     keys = [place.key for ours in wanted for place in layout.places(ours) if place.key in found and place.key.startswith(layout.averaged)]
     return {names.ema(key): key for key in keys if names.ema(key) in found}
-
-
-def shapes(config: ModelConfig) -> dict[str, Shape]:
-    """{our name: shape} of every parameter of a model."""
-    return {name: tuple(tensor.shape) for name, tensor in built(lambda: LatentDiffusion(config)).state_dict().items()}
 
 
 def is_bookkeeping(key: str) -> bool:
@@ -116,7 +112,7 @@ def file_to_file(model: Known) -> Route:
 
 def folder_to_file(model: Known) -> Route:
     """The names of the published file, with what the folder keeps of it put back."""
-    moves = renamed(model.file, model.sources, shapes(model.config), layouts.published(model.config), model.dtype)
+    moves = renamed(model.file, model.sources, shapes(LatentDiffusion, model.config), layouts.published(model.config), model.dtype)
     dropped: dict[str, str] = {}
     for key, why in model.ignored.items():
         folder, _, name = key.partition("/")
@@ -146,9 +142,9 @@ def to_folder(model: Known) -> Route:
         what = f"may predict eps or v (norm1.bias std {model.doubt:.3f}), which a folder has to say: pass prediction='eps' or 'v'"
         raise AmbiguousCheckpoint(what, path=model.file.path, key="prediction")
     config, is_folder = as_in_folders(model.config), isinstance(model.file, Folder)
-    wanted = shapes(config)
+    wanted = shapes(LatentDiffusion, config)
     moves = renamed(model.file, model.sources, wanted, layouts.diffusers(config, components(config)), model.dtype)
-    unread = {name: shape for name, shape in shapes(model.config).items() if name not in wanted}  # of SD 2's text tower
+    unread = {name: shape for name, shape in shapes(LatentDiffusion, model.config).items() if name not in wanted}  # of SD 2's text tower
     left = renamed(model.file, model.sources, unread, layouts.published(model.config), model.dtype)
     dropped = {key: "read by nothing in a folder" for move in left.values() for key in move.sources} if model.prune else {}
     left = {} if model.prune else {key: replace(move, done=_KEPT) for key, move in left.items()}
@@ -186,7 +182,7 @@ def network_alone(model: Known, only: Only, to_file: bool) -> Route:
     prefix = ONLY[only]
     config = model.config if to_file else as_in_folders(model.config)
     target = layouts.published(config) if to_file else layouts.diffusers(config, components(config))
-    wanted = {name: shape for name, shape in shapes(config).items() if name.startswith(prefix)}
+    wanted = {name: shape for name, shape in shapes(LatentDiffusion, config).items() if name.startswith(prefix)}
     if not wanted:
         raise model.file.error(f"has no {layouts.WHAT[prefix]}: a model of family {config.name} has none")
     moves = renamed(model.file, model.sources, wanted, target, model.dtype)

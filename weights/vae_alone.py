@@ -10,16 +10,15 @@ from ldm.config import FAMILIES, ModelConfig, VAEConfig
 from ldm.errors import ArgumentError
 from ldm.vae import VAE
 from weights import names
+from weights.blank import shapes
 from weights.fields import component
 from weights.files import Weights
 from weights.folder_config import read_vae_config
 from weights.folder_files import STEMS, vae_alone_json
 from weights.folders import Folder
 from weights.layout import ALONE, Layout, Part
-from weights.load import built
 from weights.moves import renamed
 from weights.parts import vae_layout
-from weights.places import Shape
 from weights.plan import plan
 from weights.routes import Route
 
@@ -49,6 +48,6 @@ def vae_to_file(folder: Folder, dtype: torch.dtype | None) -> Route:
 
 
 def _renamed(file: Weights | Folder, config: VAEConfig, source: Layout, target: Layout, dtype: torch.dtype | None) -> Route:
-    wanted: dict[str, Shape] = {name: tuple(tensor.shape) for name, tensor in built(lambda: VAE(config)).state_dict().items()}
+    wanted = shapes(VAE, config)
     made = plan(source, wanted, {key: file.shape(key) for key in file}, file.error)
     return Route({"": renamed(file, made.sources, wanted, target, dtype)}, made.ignored)

@@ -1,0 +1,41 @@
+"""Networks without memory or numbers, for the names and shapes of their parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from types import MappingProxyType
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from weights.places import Shape
+
+T = TypeVar("T")
+
+
+def built(make: Callable[[], T]) -> T:
+    """What `make()` returns, on the meta device: no memory, no random numbers."""
+    with torch.device("meta"), _Uninitialised():
+        return make()
+
+
+@lru_cache(maxsize=64)  # one conversion asks for the same networks several times, at up to a second each
+def shapes(kind: Callable[[Any], nn.Module], config: Any) -> Mapping[str, Shape]:
+    """{name: shape} of every parameter of `kind(config)`: `shapes(UNet, SDXL)`, `shapes(LatentDiffusion, FAMILIES["sd1"])`."""
+    return MappingProxyType({name: tuple(tensor.shape) for name, tensor in built(lambda: kind(config)).state_dict().items()})
+
+
+class _Uninitialised(TorchFunctionMode):
+    """Modules built inside get no initial values.
+
+    On the meta device there is nothing to fill, and the attempt makes torch import its compiler: a second and 150 MB.
+    """
+
+    def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(function, "__module__", None) == "torch.nn.init" or getattr(function, "__name__", "") in ("uniform_", "normal_", "fill_", "zero_"):
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **kwargs)
