@@ -86,6 +86,13 @@ def big(directory: Path) -> None:
     (directory / "x.ckpt").write_bytes(zip_of({"data.pkl": bytes(64 * 2**20 + 1)}))
 
 
+def long_header(directory: Path) -> None:
+    """A header one byte longer than the format allows, all of it there, as a hole that takes no disk."""
+    with (directory / "x.safetensors").open("wb") as file:
+        file.write((10**8 + 1).to_bytes(8, "little") + b"{")
+        file.truncate(10**8 + 300)
+
+
 FOREIGN = {  # file name, bytes, words of the message
     "empty": ("x.ckpt", b"", "is empty (0 bytes)"),
     "four bytes": ("x.ckpt", b"abcd", "only 4 bytes"),
@@ -228,7 +235,7 @@ HEADERS = {
     "truncated data": (safetensors_of({"w": ENTRY}, bytes(23)), "bytes of"),
     "extra byte": (safetensors_of({"w": ENTRY}, bytes(25)), "1 extra bytes after the last tensor"),
     "header of 10^18 bytes": (b"\x00\x00\x64\xa7\xb3\xb6\xe0\x0d{}" + bytes(100), "neither .safetensors"),
-    "header beyond the limit": ((10**8 + 1).to_bytes(8, "little") + b"{" + bytes(10**8 + 200), "above the limit of 100000000"),
+    "header beyond the limit": (long_header, "above the limit of 100000000"),
     "not JSON": (safetensors_of(None, raw=b'{"w": '), "it is not JSON"),
     "not UTF-8": (safetensors_of(None, raw=b'{"\xff": 1}'), "it is not JSON"),
     "nested 100000 deep": (safetensors_of(None, raw=b'{"w":' + b"[" * 100_000 + b"]" * 100_000 + b"}"), "damaged header"),
