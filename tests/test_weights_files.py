@@ -45,7 +45,7 @@ def test_a_file_that_may_not_be_read_is_refused(tmp_path, monkeypatch):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
         monkeypatch.setattr(os, "open", refuse)
-    with pytest.raises(FileError, match="permission denied.; change its permissions$"):
+    with pytest.raises(FileError, match=r"permission denied\); change its permissions$"):
         open_file(path)
 
 
