@@ -211,7 +211,7 @@ def _planned(
             return same_names(file, dtype), None
         raise
     if model.raw and ema is None and (not to_file or prune or only == "unet"):
-        raise file.error("holds raw weights and their moving average, of which the target takes one: ema=True takes the average, ema=False the raw ones")
+        raise file.error("holds raw weights and their moving average, of which the target takes one: say ema=True or ema=False")
     if only is not None:
         return network_alone(model, only, to_file), model
     if to_file:
