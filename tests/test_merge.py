@@ -190,6 +190,7 @@ def test_every_container_will_do(models, name: str, tmp_path: Path) -> None:
         (tmp_path / letter).mkdir()
         paths.append(SAVERS[name](models["states"][letter], tmp_path / letter / name))
     found = tensors(merge(*paths, tmp_path / "x.safetensors", config=TINY, alpha=0.3).path)
+    assert load(tmp_path / "x.safetensors").config == TINY  # which the result says, though its sources did not
     wanted = tensors(merge(models["a"], models["b"], tmp_path / "y.safetensors", alpha=0.3).path)
     assert found.keys() == wanted.keys()
     assert all(same(found[key], wanted[key]) for key in wanted)
@@ -459,6 +460,15 @@ def test_what_b_lacks_is_an_error_unless_partial(models, tmp_path: Path) -> None
     found = tensors(done.path)
     assert all(same(found[key], models["states"]["a"][key].half()) for key in gone)
     assert f"{len(gone)} kept as in A: not every model has it (partial)" in done.lines()
+
+
+def test_what_a_lacks_the_result_lacks_too(models, tmp_path: Path) -> None:
+    state = {key: value for key, value in models["states"]["a"].items() if not key.startswith("first_stage_model.")}
+    done = merge(save_safetensors(state, tmp_path / "a.safetensors"), models["b"], tmp_path / "x.safetensors", config=TINY)
+    assert tensors(done.path).keys() == state.keys()
+    assert set(done.unused["B"]) == models["states"]["a"].keys() - state.keys()
+    with open_file(done.path) as file:
+        assert "ldm.config" not in file.metadata
 
 
 def test_a_tensor_of_another_shape_is_refused_by_name(models, tmp_path: Path) -> None:
