@@ -29,7 +29,7 @@ from tests.seeded import normal
 from tests.test_lora_tools import CONV, FC, KEYS, Q, product, published, some_lora, spectrum
 from weights import lora_names
 from weights.lora import load_lora
-from weights.lora_extract import CONVOLUTION, _attention
+from weights.lora_extract import CONVOLUTION, attention
 from weights.lora_write import kohya_names
 from weights.metadata import CONFIG_KEY, to_json
 
@@ -74,7 +74,7 @@ def lowrank(config: ModelConfig, r: int) -> dict[str, Tensor]:
     """A change of rank r of every matrix and kernel that has factors in a LoRA of some trainer."""
     made = {}
     for name, shape in lora_names.shapes(config).items():
-        if _attention(name) or CONVOLUTION.fullmatch(name):
+        if attention(name) or CONVOLUTION.fullmatch(name):
             made[name] = 0.05 * (normal(f"{name} u", (shape[0], r)) @ normal(f"{name} d", (r, math.prod(shape[1:])))).reshape(shape)
     return made
 
@@ -260,7 +260,7 @@ def lora_of(config: ModelConfig, path: Path, r: int = 2) -> Path:
     """A LoRA in kohya's names of every layer that trainers give one."""
     names, tensors = kohya_names(config), {}
     for name, shape in lora_names.shapes(config).items():
-        if _attention(name) or CONVOLUTION.fullmatch(name):
+        if attention(name) or CONVOLUTION.fullmatch(name):
             key = names[name.removesuffix(".weight")]
             tensors[f"{key}.lora_down.weight"] = normal(f"{name} {path.name} d", (r, *shape[1:])) * 0.1
             tensors[f"{key}.lora_up.weight"] = normal(f"{name} {path.name} u", (shape[0], r, *(1 for _ in shape[2:]))) * 0.1

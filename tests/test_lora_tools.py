@@ -24,7 +24,7 @@ from tests.families import tiny as shallow
 from tests.seeded import normal
 from weights import lora_names
 from weights.lora import KIN, load_lora
-from weights.lora_extract import CONVOLUTION, _attention
+from weights.lora_extract import CONVOLUTION, attention
 from weights.lora_sources import read_lora
 from weights.lora_write import components as their_names
 from weights.lora_write import kohya_names
@@ -120,7 +120,7 @@ def test_what_is_taken_out_is_what_trainers_put_in(manifest: str):
     """The published targets: those of every LoRA, and those of LoCon beside them."""
     config = FAMILIES[FAMILY[manifest]]
     table = lora_names.spellings(config)
-    for group, ours in (("lora", _attention), ("locon", CONVOLUTION.fullmatch)):
+    for group, ours in (("lora", attention), ("locon", CONVOLUTION.fullmatch)):
         expected = {f"{table[target['peft']]}.weight" for target in targets(manifest) if target["group"] == group}
         assert {name for name in lora_names.shapes(config) if ours(name)} - expected <= {name for name in lora_names.shapes(config) if ".layers.23." in name}
         assert expected <= {name for name in lora_names.shapes(config) if ours(name)}

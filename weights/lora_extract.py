@@ -191,14 +191,15 @@ def _read(file: Weights | Folder, place: Place, shape: Shape) -> Tensor:
 
 def _rule(parameter: str, how: Rule, conv_rank: int | None) -> Rule | None:
     """How much of this parameter's difference to keep; None: it is no matrix that LoRAs have factors for."""
-    if _attention(parameter):
+    if attention(parameter):
         return how
     if CONVOLUTION.fullmatch(parameter) and conv_rank is not None:
         return Rule(conv_rank) if how.variance is None else replace(how, max_rank=conv_rank)
     return None
 
 
-def _attention(parameter: str) -> bool:
+def attention(parameter: str) -> bool:
+    """Is this a weight that every trainer's LoRA has factors for: a matrix of a transformer of the UNet, or of a text tower's block?"""
     return bool(ATTENTION.fullmatch(parameter)) and not re.search(r"\.(norm\d?|layer_norm\d)\.weight$", parameter)
 
 

@@ -10,7 +10,7 @@ from typing import Literal
 
 import torch
 
-from ldm.config import FAMILIES, ModelConfig
+from ldm.config import FAMILIES, ModelConfig, UNetConfig
 from ldm.errors import AmbiguousCheckpoint, FileError
 from ldm.lora import Change, Changes
 from weights.detect import detect, require_family
@@ -23,6 +23,7 @@ from weights.lora import KIN, load_lora
 Dialect = Literal["kohya", "diffusers", "peft"]
 ALPHA_KEY = "ldm.lora.alpha_dtype"  # in the metadata: the type of the alpha tensors of the kohya file that this one was made from
 TOWERS = ("text_encoder", "text_encoder_2")
+_SMALLEST = UNetConfig(model_channels=32, channel_mult=(1,), num_res_blocks=1, down_depth=((0,),), up_depth=((0, 0),), mid_depth=None, cross_only=(False,))
 _DIFFUSERS, _PEFT = "pytorch_lora_weights", "adapter_model"
 
 
@@ -123,13 +124,14 @@ def _files(path: Path) -> dict[str, Path]:
 
 
 def _load(network: str, file: Path, config: ModelConfig) -> dict[str, Change]:
-    """The changes in one file, by our names. In a folder of peft's, of one network, names do not say which network they are of."""
+    """The changes in one file, by our names. In a folder of peft's, of one network, names do not say which
+    network they are of; a tower's names no part of the UNet, whose table would take a second to make."""
     if network not in TOWERS:
         return dict(load_lora(file, config))
     i = TOWERS.index(network)
     if i >= len(config.text):
         raise FileError(f"is for text tower {i + 1}, a model of family {config.name} has {len(config.text)}; name its family", path=file)
-    alone = load_lora(file, replace(config, text=(config.text[i],)))
+    alone = load_lora(file, config if len(config.text) == 1 else replace(config, text=(config.text[i],), unet=_SMALLEST))
     return {name.replace("text.0.", f"text.{i}.", 1): change for name, change in alone.items()}
 
 
