@@ -29,7 +29,7 @@ from tests.checkpoints import (
 from tests.diffusers_folders import STATISTIC, components, folder_config, single, write_folder
 from tests.seeded import weight
 from weights import LEFTOVERS, convert, load, load_vae, open_file
-from weights.convert import Conversion
+from weights.conversion_record import Conversion
 
 MODELS = [name for name, family in FILES.items() if family]
 UNET, TEXT = "model.diffusion_model.", "cond_stage_model.transformer.text_model."

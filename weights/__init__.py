@@ -1,6 +1,7 @@
 """Files of weights: read safely, loaded strictly, written atomically."""
 
-from weights.convert import Conversion, convert
+from weights.conversion_record import Conversion
+from weights.convert import convert
 from weights.diff import Difference, diff
 from weights.embeddings import load_embedding
 from weights.files import Weights, open_file

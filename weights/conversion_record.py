@@ -5,18 +5,39 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ldm.config import ModelConfig
 from weights import published
 from weights.files import Weights
 from weights.folders import Folder
+from weights.routes import Route
 from weights.write import NAMES
 
-if TYPE_CHECKING:
-    from weights.convert import Conversion
+
+@dataclass(frozen=True)
+class Conversion:
+    """What was done; `route.files` and `dropped` account for every key of the source."""
+
+    path: Path
+    config: ModelConfig | None  # of the model; None where the source is none, or only its container changed and it is not known
+    route: Route
+    dropped: Mapping[str, str]  # key in the source -> why it is nowhere in the target
+
+    @property
+    def tensors(self) -> int:
+        """How many were written."""
+        return sum(map(len, self.route.files.values()))
+
+    @property
+    def bytes(self) -> int:
+        """Of all tensors written."""
+        return sum(move.pending.size for moves in self.route.files.values() for move in moves.values())
 
 
 def sha256(tensor: Tensor) -> str:

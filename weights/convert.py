@@ -6,7 +6,7 @@ import difflib
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 
@@ -15,6 +15,7 @@ import torch
 from ldm.config import ModelConfig
 from ldm.errors import ArgumentError, FileError
 from weights import conversion_record as record
+from weights.conversion_record import Conversion
 from weights.detect import lookup, require_family
 from weights.files import Weights, open_file
 from weights.folders import MAX_JSON, Folder, add_component, is_folder, open_folder, read_json
@@ -35,26 +36,6 @@ LICENCE, SOURCE, SOURCE_HASH, WHICH = "modelspec.license", "ldm.source", "ldm.so
 _STALE = re.compile(r"format|modelspec\.(hash_sha256|prediction_type)|sshs_\w+|ldm\.\w+")  # metadata that speak of other numbers than the target's
 _PARTS = "unet|vae|scheduler|low_res_scheduler|feature_extractor|image_encoder|depth_estimator|safety_checker|text_encoder(_2)?|tokenizer(_2)?"
 _TEXT = re.compile(rf"model_index\.json|({_PARTS})/(?!.*\.index\.)[\w.-]+\.(json|txt|model)")
-
-
-@dataclass(frozen=True)
-class Conversion:
-    """What was done; `route.files` and `route.dropped` account for every key of the source."""
-
-    path: Path
-    config: ModelConfig | None  # of the model; None where the source is none, or only its container changed and it is not known
-    route: Route
-    dropped: Mapping[str, str]  # key in the source -> why it is nowhere in the target
-
-    @property
-    def tensors(self) -> int:
-        """How many were written."""
-        return sum(map(len, self.route.files.values()))
-
-    @property
-    def bytes(self) -> int:
-        """Of all tensors written."""
-        return sum(move.pending.size for moves in self.route.files.values() for move in moves.values())
 
 
 def convert(
