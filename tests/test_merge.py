@@ -74,7 +74,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return {"states": states, **{name: saved(state, folder / f"{name}.safetensors") for name, state in states.items()}}
 
 
-@pytest.mark.parametrize("alpha", [0.3, 0.5, 0.75])
+@pytest.mark.parametrize("alpha", [0.3, 0.75])
 def test_a_weighted_sum_is_that_of_every_parameter(models, alpha: float, tmp_path: Path) -> None:
     done = merge(models["a"], models["b"], tmp_path / "x.safetensors", alpha=alpha)
     a, b = (meaning(models["states"][name]) for name in "ab")
@@ -83,7 +83,7 @@ def test_a_weighted_sum_is_that_of_every_parameter(models, alpha: float, tmp_pat
     require_close(found, {k: (1 - alpha) * a[k].double() + alpha * b[k].double() for k in a}, {k: 4 * U * (a[k].abs() + b[k].abs()) for k in a})
 
 
-@pytest.mark.parametrize("alpha", [1.0, 0.4, -0.5])
+@pytest.mark.parametrize("alpha", [1.0, -0.4])
 def test_a_difference_is_added_to_every_parameter(models, alpha: float, tmp_path: Path) -> None:
     done = merge(models["a"], models["b"], tmp_path / "x.ckpt", c=models["c"], method="add-difference", alpha=alpha)
     a, b, c = (meaning(models["states"][name]) for name in "abc")
@@ -171,7 +171,7 @@ def test_half_precision_is_merged_in_float32_and_rounded_once(tmp_path: Path) ->
     require_close(found, wanted, {k: 2.0**-11 * wanted[k].abs() + 2.0**-25 + 4 * U * (p[k].abs() + q[k].abs()).double() for k in p})
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_the_type_asked_for_is_that_of_the_parameters_alone(models, dtype: torch.dtype, tmp_path: Path) -> None:
     found = tensors(merge(models["a"], models["b"], tmp_path / "x.safetensors", dtype=dtype).path)
     plain = tensors(merge(models["a"], models["b"], tmp_path / "plain.safetensors").path)
@@ -196,7 +196,7 @@ def test_every_container_will_do(models, name: str, tmp_path: Path) -> None:
     assert all(same(found[key], wanted[key]) for key in wanted)
 
 
-@pytest.mark.parametrize("family", ["sd-image-variations", "sd2-v", "x4-upscaler", "sdxl-base", "sdxl-refiner"])
+@pytest.mark.parametrize("family", ["sd-image-variations", "x4-upscaler", "sdxl-base"])
 def test_a_model_of_every_make_is_merged(family: str, tmp_path: Path) -> None:
     config = little(family)
     states = [original_state(families.build(config))]
