@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,8 @@ from ldm.errors import ArgumentError, FileError
 from tests.checkpoints import TINY, checkpoint, ema_name, save_safetensors, save_stream, save_zip
 from tests.diffusers_folders import components, single, write_folder
 from tests.seeded import normal, weight
-from weights import diff
+from weights import closeness, diff
+from weights.closeness import nearness, products, rank
 from weights.diff import Difference
 
 State = dict[str, Tensor]
@@ -174,6 +176,40 @@ def test_another_order_of_sums_is_rounding(state: State, against) -> None:
     assert found.verdict.kind == "rounded"
     assert found.verdict.text.startswith("B is A up to rounding: ")
     assert counts(found)["vae"][2] > 0
+
+
+def test_zeros_of_two_signs_are_not_the_same_bits() -> None:
+    near = nearness(torch.tensor([0.0, 1.0]), torch.tensor([-0.0, 1.0]))
+    assert (near.relation, near.within, near.distance) == ("different", True, 0.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.uint16, torch.uint64, torch.int32])
+def test_whole_numbers_are_compared_exactly_in_every_type(dtype: torch.dtype) -> None:
+    ones = torch.tensor([0, 1]).to(dtype)
+    assert nearness(ones, torch.tensor([0.0, 1.0])).relation == "rounded"
+    assert nearness(ones, torch.tensor([0.0, 1.5])).relation == "different"
+    assert nearness(ones, torch.tensor([1, 0]).to(dtype)).largest == 1
+
+
+def test_sums_do_not_depend_on_the_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    a, b = normal("a", (3, 41)), normal("b", (3, 41))
+    whole = nearness(a, b), products([a, b, a + 1])
+    monkeypatch.setattr(closeness, "CHUNK", 10)
+    pieces = nearness(a, b), products([a, b, a + 1])
+    assert (pieces[0].norm, pieces[0].distance) == pytest.approx((whole[0].norm, whole[0].distance), rel=1e-14)
+    assert pieces[0].largest == whole[0].largest == (b.double() - a.double()).abs().max().item()
+    assert pieces[1] == pytest.approx(whole[1], rel=1e-13)
+
+
+@pytest.mark.parametrize("shape", [(40, 40), (40, 200), (200, 40), (16, 4, 3, 3)])
+def test_the_rank_of_a_difference_is_that_of_its_factors(shape: tuple[int, ...]) -> None:
+    a, inner = normal("a", shape), math.prod(shape[1:])
+    product = 0.05 * (normal("up", (shape[0], 3)) @ normal("down", (3, inner))).view(shape)
+    assert torch.linalg.matrix_rank(product.flatten(1)) == 3  # torch's own count, of the product without rounding to a sum
+    for dtype in (torch.float32, torch.float16):
+        assert rank(a, (a + product).to(dtype)) == 3
+    assert rank(a, a + 0.05 * normal("noise", shape)) == min(shape[0], inner)
+    assert rank(a, a.half()) == 0, "rounding alone has no rank"
 
 
 # -- less than the same -----------------------------------------------------------------------------------------------------------
@@ -356,6 +392,9 @@ def test_an_inpainting_model_differs_in_the_shape_of_one_tensor(state: State, ag
     assert found.verdict.kind == "fine-tune"
     assert [(one.name, one.a, one.b) for one in found.reshaped] == [("unet.input_blocks.0.0.weight", (32, 4, 3, 3), (32, 9, 3, 3))]
     assert any("another shape" in line for line in found.verdict.evidence)
+    untrained = against({**state, first: wider[first]})
+    assert (untrained.verdict.kind, untrained.verdict.text) == ("overlapping", "What A and B both have is the same.")
+    assert any("another shape" in line for line in untrained.verdict.evidence)
 
 
 def test_families_and_kinds_that_differ_are_a_result(a: Path, state: State, inpainting, tmp_path: Path) -> None:
@@ -437,6 +476,12 @@ def test_progress_counts_the_bytes_of_all_files(state: State, a: Path) -> None:
     networks = sum(value.nbytes for key, value in state.items() if key.startswith((UNET, VAE, TEXT)) and value.is_floating_point())
     assert told[-1].done == told[-1].total == 2 * sum(value.nbytes for value in state.values()) + 3 * networks
     assert [one.done for one in told] == sorted(one.done for one in told)
+
+
+def test_a_file_that_changes_meanwhile_is_refused(state: State, a: Path, tmp_path: Path) -> None:
+    b = save_safetensors(state, tmp_path / "b.safetensors")
+    with pytest.raises(FileError, match="changed while it was being read"):
+        diff(a, b, quick=True, on_read=lambda read: os.utime(b, (1, 1)))
 
 
 def test_unreadable_files_and_unknown_configs_are_errors(a: Path, tmp_path: Path) -> None:
