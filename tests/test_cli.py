@@ -100,7 +100,7 @@ def test_without_a_checkpoint_the_model_that_ships_is_used(here, ldm, checkpoint
     monkeypatch.setattr(weights, "load", lambda path, *args, **how: (loaded.append((path, args, how)), load(checkpoint, *args, **how))[1])
     monkeypatch.setattr("ldm.__main__.embedded", lambda: checkpoint)
     assert ldm("txt2img 'a cat' --steps 1 --seed 7 --dtype float32").code == 0
-    assert loaded == [(None, (None,), {"dtype": torch.float32, "ema": False, "prediction": None})]
+    assert loaded == [(None, (None,), {"dtype": torch.float32, "ema": False, "prediction": None, "variant": None})]
     assert read_metadata("outputs/00001.png")["model"] == "tiny.safetensors"
 
 
@@ -108,7 +108,7 @@ def test_options_of_the_model_reach_the_loader(here, ldm, checkpoint, monkeypatc
     asked = []
     monkeypatch.setattr(weights, "load", lambda path, *args, **how: (asked.append((path, args, how)), load(checkpoint, None, dtype=how["dtype"]))[1])
     assert ldm(f"txt2img a {QUICK} --config sd1 --ema --dtype bfloat16 --device cpu --prediction eps").code == 0
-    assert asked == [("tiny.safetensors", ("sd1",), {"dtype": torch.bfloat16, "ema": True, "prediction": "eps"})]
+    assert asked == [("tiny.safetensors", ("sd1",), {"dtype": torch.bfloat16, "ema": True, "prediction": "eps", "variant": None})]
     facts = read_metadata("outputs/00001.png")
     assert (facts["dtype"], facts["ema"]) == ("bfloat16", "true")
 

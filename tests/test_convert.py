@@ -330,6 +330,22 @@ def test_a_folder_keeps_its_own_configs_its_safety_checker_and_its_first_names(t
     assert "safety_checker/concept_embeds" in convert(tmp_path / "a", tmp_path / "c.safetensors", config=folder_config("sd1-inpainting")).dropped
 
 
+def test_the_variant_of_a_folder_can_be_chosen(tmp_path: Path) -> None:
+    parts = components("sd1", single("sd1"))
+    write_folder(tmp_path / "a", "sd1", parts)
+    raw = {key: value + 1 for key, value in parts["unet"].items()}
+    save_safetensors(raw, tmp_path / "a" / "unet" / "diffusion_pytorch_model.non_ema.safetensors")
+    for variant, wanted in ((None, parts["unet"]), ("non_ema", raw)):
+        target = tmp_path / f"{variant}.safetensors"
+        convert(tmp_path / "a", target, config=folder_config("sd1"), variant=variant)
+        assert tensors(target)[f"{UNET}out.2.bias"].equal(wanted["conv_out.bias"])
+        assert load(tmp_path / "a", folder_config("sd1"), variant=variant).unet.out[2].bias.equal(wanted["conv_out.bias"])
+    with pytest.raises(FileError, match="has no fp16 weights in any component"):
+        convert(tmp_path / "a", tmp_path / "b.safetensors", variant="fp16")
+    with pytest.raises(ArgumentError, match=r"variant: 'fp16' is one of a diffusers folder's, and None\.safetensors is a file"):
+        convert(tmp_path / "None.safetensors", tmp_path / "b.safetensors", variant="fp16")
+
+
 def test_a_part_that_would_be_lost_is_refused(tmp_path: Path) -> None:
     write_folder(tmp_path / "a", "sd1", components("sd1", single("sd1")))
     index = json.loads((tmp_path / "a" / "model_index.json").read_text())

@@ -163,6 +163,12 @@ def test_a_narrow_model_with_the_layers_of_its_family_is_compared_by_name(tmp_pa
     assert (report.missing_keys, report.unknown_keys) == ((gone,), ("stray",))
 
 
+def test_an_embedding_of_the_web_ui_tells_its_step(tmp_path):
+    path = save_zip({"string_to_token": {"*": 265}, "string_to_param": {"*": torch.ones(2, 768)}, "name": "seal", "step": 3000, "sd_checkpoint": "7460a6fa"}, tmp_path / "seal.pt")
+    report = inspect(path)
+    assert (report.training.step, report.metadata["name"]) == (3000, "seal")
+
+
 @pytest.mark.parametrize("write", [save_zip, save_stream])
 def test_a_training_checkpoint_tells_its_step_and_its_average(write, tmp_path):
     with lightning(checkpoint(ema="full")) as contents:

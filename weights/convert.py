@@ -18,9 +18,9 @@ from weights import conversion_record as record
 from weights.conversion_record import Conversion
 from weights.detect import lookup, require_family
 from weights.files import Weights, open_file
-from weights.folders import MAX_JSON, Folder, add_component, is_folder, open_folder, read_json
+from weights.folders import MAX_JSON, Folder, add_component, is_folder, read_json
 from weights.layout import original
-from weights.load import require_dtype
+from weights.load import open_any, require_dtype
 from weights.metadata import CONFIG_KEY, to_json
 from weights.moves import Move
 from weights.output import replacing, replacing_directory, require_writable, write_all
@@ -41,7 +41,7 @@ _TEXT = re.compile(rf"model_index\.json|({_PARTS})/(?!.*\.index\.)[\w.-]+\.(json
 def convert(
     src: str | PathLike[str], dst: str | PathLike[str], *, dtype: torch.dtype | None = None, ema: bool | None = None, prune: bool = False, only: Only | None = None,
     shard_size: int | None = None, drop: Sequence[str] = (), licence: str | None = None, config: ModelConfig | str | None = None, prediction: Prediction | None = None,
-    manifest: str | PathLike[str] | None = None, overwrite: bool = False, on_write: OnWrite | None = None,
+    variant: str | None = None, manifest: str | PathLike[str] | None = None, overwrite: bool = False, on_write: OnWrite | None = None,
 ) -> Conversion:  # fmt: skip
     """Convert weights between `.safetensors`, `.ckpt` and diffusers folders; without `dtype` every number stays bit by bit what it was.
 
@@ -56,6 +56,7 @@ def convert(
     licence     for the metadata; None: what the source's say
     config      as in `load`; for a VAE alone the family whose scale its latents have
     prediction  as in `load`
+    variant     as in `load`
     manifest    where to write, as JSON, where each key of the source went, what was done to it, and the sha256 of what was written
 
     What a folder has no place for lies in it as `original_only.safetensors`, so that the way back gives every tensor of the original.
@@ -64,7 +65,7 @@ def convert(
     """
     dst = Path(dst)
     to_file = _require_target(dst, dtype, only, shard_size, drop, config, prediction, manifest, overwrite)
-    file, on_purpose = _open(src, drop)
+    file, on_purpose = _open(src, drop, variant)
     with file:
         route, model = _planned(file, to_file, dtype, ema, prune, only, config, prediction)
         if isinstance(file, Folder) and not to_file and only is None:
@@ -120,19 +121,14 @@ def _require_target(
     return to_file
 
 
-def _open(src: str | PathLike[str], drop: Sequence[str]) -> tuple[Weights | Folder, dict[str, str]]:
+def _open(src: str | PathLike[str], drop: Sequence[str], variant: str | None) -> tuple[Weights | Folder, dict[str, str]]:
     """The source without the keys to be dropped, and those. Of a folder also what comes beside the networks."""
     path = Path(src)
-    file: Weights | Folder
-    if is_folder(path):
-        file = open_folder(path)
-    elif (path / "config.json").is_file():
-        file = Folder(path)
-    else:
-        file = open_file(path)
+    alone = not is_folder(path) and (path / "config.json").is_file()
+    file = Folder(path) if alone else open_any(path, variant)
     try:
         if isinstance(file, Folder):
-            _complete(file)
+            _complete(file, variant)
         dropped = {key: "dropped as asked" for key in file if any(re.fullmatch(pattern, key) for pattern in drop)}
         for pattern in drop:
             if not any(re.fullmatch(pattern, key) for key in dropped):
@@ -144,10 +140,10 @@ def _open(src: str | PathLike[str], drop: Sequence[str]) -> tuple[Weights | Fold
         raise
 
 
-def _complete(folder: Folder) -> None:
+def _complete(folder: Folder, variant: str | None) -> None:
     """Open what `open_folder` leaves closed: the VAE of a folder of one, the safety checker, what a conversion has kept."""
     if not len(folder):
-        add_component(folder, folder.path, ("diffusion_pytorch_model", "diffusion_pytorch_model"), "")
+        add_component(folder, folder.path, ("diffusion_pytorch_model", "diffusion_pytorch_model"), "", variant)
         return
     if (folder.path / "safety_checker").is_dir():
         add_component(folder, folder.path / "safety_checker", ("model", "pytorch_model"), "safety_checker/")

@@ -33,6 +33,7 @@ def load(
     dtype: torch.dtype = torch.float32,
     ema: bool = False,
     prediction: Prediction | None = None,
+    variant: str | None = None,
 ) -> LatentDiffusion:
     """The model in a checkpoint, ready for inference: in eval mode, no gradients.
 
@@ -41,13 +42,14 @@ def load(
     dtype       of all parameters, whatever the file's: they are converted while they are read
     ema         take the moving average of the UNet where the file holds both it and the raw weights
     prediction  "eps" or "v", what the UNet predicts, where file and weights leave it open or disagree; None: found out
+    variant     of a diffusers folder's weights, "fp16" or "non_ema" for example; None: the first there is in `folders.VARIANTS`
     Tensors that need no conversion are mapped from the file, so the file must not be written to while the model lives.
     Raises FileError, AmbiguousCheckpoint (pass `config` or `prediction`, as it says) or ArgumentError.
     """
     require_dtype(dtype)
     require_prediction(prediction)
     path = embedded() if path is None else path
-    with open_any(path) as file:
+    with open_any(path, variant) as file:
         finding, layout = recognise(file, config, prediction)
         model = built(lambda: LatentDiffusion(finding.config))
         fill(model, file, layout, torch.device(device), dtype, ema)
@@ -55,9 +57,13 @@ def load(
         return model
 
 
-def open_any(path: str | PathLike[str]) -> Weights | Folder:
-    """A file of weights, or a diffusers folder. Raises FileError."""
-    return open_folder(path) if is_folder(path) else open_file(path)
+def open_any(path: str | PathLike[str], variant: str | None = None) -> Weights | Folder:
+    """A file of weights, or a diffusers folder with the weights of one `variant`. Raises FileError; ArgumentError for a variant of a file."""
+    if is_folder(path):
+        return open_folder(path, variant)
+    if variant is not None:
+        raise ArgumentError(f"variant: {variant[:40]!r} is one of a diffusers folder's, and {Path(path).name[-60:]} is a file; leave it out", key="variant")
+    return open_file(path)
 
 
 def recognise(file: Weights | Folder, config: ModelConfig | str | None = None, prediction: Prediction | None = None) -> tuple[Finding, Layout]:

@@ -18,6 +18,7 @@ from weights.source import Source
 
 MAX_RANK = 16
 MAX_TENSORS = 50_000
+MAX_FACT = 100_000  # characters of what is noted beside the tensors
 MAX_EXPANSION = 4  # elements of a view per element of its storage
 MAGIC = 0x1950A86A20F9469CFC6C  # opens the pre-1.6 stream
 PROTOCOL = 1001
@@ -200,12 +201,12 @@ def _named(source: Source, top: Any) -> tuple[dict[str, TensorRef], dict[str, st
         if not isinstance(top, dict):
             raise source.error(f"holds {_kind(top)}, not named tensors; save the model's state_dict() instead")
         has_tensors = any(type(value) is TensorRef for value in top.values())
+        for key, value in top.items():
+            if type(key) is str and type(value) in (int, float, bool, str) and len(str(value)) <= MAX_FACT:
+                facts.setdefault(key, str(value))
         inside = [name for name in _WRAPPERS if isinstance(top.get(name), dict) and (name == "state_dict" or not has_tensors)]
         if not inside:
             break
-        for key, value in top.items():
-            if type(value) in (int, float, bool, str) and len(str(value)) < 1000:
-                facts.setdefault(key, str(value))
         top = top[inside[0]]
     found: dict[str, TensorRef] = {}
     rooms = [("", top, 0)]

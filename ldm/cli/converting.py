@@ -32,6 +32,7 @@ def add_convert(parser: argparse.ArgumentParser) -> None:
     said = parser.add_argument_group("what SRC does not say")
     said.add_argument("--config", metavar="NAME", help=f"the family: {', '.join(FAMILIES)}; of a VAE alone, the one whose latents it makes")
     said.add_argument("--prediction", choices=("eps", "v"), help="what the UNet predicts")
+    said.add_argument("--variant", metavar="NAME", help="of a diffusers folder's weights, fp16 or non_ema for example")
     said.add_argument("--licence", metavar="TEXT", help="for the metadata (default: what SRC says)")
     out = parser.add_argument_group("output")
     out.add_argument("--manifest", metavar="FILE", help="write, as JSON, where every key of SRC went, what was done to it, and the sha256 of what was written")
@@ -44,7 +45,7 @@ def convert(args: argparse.Namespace, readers: Readers) -> None:
     with terminal.writing(Path(args.dst).name) as on_write:
         made = readers.package.convert(
             args.src, args.dst, dtype=args.dtype, ema=args.ema, prune=args.prune, only=args.only, shard_size=args.shard_size, drop=args.drop, licence=args.licence,
-            config=args.config, prediction=args.prediction, manifest=args.manifest, overwrite=args.overwrite, on_write=on_write,
+            config=args.config, prediction=args.prediction, variant=args.variant, manifest=args.manifest, overwrite=args.overwrite, on_write=on_write,
         )  # fmt: skip
     family = f" of a model of family {made.config.name}" if made.config else ""
     terminal.show(f"{printable(str(made.path))}: {made.tensors} tensors{family}, {arguments.shown_bytes(made.bytes)}")

@@ -59,7 +59,7 @@ def check(args: argparse.Namespace, device: torch.device, readers: Readers) -> l
 
 def load(args: argparse.Namespace, device: torch.device, dtype: torch.dtype, readers: Readers) -> Models:
     """The model, changed as the arguments say. Each LoRA is reported on stderr."""
-    model = readers.load(args.ckpt, args.config, dtype=dtype, ema=args.ema, prediction=args.prediction)
+    model = readers.load(args.ckpt, args.config, dtype=dtype, ema=args.ema, prediction=args.prediction, variant=args.variant)
     if args.vae is not None:
         model.vae = readers.load_vae(args.vae, model.config.vae, dtype=dtype)
     if args.lora:
@@ -109,6 +109,8 @@ def _facts(args: argparse.Namespace, model: LatentDiffusion, readers: Readers) -
     facts = {"model": path.name, "model_hash": file_hash(path), "family": model.config.name, "prediction": model.config.prediction, "dtype": str(model.dtype).removeprefix("torch.")}
     if args.ema:
         facts["ema"] = "true"
+    if args.variant is not None:
+        facts["variant"] = args.variant
     for option in ("vae", "refiner", "safety"):
         if (given := getattr(args, option, None)) is not None:
             facts |= {option: Path(given).name, f"{option}_hash": file_hash(Path(given))}

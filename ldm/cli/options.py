@@ -194,6 +194,7 @@ def _model(parser: Parser, text: bool) -> argparse._ArgumentGroup:
     model.add_argument("--config", metavar="FAMILY", help="what the checkpoint is, where the file cannot tell: " + ", ".join(FAMILIES))
     model.add_argument("--prediction", choices=("eps", "v"), help="what its network predicts, where the file cannot tell")
     model.add_argument("--ema", action="store_true", help="take the averaged weights where the file holds both")
+    model.add_argument("--variant", metavar="NAME", help="of a diffusers folder's weights, fp16 or non_ema for example (default: the plain ones, else those with the most digits)")
     model.add_argument("--vae", metavar="FILE", help="use this autoencoder instead of the checkpoint's")
     model.add_argument("--lora", type=scaled_file, action="append", default=[], metavar="FILE[:SCALE]", help="add a LoRA, style.safetensors:0.8 for example; may be given several times")
     model.add_argument("--allow-unmatched", action="store_true", help="use a LoRA even where the model has no place for parts of it")

@@ -19,13 +19,13 @@ from samplers import OnStep, Step
 EXIT_CODES = """\
 exit codes:
   0 done; 1 a fault of this program; 2 a bad argument or input file, or no such device; 3 a result could not be written;
-  4 not enough memory; 5 a result with NaN or infinity; 130 interrupted; 143 terminated; 141 nobody reads the output
+  4 not enough memory; 5 a result with NaN or infinity; 6 'ldm diff --fail-on-difference' found one; 130 interrupted; 143 terminated; 141 nobody reads the output
 """
 
 OPTIONS = {  # keys of errors that are options too
-    "sampler", "grid", "steps", "cfg", "rescale", "interval", "eta", "clip_skip", "tile", "original", "crop", "target", "aesthetic", "negative_aesthetic",
+    "sampler", "grid", "steps", "variant", "only", "drop", "shard_size", "cfg", "rescale", "interval", "eta", "clip_skip", "tile", "original", "crop", "target", "aesthetic", "negative_aesthetic",
     "seed", "seeds", "strength", "config", "negative", "mask", "feather", "extend", "depth", "noise_level", "window", "preprocessing", "scale", "enlarge",
-    "refiner", "refine_from", "refine_strength", "frames", "fps", "animation",
+    "refiner", "refine_from", "refine_strength", "frames", "fps", "animation", "method", "alpha", "blocks",
 }  # fmt: skip
 
 
