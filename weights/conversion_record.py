@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from ldm.config import ModelConfig
-from weights import published
 from weights.files import Weights
 from weights.folders import Folder
 from weights.routes import Route
@@ -43,13 +42,6 @@ class Conversion:
 def sha256(tensor: Tensor) -> str:
     """Of a tensor's numbers, contiguous and little-endian."""
     return hashlib.sha256(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()).hexdigest()
-
-
-def sha256_of(file: Weights | Folder) -> str:
-    """Of a file; of a folder that of the sha256s of its files of weights, in the order of their paths."""
-    if isinstance(file, Weights):
-        return published.sha256(file.source)
-    return hashlib.sha256("".join(published.sha256(each.source) for each in sorted(file.files, key=lambda each: each.path)).encode()).hexdigest()
 
 
 def manifest(file: Weights | Folder, made: Conversion, facts: Mapping[str, str], digests: Mapping[tuple[str, str], str]) -> str:

@@ -25,10 +25,11 @@ from weights.metadata import CONFIG_KEY, to_json
 from weights.moves import Move
 from weights.output import replacing, replacing_directory, require_writable, write_all
 from weights.prediction import METADATA, Prediction, require_prediction
+from weights.published import sha256_of
 from weights.routes import LEFTOVERS, ONLY, Known, Only, Route, file_to_file, folder_to_file, known, network_alone, same_names, to_folder
 from weights.sizes import UNET, read_text
 from weights.vae_alone import is_vae, vae_to_file, vae_to_folder
-from weights.write import TORCH_FILES, OnWrite, Written, write
+from weights.write import TORCH_FILES, OnWrite, Written, guarded, write
 
 FILES = (".safetensors", *TORCH_FILES)  # what a target that is one file ends in; all others are folders
 MIN_SHARD = 2**20  # bytes
@@ -71,16 +72,15 @@ def convert(
         if isinstance(file, Folder) and not to_file and only is None:
             route = replace(route, texts={**route.texts, **_texts(file)})
         made = Conversion(dst, model and model.config, route, {**route.dropped, **on_purpose})
-        facts = {**_told(file, licence), **_facts(model, ema), SOURCE: file.path.name, SOURCE_HASH: record.sha256_of(file)}
+        facts = {**_told(file, licence), **_facts(model, ema), SOURCE: file.path.name, SOURCE_HASH: sha256_of(file)}
         if to_file and model is not None and only is None:
             facts[CONFIG_KEY] = to_json(_as_written(model.config, route.files[""]))
         digests: dict[tuple[str, str], str] = {}
-        report = _reporter(made.bytes, on_write, digests if manifest is not None else None)
+        report = _reporter(made.bytes, guarded([file], on_write), digests if manifest is not None else None)
         if to_file:
             write({key: move.pending for key, move in route.files[""].items()}, dst, {"format": "pt", **facts}, overwrite=overwrite, on_write=report(""))
         else:
             _write_folder(route, dst, {"format": "pt", **facts}, shard_size, overwrite, report)
-        file.require_unchanged()
         if manifest is not None:
             text = record.manifest(file, made, facts, digests)
             with replacing(manifest, overwrite) as descriptor:
@@ -246,7 +246,7 @@ def _as_written(config: ModelConfig, moves: Mapping[str, Move]) -> ModelConfig:
 # --- writing --------------------------------------------------------------------------------------------------------
 
 
-def _reporter(total: int, on_write: OnWrite | None, digests: dict[tuple[str, str], str] | None) -> Callable[[str], OnWrite]:
+def _reporter(total: int, on_write: OnWrite, digests: dict[tuple[str, str], str] | None) -> Callable[[str], OnWrite]:
     """For each file of the target what reports its tensors as parts of the whole, and takes their sha256 if `digests` are wanted."""
     done = 0
 
@@ -256,8 +256,7 @@ def _reporter(total: int, on_write: OnWrite | None, digests: dict[tuple[str, str
             done += written.tensor.numel() * written.tensor.element_size()
             if digests is not None:
                 digests[file, written.name] = record.sha256(written.tensor)
-            if on_write is not None:
-                on_write(replace(written, done=done, total=total))
+            on_write(replace(written, done=done, total=total))
 
         return one
 

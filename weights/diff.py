@@ -16,7 +16,8 @@ from ldm.config import ModelConfig
 from ldm.errors import ArgumentError
 from weights.closeness import nearness, products, rank, ratio, rounding_error, same_numbers
 from weights.detect import require_family
-from weights.matching import Side, by_keys, by_parameters, is_network, open_any
+from weights.load import open_any
+from weights.matching import Side, by_keys, by_parameters, is_network
 from weights.places import Shape
 from weights.verdict import SAME, Compared, Facts, Rank, Verdict, Weight, judge, may_be_lora, relative
 

@@ -5,21 +5,18 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
-from types import MappingProxyType
 
 import torch
 
 from ldm.config import ModelConfig, TextConfig, UNetConfig, VAEConfig
 from ldm.errors import AmbiguousCheckpoint, FileError
-from ldm.model import LatentDiffusion
 from weights import names
 from weights.detect import lookup
 from weights.facts import AverageFacts, Component, Damage, PredictionFacts, TrainingFacts
 from weights.files import Weights
 from weights.folders import Folder
 from weights.layout import Layout
-from weights.load import built
+from weights.layout import reason as ignored_for
 from weights.places import Shape
 from weights.plan import plan
 from weights.prediction import STATISTIC, THRESHOLD, Finding, claims_of, deviation_of, settle
@@ -70,7 +67,7 @@ def components(specs: Mapping[str, Spec], prefixes: Mapping[str, str], ignored: 
     for key in specs:
         name = next((prefixes[prefix] for prefix in longest if key.startswith(prefix)), None)
         if name is None:
-            why = _why(key, ignored)
+            why = ignored_for(ignored, key)
             name = "unknown" if why is None else "schedule" if why.startswith("noise schedule") else "leftovers"
         groups.setdefault(name, []).append(key)
     ranked = sorted(groups, key=lambda name: ORDER.index(name) if name in ORDER else len(ORDER))
@@ -83,10 +80,6 @@ def _component(name: str, title: str, specs: Mapping[str, Spec]) -> Component:
         dtypes[typed(spec.dtype)] = dtypes.get(typed(spec.dtype), 0) + 1
     parameters = sum(spec.numel for key, spec in specs.items() if not POSITION_IDS.fullmatch(key))
     return Component(name, title, len(specs), parameters, sum(spec.numel * spec.dtype.itemsize for spec in specs.values()), dtypes)
-
-
-def _why(key: str, ignored: Iterable[tuple[str, str]]) -> str | None:
-    return next((why for pattern, why in ignored if re.fullmatch(pattern, key)), None)
 
 
 def same_names(unet: UNetConfig | None, vae: VAEConfig | None, config: ModelConfig) -> bool:
@@ -156,7 +149,7 @@ def account(layout: Layout, wanted: Mapping[str, Shape], specs: Mapping[str, Spe
                 averages.add(names.ema(found[0].key))
         else:
             lacking.setdefault(_network(ours), []).extend([key for key in places[0].keys if key not in shapes] if places else [ours])
-    unknown = tuple(key for key in shapes if key not in used and key not in averages and _why(key, layout.ignored) is None)
+    unknown = tuple(key for key in shapes if key not in used and key not in averages and ignored_for(layout.ignored, key) is None)
     missing_keys = tuple(dict.fromkeys(key for network in lacking if network in there for key in lacking[network]))
     ema = None if layout.averaged is None else average(shapes, averages)
     refused = _refused(layout, wanted, specs, shapes) if sized else None
@@ -171,12 +164,6 @@ def _refused(layout: Layout, wanted: Mapping[str, Shape], specs: Mapping[str, Sp
         return reason(error)
     whole = next((key for place in sources.values() for key in place.keys if not specs[key].dtype.is_floating_point), None)
     return None if whole is None else f"{whole} holds {typed(specs[whole].dtype)} numbers, not floating-point ones: quantised weights are not read"
-
-
-@lru_cache(maxsize=16)  # whoever asks about a whole directory has many files of few families
-def wanted_by(config: ModelConfig) -> Mapping[str, Shape]:
-    """The parameters of a model, without building it in memory."""
-    return MappingProxyType({name: tuple(tensor.shape) for name, tensor in built(lambda: LatentDiffusion(config)).state_dict().items()})
 
 
 def average(keys: Iterable[str], expected: Iterable[str]) -> AverageFacts:

@@ -5,16 +5,18 @@ from __future__ import annotations
 import contextlib
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from ldm.config import FAMILIES, VAE_F4, VAE_F8, ModelConfig, VisionConfig
 from ldm.errors import FileError
+from ldm.model import LatentDiffusion
 from ldm.safety import SafetyChecker
 from ldm.vae import VAE
 from weights import names
 from weights.adapters import embedding_facts, lora_facts
+from weights.blank import shapes as shapes_of
 from weights.detect import REFUSED, TITLES, detect, family, like_file, lookup, not_a_model
 from weights.evidence import (
     Account,
@@ -29,14 +31,12 @@ from weights.evidence import (
     sizes_of,
     tower_titles,
     vae_sizes,
-    wanted_by,
 )
 from weights.facts import AverageFacts, Component, EmbeddingFacts, LoraFacts, PredictionFacts, What
 from weights.files import Weights
 from weights.folder_config import describe
 from weights.folders import Folder, add_component
 from weights.layout import ALONE, FOLDER, Layout, Part, original
-from weights.load import built
 from weights.metadata import CONFIG_KEY
 from weights.names import hugging_face, hugging_face_vision
 from weights.parts import vae_layout
@@ -106,7 +106,7 @@ def _folder(folder: Folder, shapes: Mapping[str, tuple[int, ...]], config: Model
     name = family(unet, any(key.startswith("image_encoder/") for key in shapes), {"cc_projection.": ()} if (folder.path / "cc_projection").is_dir() else {})
     known, refused = None, None
     try:
-        known, layout = built(lambda: describe(folder, config))
+        known, layout = describe(folder, config)
     except FileError as error:
         refused = str(error).removeprefix(f"{folder.path}: ")
     prefixes = FOLDER_OWNERS | {f"{name}/": f"text.{i}" for i, name in enumerate(there)}
@@ -137,7 +137,7 @@ def _model(
     if (config := known or like) is not None:
         predicted, config, trouble = prediction(file, config, layout, explicit)
         name = config.name
-        found = account(layout, wanted_by(config), file.specs, sized=known is not None)
+        found = account(layout, shapes_of(LatentDiffusion, config), file.specs, sized=known is not None)
     title = TITLES.get(name) or REFUSED.get(name, name)
     return Findings(
         what=what,
@@ -222,12 +222,12 @@ def _vae(file: Weights | Folder, shapes: Mapping[str, Any]) -> Findings:
         layout = None
     if layout is None:
         return Findings("vae", title, groups, evidence, problem="no family of this project has a VAE of these sizes")
-    found = account(layout, _shapes_of(lambda: VAE(known)), file.specs)
+    found = account(layout, shapes_of(VAE, known), file.specs)
     return Findings("vae", title, groups, evidence, None, found.refusal, None, (), found.missing_keys, found.unknown_keys)
 
 
 def _safety(file: Weights | Folder, shapes: Mapping[str, Any]) -> Findings:
-    found = account(Layout((Part("", "", names.doubled_vision),), ALONE), _shapes_of(lambda: SafetyChecker(VisionConfig())), file.specs)
+    found = account(Layout((Part("", "", names.doubled_vision),), ALONE), shapes_of(SafetyChecker, VisionConfig()), file.specs)
     return Findings("safety checker", "safety checker", components(file.specs, {"": "safety"}, ()), ("it has special_care_embeds",), None, found.refusal, None, (), found.missing_keys, found.unknown_keys)
 
 
@@ -253,6 +253,3 @@ def _other(what: What, file: Weights | Folder, shapes: Mapping[str, Any]) -> Fin
     name = {"controlnet": "controlnet"}.get(what, "unknown")
     return Findings(what, title, components(file.specs, {"": name}, ()), (), None, not_a_model(shapes))
 
-
-def _shapes_of(make: Callable[[], Any]) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in built(make).state_dict().items()}

@@ -71,17 +71,22 @@ def recognise(file: Weights | Folder, config: ModelConfig | str | None = None, p
 
     Reads headers and, of SD 2's text models, one small tensor. Raises FileError for what is no model of a family that this version knows.
     """
-    if isinstance(file, Folder):
-        found, layout = describe(file, config)
-    else:
-        shapes = {key: file.shape(key) for key in file}
-        found, layout = detect(shapes, file.metadata, config, file.path), original(shapes)
-
-    def statistic() -> Tensor | None:
-        return next((file[place.key] for place in layout.places(STATISTIC) if place.key in file), None)
-
+    found, layout = described(file, config)
     explicit = config is not None or CONFIG_KEY in file.metadata
-    return settle(found, file.specs, file.metadata, statistic, file.error, prediction=prediction, explicit=explicit), layout
+    return settle(found, file.specs, file.metadata, lambda: statistic(file, layout), file.error, prediction=prediction, explicit=explicit), layout
+
+
+def described(file: Weights | Folder, config: ModelConfig | str | None = None) -> tuple[ModelConfig, Layout]:
+    """The same, what the network predicts aside: from headers alone."""
+    if isinstance(file, Folder):
+        return describe(file, config)
+    shapes = {key: file.shape(key) for key in file}
+    return detect(shapes, file.metadata, config, file.path), original(shapes)
+
+
+def statistic(file: Weights | Folder, layout: Layout) -> Tensor | None:
+    """The tensor that tells SD 2's two kinds apart; None where it is not in the file."""
+    return next((file[place.key] for place in layout.places(STATISTIC) if place.key in file), None)
 
 
 def embedded() -> Path:

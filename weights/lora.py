@@ -231,9 +231,9 @@ class _Scaling:
 def _alpha(file: Weights, spelling: str, keys: Mapping[str, str], tensor: Callable[[str], Tensor], scalings: Mapping[str, _Scaling]) -> float | None:
     if "alpha" in keys:
         value = tensor("alpha")
-        if value.numel() != 1 or not math.isfinite(float(value.reshape(-1)[0].float())):
+        if value.numel() != 1 or not math.isfinite(float(value.reshape(-1)[0].double())):
             raise file.error(f"{_short(keys['alpha'])} is no finite number but {list(value.shape)}; download it again", keys["alpha"])
-        return float(value.reshape(-1)[0].float())
+        return float(value.reshape(-1)[0].double())
     if ".lora_A." not in keys.get("down", ""):
         return None
     module = spelling.replace("base_model.model.", "")

@@ -19,17 +19,17 @@ from weights import lora_names
 from weights.files import Weights
 from weights.folders import Folder
 from weights.layout import Layout
-from weights.load import require_dtype
+from weights.load import described, open_any, require_dtype
 from weights.lora_merge import place_of
 from weights.lora_rank import Kept, Rule, energy, factored, require_rank, rule
-from weights.lora_sources import described, open_checkpoint
-from weights.lora_tools import network_facts, sha256
+from weights.lora_tools import network_facts
 from weights.lora_write import difference_key, kohya_names, write_lora
 from weights.metadata import CONFIG_KEY
 from weights.names import diffusers_vae
 from weights.output import require_writable
 from weights.places import Place
 from weights.prediction import STATISTIC, settle
+from weights.published import sha256_of
 from weights.write import OnWrite, Pending
 
 ATTENTION = re.compile(r"unet\..+\.(proj_in|proj_out|transformer_blocks\..+)\.weight|text\.\d+\..+\.encoder\.layers\..+\.weight")  # what kohya's networks have by default
@@ -96,7 +96,7 @@ def extract_lora(
     require_rank("conv_rank", conv_rank)
     require_dtype(dtype)
     require_writable(dst, overwrite)
-    with open_checkpoint(base) as one, open_checkpoint(tuned) as other:
+    with open_any(base) as one, open_any(tuned) as other:
         config, layouts = _same_family(one, other)
         pairs, unpaired = _pairs(one, other, layouts, config, text)
         changes: dict[str, LowRank] = {}
@@ -224,4 +224,4 @@ def _metadata(config: ModelConfig, base: Path, tuned: Path) -> dict[str, str]:
     two = config.unet.linear_proj and config.unet.vector_dim is None
     version = VERSIONS.get(config.name) or ("sdxl_base_v1-0" if config.unet.vector_dim is not None else "sd_v2")
     facts = {"ss_base_model_version": version, "ss_v2": str(two), "ss_sd_model_name": base.name, "ldm.family": config.name, "ldm.tuned": tuned.name}
-    return facts | ({"ss_new_sd_model_hash": sha256(base)} if base.is_file() else {})
+    return facts | ({"ss_new_sd_model_hash": sha256_of(base)} if base.is_file() else {})

@@ -21,11 +21,11 @@ from weights import lora_names
 from weights.files import Weights, open_file
 from weights.folders import is_folder
 from weights.layout import Layout, original
-from weights.load import require_dtype
-from weights.lora_sources import described, read_lora
+from weights.load import described, require_dtype
+from weights.lora_sources import read_lora
 from weights.output import require_writable
 from weights.places import Place, Shape
-from weights.write import OnWrite, Pending, cast, write
+from weights.write import OnWrite, Pending, cast, guarded, write
 
 LORAS, DROPPED = "ldm.merged_loras", "ldm.dropped"  # keys of the metadata
 EMA = "model_ema."
@@ -81,8 +81,7 @@ def merge_lora(
             for key in file if key not in dropped
         }  # fmt: skip
         metadata = _metadata(file.metadata, loras, dropped)
-        written = write(tensors, dst, metadata, overwrite=overwrite, on_write=on_write)
-        file.require_unchanged()
+        written = write(tensors, dst, metadata, overwrite=overwrite, on_write=guarded([file], on_write))
     lines = tuple(f"{changes.name} at {_said(scale)}: {changes.report()}" for (changes, _), (_, scale) in zip(sources, loras, strict=True))
     return MergedFile(written, config.name, tuple(terms), lines, dropped)
 

@@ -13,11 +13,9 @@ import torch
 from ldm.config import FAMILIES, ModelConfig, UNetConfig
 from ldm.errors import AmbiguousCheckpoint, FileError
 from ldm.lora import Change, Changes
-from weights.detect import detect, require_family
-from weights.files import Weights, open_file
-from weights.folder_config import describe
-from weights.folders import Folder, is_folder, open_folder
-from weights.layout import Layout, original
+from weights.detect import require_family
+from weights.files import open_file
+from weights.load import described, open_any
 from weights.lora import KIN, load_lora
 
 Dialect = Literal["kohya", "diffusers", "peft"]
@@ -91,22 +89,9 @@ def _fault(files: Mapping[str, Path], config: ModelConfig) -> FileError | None:
     return None
 
 
-def open_checkpoint(path: str | PathLike[str]) -> Weights | Folder:
-    """A file of weights or a diffusers folder, opened."""
-    return open_folder(path) if is_folder(path) else open_file(path)
-
-
-def described(file: Weights | Folder) -> tuple[ModelConfig, Layout]:
-    """The config of the model in a file or folder, what it predicts aside, and the layout of its tensors."""
-    if isinstance(file, Folder):
-        return describe(file, None)
-    shapes = {key: file.shape(key) for key in file}
-    return detect(shapes, file.metadata, None, file.path), original(shapes)
-
-
 def config_of(path: str | PathLike[str]) -> ModelConfig:
     """The config of the model in a file or folder, of which only the header is read."""
-    with open_checkpoint(path) as file:
+    with open_any(path) as file:
         return described(file)[0]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -21,6 +20,7 @@ from weights.lora_rank import Kept, Rule, energy, factored, require_rank, resize
 from weights.lora_sources import Dialect, Source, read_lora
 from weights.lora_write import TITLES, expressible, require_held, unheld, write_lora
 from weights.output import require_writable
+from weights.published import sha256_of
 from weights.write import OnWrite
 
 
@@ -155,13 +155,4 @@ def network_facts(changes: Mapping[str, Change]) -> dict[str, str]:
 def history(path: Path) -> dict[str, str]:
     """The name and SHA-256 of what a file was made from; of a directory its name."""
     facts = {"ldm.source": path.name}
-    return facts | ({"ldm.source_sha256": sha256(path)} if path.is_file() else {})
-
-
-def sha256(path: Path) -> str:
-    """Of all bytes of a file, in hexadecimal digits: about 1 GB a second."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
+    return facts | ({"ldm.source_sha256": sha256_of(path)} if path.is_file() else {})

@@ -5,8 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
-from os import PathLike
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +16,11 @@ from ldm.dpt import DPT
 from ldm.unet import UNet
 from ldm.vae import VAE
 from ldm.vision import CLIPVision
-from weights import names
+from weights import blank, names
 from weights.detect import REFUSED, TITLES, family, lookup, not_a_model
-from weights.files import Weights, open_file
-from weights.folders import Folder, is_folder, open_folder
-from weights.layout import ALONE, FOLDER, Layout, Part, diffusers, original
-from weights.load import built
+from weights.files import Weights
+from weights.folders import Folder
+from weights.layout import ALONE, FOLDER, Layout, Part, diffusers, original, reason
 from weights.places import Place, Shape
 from weights.sizes import UNET, Shapes, read_diffusers_unet, read_diffusers_vae, read_text, read_unet, read_vae, read_vision
 
@@ -77,11 +75,6 @@ class Side:
 def is_network(component: str) -> bool:
     """Is this component a network, and no leftover?"""
     return component.partition(".")[0] in NETWORKS
-
-
-def open_any(path: str | PathLike[str]) -> Weights | Folder:
-    """The file, or the diffusers folder. Raises FileError for what is neither."""
-    return open_folder(path) if is_folder(path) else open_file(path)
 
 
 def by_parameters(file: Weights | Folder, config: ModelConfig | str | None = None) -> Side | None:
@@ -169,11 +162,11 @@ def _alone(shapes: Shapes) -> _Found | None:
         for vae, places in ((read_vae(shapes, prefix), lambda config: names.vae), (read_diffusers_vae(shapes, prefix), names.in_diffusers_vae)):
             if vae is not None and vae.channel_mult:  # none: its blocks have other names
                 layout = Layout((Part("vae.", prefix, places(vae)),), ALONE)
-                return "a VAE", layout, [f"vae.{name}" for name in _names_of(VAE, vae)], lambda ours: ""
+                return "a VAE", layout, [f"vae.{name}" for name in blank.shapes(VAE, vae)], lambda ours: ""
     for unet, places in ((read_unet(shapes, ""), lambda config: names.same), (read_diffusers_unet(shapes, ""), names.in_diffusers_unet)):
         if unet is not None:
             layout = Layout((Part("unet.", "", places(unet)),), ALONE)
-            return "a UNet", layout, [f"unet.{name}" for name in _names_of(UNet, unet)], lambda ours: ""
+            return "a UNet", layout, [f"unet.{name}" for name in blank.shapes(UNet, unet)], lambda ours: ""
     return None
 
 
@@ -186,12 +179,7 @@ def _parameters(config: ModelConfig, layout: Layout) -> Iterator[str]:
     for part in layout.parts:
         kind, sizes = networks.get(part.ours, (None, None))
         if kind is not None and sizes is not None:
-            yield from (part.ours + name for name in _names_of(kind, sizes))
-
-
-@lru_cache(maxsize=16)  # two files of one family have the same networks
-def _names_of(kind: Callable[..., nn.Module], sizes: object) -> tuple[str, ...]:
-    return tuple(built(lambda: kind(sizes)).state_dict())
+            yield from (part.ours + name for name in blank.shapes(kind, sizes))
 
 
 def _title(name: str) -> str:
@@ -247,7 +235,7 @@ def _leftover(layout: Layout, key: str) -> str:
 
 
 def _reason(layout: Layout, key: str) -> str:
-    return next((why for pattern, why in layout.ignored if re.fullmatch(pattern, key)), "")
+    return reason(layout.ignored, key) or ""
 
 
 def _container(file: Weights | Folder) -> str:

@@ -19,18 +19,17 @@ from torch import Tensor
 from ldm.config import ModelConfig
 from ldm.errors import ArgumentError, FileError
 from weights.blend import METHODS, Method, added, slerp, weighted
-from weights.conversion_record import sha256_of
-from weights.files import Weights
-from weights.folders import Folder, is_folder
-from weights.load import require_dtype
+from weights.folders import is_folder
+from weights.load import open_any, require_dtype
 from weights.merge_blocks import Blocks, block_of, weights_of
-from weights.merge_sides import Side, agreeing, averages, opening, side_of
+from weights.merge_sides import Side, agreeing, averages, side_of
 from weights.metadata import CONFIG_KEY, to_json
 from weights.output import require_writable
 from weights.places import Shape
 from weights.plan import short
 from weights.prediction import Prediction, require_prediction
-from weights.write import OnWrite, Pending, Written, cast, write
+from weights.published import sha256_of
+from weights.write import OnWrite, Pending, cast, guarded, write
 
 RECIPE = "ldm.merge"  # metadata: method, weights and sources, as JSON
 CARRIED = ("modelspec.architecture", "modelspec.license", "modelspec.prediction_type", "license")  # of A's metadata: what stays true of the result
@@ -102,7 +101,7 @@ def merge(
     if is_folder(a):
         raise FileError("is a diffusers folder; A must be a single file, whose layout the result has: convert it first (ldm convert)", path=a)
     with contextlib.ExitStack() as opened:
-        sides = [side_of(letter, opened.enter_context(opening(path)), config, prediction) for letter, path in zip("ABC", (a, b, c), strict=False) if path is not None]
+        sides = [side_of(letter, opened.enter_context(open_any(path)), config, prediction) for letter, path in zip("ABC", (a, b, c), strict=False) if path is not None]
         inpaints = agreeing(sides, method)
         weights = weights_of(blocks, sides[0].config)
         common, kept = _common(sides, inpaints, partial)
@@ -265,15 +264,3 @@ def _metadata(a: Side, recipe: Mapping[str, Any]) -> dict[str, str]:
 def _source(side: Side) -> dict[str, str]:
     return {"model": side.letter, "name": side.file.path.resolve().name, "family": side.config.name, "sha256": sha256_of(side.file)}
 
-
-def guarded(files: Sequence[Weights | Folder], on_write: OnWrite | None) -> OnWrite:
-    """`on_write`, that before the result takes its name refuses sources that were written to meanwhile."""
-
-    def told(written: Written) -> None:
-        if written.done == written.total:
-            for file in files:
-                file.require_unchanged()
-        if on_write is not None:
-            on_write(written)
-
-    return told

@@ -4,24 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from os import PathLike
-
-from torch import Tensor
 
 from ldm.config import ModelConfig
 from ldm.errors import AmbiguousCheckpoint
 from ldm.model import LatentDiffusion
 from weights import names
-from weights.detect import TITLES, detect
-from weights.files import Weights, open_file
-from weights.folder_config import describe
-from weights.folders import Folder, is_folder, open_folder
-from weights.layout import Layout, original
-from weights.load import built
+from weights.blank import shapes
+from weights.detect import TITLES
+from weights.files import Weights
+from weights.folders import Folder
+from weights.layout import Layout
+from weights.load import described, statistic
 from weights.metadata import CONFIG_KEY
 from weights.places import Place
 from weights.plan import short
-from weights.prediction import STATISTIC, ZERO_SNR, Prediction, settle
+from weights.prediction import ZERO_SNR, Prediction, settle
 
 BASES = {"sd1-inpainting": "sd1", "sd2-inpainting": "sd2-base", "sdxl-inpainting": "sdxl-base"}  # family -> what it was made from
 
@@ -38,29 +35,16 @@ class Side:
     complete: bool  # it lacks none
 
 
-def opening(path: str | PathLike[str]) -> Weights | Folder:
-    """The file or folder. Raises FileError."""
-    return open_folder(path) if is_folder(path) else open_file(path)
-
-
 def side_of(letter: str, file: Weights | Folder, config: ModelConfig | str | None, prediction: Prediction | None) -> Side:
     """A model by what its file says of it. Raises FileError, and AmbiguousCheckpoint where its prediction cannot be known."""
-    if isinstance(file, Folder):
-        found, layout = describe(file, config)
-    else:
-        shapes = {key: file.shape(key) for key in file}
-        found, layout = detect(shapes, file.metadata, config, file.path), original(shapes)
-
-    def statistic() -> Tensor | None:
-        return next((file[place.key] for place in layout.places(STATISTIC) if place.key in file), None)
-
+    found, layout = described(file, config)
     keys, metadata = ({key: value for key, value in where.items() if key not in ("ztsnr", ZERO_SNR)} for where in (file.specs, file.metadata))
     explicit = config is not None or CONFIG_KEY in metadata
-    finding = settle(found, keys, metadata, statistic, file.error, prediction=prediction, explicit=explicit)
+    finding = settle(found, keys, metadata, lambda: statistic(file, layout), file.error, prediction=prediction, explicit=explicit)
     if finding.doubt is not None:
         fault = f"may predict eps or v (norm1.bias std {finding.doubt:.3f}: in between): pass prediction='eps' or 'v'"
         raise AmbiguousCheckpoint(fault, path=file.path, key="prediction")
-    parameters = [*built(lambda: LatentDiffusion(found)).state_dict()]
+    parameters = shapes(LatentDiffusion, found)
     places = {name: place for name in parameters if (place := _place(file, layout, name)) is not None}
     return Side(letter, file, finding.config, layout, places, len(places) == len(parameters))
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
+from weights.files import Weights
+from weights.folders import Folder
 from weights.source import Source
 
 CHUNK = 4 * 2**20  # bytes read at once: one system call, and still in a processor's cache when they are hashed
@@ -76,6 +80,15 @@ def sha256(source: Source, on_hash: Callable[[Hashed], None] | None = None) -> s
             on_hash(Hashed(start + len(block), source.size))
     source.require_unchanged()
     return digest.hexdigest()
+
+def sha256_of(file: Weights | Folder | Path) -> str:
+    """Of a file, open or not; of a folder that of the digits of its files of weights, in the order of their paths."""
+    if isinstance(file, Path):
+        with contextlib.closing(Source(file)) as source:
+            return sha256(source)
+    if isinstance(file, Weights):
+        return sha256(file.source)
+    return hashlib.sha256("".join(sha256(each.source) for each in sorted(file.files, key=lambda each: each.path)).encode()).hexdigest()
 
 
 def a1111_old(source: Source) -> str:

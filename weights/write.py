@@ -8,7 +8,7 @@ import os
 import pickle
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -19,7 +19,8 @@ from torch import Tensor
 
 from ldm.errors import ArgumentError, OutputError
 from weights.allowed import STORAGES
-from weights.files import DTYPES
+from weights.files import DTYPES, Weights
+from weights.folders import Folder
 from weights.output import replacing, write_all
 from weights.places import Shape
 from weights.torchfiles import contiguous
@@ -59,6 +60,19 @@ class Pending:
         for n in self.shape:
             numel *= n
         return numel
+
+
+def guarded(files: Iterable[Weights | Folder], on_write: OnWrite | None) -> OnWrite:
+    """`on_write`, that before the result takes its name refuses sources that were written to meanwhile."""
+
+    def told(written: Written) -> None:
+        if written.done == written.total:
+            for file in files:
+                file.require_unchanged()
+        if on_write is not None:
+            on_write(written)
+
+    return told
 
 
 def pending(tensor: Tensor, dtype: torch.dtype | None = None) -> Pending:
