@@ -74,18 +74,6 @@ COMMANDS: dict[str, Command] = {
     "interpolate": Command("go from prompt to prompt, or seed to seed", options.interpolate, animating.make, """
   ldm interpolate "a red cube" "a blue sphere" --frames 24 --fps 12
   ldm interpolate "a red cube on top of a blue sphere" --seeds 1,2,3 --animation gif"""),
-    "train": Command("train the model that ships", training.add_train, training.train, """
-  ldm train vae --out runs/vae
-  ldm train diffusion --vae runs/vae --out runs/blocks"""),
-    "merge": Command("merge two or three models into one", merging.add_merge, merging.merge, """
-  ldm merge a.safetensors b.safetensors --out ab.safetensors --alpha 0.3
-  ldm merge a.ckpt b.safetensors --out ab.safetensors --blocks IN00=0.2,MID=0.5,OUT11=0.9,TEXT=0,VAE=0 --dtype fp16
-  ldm merge sd-v1-5-inpainting.ckpt style.safetensors v1-5-pruned.ckpt --out style-inpainting.safetensors --method add-difference --alpha 1"""),
-    "lora": Command("extract, merge, resize or convert LoRA files", lora.add_lora, lora.lora, """
-  ldm lora extract v1-5-pruned-emaonly.safetensors tuned.safetensors --variance 0.95 --max-rank 64 --out tuned-lora.safetensors
-  ldm lora merge v1-5-pruned-emaonly.safetensors engraving.safetensors:0.8 lines.safetensors --out engraved.safetensors
-  ldm lora resize engraving.safetensors --rank 8 --out small.safetensors
-  ldm lora convert engraving.safetensors --to diffusers --out pytorch_lora_weights.safetensors"""),
     "inspect": Command("say what files of weights are", inspecting.add_inspect, inspecting.inspect, """
   ldm inspect v1-5-pruned-emaonly.safetensors
   ldm inspect --hash v1-5-pruned-emaonly.safetensors
@@ -101,10 +89,22 @@ COMMANDS: dict[str, Command] = {
   ldm convert my-finetune/ my-finetune.safetensors --manifest where-it-went.json
   ldm convert v1-5-pruned.ckpt v1-5-ema-fp16.safetensors --ema --prune --dtype fp16
   ldm convert 768-v-ema.ckpt vae.safetensors --only vae"""),
+    "merge": Command("merge two or three models into one", merging.add_merge, merging.merge, """
+  ldm merge a.safetensors b.safetensors --out ab.safetensors --alpha 0.3
+  ldm merge a.ckpt b.safetensors --out ab.safetensors --blocks IN00=0.2,MID=0.5,OUT11=0.9,TEXT=0,VAE=0 --dtype fp16
+  ldm merge sd-v1-5-inpainting.ckpt style.safetensors v1-5-pruned.ckpt --out style-inpainting.safetensors --method add-difference --alpha 1"""),
+    "lora": Command("extract, merge, resize or convert LoRA files", lora.add_lora, lora.lora, """
+  ldm lora extract v1-5-pruned-emaonly.safetensors tuned.safetensors --variance 0.95 --max-rank 64 --out tuned-lora.safetensors
+  ldm lora merge v1-5-pruned-emaonly.safetensors engraving.safetensors:0.8 lines.safetensors --out engraved.safetensors
+  ldm lora resize engraving.safetensors --rank 8 --out small.safetensors
+  ldm lora convert engraving.safetensors --to diffusers --out pytorch_lora_weights.safetensors"""),
     "repair": Command("repair a damaged file of weights", repairing.add_repair, repairing.repair, """
   ldm repair merged.safetensors
   ldm repair old.ckpt --dry-run
   ldm repair old.ckpt --out sound.safetensors"""),
+    "train": Command("train the model that ships", training.add_train, training.train, """
+  ldm train vae --out runs/vae
+  ldm train diffusion --vae runs/vae --out runs/blocks"""),
     "samplers": Command("list samplers and grids", options.samplers, listing.show, """
   ldm samplers --steps 10"""),
 }  # fmt: skip

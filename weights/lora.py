@@ -69,7 +69,7 @@ def _resolve(file: Weights, spelled: Spelled, strays: list[str], config: ModelCo
             of = len(unmatched) + Changes(found).modules
             remedy = "allow_unmatched leaves them out" if found else "use a LoRA for it"
             names = ", ".join(map(_short, unmatched[:2]))
-            raise file.error(f"{len(unmatched)} of {of} modules are not in a model of family {config.name}; {remedy} ({names})", unmatched[0])
+            raise file.error(f"{len(unmatched)} of {of} modules are not in a model of family {config.name} ({names}); {remedy}", unmatched[0])
         _require_whole(file, spelled, found, config)
     return found, tuple(unmatched)
 
