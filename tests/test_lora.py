@@ -585,8 +585,8 @@ ELSEWHERE = parts("lora_unet_nowhere", lora_down__weight=torch.ones(2, 32), lora
         (parts(KEY, lora_down__weight=torch.ones(2, 32), lora_up__weight=torch.ones(32, 3)), r"attn1_to_q: the ranks of down and up do not fit: \[2, 32\], \[32, 3\]"),
         (GOOD | {f"{KEY}.lora.down.weight": torch.ones(2, 32)}, "down under two names"),
         (GOOD | parts("lora_unet_input_blocks_1_1_transformer_blocks_0_attn1_to_q", diff=torch.ones(32, 32)), f"changes {Q} twice"),
-        (ELSEWHERE, r"1 of 1 modules are not in a model of family sd1; use a LoRA for it \(lora_unet_nowhere\)"),
-        (GOOD | ELSEWHERE, r"1 of 2 modules are not in a model of family sd1; allow_unmatched leaves them out \(lora_unet_nowhere\)"),
+        (ELSEWHERE, r"1 of 1 modules are not in a model of family sd1 \(lora_unet_nowhere\); use a LoRA for it"),
+        (GOOD | ELSEWHERE, r"1 of 2 modules are not in a model of family sd1 \(lora_unet_nowhere\); allow_unmatched leaves them out"),
         (GOOD | {"bundle_emb.cat": torch.ones(1)}, r"1 of 2 modules .* \(bundle_emb.cat\)"),
         (GOOD | parts(KEY, diff_b=torch.ones(32)), "1 of 2 modules are not in a model of family sd1"),  # to_q has no bias
         ({"model.diffusion_model.input_blocks.0.0.weight": torch.ones(1), "b": torch.ones(1)}, "is no LoRA but a model"),
