@@ -41,3 +41,8 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def peak_memory() -> int:
+    """The most bytes that this process has had resident. Not `getrusage`, whose figure a child inherits from the process that started it."""
+    return 1024 * int(re.search(r"^VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)[1])

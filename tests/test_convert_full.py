@@ -24,11 +24,12 @@ pytestmark = pytest.mark.slow
 
 LIMIT = 1e9  # bytes that a conversion may have in memory, torch and all
 CONVERT = """
-import json, resource, sys, time
+import json, sys, time
+from benchmarks.machine import peak_memory
 from weights import convert
 began = time.perf_counter()
 made = convert(sys.argv[1], sys.argv[2])
-print(json.dumps([time.perf_counter() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, made.bytes]))
+print(json.dumps([time.perf_counter() - began, peak_memory(), made.bytes]))
 """
 
 

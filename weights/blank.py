@@ -25,7 +25,7 @@ def built(make: Callable[[], T]) -> T:
 @lru_cache(maxsize=64)  # one conversion asks for the same networks several times, at up to a second each
 def shapes(kind: Callable[[Any], nn.Module], config: Any) -> Mapping[str, Shape]:
     """{name: shape} of every parameter of `kind(config)`: `shapes(UNet, SDXL)`, `shapes(LatentDiffusion, FAMILIES["sd1"])`."""
-    return MappingProxyType({name: tuple(tensor.shape) for name, tensor in built(lambda: kind(config)).state_dict().items()})
+    return MappingProxyType({name: tuple(tensor.shape) for name, tensor in built(lambda: kind(config)).state_dict(keep_vars=True).items()})
 
 
 class _Uninitialised(TorchFunctionMode):

@@ -105,7 +105,7 @@ def require_dtype(dtype: torch.dtype) -> None:
 
 def fill(network: nn.Module, file: Weights | Folder, layout: Layout, device: torch.device, dtype: torch.dtype, ema: bool = False) -> None:
     """Put a file's tensors in the place of all parameters of a network on the meta device, and make it ready for inference."""
-    wanted = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    wanted = {name: tuple(tensor.shape) for name, tensor in network.state_dict(keep_vars=True).items()}  # detaching them would take longer than all else
     sources = plan(layout, wanted, {key: file.shape(key) for key in file}, file.error, ema=ema).sources
     integers = [key for place in sources.values() for key in place.keys if not file.specs[key].dtype.is_floating_point]
     if integers:

@@ -19,7 +19,7 @@ from weights import lora_names
 from weights.files import Weights
 from weights.folders import Folder
 from weights.layout import Layout
-from weights.load import described, open_any, require_dtype
+from weights.load import described, open_any, require_dtype, statistic
 from weights.lora_merge import place_of
 from weights.lora_rank import Kept, Rule, energy, factored, require_rank, rule
 from weights.lora_tools import network_facts
@@ -28,7 +28,7 @@ from weights.metadata import CONFIG_KEY
 from weights.names import diffusers_vae
 from weights.output import require_writable
 from weights.places import Place
-from weights.prediction import STATISTIC, settle
+from weights.prediction import settle
 from weights.published import sha256_of
 from weights.write import OnWrite, Pending
 
@@ -142,12 +142,8 @@ def _kind(config: ModelConfig) -> str:
 
 def _prediction(file: Weights | Folder, config: ModelConfig, layout: Layout) -> str | None:
     """What the model predicts, where file and weights agree on it."""
-
-    def statistic() -> Tensor | None:
-        return next((file[place.key] for place in layout.places(STATISTIC) if place.key in file), None)
-
     try:
-        finding = settle(config, file.specs, file.metadata, statistic, file.error, explicit=CONFIG_KEY in file.metadata)
+        finding = settle(config, file.specs, file.metadata, lambda: statistic(file, layout), file.error, explicit=CONFIG_KEY in file.metadata)
     except AmbiguousCheckpoint:
         return None
     return None if finding.doubt is not None else finding.config.prediction
