@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import shlex
 import zlib
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
@@ -95,6 +99,27 @@ class Weights(Mapping[str, Tensor]):
     def require_unchanged(self) -> None:
         """Refuse a file that was written to since it was opened."""
         self.source.require_unchanged()
+
+    @contextlib.contextmanager
+    def read_ahead(self) -> Iterator[Callable[[], None]]:
+        """All of the file will be read soon: it is fetched, and its checksums are checked, while the block does other things.
+
+        Gives the function that waits for the checksums. It raises FileError where one is wrong.
+        """
+        self.source.prefetch()
+        records = {id(spec.record): (spec.record, key) for key, spec in self.specs.items() if spec.record.crc is not None and not spec.record.verified}
+        in_order = sorted(records.values(), key=lambda found: found[0].start)
+        with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
+            checks = [pool.submit(self._verify, key, record, partial(self.source.crc32, record.start, record.size)) for record, key in in_order]
+
+            def wait() -> None:
+                for check in checks:
+                    check.result()
+
+            try:
+                yield wait
+            finally:
+                pool.shutdown(wait=True, cancel_futures=True)
 
     def close(self) -> None:
         """Give the file back; tensors already read stay valid."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -80,6 +80,13 @@ class Folder(Mapping[str, Tensor]):
         """Refuse files that were written to since they were opened."""
         for file in self.files:
             file.require_unchanged()
+
+    @contextlib.contextmanager
+    def read_ahead(self) -> Iterator[Callable[[], None]]:
+        """As `Weights.read_ahead`, of all files."""
+        with contextlib.ExitStack() as stack:
+            waits = [stack.enter_context(file.read_ahead()) for file in self.files]
+            yield lambda: [wait() for wait in waits] and None
 
     def close(self) -> None:
         """Give the files back; tensors already read stay valid."""

@@ -49,9 +49,10 @@ def load(
     require_dtype(dtype)
     require_prediction(prediction)
     path = embedded() if path is None else path
-    with open_any(path, variant) as file:
+    with open_any(path, variant) as file, file.read_ahead() as wait:
         finding, layout = recognise(file, config, prediction)
         model = built(lambda: LatentDiffusion(finding.config))
+        wait()
         fill(model, file, layout, torch.device(device), dtype, ema)
         model.config = settle_by_output(finding, model.unet, file.error)
         return model

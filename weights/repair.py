@@ -11,11 +11,10 @@ from torch import Tensor
 
 from weights import torchfiles
 from weights.files import Weights, kind_of, read_header
-from weights.merge import guarded
 from weights.output import require_writable
 from weights.repairs import REPAIRS, Tensors
 from weights.source import Source
-from weights.write import TORCH_FILES, OnWrite, Pending, write
+from weights.write import TORCH_FILES, OnWrite, Pending, guarded, write
 
 NOTE = "ldm.repair"  # metadata: what was repaired
 TAKEN = ("state_dict", "module", "model")  # names that a torch file has for its tensors

@@ -7,6 +7,7 @@ import errno
 import mmap
 import os
 import stat
+import threading
 import zlib
 from os import PathLike
 from pathlib import Path
@@ -18,7 +19,8 @@ from ldm.errors import LIMIT, FileError, printable
 
 # File systems on which another machine may shorten a file under a map, and the process would be killed for touching it.
 REMOTE = frozenset(("nfs", "nfs4", "cifs", "smb3", "smbfs", "afs", "coda", "ceph", "glusterfs", "lustre", "gpfs", "beegfs", "9p", "virtiofs", "vboxsf", "fuse"))
-CHUNK = 2**20  # bytes read at once while checking: they fit a processor's cache
+WINDOW = 8 * 2**20  # bytes that the system is asked for at once: as many as it takes at once
+CHUNK = 2**22  # bytes read at once while checking
 
 
 class Source:
@@ -36,6 +38,7 @@ class Source:
         self._require_regular(status)
         self.size, self._mtime, self._device = status.st_size, status.st_mtime_ns, status.st_dev
         self._map: mmap.mmap | None = None
+        self._position = threading.Lock()  # of the file, which threads share
 
     def error(self, what: str, key: str | None = None) -> FileError:
         """The error to raise about this file."""
@@ -45,8 +48,9 @@ class Source:
         """Bytes [start, start + count); refused when the file ends before."""
         if start < 0 or count < 0 or start + count > self.size:
             raise self.error(f"is truncated: bytes {start} to {start + count} of {self.size} are needed; download it again")
-        self._file.seek(start)
-        data = self._file.read(count)
+        with self._position:
+            self._file.seek(start)
+            data = self._file.read(count)
         if len(data) < count:  # an interrupted call, or a file that shrank
             rest = bytearray(count - len(data))
             self._fill(memoryview(rest), start + len(data))
@@ -86,6 +90,11 @@ class Source:
             crc = zlib.crc32(piece, crc)
         return crc
 
+    def prefetch(self) -> None:
+        """Ask the system for all of a file that it has not cached, in the order of the disk, and do not wait: mapped tensors are used in another, page by page."""
+        if hasattr(os, "posix_fadvise") and not _is_cached(self._file.fileno(), self.size):
+            threading.Thread(target=_prefetch, args=(os.dup(self._file.fileno()), self.size), daemon=True).start()
+
     def require_unchanged(self) -> None:
         """Refuse a file that was written to since it was opened: what was read of it may be half old and half new."""
         status = os.fstat(self._file.fileno())
@@ -97,10 +106,11 @@ class Source:
         self._file.close()
 
     def _fill(self, view: memoryview, start: int) -> None:
-        self._file.seek(start)
         done = 0
         while done < len(view):
-            got = self._file.readinto(view[done:])
+            with self._position:
+                self._file.seek(start + done)
+                got = self._file.readinto(view[done:])
             if not got:
                 raise self.error(f"became shorter while it was being read ({start + done} of {self.size} bytes); download it again")
             done += got
@@ -142,6 +152,23 @@ def refusal(what: str, path: Path, key: str | None = None) -> FileError:
     if mark and len(fault) > room:
         fault = f"{fault[: room - 3]}..."
     return FileError(f"{fault}{mark}{remedy}", path=path, key=key)
+
+
+def _is_cached(descriptor: int, size: int) -> bool:
+    """Are samples from all over the file in memory? False where the system does not tell."""
+    try:
+        return all(os.preadv(descriptor, [bytearray(1)], size * k // 16, os.RWF_NOWAIT) for k in range(16))
+    except (OSError, AttributeError):
+        return False
+
+
+def _prefetch(descriptor: int, size: int) -> None:
+    """The system takes a few MB at a time, and makes us wait while the disk is busy: this is for a thread of its own."""
+    try:
+        for start in range(0, size, WINDOW):
+            os.posix_fadvise(descriptor, start, WINDOW, os.POSIX_FADV_WILLNEED)
+    finally:
+        os.close(descriptor)
 
 
 def is_remote(device: int, mounts: str) -> bool:

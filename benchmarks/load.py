@@ -1,0 +1,233 @@
+"""Times loading and converting checkpoints, side by side with safetensors, torch and diffusers on the same files: seconds and peak memory."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.machine import machine, peak_memory
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16}
+RAW_LIMIT, DIFFUSERS_LIMIT = 1.1, 0.5  # what loading may take, in units of the raw library's time and of diffusers'
+
+# What is measured: row -> (side, what it does). `single`, `pickled` and `folder` are the same seeded weights in three forms.
+LOADS = {
+    "single": {"raw": "safetensors.torch.load_file", "ldm": "weights.load", "diffusers": "StableDiffusionPipeline.from_single_file"},
+    "pickled": {"raw": "torch.load(weights_only=True, mmap=True)", "ldm": "weights.load", "diffusers": "StableDiffusionPipeline.from_single_file"},
+    "folder": {"raw": "safetensors.torch.load_file, each", "ldm": "weights.load", "diffusers": "StableDiffusionPipeline.from_pretrained"},
+}
+CONVERSIONS = {
+    "single to folder": {"ldm": "weights.convert", "diffusers": "from_single_file, save_pretrained"},
+    "folder to single": {"ldm": "weights.convert"},  # diffusers has a script for it outside the package
+    "pickled to single": {"ldm": "weights.convert"},
+}
+
+
+# --- one measurement, in a process of its own -----------------------------------------------------------------------
+
+
+def files_of(path: Path) -> list[Path]:
+    """The files of weights in a form."""
+    return [path] if path.is_file() else sorted(path.glob("*/*.safetensors"))
+
+
+def evict(path: Path) -> None:
+    """Let the system forget what it has cached of these files."""
+    for file in files_of(path):
+        with open(file, "rb") as opened:
+            os.fsync(opened.fileno())
+            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def touched(tensors: Iterable[Tensor]) -> int:
+    """Read one byte of every page of these tensors, since mapped files are not read before they are used; their bytes."""
+    total = 0
+    for tensor in tensors:
+        flat = tensor.detach().reshape(-1).view(torch.uint8)
+        flat[::4096].sum().item()
+        total += flat.numel()
+    return total
+
+
+def load(side: str, form: str, path: Path, config: Path) -> Callable[[], Any]:
+    """The function to be timed. What it needs is imported before."""
+    if side == "ldm":
+        import weights
+
+        return lambda: weights.load(path, dtype=_dtype(path))
+    if side == "raw":
+        from safetensors.torch import load_file
+
+        if form == "pickled":
+            return lambda: torch.load(path, weights_only=True, mmap=True)["state_dict"]
+        return lambda: {f"{file.parent.name}.{key}": tensor for file in files_of(path) for key, tensor in load_file(file).items()}
+    import diffusers
+
+    diffusers.logging.set_verbosity_error()
+    diffusers.logging.disable_progress_bar()
+    pipeline = diffusers.StableDiffusionPipeline
+    if form == "folder":
+        return lambda: pipeline.from_pretrained(path, torch_dtype=_dtype(path), local_files_only=True)
+    return lambda: pipeline.from_single_file(str(path), config=str(config), torch_dtype=_dtype(path), local_files_only=True, safety_checker=None)
+
+
+def _dtype(path: Path) -> torch.dtype:
+    """The type that the weights have in the file: none is converted."""
+    return DTYPES[next(name for name in DTYPES if name in path.name)]
+
+
+def tensors_of(loaded: Any) -> Iterable[Tensor]:
+    """Every tensor of what was loaded."""
+    if isinstance(loaded, dict):
+        return (tensor for tensor in loaded.values() if isinstance(tensor, Tensor))
+    networks = [loaded] if isinstance(loaded, nn.Module) else [part for part in loaded.components.values() if isinstance(part, nn.Module)]
+    return (tensor for network in networks for tensor in network.state_dict().values())
+
+
+def one(side: str, row: str, path: Path, config: Path, cold: bool) -> dict[str, float]:
+    """Seconds until it returns, seconds until every weight was read, peak resident bytes of the process and those before."""
+    before = peak_memory()
+    if row in LOADS:
+        run = load(side, row, path, config)
+        if cold:
+            evict(path)
+        began = time.perf_counter()
+        loaded = run()
+        returned = time.perf_counter() - began
+        size = touched(tensors_of(loaded))
+        took = time.perf_counter() - began
+    else:
+        convert = _conversion(side, row, path, config)
+        if cold:
+            evict(path)
+        began = time.perf_counter()
+        size = convert()
+        took = returned = time.perf_counter() - began
+    return {"returned": returned, "read": took, "bytes": size, "peak": peak_memory(), "before": before}
+
+
+def _conversion(side: str, row: str, path: Path, config: Path) -> Callable[[], int]:
+    target = path.parent / f"converted-{path.stem}{'' if row.endswith('folder') else '.safetensors'}"
+    if side == "ldm":
+        import weights
+
+        return lambda: weights.convert(path, target, overwrite=True).bytes
+    pipeline = load("diffusers", "single", path, config)
+
+    def both() -> int:
+        pipeline().save_pretrained(target)
+        os.sync()  # ours is on the disk when it returns
+        return sum(file.stat().st_size for file in files_of(target))
+
+    return both
+
+
+# --- all of them ----------------------------------------------------------------------------------------------------
+
+
+def prepare(directory: Path, family: str, dtype: torch.dtype, tiny: bool) -> dict[str, Path]:
+    """Seeded weights with the published names, in three forms, and the configs of their folder."""
+    import weights
+    from tests.checkpoints import TINY, checkpoint, manifest
+    from tests.seeded import weight
+    from weights.write import Pending, cast, pending, write
+
+    name = str(dtype).removeprefix("torch.")
+    single = directory / f"{name}.safetensors"
+    if tiny:
+        entries = {key: pending(value, dtype) for key, value in checkpoint(TINY).items()}
+    else:
+        entries = {
+            key: Pending(cast(stored, dtype), shape, lambda key=key, shape=shape, stored=stored: weight(key, shape) if stored.is_floating_point else torch.zeros(shape, dtype=stored))
+            for key, (shape, stored) in manifest(family).items()
+        }
+    if tiny:  # says its sizes, which are no family's
+        write(entries, directory / "raw.safetensors", {})
+        weights.convert(directory / "raw.safetensors", single, config=TINY)
+    else:
+        write(entries, single, {"format": "pt"})
+    weights.convert(single, directory / f"{name}.ckpt")
+    weights.convert(single, directory / f"{name}-folder", **({"config": TINY} if tiny else {}))
+    return {"single": single, "pickled": directory / f"{name}.ckpt", "folder": directory / f"{name}-folder"}
+
+
+def measure(forms: dict[str, Path], rows: dict[str, dict[str, str]], sides: Sequence[str], repeats: int, cold: bool) -> list[dict[str, Any]]:
+    """Every row, its sides in turn, each run in a process of its own."""
+    found = []
+    for row, there in rows.items():
+        path = forms[row.split(" ")[0]]
+        runs: dict[str, list[dict[str, float]]] = {side: [] for side in there if side in sides}
+        for _ in range(repeats):
+            for side in runs:
+                command = [sys.executable, __file__, "--one", side, row, str(path), str(forms["folder"]), *(["--cold"] if cold else [])]
+                done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+                if done.returncode:
+                    raise RuntimeError(f"{side}, {row}: {done.stderr.strip()[-2000:]}")
+                runs[side].append(json.loads(done.stdout.splitlines()[-1]))
+        for side, taken in runs.items():
+            values = {name: statistics.median(run[name] for run in taken) for name in taken[0]}
+            spread = max(run["read"] for run in taken) - min(run["read"] for run in taken)
+            found.append({"row": row, "side": side, "what": there[side], "cold": cold, **values, "spread": spread, "repeats": repeats})
+    return found
+
+
+def table(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """One line for each row, with its ratio to the others."""
+    times = {(row["row"], row["side"], row["cold"]): row["read"] for row in rows}
+    lines = [f"{'':18}{'':12}{'returned':>10}{'all read':>10}{'spread':>8}{'peak':>9}  against"]
+    for row in rows:
+        against = []
+        if row["side"] == "ldm":
+            against = [f"{row['read'] / times[key]:.2f} of {side}" for side in ("raw", "diffusers") if (key := (row["row"], side, row["cold"])) in times]
+        state = "cold" if row["cold"] else "warm"
+        lines.append(f"{row['row']:18}{row['side']:7}{state:5}{row['returned']:9.2f}s{row['read']:9.2f}s{row['spread']:7.2f}s{row['peak'] / 1e9:6.2f} GB  {', '.join(against)}")
+    return lines
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, print, and write what was measured where it is asked for."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--family", default="sd1", help="whose names and shapes the weights have (default: %(default)s)")
+    parser.add_argument("--dtype", choices=DTYPES, default="float16", help="of the weights, in the files and in memory (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=3, help="of every measurement; medians are shown (default: %(default)s)")
+    parser.add_argument("--tiny", action="store_true", help="a tiny model: whether this runs, not how fast")
+    parser.add_argument("--out", metavar="FILE", help="write the figures there, as JSON with the machine")
+    parser.add_argument("--cold", action="store_true", help="only with files that the system has not cached (default: both)")
+    parser.add_argument("--one", nargs=4, metavar=("SIDE", "ROW", "PATH", "CONFIG"), help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.one:
+        side, row, path, config = args.one
+        print(json.dumps(one(side, row, Path(path), Path(config), args.cold)))
+        return 0
+    from benchmarks.peers import require
+
+    require("bench", "diffusers", "transformers")
+    with tempfile.TemporaryDirectory(prefix="ldm-load-") as directory:
+        forms = prepare(Path(directory), args.family, DTYPES[args.dtype], args.tiny)
+        sides = ("raw", "ldm") if args.tiny else ("raw", "ldm", "diffusers")
+        rows = measure(forms, LOADS, sides, args.repeats, cold=True)
+        rows += [] if args.cold else measure(forms, LOADS, sides, args.repeats, cold=False)
+        rows += measure(forms, CONVERSIONS, sides, 1, cold=True)
+    print("\n".join(table(rows)))
+    if args.out:
+        found = {"family": args.family, "dtype": args.dtype, "machine": machine(packages=("safetensors", "diffusers", "transformers")), "rows": rows}
+        Path(args.out).write_text(json.dumps(found, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
