@@ -65,9 +65,11 @@ def test_every_option_reaches_its_argument(source: str, capsys: pytest.CaptureFi
         (["full.ckpt", "b.safetensors", "--shard-size", "1GB"], 2, "a single file has no shards"),
         (["full.ckpt", "b", "--shard-size", "many"], 2, "'many' is no size; write 2GB or 500MB"),
         (["full.ckpt", "full.ckpt"], 3, "exists already; choose another name or --overwrite"),
+        (["full.ckpt", ".", "--overwrite"], 2, "dst: SRC lies in it, or it in SRC; name a new folder"),
+        (["full.ckpt", "b.safetensors", "--manifest", "b.safetensors"], 2, "manifest: is SRC or DST"),
         (["fulll.ckpt", "b.safetensors"], 2, "does not exist; near it: full.ckpt"),
         (["full.ckpt", "b.safetensors", "--config", "sd9"], 2, "is no family"),
-        (["full.ckpt", "no/b.safetensors"], 3, "there is no directory no"),
+        (["full.ckpt", "no/b.safetensors"], 3, "does not exist; make it first"),
     ],
 )
 def test_a_wrong_command_is_one_line(argv: list[str], code: int, text: str, source: str, capsys: pytest.CaptureFixture) -> None:

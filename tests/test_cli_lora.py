@@ -118,7 +118,7 @@ def test_a_scale_stands_behind_the_name(text: str, meant: tuple):
         (["merge", "nowhere", "l:0.5", "--out", "there"], "there: exists already; choose another name or --overwrite", 3),
         (["merge", "nowhere", "--out", "c"], "LORA[:SCALE]", 2),
         (["resize", "l", "--out", "c", "--variance", "2"], "variance 2", 2),
-        (["resize", "nowhere", "--out", "no/c", "--rank", "2"], "there is no directory no", 3),
+        (["resize", "nowhere", "--out", "no/c", "--rank", "2"], "does not exist; make it first", 3),
         (["convert", "l", "--out", "c"], "--to", 2),
         (["convert", "l", "--out", "c", "--to", "comfy"], "invalid choice: 'comfy'", 2),
         (["convert", "l", "--out", "c", "--to", "peft", "--family", "sd1", "--ckpt", "a"], "--ckpt", 2),

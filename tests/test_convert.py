@@ -269,6 +269,7 @@ def test_two_text_towers_keep_what_tells_them_apart(tmp_path: Path) -> None:
 def test_a_vae_alone_goes_to_its_folder_and_back(tmp_path: Path) -> None:
     config = tiny("sd1")
     state = {key.removeprefix("first_stage_model."): value for key, value in narrowed("sd1").items() if key.startswith("first_stage_model.")}
+    state |= {"loss.logvar": torch.zeros(1), "model_ema.decay": torch.tensor(0.9999)}
     source = save_safetensors(state, tmp_path / "vae.safetensors")
     with pytest.raises(ArgumentError, match="does not tell the scale of its latents"):
         convert(source, tmp_path / "b")
@@ -276,7 +277,10 @@ def test_a_vae_alone_goes_to_its_folder_and_back(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "b" / "config.json").read_text())["scaling_factor"] == config.vae.scale
     assert load_vae(tmp_path / "b", config.vae).decoder.conv_in.weight.equal(state["decoder.conv_in.weight"].float())
     convert(tmp_path / "b", tmp_path / "c.ckpt")
-    assert same(tensors(tmp_path / "c.ckpt"), {key: value for key, value in state.items() if not key.startswith("model_ema.")})
+    assert same(tensors(tmp_path / "c.ckpt"), state)
+    prefixed = save_safetensors({f"first_stage_model.{key}": value for key, value in state.items()}, tmp_path / "p.safetensors")
+    convert(prefixed, tmp_path / "q.safetensors", only="vae")
+    assert same(tensors(tmp_path / "q.safetensors"), state)
     with pytest.raises(FileError, match="is the folder of one network, and the target a folder too"):
         convert(tmp_path / "b", tmp_path / "d")
 
@@ -306,7 +310,7 @@ def test_shards_are_no_larger_than_asked_and_read_as_one(sd1: Path, tmp_path: Pa
     assert all(sum(value.numel() * value.element_size() for value in tensors(path).values()) <= 2**20 for path in shards)
     index = json.loads((tmp_path / "b" / "unet" / "diffusion_pytorch_model.safetensors.index.json").read_text())
     assert index["weight_map"] == {key: path.name for path in shards for key in tensors(path)}
-    assert index["metadata"]["total_size"] == sum(move.pending.size for move in made.route.files["unet/diffusion_pytorch_model.safetensors"].values())
+    assert index["metadata"]["total_size"] == sum(move.pending.size for name, moves in made.route.files.items() if name.startswith("unet/") for move in moves.values())
     assert same(load(tmp_path / "b", TINY).state_dict(), load(sd1, TINY).state_dict())
     convert(tmp_path / "b", tmp_path / "c.safetensors", config=TINY)
     assert same(tensors(tmp_path / "c.safetensors"), checkpoint())
@@ -319,14 +323,15 @@ def test_a_folder_keeps_its_own_configs_its_safety_checker_and_its_first_names(t
     (tmp_path / "a" / "tokenizer" / "evil.py").write_text("raise SystemExit")
     (tmp_path / "a" / "safety_checker").mkdir()
     save_safetensors({"concept_embeds": torch.randn(3, 4)}, tmp_path / "a" / "safety_checker" / "model.safetensors")
-    made = convert(tmp_path / "a", tmp_path / "b", config=folder_config("sd1-inpainting"), dtype=torch.float16)
+    made = convert(tmp_path / "a", tmp_path / "b", dtype=torch.float16)
     assert (tmp_path / "b" / "tokenizer" / "vocab.json").read_text() == '{"a": 0}'
     assert not (tmp_path / "b" / "tokenizer" / "evil.py").exists()
     for name in ("model_index.json", "unet/config.json", "scheduler/scheduler_config.json"):
         assert (tmp_path / "b" / name).read_text() == (tmp_path / "a" / name).read_text()
     assert tensors(tmp_path / "b" / "safety_checker" / "model.safetensors")["concept_embeds"].dtype == torch.float16
     assert not any(".query." in key for key in tensors(tmp_path / "b" / "vae" / "diffusion_pytorch_model.safetensors"))  # the names of the day
-    assert set(made.dropped) == {"text_encoder/text_model.embeddings.position_ids"}
+    assert not made.dropped
+    assert tensors(tmp_path / "b" / "text_encoder" / "model.safetensors")["text_model.embeddings.position_ids"].dtype == torch.int64
     assert "safety_checker/concept_embeds" in convert(tmp_path / "a", tmp_path / "c.safetensors", config=folder_config("sd1-inpainting")).dropped
 
 
@@ -396,6 +401,58 @@ def test_the_metadata_say_what_it_is_and_where_it_comes_from(tmp_path: Path) -> 
         assert metadata(path)["modelspec.license"] == "MIT"
 
 
+def test_what_is_said_goes_through_a_folder(tmp_path: Path) -> None:
+    source = save_safetensors(checkpoint(ema="full"), tmp_path / "a.safetensors", {"modelspec.license": "MIT", "modelspec.title": "mine"})
+    convert(source, tmp_path / "b", config=TINY, ema=True)
+    convert(tmp_path / "b", tmp_path / "c.safetensors", config=TINY)
+    convert(tmp_path / "c.safetensors", tmp_path / "d.ckpt")
+    for path in (tmp_path / "c.safetensors", tmp_path / "d.ckpt"):
+        facts = metadata(path)
+        assert (facts["modelspec.license"], facts["modelspec.title"], facts["ldm.weights"]) == ("MIT", "mine", "moving average")
+    convert(source, tmp_path / "vae.safetensors", config=TINY, only="vae")
+    assert not {"ldm.weights", "modelspec.prediction_type"} & set(metadata(tmp_path / "vae.safetensors"))
+
+
+def test_a_doubtful_prediction_stays_in_doubt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(FAMILIES, "sd2-base", tiny("sd2-base"))
+    monkeypatch.setitem(FAMILIES, "sd2-v", tiny("sd2-v"))
+    state = single("sd2-base")
+    state[STATISTIC] = torch.tensor([1.0, -1.0] * (len(state[STATISTIC]) // 2)) * 0.09
+    convert(save_safetensors(state, tmp_path / "a.safetensors"), tmp_path / "b.safetensors")
+    assert "ldm.config" not in metadata(tmp_path / "b.safetensors")
+
+
+def test_what_is_asked_for_overrules_the_folder(tmp_path: Path) -> None:
+    write_folder(tmp_path / "a", "sd2-base", components("sd2-base", single("sd2-base")))
+    convert(tmp_path / "a", tmp_path / "b", prediction="v")
+    assert json.loads((tmp_path / "b" / "scheduler" / "scheduler_config.json").read_text())["prediction_type"] == "v_prediction"
+    assert (tmp_path / "b" / "unet" / "config.json").read_text() == (tmp_path / "a" / "unet" / "config.json").read_text()
+
+
+def test_marks_of_the_training_survive_both_ways(tmp_path: Path) -> None:
+    state = single("sdxl-base") | {"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}
+    source = save_safetensors(state, tmp_path / "a.safetensors")
+    convert(source, tmp_path / "b", config=tiny("sdxl-base"), prediction="v", prune=True)
+    scheduler = json.loads((tmp_path / "b" / "scheduler" / "scheduler_config.json").read_text())
+    assert (scheduler["prediction_type"], scheduler["rescale_betas_zero_snr"], scheduler["timestep_spacing"]) == ("v_prediction", True, "trailing")
+    (tmp_path / "b" / LEFTOVERS).unlink()  # as a folder of diffusers' own has none
+    convert(tmp_path / "b", tmp_path / "c.safetensors")
+    assert "ztsnr" in tensors(tmp_path / "c.safetensors")
+
+
+def test_rows_that_are_apart_on_both_sides_stay_apart(tmp_path: Path) -> None:
+    source = save_safetensors(single("sd2-depth"), tmp_path / "a.safetensors")
+    convert(source, tmp_path / "b", config=tiny("sd2-depth"))
+    path = tmp_path / "b" / "depth_estimator" / "model.safetensors"
+    state = tensors(path)
+    key = "dpt.encoder.layer.0.attention.attention.key.weight"
+    save_safetensors(state | {key: state[key].half()}, path)
+    convert(tmp_path / "b", tmp_path / "c", manifest=tmp_path / "m.json", config=folder_config("sd2-depth"))
+    found = tensors(tmp_path / "c" / "depth_estimator" / "model.safetensors")
+    assert same(found, state | {key: state[key].half()})
+    assert len(json.loads((tmp_path / "m.json").read_text())["tensors"][f"depth_estimator/{key}"]) == 1
+
+
 def test_the_record_says_what_was_done_to_every_key(tmp_path: Path) -> None:
     state = single("sd2-depth")
     source = save_safetensors(state, tmp_path / "a.safetensors")
@@ -410,7 +467,7 @@ def test_the_record_says_what_was_done_to_every_key(tmp_path: Path) -> None:
     assert set(targets) == {f"{path}:{key}" for path, found in written.items() for key in found}
     for target, entry in targets.items():
         value = written[target.split(":")[0]][target.split(":")[1]]
-        assert entry["sha256"] == hashlib.sha256(value.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest() if value.ndim else entry["sha256"]
+        assert entry["sha256"] == hashlib.sha256(value.reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
         assert entry["shape"] == list(value.shape)
     done = {key: sorted({entry["done"] for entry in entries}) for key, entries in record["tensors"].items()}
     block = "cond_stage_model.model.transformer.resblocks"
@@ -464,6 +521,30 @@ def test_an_interrupted_conversion_leaves_what_was_there(target: str, sd1: Path,
     assert {path.name for path in tmp_path.iterdir()} == {"sd1.safetensors", "other.safetensors", target}
 
 
+def test_a_folder_that_holds_other_things_is_never_replaced(sd1: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "precious.txt").write_text("x")
+    with pytest.raises(OutputError, match="is a directory with other things in it, no model's folder; name a new one"):
+        convert(sd1, tmp_path / "mine", config=TINY, overwrite=True)
+    with pytest.raises(ArgumentError, match="dst: SRC lies in it, or it in SRC"):
+        convert(sd1, tmp_path, config=TINY, overwrite=True)
+    convert(sd1, tmp_path / "b", config=TINY)
+    with pytest.raises(ArgumentError, match="dst: SRC lies in it, or it in SRC"):
+        convert(tmp_path / "b", tmp_path / "b" / "unet", config=TINY, overwrite=True)
+    for manifest in (sd1, tmp_path / "c.safetensors", tmp_path / "b" / "m.json"):
+        source, target = (tmp_path / "b", tmp_path / "c.safetensors") if manifest.parent.name == "b" else (sd1, tmp_path / "c.safetensors")
+        with pytest.raises(ArgumentError, match="manifest: is SRC or DST, or lies in one of them"):
+            convert(source, target, config=TINY, manifest=manifest, overwrite=True)
+    (tmp_path / "empty").mkdir()
+    convert(sd1, tmp_path / "empty", config=TINY, overwrite=True)
+    assert (tmp_path / "mine" / "precious.txt").exists()
+
+
+def test_nothing_is_no_conversion(sd1: Path, tmp_path: Path) -> None:
+    with pytest.raises(FileError, match="has nothing left to write"):
+        convert(save_safetensors({"w": torch.ones(1)}, tmp_path / "a.safetensors"), tmp_path / "b.safetensors", drop=[".*"])
+
+
 def test_progress_is_of_the_whole(sd1: Path, tmp_path: Path) -> None:
     reports = []
     made = convert(sd1, tmp_path / "b", config=TINY, on_write=reports.append)
@@ -480,8 +561,8 @@ WRONG: dict[str, tuple[str, dict, type[LdmError], str]] = {
     "unknown family": ("b", {"config": "sd9"}, ArgumentError, "config 'sd9' is no family"),
     "unknown prediction": ("b", {"prediction": "x0"}, ArgumentError, "give 'eps', 'v' or None"),
     "whole numbers": ("b", {"dtype": torch.int8}, ArgumentError, "cannot hold weights"),
-    "no such directory": ("no/b.safetensors", {}, OutputError, "there is no directory"),
-    "no directory for the record": ("b.safetensors", {"manifest": "no/m.json"}, OutputError, "there is no directory"),
+    "no such directory": ("no/b.safetensors", {}, OutputError, "does not exist; make it first"),
+    "no directory for the record": ("b.safetensors", {"manifest": "no/m.json"}, OutputError, "does not exist; make it first"),
 }
 
 

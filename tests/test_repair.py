@@ -293,7 +293,7 @@ def test_what_cannot_be_repaired_is_refused_as_ever(tmp_path: Path) -> None:
             repair(path)
     with pytest.raises(FileError, match="does not exist"):
         repair(tmp_path / "nowhere.ckpt")
-    with pytest.raises(OutputError, match="there is no directory"):
+    with pytest.raises(OutputError, match="does not exist; make it first"):
         repair(tmp_path / "nowhere.ckpt", tmp_path / "no" / "x.safetensors")
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import safetensors.torch
@@ -100,13 +102,30 @@ def test_numbers_too_large_for_float16_are_refused_and_infinities_are_not(name: 
 
 
 def test_what_a_torch_file_cannot_hold_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match=r"w has torch\.uint16 numbers, which torch files do not hold; write a \.safetensors"):
+    with pytest.raises(OutputError, match=r"w has torch\.uint16 numbers, which this version does not write into torch files; write a \.safetensors"):
         write({"w": pending(torch.tensor([1], dtype=torch.uint16))}, tmp_path / "x.ckpt", {})
     with pytest.raises(ArgumentError, match="metadata: state_dict is where a torch file keeps its tensors"):
         write({"w": pending(torch.ones(1))}, tmp_path / "x.ckpt", {"state_dict": "x"})
+    with pytest.raises(OutputError, match="has half a character in its name"):
+        write({"w\ud800": pending(torch.ones(1))}, tmp_path / "x.safetensors", {})
+    with pytest.raises(OutputError, match="has a tensor named __metadata__"):
+        write({"__metadata__": pending(torch.ones(1))}, tmp_path / "x.safetensors", {})
     with pytest.raises(ArgumentError, match="metadata must be text"):
         write({"w": pending(torch.ones(1))}, tmp_path / "x.ckpt", {"step": 3})  # type: ignore[dict-item]
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", NAMES[:2])
+def test_what_does_not_fit_is_not_begun(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=11))
+    with pytest.raises(OutputError, match=r"it needs 0\.00 GB and the disk has 0\.00 GB free; choose another disk"):
+        write({"w": pending(torch.ones(3))}, tmp_path / name, {})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_double_that_float32_cannot_hold_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="has numbers too large for float32; write float64"):
+        write({"w": pending(torch.tensor([1e300], dtype=torch.float64), torch.float32)}, tmp_path / "x.safetensors", {})
 
 
 @pytest.mark.parametrize("name", NAMES[:2])
@@ -131,7 +150,7 @@ def test_a_name_that_is_taken_or_nowhere_is_refused(tmp_path: Path) -> None:
     path = write({"w": pending(torch.ones(3))}, tmp_path / "x.ckpt", {})
     with pytest.raises(OutputError, match="exists already; choose another name or overwrite=True"):
         write({"w": pending(torch.ones(3))}, path, {})
-    with pytest.raises(OutputError, match="there is no directory"):
+    with pytest.raises(OutputError, match="does not exist; make it first"):
         write({"w": pending(torch.ones(3))}, tmp_path / "no" / "x.ckpt", {})
     (tmp_path / "d.ckpt").mkdir()
     with pytest.raises(OutputError, match="is not a regular file"):
@@ -180,6 +199,26 @@ def test_the_old_directory_comes_back_when_the_new_one_cannot_take_its_place(tmp
     with pytest.raises(OutputError, match="Input/output error"):
         folder(tmp_path / "x", "two", overwrite=True)
     assert (tmp_path / "x" / "unet" / "config.json").read_text() == "one"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["x"]
+
+
+@pytest.mark.parametrize("after", [1, 2])
+def test_an_interrupt_between_the_renames_loses_nothing(after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter may raise KeyboardInterrupt just after a call has done its work."""
+    folder(tmp_path / "x", "one")
+    real, count = os.rename, 0
+
+    def rename(source, target):
+        nonlocal count
+        real(source, target)
+        count += 1
+        if count == after:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "rename", rename)
+    with pytest.raises(KeyboardInterrupt):
+        folder(tmp_path / "x", "two", overwrite=True)
+    assert (tmp_path / "x" / "unet" / "config.json").read_text() == ("one" if after == 1 else "two")
     assert [entry.name for entry in tmp_path.iterdir()] == ["x"]
 
 

@@ -18,7 +18,6 @@ from weights.embeddings import MAX_VECTORS, PARAMETERS, _keys
 from weights.evidence import TOWERS
 from weights.facts import EmbeddingFacts, LoraFacts
 from weights.files import Weights
-from weights.load import built
 from weights.lora import KIN, _fitting, _read
 from weights.torchfiles import Spec
 
@@ -106,7 +105,7 @@ def _component(spelling: str) -> str:
 
 def _families(spelled: Mapping[tuple[str, str], Change], configs: Mapping[str, ModelConfig]) -> tuple[tuple[str, ...], int]:
     """Those of `configs` that most of the changes fit, and how many do. Of SDXL and SSD-1B, which is a part of it, the one that is changed whole."""
-    counts = built(lambda: {name: _fitting(spelled, config) for name, config in configs.items()})
+    counts = {name: _fitting(spelled, config) for name, config in configs.items()}
     best = max(counts.values())
     families = [name for name in counts if counts[name] == best] if best else []
     if {"ssd-1b", "sdxl-base"} <= {*families} and (only := next((name for name in ("ssd-1b", "sdxl-base") if _whole(spelled, FAMILIES[name])), None)):

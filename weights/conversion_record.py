@@ -53,13 +53,13 @@ def manifest(file: Weights | Folder, made: Conversion, facts: Mapping[str, str],
         for key, move in moves.items():
             entry = {"target": f"{path}:{key}" if path else key, "done": move.done, "dtype": NAMES[move.pending.dtype], "shape": list(move.pending.shape), "sha256": digests[path, key]}
             for source in move.sources:
-                cast = file.specs[source].dtype != move.pending.dtype
-                tensors.setdefault(source, []).append(entry | ({"from": NAMES[file.specs[source].dtype]} if cast else {}))
+                stored = file.specs[source].dtype
+                tensors.setdefault(source, []).append(entry | ({"from": NAMES[stored]} if stored != move.pending.dtype else {}))
             if not move.sources:
                 synthesised.append(entry)
     whole = {
-        "source": {"name": file.path.name, "sha256": facts["ldm.source_sha256"], "keys": len(tensors) + len(made.dropped)},
-        "target": {"name": made.path.name, "family": made.config and made.config.name, "tensors": made.tensors, "bytes": made.bytes},
+        "source": {"name": file.path.resolve().name, "sha256": facts["ldm.source_sha256"], "keys": len(tensors) + len(made.dropped)},
+        "target": {"name": made.path.resolve().name, "family": made.config and made.config.name, "tensors": made.tensors, "bytes": made.bytes},
         "facts": dict(facts), "tensors": tensors, "synthesised": synthesised, "dropped": dict(made.dropped),
     }  # fmt: skip
-    return json.dumps(whole, indent=1, ensure_ascii=False) + "\n"
+    return json.dumps(whole, indent=1, ensure_ascii=True) + "\n"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -37,24 +37,37 @@ def as_in_folders(config: ModelConfig) -> ModelConfig:
     return replace(config, text=tuple(replace(text, layers=text.layers - text.skip, skip=0, projection=None) for text in config.text))
 
 
-def folder_files(config: ModelConfig) -> dict[str, str]:
-    """{path in the folder: text} for a model of this config. Raises ArgumentError for a network that diffusers' configs cannot describe."""
+def folder_files(config: ModelConfig, only: Container[str] | None = None, *, zero_snr: bool = False) -> dict[str, str]:
+    """{path in the folder: text} for a model of this config.
+
+    only      these networks alone, by their folders: no more than their config.json
+    zero_snr  trained with a schedule that ends in pure noise (Lin et al. 2024)
+    Raises ArgumentError for a network that diffusers' configs cannot describe.
+    """
     config = as_in_folders(config)
-    files = {"model_index.json": _index(config), "unet/config.json": unet_json(config), "vae/config.json": vae_json(config),
-             "scheduler/scheduler_config.json": _scheduler(config)}  # fmt: skip
-    for i, (name, text) in enumerate(zip(towers(config), config.text, strict=True)):
-        files[f"{name}/config.json"] = text_json(config, i)
+    networks = {"unet": lambda: unet_json(config), "vae": lambda: vae_json(config), "image_encoder": lambda: vision_json(config.vision),
+                "depth_estimator": lambda: depth_json(config.depth)}  # fmt: skip
+    networks |= {name: lambda i=i: text_json(config, i) for i, name in enumerate(towers(config))}
+    absent = {"image_encoder": config.vision is None, "depth_estimator": config.depth is None}
+    files: dict[str, Any] = {f"{name}/config.json": make() for name, make in networks.items() if not absent.get(name) and (only is None or name in only)}
+    if only is None:
+        files |= {"model_index.json": _index(config), "scheduler/scheduler_config.json": _scheduler(config, zero_snr), **_beside(config)}
+    return {path: content if isinstance(content, str) else json.dumps(content, indent=2) + "\n" for path, content in files.items()}
+
+
+def _beside(config: ModelConfig) -> dict[str, Any]:
+    """What pipelines need that is no network: tokenizers, and how pictures are prepared for the networks that look at them."""
+    files = {}
+    for name, text in zip(towers(config), config.text, strict=True):
         files |= {f"{name.replace('text_encoder', 'tokenizer')}/{file}": data for file, data in _tokenizer(text).items()}
     if config.vision is not None:
-        files["image_encoder/config.json"] = vision_json(config.vision)
         files["feature_extractor/preprocessor_config.json"] = _clip_processor(config.vision)
     if config.depth is not None:
-        files["depth_estimator/config.json"] = depth_json(config.depth)
         files["feature_extractor/preprocessor_config.json"] = _depth_processor(config.depth)
     if "low_res" in config.concat:
         files["low_res_scheduler/scheduler_config.json"] = {"_class_name": "DDPMScheduler", **_betas(config), "clip_sample": True, "prediction_type": "epsilon",
                                                             "variance_type": "fixed_small"}  # fmt: skip
-    return {path: content if isinstance(content, str) else json.dumps(content, indent=2) + "\n" for path, content in files.items()}
+    return files
 
 
 # --- networks -------------------------------------------------------------------------------------------------------
@@ -207,12 +220,14 @@ def _betas(config: ModelConfig) -> dict[str, Any]:
     return {"beta_start": config.schedule.start, "beta_end": config.schedule.end, "beta_schedule": "scaled_linear", "num_train_timesteps": config.schedule.steps}
 
 
-def _scheduler(config: ModelConfig) -> dict[str, Any]:
+def _scheduler(config: ModelConfig, zero_snr: bool = False) -> dict[str, Any]:
     """The sampler that the family's published folder has. Others are made from these settings too: DDIM would clip if it were not told."""
     common = {**_betas(config), "clip_sample": False, "prediction_type": {"eps": "epsilon", "v": "v_prediction"}[config.prediction], "steps_offset": 1}
+    if zero_snr:  # whose last step is pure noise: a sampler must begin there
+        common |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     if is_xl(config):
-        return {"_class_name": "EulerDiscreteScheduler", **common, "interpolation_type": "linear", "timestep_spacing": "leading", "use_karras_sigmas": False}
-    if config.prediction == "v":
+        return {"_class_name": "EulerDiscreteScheduler", "interpolation_type": "linear", "timestep_spacing": "leading", "use_karras_sigmas": False, **common}
+    if config.prediction == "v" or zero_snr:
         return {"_class_name": "DDIMScheduler", **common, "set_alpha_to_one": False}
     return {"_class_name": "PNDMScheduler", **common, "set_alpha_to_one": False, "skip_prk_steps": True}
 

@@ -84,6 +84,7 @@ ALONE = (  # of networks that come alone
     _POSITION_IDS,
     (r"(first_stage_model\.)?loss\..+", "discriminator and perceptual loss of the VAE's training"),
     (r"(first_stage_model\.)?model_ema\..+", "moving average of the VAE's training, which its weights already are, or its bookkeeping"),
+    (r"original_only\.safetensors/.+", "of the original file, and no picture is computed from it"),
 )  # fmt: skip
 
 

@@ -14,11 +14,10 @@ from weights.detect import TITLES
 from weights.files import Weights
 from weights.folders import Folder
 from weights.layout import Layout
-from weights.load import described, statistic
-from weights.metadata import CONFIG_KEY
+from weights.load import recognise
 from weights.places import Place
 from weights.plan import short
-from weights.prediction import ZERO_SNR, Prediction, settle
+from weights.prediction import ZERO_SNR_MARKS, Prediction
 
 BASES = {"sd1-inpainting": "sd1", "sd2-inpainting": "sd2-base", "sdxl-inpainting": "sdxl-base"}  # family -> what it was made from
 
@@ -37,14 +36,11 @@ class Side:
 
 def side_of(letter: str, file: Weights | Folder, config: ModelConfig | str | None, prediction: Prediction | None) -> Side:
     """A model by what its file says of it. Raises FileError, and AmbiguousCheckpoint where its prediction cannot be known."""
-    found, layout = described(file, config)
-    keys, metadata = ({key: value for key, value in where.items() if key not in ("ztsnr", ZERO_SNR)} for where in (file.specs, file.metadata))
-    explicit = config is not None or CONFIG_KEY in metadata
-    finding = settle(found, keys, metadata, lambda: statistic(file, layout), file.error, prediction=prediction, explicit=explicit)
+    finding, layout = recognise(file, config, prediction, zero_snr=True)
     if finding.doubt is not None:
         fault = f"may predict eps or v (norm1.bias std {finding.doubt:.3f}: in between): pass prediction='eps' or 'v'"
         raise AmbiguousCheckpoint(fault, path=file.path, key="prediction")
-    parameters = shapes(LatentDiffusion, found)
+    parameters = shapes(LatentDiffusion, finding.config)
     places = {name: place for name in parameters if (place := _place(file, layout, name)) is not None}
     return Side(letter, file, finding.config, layout, places, len(places) == len(parameters))
 
@@ -76,7 +72,7 @@ def agreeing(sides: Sequence[Side], method: str) -> bool:
 
 
 def _zero_snr(side: Side) -> bool:
-    return "ztsnr" in side.file or ZERO_SNR in side.file.metadata
+    return any(mark in side.file or mark in side.file.metadata for mark in ZERO_SNR_MARKS)
 
 
 def averages(side: Side) -> set[str]:

@@ -61,6 +61,11 @@ class _Part:
     ours: Shape
 
     @property
+    def keys(self) -> tuple[str, ...]:
+        """What is read; of rows that are apart on both sides only those of this part."""
+        return self.source.keys[self.index : self.index + 1] if self.source.more and self.target.more else self.source.keys
+
+    @property
     def shape(self) -> Shape:
         """Of what it becomes there."""
         if self.target.more:
@@ -68,6 +73,8 @@ class _Part:
         return self.ours[:2] if self.target.how == "kernel" else self.ours[::-1] if self.target.how == "transposed" else self.ours
 
     def made(self, file: Weights | Folder) -> Tensor:
+        if self.source.more and self.target.more:
+            return file.read(self.keys[0], mapped=False)
         ours = read(file, self.source, self.ours)
         if self.target.more:
             return ours.chunk(len(self.target.keys))[self.index]
@@ -82,8 +89,11 @@ def read(file: Weights | Folder, place: Place, ours: Shape) -> Tensor:
 
 
 def _move(file: Weights | Folder, parts: list[_Part], dtype: torch.dtype | None) -> Move:
-    keys = tuple(dict.fromkeys(key for part in parts for key in part.source.keys))
-    stored = functools.reduce(torch.promote_types, (file.specs[key].dtype for key in keys))
+    keys = tuple(dict.fromkeys(key for part in parts for key in part.keys))
+    types = {file.specs[key].dtype for key in keys}
+    if len(types) > 1 and any(dtype.itemsize == 1 for dtype in types):
+        raise file.error(f"{keys[0]} and {keys[1]} are to be joined, and one has 8-bit numbers; pass dtype=", keys[0])
+    stored = functools.reduce(torch.promote_types, types)
     rows = sum(part.shape[0] for part in parts) if len(parts) > 1 else 0
     shape = (rows, *parts[0].shape[1:]) if rows else parts[0].shape
 

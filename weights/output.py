@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import os
 import shutil
@@ -77,13 +78,22 @@ def require_writable(path: str | PathLike[str], overwrite: bool, *, directory: b
         raise OutputError(f"cannot be written: {getattr(error, 'strerror', None) or error}", path=path) from None
     if status is None:
         if not path.parent.is_dir():
-            raise OutputError(f"cannot be written: there is no directory {path.parent}", path=path)
+            raise OutputError("cannot be written: the directory that it is to be in does not exist; make it first", path=path)
+        if not os.access(path.parent, os.W_OK):
+            raise OutputError("cannot be written: its directory may not be written to; choose another one", path=path)
         return
     same = stat.S_ISDIR(status.st_mode) if directory else stat.S_ISREG(status.st_mode)
     if not same:
-        raise OutputError(f"exists and is not a {'directory' if directory else 'regular file'}", path=path)
+        raise OutputError(f"exists and is not a {'directory' if directory else 'regular file'}; choose another name", path=path)
     if not overwrite:
         raise OutputError("exists already; choose another name or overwrite=True", path=path)
+
+
+def require_space(path: str | PathLike[str], size: int) -> None:
+    """Refuse to begin what would fill the disk: `size` bytes under this name, beside what is there."""
+    free = shutil.disk_usage(Path(path).parent).free
+    if free < size:
+        raise OutputError(f"cannot be written: it needs {size / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB free; choose another disk", path=path)
 
 
 def write_all(descriptor: int, data: bytes | memoryview) -> None:
@@ -99,6 +109,9 @@ def sync_directory(directory: Path) -> None:
         descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
         try:
             os.fsync(descriptor)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems know no such thing
+                raise
         finally:
             os.close(descriptor)
 
@@ -111,16 +124,14 @@ def _put_in_place(temporary: Path, path: Path) -> None:
     """Rename, with the old directory, if there is one, out of the way for as long as it takes."""
     old = _beside(path)
     try:
-        os.rename(path, old)
-    except FileNotFoundError:
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(path, old)
         os.rename(temporary, path)
-    else:
-        try:
-            os.rename(temporary, path)
-        except BaseException:
+    finally:  # also where an interrupt came just after a rename
+        if old.exists() and temporary.exists():
             os.rename(old, path)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
+        else:
+            shutil.rmtree(old, ignore_errors=True)
     sync_directory(path.parent)
 
 
@@ -132,4 +143,4 @@ def _output_errors(path: Path) -> Iterator[None]:
     except OutputError:
         raise
     except OSError as error:
-        raise OutputError(f"could not be written: {error.strerror}", path=path) from None
+        raise OutputError(f"could not be written: {error.strerror}; what was there before is as it was", path=path) from None

@@ -13,13 +13,14 @@ from ldm.config import VAEConfig, VisionConfig
 from ldm.safety import SafetyChecker
 from ldm.vae import VAE
 from weights import names
+from weights.blank import built
 from weights.detect import not_a_model
 from weights.fields import component
 from weights.files import Weights, open_file
 from weights.folder_config import read_vae_config, read_vision_config
 from weights.folders import Folder, add_component
 from weights.layout import ALONE, Layout, Part
-from weights.load import built, fill, require_dtype
+from weights.load import fill, require_dtype
 from weights.places import Shape
 from weights.sizes import UNET, read_vision, visible
 

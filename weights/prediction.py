@@ -17,6 +17,7 @@ Prediction = Literal["eps", "v"]
 
 METADATA = "modelspec.prediction_type"
 SCHEDULER, ZERO_SNR = "scheduler_config.json", "rescale_betas_zero_snr"  # under these names a folder's metadata quote its scheduler
+ZERO_SNR_MARKS = ("ztsnr", ZERO_SNR)  # a key of a single file, a fact of a folder
 SPELLINGS: dict[str, Prediction] = {"eps": "eps", "epsilon": "eps", "v": "v", "v_prediction": "v", "v-prediction": "v", "v_pred": "v"}
 
 STATISTIC = "unet.output_blocks.11.1.transformer_blocks.0.norm1.bias"  # its standard deviation tells SD 2's two kinds apart
@@ -53,7 +54,7 @@ def settle(
     for key, what in _EDM.items():
         if key in keys:
             raise refuse(f"is {what} ({key} is in it), trained with EDM's preconditioning, which this version does not know; use another model")
-    mark = "ztsnr" if "ztsnr" in keys else ZERO_SNR if ZERO_SNR in metadata else None
+    mark = next((mark for mark in ZERO_SNR_MARKS if mark in keys or mark in metadata), None)
     if mark and prediction is None:
         raise refuse(f"was trained with zero terminal SNR ({mark}), which load() does not set up; prediction='v' loads it with the ordinary schedule")
     if prediction is not None:

@@ -17,7 +17,7 @@ from weights.source import Source
 from weights.write import TORCH_FILES, OnWrite, Pending, guarded, write
 
 NOTE = "ldm.repair"  # metadata: what was repaired
-TAKEN = ("state_dict", "module", "model")  # names that a torch file has for its tensors
+TAKEN = ("state_dict",)  # the name that a torch file has for its tensors
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -22,9 +23,9 @@ from weights.load import recognise
 from weights.moves import Move, copied, renamed, synthesised
 from weights.places import Place, Shape
 from weights.plan import AVERAGED, RAW, plan
-from weights.prediction import Prediction
+from weights.prediction import ZERO_SNR, ZERO_SNR_MARKS, Prediction
 
-_KEPT = "kept beside the networks, in which it has no place"
+KEPT = "kept beside the networks, in which it has no place"
 LEFTOVERS = "original_only.safetensors"  # in a folder: what the original file has and no part of the folder has a place for
 ONLY = {"unet": "unet.", "vae": "vae.", "text": "text."}  # the parts that may be converted alone, and their prefix in `LatentDiffusion`
 Only = Literal["unet", "vae", "text"]
@@ -63,14 +64,19 @@ class Known:
         if why is None:
             return False
         chosen = self.ema is not None and (why in (RAW, AVERAGED) or key.startswith("model_ema."))
-        return chosen or (self.prune and not key.endswith("position_ids"))
+        return chosen or (self.prune and not _tells(key))
+
+
+def _tells(key: str) -> bool:
+    """Do other programs read this, though no picture is computed from it: position ids, and marks of how the model was trained?"""
+    return key.endswith("position_ids") or key.rpartition("/")[2] in ("v_pred", "ztsnr")
 
 
 def known(
     file: Weights | Folder, config: ModelConfig | str | None, prediction: Prediction | None, dtype: torch.dtype | None, ema: bool | None, prune: bool
 ) -> Known:
     """Recognise the model in an open file. Raises what `load` raises for it."""
-    finding, layout = recognise(file, config, prediction)
+    finding, layout = recognise(file, config, prediction, zero_snr=True)
     wanted, found = shapes(LatentDiffusion, finding.config), {key: file.shape(key) for key in file}
     made = plan(layout, wanted, found, file.error, ema=ema is True)
     return Known(file, finding.config, finding.doubt, made.sources, made.ignored, _averages(layout, wanted, found), dtype, ema, prune)
@@ -91,9 +97,9 @@ def is_bookkeeping(key: str) -> bool:
 # --- single files ---------------------------------------------------------------------------------------------------
 
 
-def same_names(file: Weights, dtype: torch.dtype | None) -> Route:
-    """Another container for the same names: for files of any kind, known or not."""
-    return Route({"": {key: copied(file, key, None if is_bookkeeping(key) else dtype) for key in file}})
+def same_names(file: Weights, dtype: torch.dtype | None, prefix: str = "") -> Route:
+    """Another container for the same names, without a prefix: for files of any kind, known or not. Single numbers, alphas and marks, keep their type."""
+    return Route({"": {key.removeprefix(prefix): copied(file, key, None if is_bookkeeping(key) or not file.shape(key) else dtype) for key in file}})
 
 
 def file_to_file(model: Known) -> Route:
@@ -116,21 +122,23 @@ def folder_to_file(model: Known) -> Route:
     dropped: dict[str, str] = {}
     for key, why in model.ignored.items():
         folder, _, name = key.partition("/")
-        if folder != LEFTOVERS or (model.prune and not name.endswith("position_ids")):
+        if folder != LEFTOVERS or (model.prune and not _tells(name)):
             dropped[key] = why
         elif name in moves:
             raise model.file.error(f"has {name} in {LEFTOVERS} and among its networks; which is right cannot be known: remove that file", name)
         else:
             moves[name] = copied(model.file, key, model.type_of(name), f"put back from {LEFTOVERS}")
-    for name, length in _position_ids(model.config).items():
-        moves.setdefault(name, synthesised(lambda length=length: torch.arange(length)[None]))
+    for part in layouts.published(model.config).parts:  # towers of transformers have position ids in the published files
+        if part.ours.startswith("text.") and part.theirs.endswith("transformer.") and not any(_is_position_ids(key, part.theirs) for key in moves):
+            length = model.config.text[int(part.ours.split(".")[1])].length
+            moves[f"{part.theirs}text_model.embeddings.position_ids"] = synthesised(lambda length=length: torch.arange(length)[None])
+    if ZERO_SNR in model.file.metadata and "ztsnr" not in moves:
+        moves["ztsnr"] = synthesised(lambda: torch.zeros(0))
     return Route({"": moves}, dropped)
 
 
-def _position_ids(config: ModelConfig) -> dict[str, int]:
-    """{key in the published file: how many} of the towers that have position ids there: those of transformers."""
-    towers_there = [part for part in layouts.published(config).parts if part.ours.startswith("text.") and part.theirs.endswith("transformer.")]
-    return {f"{part.theirs}text_model.embeddings.position_ids": config.text[int(part.ours.split(".")[1])].length for part in towers_there}
+def _is_position_ids(key: str, tower: str) -> bool:
+    return key.startswith(tower) and key.endswith("embeddings.position_ids")
 
 
 # --- folders --------------------------------------------------------------------------------------------------------
@@ -147,21 +155,24 @@ def to_folder(model: Known) -> Route:
     unread = {name: shape for name, shape in shapes(LatentDiffusion, model.config).items() if name not in wanted}  # of SD 2's text tower
     left = renamed(model.file, model.sources, unread, layouts.published(model.config), model.dtype)
     dropped = {key: "read by nothing in a folder" for move in left.values() for key in move.sources} if model.prune else {}
-    left = {} if model.prune else {key: replace(move, done=_KEPT) for key, move in left.items()}
+    left = {} if model.prune else {key: replace(move, done=KEPT) for key, move in left.items()}
     for key in model.ignored:
         folder, _, name = key.partition("/")
         if is_folder and folder == "safety_checker":
             moves[key] = copied(model.file, key, model.dtype)
-        elif model.drops(key) or (is_folder and folder != LEFTOVERS):
+        elif model.drops(key):
             dropped[key] = model.ignored[key]
+        elif is_folder and folder != LEFTOVERS:
+            moves[key] = copied(model.file, key)
         else:
             name = name if is_folder else key
-            left[name] = copied(model.file, key, model.type_of(name), _KEPT)
+            left[name] = copied(model.file, key, model.type_of(name), KEPT)
     files: dict[str, dict[str, Move]] = {}
     for key, move in moves.items():
         folder, _, name = key.partition("/")
         files.setdefault(f"{folder}/{stem(folder)}.safetensors", {})[name] = move
-    return Route(files | ({LEFTOVERS: left} if left else {}), dropped, folder_files(config))
+    zero_snr = any(mark in model.file or mark in model.file.metadata for mark in ZERO_SNR_MARKS)
+    return Route(files | ({LEFTOVERS: left} if left else {}), dropped, folder_files(config, zero_snr=zero_snr))
 
 
 def components(config: ModelConfig) -> set[str]:
@@ -196,5 +207,38 @@ def network_alone(model: Known, only: Only, to_file: bool) -> Route:
     for key, move in moves.items():
         folder, _, name = key.partition("/")
         files.setdefault(f"{folder}/{stem(folder)}.safetensors".removeprefix(bare), {})[name] = move
-    texts = {path: text for path, text in folder_files(config).items() if path.startswith(tuple(networks))}
+    texts = folder_files(config, {name.strip("/") for name in networks})
     return Route(files, dropped, {path.removeprefix(bare): text for path, text in texts.items()})
+
+
+# --- shards ---------------------------------------------------------------------------------------------------------
+
+
+def sharded(route: Route, limit: int) -> Route:
+    """The same with the files of networks split into parts of at most `limit` bytes, as diffusers splits them; a larger tensor is a part of its own."""
+    files: dict[str, Mapping[str, Move]] = {}
+    texts = dict(route.texts)
+    for name, moves in route.files.items():
+        parts = [moves] if name == LEFTOVERS else _parts(moves, limit)
+        if len(parts) == 1:
+            files[name] = moves
+            continue
+        base = name.removesuffix(".safetensors")
+        names = [f"{base}-{i + 1:05}-of-{len(parts):05}.safetensors" for i in range(len(parts))]
+        files |= zip(names, parts, strict=True)
+        place = {key: shown.rpartition("/")[2] for part, shown in zip(parts, names, strict=True) for key in part}
+        index = {"metadata": {"total_size": sum(move.pending.size for move in moves.values())}, "weight_map": dict(sorted(place.items()))}
+        texts[f"{name}.index.json"] = json.dumps(index, indent=2) + "\n"
+    return Route(files, route.dropped, texts)
+
+
+def _parts(moves: Mapping[str, Move], limit: int) -> list[dict[str, Move]]:
+    runs: list[dict[str, Move]] = [{}]
+    size = 0
+    for key, move in moves.items():
+        if runs[-1] and size + move.pending.size > limit:
+            runs.append({})
+            size = 0
+        runs[-1][key] = move
+        size += move.pending.size
+    return runs

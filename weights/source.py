@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import errno
 import mmap
@@ -9,6 +10,7 @@ import os
 import stat
 import threading
 import zlib
+from collections.abc import Iterator
 from os import PathLike
 from pathlib import Path
 
@@ -48,7 +50,7 @@ class Source:
         """Bytes [start, start + count); refused when the file ends before."""
         if start < 0 or count < 0 or start + count > self.size:
             raise self.error(f"is truncated: bytes {start} to {start + count} of {self.size} are needed; download it again")
-        with self._position:
+        with self._position, self._readable():
             self._file.seek(start)
             data = self._file.read(count)
         if len(data) < count:  # an interrupted call, or a file that shrank
@@ -108,12 +110,20 @@ class Source:
     def _fill(self, view: memoryview, start: int) -> None:
         done = 0
         while done < len(view):
-            with self._position:
+            with self._position, self._readable():
                 self._file.seek(start + done)
                 got = self._file.readinto(view[done:])
             if not got:
                 raise self.error(f"became shorter while it was being read ({start + done} of {self.size} bytes); download it again")
             done += got
+
+    @contextlib.contextmanager
+    def _readable(self) -> Iterator[None]:
+        """The system's errors while reading as ours, so that they are not taken for those of a file that is written meanwhile."""
+        try:
+            yield
+        except OSError as error:
+            raise self.error(f"cannot be read: {error.strerror}; check the disk") from None
 
     def _stat(self) -> os.stat_result:
         if "\0" in str(self.path):

@@ -17,10 +17,10 @@ from weights.folder_config import read_vae_config
 from weights.folder_files import STEMS, vae_alone_json
 from weights.folders import Folder
 from weights.layout import ALONE, Layout, Part
-from weights.moves import renamed
+from weights.moves import copied, renamed
 from weights.parts import vae_layout
 from weights.plan import plan
-from weights.routes import Route
+from weights.routes import KEPT, LEFTOVERS, Route
 
 
 def is_vae(file: Weights) -> bool:
@@ -37,14 +37,18 @@ def vae_to_folder(file: Weights, config: ModelConfig | str | None, dtype: torch.
     target = Layout((Part("", "", names.in_diffusers_vae(family.vae)),), ())
     text = json.dumps(vae_alone_json(family.vae, family.size), indent=2) + "\n"
     made = _renamed(file, family.vae, source, target, dtype)
-    return Route({f"{STEMS['vae']}.safetensors": made.files[""]}, made.dropped, {"config.json": text})
+    left = {key: copied(file, key, done=KEPT) for key in made.dropped}
+    return Route({f"{STEMS['vae']}.safetensors": made.files[""], **({LEFTOVERS: left} if left else {})}, {}, {"config.json": text})
 
 
 def vae_to_file(folder: Folder, dtype: torch.dtype | None) -> Route:
-    """The original names, bare as VAEs are published alone."""
+    """The original names, bare as VAEs are published alone, with what the folder keeps of the file put back."""
     config = read_vae_config(component(folder.path, "", "AutoencoderKL"), VAEConfig())
     source = Layout((Part("", "", names.in_diffusers_vae(config)),), ALONE)
-    return _renamed(folder, config, source, Layout((Part("", ""),), ()), dtype)
+    made = _renamed(folder, config, source, Layout((Part("", ""),), ()), dtype)
+    back = {key: copied(folder, key, done=f"put back from {LEFTOVERS}") for key in made.dropped if key.startswith(f"{LEFTOVERS}/")}
+    moves = {**made.files[""], **{key.partition("/")[2]: move for key, move in back.items()}}
+    return Route({"": moves}, {key: why for key, why in made.dropped.items() if key not in back})
 
 
 def _renamed(file: Weights | Folder, config: VAEConfig, source: Layout, target: Layout, dtype: torch.dtype | None) -> Route:

@@ -21,14 +21,13 @@ from ldm.errors import ArgumentError, OutputError
 from weights.allowed import STORAGES
 from weights.files import DTYPES, Weights
 from weights.folders import Folder
-from weights.output import replacing, write_all
+from weights.output import replacing, require_space, write_all
 from weights.places import Shape
 from weights.torchfiles import contiguous
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 TORCH_FILES = (".ckpt", ".pt", ".pth", ".bin")  # what ends so is written as torch.save does; everything else as .safetensors
 ALIGNMENT = 64  # bytes, of the numbers in a torch file: what torch itself keeps, so that they can be mapped
-
 
 
 @dataclass(frozen=True)
@@ -56,10 +55,10 @@ class Pending:
     @property
     def size(self) -> int:
         """In bytes."""
-        numel = self.dtype.itemsize
+        size = self.dtype.itemsize
         for n in self.shape:
-            numel *= n
-        return numel
+            size *= n
+        return size
 
 
 def guarded(files: Iterable[Weights | Folder], on_write: OnWrite | None) -> OnWrite:
@@ -97,6 +96,9 @@ def write(
     path = Path(path)
     if not all(type(word) is str for pair in metadata.items() for word in pair):
         raise ArgumentError("metadata must be text: names and values", key="metadata")
+    unwritable = next((word for word in (*tensors, *metadata, *metadata.values()) if not word.isprintable() and _is_broken(word)), None)
+    if unwritable is not None:
+        raise OutputError(f"{unwritable[:60]} has half a character in its name, which no file can hold; drop it", path=path, key=unwritable)
     total, done = sum(entry.size for entry in tensors.values()), 0
 
     def report(name: str, tensor: Tensor) -> None:
@@ -105,13 +107,21 @@ def write(
         if on_write is not None:
             on_write(Written(name, tensor, done, total))
 
-    put = _torch if path.suffix in TORCH_FILES else _safetensors
+    put = _torch if path.suffix.lower() in TORCH_FILES else _safetensors
     with replacing(path, overwrite) as descriptor:
+        require_space(path, total)
         put(tensors, path, metadata, descriptor, report)
     return path
 
 
+def _is_broken(word: str) -> bool:
+    """Has it half of a surrogate pair in it, which UTF-8 cannot say?"""
+    return any("\ud800" <= letter <= "\udfff" for letter in word)
+
+
 def _safetensors(tensors: Mapping[str, Pending], path: Path, metadata: Mapping[str, str], descriptor: int, report: _Report) -> None:
+    if "__metadata__" in tensors:
+        raise OutputError("has a tensor named __metadata__, which a .safetensors cannot hold; write a .ckpt", path=path, key="__metadata__")
     header: dict[str, object] = {"__metadata__": dict(metadata)}
     position = 0
     order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))  # widest first: all aligned
@@ -133,8 +143,10 @@ def _made(entry: Pending, path: Path, name: str) -> Tensor:
     if tuple(tensor.shape) != entry.shape:
         raise AssertionError(f"{name} was announced as {entry.shape} and is {tuple(tensor.shape)}")
     made = tensor.to(device="cpu", dtype=entry.dtype).contiguous()
-    if made.dtype == torch.float16 != tensor.dtype and not made.isinf().equal(tensor.cpu().isinf()):
-        raise OutputError(f"{name} has numbers too large for float16; write float32 or bfloat16", path=path, key=name)
+    may_overflow = (made.dtype != tensor.dtype and torch.float16 == made.dtype) or tensor.dtype == torch.float64 != made.dtype
+    if may_overflow and not made.isinf().equal(tensor.cpu().isinf()):
+        what = str(made.dtype).removeprefix("torch.")
+        raise OutputError(f"{name} has numbers too large for {what}; write {'float32 or bfloat16' if what == 'float16' else 'float64'}", path=path, key=name)
     return made
 
 
@@ -180,10 +192,9 @@ def _torch(tensors: Mapping[str, Pending], path: Path, metadata: Mapping[str, st
     runs = {name: _Run(str(i), entry) for i, (name, entry) in enumerate(tensors.items())}
     odd = next((name for name, entry in tensors.items() if entry.dtype not in _STORAGE_TYPES), None)
     if odd:
-        raise OutputError(f"{odd} has {tensors[odd].dtype} numbers, which torch files do not hold; write a .safetensors", path=path, key=odd)
-    clash = next((name for name in metadata if name in ("state_dict", "module", "model")), None)
-    if clash:
-        raise ArgumentError(f"metadata: {clash} is where a torch file keeps its tensors; leave it out", key="metadata")
+        raise OutputError(f"{odd} has {tensors[odd].dtype} numbers, which this version does not write into torch files; write a .safetensors", path=path, key=odd)
+    if "state_dict" in metadata:
+        raise ArgumentError("metadata: state_dict is where a torch file keeps its tensors; leave it out", key="metadata")
     text = io.BytesIO()
     _Pickler(text, protocol=2).dump({**metadata, "state_dict": OrderedDict((name, _Stored(run)) for name, run in runs.items())})
     with os.fdopen(os.dup(descriptor), "wb") as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:

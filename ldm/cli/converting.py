@@ -58,7 +58,7 @@ def convert(args: argparse.Namespace, readers: Readers) -> None:
 
 def _size(text: str) -> int:
     """2GB -> 2000000000."""
-    match = re.fullmatch(r"(\d{1,6}(?:\.\d{1,6})?) ?([KMG]i?B)?", text, re.IGNORECASE)
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,6})?) ?([KMG]i?B)?", text, re.IGNORECASE)
     if not match:
         raise argparse.ArgumentTypeError(f"{text[:40]!r} is no size; write 2GB or 500MB, for example")
     return round(float(match[1]) * _UNITS[(match[2] or "").upper()])
