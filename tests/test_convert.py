@@ -555,6 +555,7 @@ def test_progress_is_of_the_whole(sd1: Path, tmp_path: Path) -> None:
 
 WRONG: dict[str, tuple[str, dict, type[LdmError], str]] = {
     "misspelt ending": ("b.safetensor", {}, ArgumentError, r"ends in \.safetensor \(meant \.safetensors\?\)"),
+    "another format": ("b.gguf", {}, ArgumentError, r"\.gguf files are not written"),
     "shards of a file": ("b.safetensors", {"shard_size": 2**30}, ArgumentError, "a single file has no shards"),
     "tiny shards": ("b", {"shard_size": 10}, ArgumentError, "shard_size: 10 bytes; give at least"),
     "unknown part": ("b", {"only": "clip"}, ArgumentError, "only: 'clip' is unknown; there are unet, vae, text"),

@@ -22,7 +22,7 @@ from tests import families
 from tests.checkpoints import POSITION_IDS, TINY, checkpoint, meaning, save_safetensors, save_stream, save_zip, tiny
 from tests.diffusers_folders import STATISTIC, components, single, write_folder
 from tests.seeded import weight
-from weights import load, merge, open_file, original_state
+from weights import convert, load, merge, open_file, original_state
 from weights.merge_blocks import block_of, unet_blocks, weights_of
 from weights.metadata import to_json
 
@@ -549,3 +549,14 @@ def test_the_command_names_its_options_in_errors(models, ldm, tmp_path: Path) ->
     assert code == 2
     assert err[0].endswith("--partial keeps A's")
     assert ldm(f"{line} --partial")[0] == 0
+
+
+def test_models_of_the_same_networks_go_together_whatever_they_are_called(tmp_path):
+    """A folder does not keep the name that a file of its own sizes gives itself."""
+    source = save_safetensors(checkpoint(), tmp_path / "source.safetensors")
+    paths = [convert(source, tmp_path / f"{name}.safetensors", config=replace(TINY, name=name)).path for name in ("mine", "sd1")]
+    merge(*paths, tmp_path / "out.safetensors", alpha=0.5)
+    odd = replace(TINY, name="odd", text=(replace(TINY.text[0], heads=2),))
+    other = convert(source, tmp_path / "odd.safetensors", config=odd).path
+    with pytest.raises(FileError, match="merge models of one family"):
+        merge(paths[0], other, tmp_path / "no.safetensors")

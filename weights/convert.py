@@ -45,6 +45,7 @@ from weights.vae_alone import is_vae, vae_to_file, vae_to_folder
 from weights.write import TORCH_FILES, OnWrite, Written, guarded, write
 
 FILES = (".safetensors", *TORCH_FILES)  # what a target that is one file ends in; all others are folders
+FOREIGN = (".gguf", ".onnx", ".h5", ".hdf5", ".npz", ".npy", ".pkl", ".pb", ".msgpack", ".zip", ".tar", ".json", ".txt")  # whoever writes these does not mean a folder
 MIN_SHARD = 2**20  # bytes
 LICENCE, SOURCE, SOURCE_HASH, WHICH = "modelspec.license", "ldm.source", "ldm.source_sha256", "ldm.weights"  # metadata that a conversion writes
 _STALE = re.compile(r"format|modelspec\.hash_sha256|sshs_\w+|ldm\.(?!weights$)\w+")  # metadata that speak of other bytes than the target's
@@ -115,9 +116,11 @@ def _require_target(
 ) -> bool:  # fmt: skip
     """Check what can be checked without the source; is the target a single file?"""
     to_file = dst.suffix.lower() in FILES and not dst.is_dir()
+    if dst.suffix.lower() in FOREIGN and not dst.is_dir():
+        raise ArgumentError(f"dst: {dst.suffix} files are not written; a file ends in {', '.join(FILES)}, a folder in none of them", key="dst")
     near = difflib.get_close_matches(dst.suffix, FILES, n=1, cutoff=0.7) if dst.suffix and not to_file and not dst.is_dir() else []
     if near:
-        raise ArgumentError(f"the target ends in {dst.suffix[:20]} (meant {near[0]}?); a file ends in {', '.join(FILES)}, a folder in none of them", key="dst")
+        raise ArgumentError(f"dst: it ends in {dst.suffix[:20]} (meant {near[0]}?); a file ends in {', '.join(FILES)}, a folder in none of them", key="dst")
     if dtype is not None:
         require_dtype(dtype)
     require_prediction(prediction)

@@ -61,7 +61,7 @@ def agreeing(sides: Sequence[Side], method: str) -> bool:
     kinds = [{"sd2-v": "sd2-base"}.get(side.config.name, side.config.name) for side in sides]
     inpaints = method == "add-difference" and kinds[0] in BASES and kinds[1:] == [BASES[kinds[0]]] * len(others)
     for side, kind in zip(others, kinds[1:], strict=True):
-        if kind != kinds[0] and not inpaints:
+        if kind != kinds[0] and not inpaints and _networks(side) != _networks(a):
             what, other = TITLES.get(kind, kind), TITLES.get(kinds[0], kinds[0])
             raise side.file.error(f"{side.letter} is {what} and A ({a.file.path.name[-40:]}) is {other}; merge models of one family")
         if side.config.prediction != a.config.prediction:
@@ -69,6 +69,11 @@ def agreeing(sides: Sequence[Side], method: str) -> bool:
         if _zero_snr(side) != _zero_snr(a) or side.config.schedule != a.config.schedule:
             raise side.file.error(f"{side.letter} was trained with another noise schedule than A; merge models with the same one")
     return inpaints
+
+
+def _networks(side: Side) -> tuple[object, ...]:
+    """What a model is made of, whatever it is called: a folder does not keep the name that a file of its own sizes gives itself."""
+    return side.config.unet, side.config.vae, side.config.text, side.config.vision, side.config.depth
 
 
 def _zero_snr(side: Side) -> bool:

@@ -321,7 +321,7 @@ def _besides(facts: Facts, side: int) -> str:
     known = sum(bool(entry.reason) and entry.component != "ema" for entry in entries)
     unknown = sum(not entry.reason and not is_network(entry.component) and entry.component != "ema" for entry in entries)
     words = [f"{count} tensors of the {title(component)}" for component, count in networks.items()]
-    words += [f"the moving average ({ema} tensors)"] * bool(ema) + [f"{known} leftovers"] * bool(known) + [f"{unknown} unknown tensors"] * bool(unknown)
+    words += [f"the moving average ({ema} tensors)"] * bool(ema) + [_counted(known, "leftover")] * bool(known) + [_counted(unknown, "unknown tensor")] * bool(unknown)
     return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
@@ -362,3 +362,7 @@ def _relaid(facts: Facts) -> bool:
 def _all_same(facts: Facts, component: str) -> bool:
     there = facts.inside(component)
     return bool(there) and all(one.near.within for one in there)
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"
