@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import sys
+import threading
 import time
 
 import pytest
@@ -12,7 +14,7 @@ import torch
 from ldm.errors import FileError
 from tests.checkpoints import safetensors_of, save_safetensors, save_zip
 from tests.corpus_files import ENTRY, SOUND, stream_of
-from weights import open_file
+from weights import open_file, source
 from weights.source import is_remote
 
 
@@ -116,3 +118,58 @@ def test_reading_converts(tmp_path):
         assert file.read("w", dtype=torch.float16).equal(value.half())
         assert file.read("w").equal(value)
         assert file.read("w", device="meta").device.type == "meta"
+
+
+# --- reading ahead --------------------------------------------------------------------------------------------------
+
+
+def test_a_file_that_is_not_cached_is_asked_for_window_by_window(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(source, "WINDOW", 100)
+    monkeypatch.setattr(source, "_is_cached", lambda descriptor, size: False)
+    monkeypatch.setattr(source.os, "posix_fadvise", lambda descriptor, start, size, advice: asked.append((start, size)), raising=False)
+    path = save_safetensors({"w": torch.randn(10)}, tmp_path / "x.safetensors")
+    before = set(os.listdir("/proc/self/fd")) if sys.platform == "linux" else set()
+    with open_file(path) as file, file.read_ahead() as wait:
+        wait()
+        for thread in threading.enumerate():
+            if thread is not threading.current_thread() and thread.daemon:
+                thread.join(5)
+    assert asked == [(start, 100) for start in range(0, path.stat().st_size, 100)]
+    assert not before or set(os.listdir("/proc/self/fd")) <= before | {str(max(map(int, before)) + 1)}
+
+
+@pytest.mark.skipif(not hasattr(os, "RWF_NOWAIT"), reason="the system does not tell what it has cached")
+def test_a_file_that_is_cached_is_not_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(source.os, "posix_fadvise", lambda *_: pytest.fail("asked for what is there"))
+    path = save_safetensors({"w": torch.randn(10)}, tmp_path / "x.safetensors")
+    path.read_bytes()
+    with open_file(path) as file, file.read_ahead():
+        pass
+
+
+def test_checksums_are_checked_ahead_and_a_wrong_one_is_named(tmp_path):
+    path = save_zip({f"w{i}": torch.full((100,), float(i)) for i in range(20)}, tmp_path / "x.ckpt")
+    with open_file(path) as file, file.read_ahead() as wait:
+        wait()
+        assert all(spec.record.verified for spec in file.specs.values())
+    data = path.read_bytes()
+    at = data.index(torch.full((100,), 7.0).numpy().tobytes())
+    path.write_bytes(data[:at] + b"\1" + data[at + 1 :])
+    with open_file(path) as file, file.read_ahead() as wait, pytest.raises(FileError, match="the checksum of w7 is wrong"):
+        wait()
+
+
+def test_a_disk_that_cannot_be_read_is_the_file_s_fault(tmp_path, monkeypatch):
+    path = save_safetensors({"w": torch.randn(10)}, tmp_path / "x.safetensors")
+
+    class Broken:
+        def __getattr__(self, name):
+            raise OSError(errno.EIO, "Input/output error")
+
+    with open_file(path) as file:
+        real, file.source._file = file.source._file, Broken()
+        for read in (lambda: file.source.read(0, 8), lambda: file.source.copied(0, 8)):
+            with pytest.raises(FileError, match="cannot be read: Input/output error; check the disk"):
+                read()
+        file.source._file = real
