@@ -16,6 +16,7 @@ import zipfile
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -317,7 +318,12 @@ def _narrow_unet(key: str, shape: tuple[int, ...], unit: int) -> tuple[int, ...]
 
 
 def narrowed(name: str) -> dict[str, Tensor]:
-    """Seeded tensors with the names, kinds and dtypes of a published file, as narrow as `tiny`."""
+    """Seeded tensors with the names, kinds and dtypes of a published file, as narrow as `tiny`. A dictionary of the caller's, of tensors that are shared."""
+    return dict(_narrowed(name))
+
+
+@lru_cache(maxsize=8)  # the tests of one family follow each other
+def _narrowed(name: str) -> dict[str, Tensor]:
     unit = UNIT.get(FILES[name] or "", 10)
     return seeded({key: (narrow(key, shape, unit), dtype) for key, (shape, dtype) in manifest(name).items()})
 
