@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 
 from ldm.config import DepthConfig, UNetConfig, VAEConfig
 from ldm.unet import UNet
@@ -102,16 +102,16 @@ _OLD_ATTENTION = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "
 
 def in_diffusers_unet(config: UNetConfig) -> Places:
     """Where diffusers puts the UNet's parameters."""
-    table = diffusers_unet(config)
-    return lambda name: (Place(table[name]),)
+    modules = _unet_modules(config)
+    return lambda name: (Place(_renamed(name, modules)),)
 
 
 def in_diffusers_vae(config: VAEConfig) -> Places:
     """Where diffusers puts the VAE's parameters, under the names of the day and under its first ones."""
-    table = diffusers_vae(config)
+    modules = _vae_modules(config)
 
     def places(name: str) -> tuple[Place, ...]:
-        theirs = table[name]
+        theirs = _renamed(name, modules)
         match = re.fullmatch(r"(.+\.attentions\.0\.)(to_[qkv]|to_out\.0)(\.weight|\.bias)", theirs)
         if match is None:
             return (Place(theirs),)
@@ -129,6 +129,12 @@ def in_transformers_dpt(config: DepthConfig) -> Places:
 
 def diffusers_unet(config: UNetConfig) -> dict[str, str]:
     """{our parameter name: diffusers'} for every parameter of the UNet; shapes are the same."""
+    modules = _unet_modules(config)
+    return {key: _renamed(key, modules) for key in shapes(UNet, config)}
+
+
+def _unet_modules(config: UNetConfig) -> dict[str, str]:
+    """{our module: diffusers'} of every module of the UNet that has another name there."""
     names = {"time_embed.0": "time_embedding.linear_1", "time_embed.2": "time_embedding.linear_2", "out.0": "conv_norm_out", "out.2": "conv_out",
              "input_blocks.0.0": "conv_in", "label_emb.0.0": "add_embedding.linear_1", "label_emb.0.2": "add_embedding.linear_2",
              "label_emb": "class_embedding"}  # fmt: skip
@@ -152,11 +158,16 @@ def diffusers_unet(config: UNetConfig) -> dict[str, str]:
             block(f"output_blocks.{n}", f"up_blocks.{up}", i)
             names[f"output_blocks.{n}.{2 if depth else 1}.conv"] = f"up_blocks.{up}.upsamplers.0.conv"
             n += 1
-    return _renamed(shapes(UNet, config), names)
+    return names
 
 
 def diffusers_vae(config: VAEConfig) -> dict[str, str]:
     """{our parameter name: diffusers'} for every parameter of the VAE. Its attention's 1x1 convolutions are matrices there."""
+    modules = _vae_modules(config)
+    return {key: _renamed(key, modules) for key in shapes(VAE, config)}
+
+
+def _vae_modules(config: VAEConfig) -> dict[str, str]:
     names = {}
     for part, levels in (("encoder", "down"), ("decoder", "up")):
         names |= {f"{part}.norm_out": f"{part}.conv_norm_out", f"{part}.mid.block_1": f"{part}.mid_block.resnets.0",
@@ -168,17 +179,13 @@ def diffusers_vae(config: VAEConfig) -> dict[str, str]:
             names[f"{part}.{levels}.{i}.{levels}sample"] = f"{theirs}.{levels}samplers.0"
             for j in range(config.num_res_blocks + (part == "decoder")):
                 names |= {f"{part}.{levels}.{i}.block.{j}": f"{theirs}.resnets.{j}", f"{part}.{levels}.{i}.block.{j}.nin_shortcut": f"{theirs}.resnets.{j}.conv_shortcut"}
-    return _renamed(shapes(VAE, config), names)
+    return names
 
 
-def _renamed(keys: Iterable[str], names: Mapping[str, str]) -> dict[str, str]:
-    """Every key with its longest prefix that is in `names` replaced; a key with none keeps its name."""
-
-    def rename(key: str) -> str:
-        parts = key.split(".")
-        for n in range(len(parts), 0, -1):
-            if (prefix := ".".join(parts[:n])) in names:
-                return ".".join([names[prefix], *parts[n:]])
-        return key
-
-    return {key: rename(key) for key in keys}
+def _renamed(key: str, modules: Mapping[str, str]) -> str:
+    """A key with its longest prefix that is in `modules` replaced; with none it keeps its name."""
+    parts = key.split(".")
+    for n in range(len(parts), 0, -1):
+        if (prefix := ".".join(parts[:n])) in modules:
+            return ".".join([modules[prefix], *parts[n:]])
+    return key

@@ -23,6 +23,7 @@ from ldm.errors import LIMIT, FileError, printable
 REMOTE = frozenset(("nfs", "nfs4", "cifs", "smb3", "smbfs", "afs", "coda", "ceph", "glusterfs", "lustre", "gpfs", "beegfs", "9p", "virtiofs", "vboxsf", "fuse"))
 WINDOW = 8 * 2**20  # bytes that the system is asked for at once: as many as it takes at once
 CHUNK = 2**22  # bytes read at once while checking
+_in_turn = threading.Lock()  # files of one folder are fetched one after the other: a disk is slower in two places at once
 
 
 class Source:
@@ -175,8 +176,9 @@ def _is_cached(descriptor: int, size: int) -> bool:
 def _prefetch(descriptor: int, size: int) -> None:
     """The system takes a few MB at a time, and makes us wait while the disk is busy: this is for a thread of its own."""
     try:
-        for start in range(0, size, WINDOW):
-            os.posix_fadvise(descriptor, start, WINDOW, os.POSIX_FADV_WILLNEED)
+        with _in_turn:
+            for start in range(0, size, WINDOW):
+                os.posix_fadvise(descriptor, start, WINDOW, os.POSIX_FADV_WILLNEED)
     finally:
         os.close(descriptor)
 
