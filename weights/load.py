@@ -72,7 +72,8 @@ def recognise(
 ) -> tuple[Finding, Layout]:
     """Which model an open file or folder holds, and where its tensors lie in it. `config` and `prediction` overrule the file as in `load`.
 
-    `zero_snr`: also one that was trained with zero terminal SNR, by who will not sample with it. Reads headers and, of SD 2's text models, one small tensor. Raises FileError for what is no model of a family that this version knows.
+    `zero_snr`: also one that was trained with zero terminal SNR, for who will not sample with it. Reads headers and, of SD 2's text models,
+    one small tensor. Raises FileError for what is no model of a family that this version knows.
     """
     found, layout = described(file, config)
     explicit = config is not None or CONFIG_KEY in file.metadata

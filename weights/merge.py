@@ -20,6 +20,7 @@ from ldm.config import ModelConfig
 from ldm.errors import ArgumentError, FileError
 from weights.blend import METHODS, Method, added, slerp, weighted
 from weights.folders import is_folder
+from weights.layout import reason
 from weights.load import open_any, require_dtype
 from weights.merge_blocks import Blocks, block_of, weights_of
 from weights.merge_sides import Side, agreeing, averages, side_of
@@ -233,7 +234,7 @@ def _pending(
             tensors[key] = Pending(cast(spec.dtype, dtype), spec.shape, lambda key=key, shape=spec.shape: _stored(parts[key], shape, merged))
             continue
         if key not in parameters:
-            kept[key] = next((why for pattern, why in a.layout.ignored if re.fullmatch(pattern, key)), FOREIGN)
+            kept[key] = reason(a.layout.ignored, key) or FOREIGN
         wanted = dtype if key in parameters else None
         tensors[key] = Pending(cast(spec.dtype, wanted), spec.shape, lambda key=key: a.file.read(key, mapped=False))
     return tensors, [key for key in a.file if key in dropped]
@@ -250,7 +251,7 @@ def _stored(parts: Mapping[str, str], shape: Shape, merged: Callable[[str], Tens
 def _unused(side: Side, a: Side) -> tuple[str, ...]:
     """The keys of B or C that are parameters of theirs and not of A's, or nobody's."""
     used = {key for name, place in side.places.items() if name in a.places for key in place.keys} | averages(side)
-    return tuple(key for key in side.file if key not in used and not any(re.fullmatch(pattern, key) for pattern, _ in side.layout.ignored))
+    return tuple(key for key in side.file if key not in used and reason(side.layout.ignored, key) is None)
 
 
 # --- what is said about it ------------------------------------------------------------------------------------------

@@ -81,6 +81,7 @@ def sha256(source: Source, on_hash: Callable[[Hashed], None] | None = None) -> s
     source.require_unchanged()
     return digest.hexdigest()
 
+
 def sha256_of(file: Weights | Folder | Path) -> str:
     """Of a file, open or not; of a folder that of the digits of its files of weights, in the order of their paths."""
     if isinstance(file, Path):
