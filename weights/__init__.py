@@ -5,6 +5,7 @@ from weights.convert import convert
 from weights.diff import Difference, diff
 from weights.embeddings import load_embedding
 from weights.files import Weights, open_file
+from weights.layout import LEFTOVERS
 from weights.load import load
 from weights.lora import load_lora
 from weights.lora_extract import extract_lora
@@ -15,7 +16,6 @@ from weights.merge import Merged, merge
 from weights.parts import load_safety, load_vae
 from weights.repair import Repaired, repair
 from weights.report import Report, inspect
-from weights.routes import LEFTOVERS
 from weights.save import original_state, save
 
 __all__ = ["LEFTOVERS", "Conversion", "Difference", "Merged", "Repaired", "Report", "Weights", "config_of", "convert", "convert_lora", "diff", "extract_lora", "inspect", "load", "load_embedding", "load_lora", "load_safety", "load_vae", "merge", "merge_lora", "open_file", "original_state", "repair", "resize_lora", "save"]  # fmt: skip

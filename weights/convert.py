@@ -19,7 +19,7 @@ from weights.detect import lookup, require_family
 from weights.fields import component
 from weights.files import Weights, open_file
 from weights.folders import COMPONENTS, MAX_JSON, Folder, add_component, is_folder, read_json
-from weights.layout import original
+from weights.layout import LEFTOVERS, original
 from weights.load import open_any, require_dtype
 from weights.metadata import CONFIG_KEY, to_json
 from weights.moves import Move

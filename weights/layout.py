@@ -11,6 +11,7 @@ from weights import names
 from weights.names import Places
 from weights.places import Place
 
+LEFTOVERS = "original_only.safetensors"  # in a folder that was converted: what the original file has and no network of the folder has a place for
 WHAT = {"unet.": "UNet", "vae.": "VAE", "text.": "text tower", "vision.": "image encoder", "depth.": "depth network"}  # by prefix in `LatentDiffusion`
 
 
@@ -77,14 +78,14 @@ FOLDER = (
     (r"text_encoder/text_projection\.weight", "projection of the pooled text, which no family reads of its first tower"),
     (r"vae/(loss|model_ema)\..+", "leftover of the VAE's training"),
     (r"safety_checker/.+", "safety checker, which is no part of the model"),
-    (r"original_only\.safetensors/.+", "of the original file, and no picture is computed from it"),
+    (rf"{re.escape(LEFTOVERS)}/.+", "of the original file, and no picture is computed from it"),
 )  # fmt: skip
 
 ALONE = (  # of networks that come alone
     _POSITION_IDS,
     (r"(first_stage_model\.)?loss\..+", "discriminator and perceptual loss of the VAE's training"),
     (r"(first_stage_model\.)?model_ema\..+", "moving average of the VAE's training, which its weights already are, or its bookkeeping"),
-    (r"original_only\.safetensors/.+", "of the original file, and no picture is computed from it"),
+    (rf"{re.escape(LEFTOVERS)}/.+", "of the original file, and no picture is computed from it"),
 )  # fmt: skip
 
 

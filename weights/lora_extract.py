@@ -89,7 +89,7 @@ def extract_lora(
     full_rest    keep what low rank cannot carry (norms, biases, embeddings, other layers) as full differences, which LyCORIS reads
     dtype        of the factors
     Where the two store a parameter in different types, what is equal in the coarser one is no difference. One module is in memory at a time;
-    the decompositions are exact (see `factored`): about 15 minutes for SDXL on one core. The VAE is compared, and never kept.
+    the decompositions are exact (see `factored`), and take nearly all of the time. The VAE is compared, and never kept.
     Raises FileError for two families or predictions and for equal checkpoints; ArgumentError, OutputError.
     """
     how = rule(rank, variance, max_rank)

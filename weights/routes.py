@@ -18,7 +18,7 @@ from weights.blank import shapes
 from weights.files import Weights
 from weights.folder_files import STEMS, as_in_folders, folder_files, towers
 from weights.folders import Folder
-from weights.layout import Layout
+from weights.layout import LEFTOVERS, Layout
 from weights.load import recognise
 from weights.moves import Move, copied, renamed, synthesised
 from weights.places import Place, Shape
@@ -26,7 +26,6 @@ from weights.plan import AVERAGED, RAW, plan
 from weights.prediction import ZERO_SNR, ZERO_SNR_MARKS, Prediction
 
 KEPT = "kept beside the networks, in which it has no place"
-LEFTOVERS = "original_only.safetensors"  # in a folder: what the original file has and no part of the folder has a place for
 ONLY = {"unet": "unet.", "vae": "vae.", "text": "text."}  # the parts that may be converted alone, and their prefix in `LatentDiffusion`
 Only = Literal["unet", "vae", "text"]
 

@@ -16,11 +16,11 @@ from weights.files import Weights
 from weights.folder_config import read_vae_config
 from weights.folder_files import STEMS, vae_alone_json
 from weights.folders import Folder
-from weights.layout import ALONE, Layout, Part
+from weights.layout import ALONE, LEFTOVERS, Layout, Part
 from weights.moves import copied, renamed
 from weights.parts import vae_layout
 from weights.plan import plan
-from weights.routes import KEPT, LEFTOVERS, Route
+from weights.routes import KEPT, Route
 
 
 def is_vae(file: Weights) -> bool:
