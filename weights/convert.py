@@ -27,7 +27,6 @@ from weights.output import replacing, replacing_directory, require_space, requir
 from weights.prediction import METADATA, Prediction, require_prediction
 from weights.published import sha256_of
 from weights.routes import (
-    LEFTOVERS,
     ONLY,
     Known,
     Only,
