@@ -30,14 +30,14 @@ def test_extract_writes_a_lora_and_says_what_it_left_out(tmp_path: Path, capsys:
     assert out[0].split() == ["3", "100.000", "%", Q.removesuffix(".weight")]
     assert out[1].split()[0] == "3"
     assert out[2].startswith("2 modules of sd1, rank 3, ")
-    assert out[3] == f"2 parameters ({(9216 + 32) * 4 / 1e6:.1f} MB) not in the LoRA, which cannot carry them: {CONV}, {N}"
+    assert out[3] == f"2 parameters (36.99 kB) not in the LoRA, which cannot carry them: {CONV}, {N}"
     assert out[4] == str(tmp_path / "c.safetensors")
     assert set(load_lora(tmp_path / "c.safetensors", TINY)) == {Q, FC}
 
     assert main([*command, "--out", str(tmp_path / "d.safetensors"), "--variance", "0.999", "--max-rank", "40", "--conv-rank", "5", "--full-rest", "--no-text"]) == 0
     out = capsys.readouterr().out
     assert "2 modules of sd1, rank 3 to 5, " in out
-    assert "1 parameters (0.0 MB) kept as full differences: " + N in out
+    assert "1 parameters (128 bytes) kept as full differences: " + N in out
     assert set(load_lora(tmp_path / "d.safetensors", TINY)) == {Q, CONV, N}
 
 

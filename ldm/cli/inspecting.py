@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from ldm.cli import terminal
+from ldm.cli import arguments, terminal
 from ldm.cli.files import Readers
 from ldm.errors import ArgumentError, LdmError, printable
 
@@ -130,7 +130,7 @@ def _labelled(label: str, lines: Any) -> Lines:
 def _file(report: Any) -> Iterator[str]:
     count = f" of {len(report.files)} files" if len(report.files) > 1 else ""
     notes = [note for note in ("sharded" if report.sharded else "", f"variant {report.variant}" if report.variant else "") if note]
-    yield ", ".join([f"{report.kind}{count}", _size(report.bytes), _number(len(report.tensors), "tensor"), *notes])
+    yield ", ".join([f"{report.kind}{count}", arguments.shown_bytes(report.bytes), _number(len(report.tensors), "tensor"), *notes])
     for file in report.files:
         where = f"{file.name}: " if len(report.files) > 1 else ""
         if file.published:
@@ -217,13 +217,6 @@ def _end(key: str, limit: int = 60) -> str:
 
 def _number(count: int, what: str) -> str:
     return f"{count} {what}{'' if count == 1 else 's'}"
-
-
-def _size(count: int) -> str:
-    for unit, name in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
-        if count >= unit:
-            return f"{count / unit:.2f} {name}"
-    return f"{count} bytes"
 
 
 def _count(count: int) -> str:

@@ -92,7 +92,7 @@ def _extract(args: argparse.Namespace, weights: Any) -> None:
     for kept, what in ((True, "kept as full differences"), (False, "not in the LoRA, which cannot carry them")):
         rest = [one for one in made.rest if one.kept == kept]
         if rest:
-            terminal.show(f"{len(rest)} parameters ({_megabytes(sum(one.size for one in rest))}) {what}: {_first([one.parameter for one in rest])}")
+            terminal.show(f"{len(rest)} parameters ({arguments.shown_bytes(sum(one.size for one in rest))}) {what}: {_first([one.parameter for one in rest])}")
     if made.unpaired:
         terminal.show(f"{len(made.unpaired)} parameters are in one of the two alone and were left out: {_first(made.unpaired)}")
     _done(made.path)
@@ -166,10 +166,6 @@ def _energy(whole: float, modules: Sequence[Any]) -> str:
 
 def _first(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-
-
-def _megabytes(size: int) -> str:
-    return f"{size / 1e6:.1f} MB"
 
 
 def _done(path: Path) -> None:
