@@ -101,8 +101,9 @@ def merge(
     require_writable(out, overwrite)
     if is_folder(a):
         raise FileError("is a diffusers folder; A must be a single file, whose layout the result has: convert it first (ldm convert)", path=a)
+    paths = {"A": a, "B": b} if c is None else {"A": a, "B": b, "C": c}
     with contextlib.ExitStack() as opened:
-        sides = [side_of(letter, opened.enter_context(open_any(path)), config, prediction) for letter, path in zip("ABC", (a, b, c), strict=False) if path is not None]
+        sides = [side_of(letter, opened.enter_context(open_any(path)), config, prediction) for letter, path in paths.items()]
         inpaints = agreeing(sides, method)
         weights = weights_of(blocks, sides[0].config)
         common, kept = _common(sides, inpaints, partial)
