@@ -6,6 +6,7 @@ import errno
 import os
 import threading
 import time
+import zlib
 
 import pytest
 import torch
@@ -158,6 +159,41 @@ def test_checksums_are_checked_ahead_and_a_wrong_one_is_named(tmp_path):
     path.write_bytes(data[:at] + b"\1" + data[at + 1 :])
     with open_file(path) as file, file.read_ahead() as wait, pytest.raises(FileError, match="the checksum of w7 is wrong"):
         wait()
+
+
+@pytest.mark.parametrize("cores", [1, 2, 16])
+def test_every_checksum_is_checked_once_on_any_number_of_cores(cores, tmp_path, monkeypatch):
+    checked, real = [], source.Source.crc32
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    monkeypatch.setattr(source.Source, "crc32", lambda self, start, *rest: checked.append(start) or real(self, start, *rest))
+    path = save_zip({f"w{i}": torch.full((100,), float(i)) for i in range(50)}, tmp_path / "x.ckpt")
+    with open_file(path) as file, file.read_ahead() as wait:
+        wait()
+        wait()
+    assert sorted(checked) == sorted(spec.record.start for spec in file.specs.values())
+
+
+def test_an_error_in_the_meantime_ends_the_checks(tmp_path, monkeypatch):
+    checked, real = [], source.Source.crc32
+    slow = lambda self, start, *rest: time.sleep(0.02) or checked.append(start) or real(self, start, *rest)  # noqa: E731
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(source.Source, "crc32", slow)
+    path = save_zip({f"w{i}": torch.full((100,), float(i)) for i in range(50)}, tmp_path / "x.ckpt")
+    with open_file(path) as file, pytest.raises(KeyboardInterrupt), file.read_ahead():
+        raise KeyboardInterrupt
+    assert len(checked) <= 2
+
+
+@pytest.mark.parametrize("vectors", [True, False], ids=["by place", "in turn"])
+def test_a_checksum_does_not_depend_on_the_pieces_it_is_read_in(vectors, tmp_path, monkeypatch):
+    if not vectors:
+        monkeypatch.delattr(os, "preadv", raising=False)
+    (tmp_path / "x").write_bytes(data := bytes(range(256)) * 40)
+    file = source.Source(tmp_path / "x")
+    for start, count in ((0, len(data)), (3, 5000), (9, 0)):
+        expected = zlib.crc32(data[start : start + count])
+        assert {file.crc32(start, count), *(file.crc32(start, count, bytearray(room)) for room in (1, 7, 4999, 99999))} == {expected}
+    file.close()
 
 
 def test_a_disk_that_cannot_be_read_is_the_file_s_fault(tmp_path, monkeypatch):

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ldm.errors import FileError
 from weights import torchfiles
-from weights.source import Source
+from weights.source import CHUNK, Source
 from weights.torchfiles import MAX_RANK, MAX_TENSORS, Contents, Record, Spec, contiguous
 
 MAX_HEADER = 100_000_000  # bytes of a safetensors header; the format's own limit
@@ -81,7 +81,8 @@ class Weights(Mapping[str, Tensor]):
         spec = self.specs[key]
         device, dtype = torch.device(device), dtype or spec.dtype
         as_stored = device.type == "cpu" and dtype == spec.dtype
-        return self._tensor(key, mapped=mapped and as_stored, rows=rows).to(device).to(dtype)
+        tensor = self._tensor(key, mapped=mapped and as_stored, rows=rows)
+        return tensor if as_stored else tensor.to(device).to(dtype)
 
     def shape(self, key: str) -> tuple[int, ...]:
         """The tensor's shape, without reading it."""
@@ -109,17 +110,26 @@ class Weights(Mapping[str, Tensor]):
         self.source.prefetch()
         records = {id(spec.record): (spec.record, key) for key, spec in self.specs.items() if spec.record.crc is not None and not spec.record.verified}
         in_order = sorted(records.values(), key=lambda found: found[0].start)
-        with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
-            checks = [pool.submit(self._verify, key, record, partial(self.source.crc32, record.start, record.size)) for record, key in in_order]
+        turns = iter(in_order)
+
+        def check() -> None:
+            room = bytearray(CHUNK)
+            for record, key in turns:  # each thread takes the next that none has taken
+                self._verify(key, record, partial(self.source.crc32, record.start, record.size, room))
+
+        helpers = min(4, os.cpu_count() or 1) - 1 if in_order else 0
+        with ThreadPoolExecutor(max(helpers, 1)) as pool:
+            checks = [pool.submit(check) for _ in range(helpers)]
 
             def wait() -> None:
-                for check in checks:
-                    check.result()
+                check()
+                for helped in checks:
+                    helped.result()
 
             try:
                 yield wait
             finally:
-                pool.shutdown(wait=True, cancel_futures=True)
+                in_order.clear()  # ends every turn
 
     def close(self) -> None:
         """Give the file back; tensors already read stay valid."""
@@ -137,15 +147,15 @@ class Weights(Mapping[str, Tensor]):
             return torch.empty(spec.shape, dtype=spec.dtype)[rows or ...]
         if rows is not None:
             return self._rows(key, spec, mapped, rows)
-        record = spec.record
-        if record.start % spec.dtype.itemsize == 0 and (mapped or not spec.whole):
+        record, whole = spec.record, spec.whole
+        if record.start % spec.dtype.itemsize == 0 and (mapped or not whole):
             flat = self.source.mapped(record.start, record.size, spec.dtype)
             self._verify(key, record, lambda: self.source.crc32(record.start, record.size))
         else:
             buffer = self.source.copied(record.start, record.size)
             self._verify(key, record, lambda: zlib.crc32(memoryview(buffer.numpy())))
             flat = buffer.view(spec.dtype)
-        if spec.whole:
+        if whole:
             return flat.view(spec.shape)
         return flat.as_strided(spec.shape, spec.stride, spec.offset).clone(memory_format=torch.contiguous_format)
 
