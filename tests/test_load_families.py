@@ -32,6 +32,15 @@ def assert_same(model: LatentDiffusion, meant: dict[str, Tensor], dtype: torch.d
     assert not [name for name, value in found.items() if not value.equal(meant[name].to(dtype))]
 
 
+@pytest.mark.parametrize("family", sorted(set(FILES.values()) - {None, ""}))
+def test_a_network_without_numbers_is_all_parameters_without_memory(family: str) -> None:
+    """A load fills the parameters: of what else a network keeps, nothing may be left on the meta device."""
+    model = built(lambda: LatentDiffusion(tiny(family)))
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+    assert not list(model.buffers())
+    assert model.state_dict().keys() == dict(model.named_parameters(remove_duplicate=False)).keys()
+
+
 def test_every_manifest_has_its_row():
     assert set(FILES) == {path.name.removesuffix(".json.gz") for path in MANIFESTS.glob("*.gz")}
 

@@ -110,15 +110,21 @@ def require_dtype(dtype: torch.dtype) -> None:
 
 def fill(network: nn.Module, file: Weights | Folder, layout: Layout, device: torch.device, dtype: torch.dtype, ema: bool = False) -> None:
     """Put a file's tensors in the place of all parameters of a network on the meta device, and make it ready for inference."""
-    wanted = {name: tuple(tensor.shape) for name, tensor in network.state_dict(keep_vars=True).items()}  # detaching them would take longer than all else
+    owners, wanted = {}, {}
+    for path, module in network.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            ours = f"{path}.{name}" if path else name
+            owners[ours], wanted[ours] = (module, name), tuple(parameter.shape)
     sources = plan(layout, wanted, {key: file.shape(key) for key in file}, file.error, ema=ema).sources
     integers = [key for place in sources.values() for key in place.keys if not file.specs[key].dtype.is_floating_point]
     if integers:
         raise file.error(f"{integers[0]} holds {file.specs[integers[0]].dtype} numbers, not floating-point ones: quantised weights are not read", integers[0])
-    state = {name: _read(file, place, wanted[name], device, dtype) for name, place in sources.items()}
-    network.load_state_dict(state, strict=True, assign=True)
+    for ours, (module, name) in owners.items():  # load_state_dict would account for every key again, which takes longer than to read them
+        tensor = _read(file, sources[ours], wanted[ours], device, dtype)
+        assert tensor.shape == wanted[ours], ours
+        module.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
     file.require_unchanged()
-    network.requires_grad_(False).eval()
+    network.eval()
 
 
 def _read(file: Weights | Folder, place: Place, ours: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import struct
 from collections.abc import Mapping
@@ -50,18 +51,12 @@ class Spec:
 
     @property
     def numel(self) -> int:
-        numel = 1
-        for n in self.shape:
-            numel *= n
-        return numel
+        return math.prod(self.shape)
 
     @property
     def is_possible(self) -> bool:
         """Does torch have strides for the shape? An empty tensor can be of a size and yet be none."""
-        bound = 1
-        for n in self.shape:
-            bound *= max(n, 1)
-        return bound * self.dtype.itemsize < 2**63
+        return math.prod(n or 1 for n in self.shape) * self.dtype.itemsize < 2**63
 
     @property
     def whole(self) -> bool:
