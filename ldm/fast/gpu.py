@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
@@ -125,10 +126,18 @@ def _backend(q: Tensor, k: Tensor, v: Tensor) -> SDPBackend:
 
 
 def _milliseconds(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> float:
-    """How long REPEATS calls take on the GPU, which is kept busy until all are queued: what launching costs is not its time."""
+    """How long REPEATS calls take on the GPU, which is kept busy until all are queued: what launching costs is not its time.
+
+    Infinitely long where the backend refuses after all: cuDNN finds no plan for some shapes.
+    """
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     with torch.cuda.device_of(q), sdpa_kernel(backend):
-        F.scaled_dot_product_attention(q, k, v)  # plans and compiles
+        try:
+            F.scaled_dot_product_attention(q, k, v)  # plans and compiles
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:
+            return math.inf
         busy = torch.zeros(2048, 2048, device=q.device)
         for _ in range(8):
             busy = busy @ busy

@@ -28,6 +28,7 @@ def group_norm(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float,
     a factor and a summand per channel; x times the one plus the other. How a picture is divided depends on its own size alone, so its result
     does not depend on the batch.
     """
+    assert x.is_contiguous()
     b, c = x.shape[0], x.shape[-1]
     n = x.numel() // (b * c)
     tiles, blocks = triton.cdiv(n, ROWS), triton.cdiv(c, COLS)
@@ -136,6 +137,7 @@ def _affine(x, factor, summand, y, n, c, unit, SILU: tl.constexpr, ROWS: tl.cons
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """F.layer_norm(x, [c], weight, bias, eps) of x [..., c], contiguous."""
+    assert x.is_contiguous()
     c = x.shape[-1]
     n = x.numel() // c
     y = torch.empty_like(x)
@@ -165,6 +167,7 @@ def _layer_norm(x, weight, bias, y, n, c, eps, ROWS: tl.constexpr, COLS: tl.cons
 
 def gated(x: Tensor) -> Tensor:
     """value * gelu(gate), the exact GELU, of value and gate side by side: [..., 2 h], contiguous -> [..., h]."""
+    assert x.is_contiguous()
     h = x.shape[-1] // 2
     n = x.numel() // (2 * h)
     y = x.new_empty(*x.shape[:-1], h)
@@ -188,6 +191,10 @@ def plus(x: Tensor, bias: Tensor, add: Tensor) -> Tensor:
     """x + bias + add, in the place of x: x [b, ..., c], bias [c], add [b, c] (for every position) or of x's shape; all contiguous."""
     b, c = x.shape[0], x.shape[-1]
     n = x.numel() // (b * c)
+    assert bias.shape == (c,)
+    assert add.shape in ((b, c), x.shape)
+    assert x.is_contiguous()
+    assert add.is_contiguous()
     with torch.cuda.device_of(x):
         _plus[triton.cdiv(n, ROWS), triton.cdiv(c, COLS), b](x, bias, add, n, c, add.ndim == 2, ROWS, COLS)
     return x
