@@ -1,10 +1,11 @@
-"""The networks of diffusers and transformers on the very tensors of ours: the other side of every comparison."""
+"""The same seeded weights on both sides of a comparison: a model of ours, its tensors in diffusers' networks, and a folder that both read."""
 
 from __future__ import annotations
 
 import importlib.util
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,8 +15,11 @@ from ldm.config import ModelConfig, TextConfig, UNetConfig, VAEConfig
 from ldm.model import LatentDiffusion
 from tests.checkpoints import original_name
 from tests.seeded import weight
-from weights.blank import _Uninitialised
+from weights.blank import built, shapes
+from weights.folder_files import STEMS, folder_files, towers
 from weights.names import diffusers_unet, diffusers_vae
+from weights.output import replacing_directory
+from weights.write import Pending, write
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -32,11 +36,32 @@ def require(extra: str, *modules: str) -> None:
 
 def seeded_model(config: ModelConfig, dtype: torch.dtype = torch.float32, device: str = "cpu") -> LatentDiffusion:
     """A model of the SD 1 layout with the seeded weight of every published key, as `tests.checkpoints` writes them to files. Never held twice."""
-    with torch.device("meta"), _Uninitialised():  # as `weights.load` does, for the same footprint
-        model = LatentDiffusion(config)
+    model = built(lambda: LatentDiffusion(config))
     state = {name: weight(original_name(name), p.shape).to(device, dtype) for name, p in model.state_dict().items()}
     model.load_state_dict(state, assign=True)
     return model.eval().requires_grad_(False)
+
+
+def write_folder(config: ModelConfig, path: Path, dtype: torch.dtype) -> None:
+    """A diffusers folder of seeded weights, which `weights.load` and diffusers' pipelines read: every value from our name of its parameter, one in memory at a time.
+
+    config  with its text towers as folders have them (`weights.folder_files.as_in_folders`)
+    """
+    texts = {f"text.{i}.": name for i, name in enumerate(towers(config))}
+    unet, vae = diffusers_unet(config.unet), diffusers_vae(config.vae)
+    parts: dict[str, dict[str, Pending]] = {}
+    for name, shape in shapes(LatentDiffusion, config).items():
+        part, rest = next((part, name.removeprefix(prefix)) for prefix, part in {"unet.": "unet", "vae.": "vae", **texts}.items() if name.startswith(prefix))
+        key = unet[rest] if part == "unet" else vae[rest] if part == "vae" else rest
+        stored = shape[:2] if part == "vae" and ".attentions." in key else shape  # 1x1 convolutions here, linear layers there
+        make = lambda name=name, shape=shape, stored=stored: weight(name, shape).view(stored)  # noqa: E731
+        parts.setdefault(part, {})[key] = Pending(dtype, stored, make)
+    with replacing_directory(path, overwrite=False) as folder:
+        for file, text in folder_files(config).items():
+            (folder / file).parent.mkdir(exist_ok=True)
+            (folder / file).write_text(text, encoding="utf-8")
+        for part, tensors in parts.items():
+            write(tensors, folder / part / f"{STEMS.get(part, 'model')}.safetensors", {"format": "pt"})
 
 
 @dataclass(frozen=True)
