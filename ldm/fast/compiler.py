@@ -1,0 +1,79 @@
+"""Compiles a C++ file of this folder for this very machine on first use, and keeps the result for the next."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fno-math-errno", "-fPIC", "-shared")
+COMPILERS = ("g++", "c++")  # the code is written in GNU's vector extensions
+
+
+class CannotCompile(RuntimeError):
+    """There is no compiler, or it failed. The message says which, in one line."""
+
+
+@functools.cache
+def compiled(name: str, *extra: str) -> ctypes.CDLL:
+    """The library of `ldm/fast/{name}`, compiled with the flags above and `extra`.
+
+    It is kept in $LDM_CACHE, or ldm/ under $XDG_CACHE_HOME or ~/.cache, under a name that depends on source, flags, compiler and processor.
+    The compiler is $CXX or the first of COMPILERS. Raises CannotCompile.
+    """
+    source = Path(__file__).with_name(name)
+    compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, COMPILERS)), None)
+    if compiler is None:
+        raise CannotCompile(f"no C++ compiler: {', '.join(COMPILERS)} not found, $CXX not set")
+    flags = [*FLAGS, *extra]
+    key = hashlib.sha256(repr((source.read_bytes(), flags, _first_line([compiler, "--version"]), _processor())).encode()).hexdigest()[:16]
+    kept = _cache() / f"{source.stem}-{key}.so"
+    if not kept.exists():
+        _compile([compiler, *flags, str(source)], kept)
+    try:
+        return ctypes.CDLL(str(kept))
+    except OSError as error:
+        raise CannotCompile(f"{kept.name} does not load: {error}") from None
+
+
+def _compile(command: list[str], kept: Path) -> None:
+    """Run the compiler and put what it made into its place in one step, so that processes that do this at once do not meet."""
+    try:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=kept.parent) as folder:
+            made = Path(folder) / kept.name
+            done = subprocess.run([*command, "-o", str(made)], capture_output=True, text=True, timeout=120, check=False)
+            if done.returncode:
+                lines = [line for line in done.stderr.splitlines() if "error" in line] or [f"exit status {done.returncode}"]
+                raise CannotCompile(f"{Path(command[0]).name} failed: {lines[0].strip()}")
+            made.replace(kept)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise CannotCompile(f"{Path(command[0]).name}: {error}") from None
+
+
+def _cache() -> Path:
+    if kept := os.environ.get("LDM_CACHE"):
+        return Path(kept)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ldm"
+
+
+def _first_line(command: list[str]) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=False).stdout.partition("\n")[0]
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise CannotCompile(f"{command[0]}: {error}") from None
+
+
+def _processor() -> str:
+    """What -march=native depends on: the processor's instructions, or its name where the system does not list them."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() + platform.machine()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.machine())
