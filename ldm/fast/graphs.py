@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ldm.fast import gpu
-from ldm.fast.networks import FastUNet, KeysValues, _runs
+from ldm.fast.networks import FastUNet, KeysValues, runs
 
 KEPT = 4  # graphs of one network; guided sampling with an interval uses two
 
@@ -33,7 +33,7 @@ class GraphedUNet(FastUNet):
         graph = None if torch.is_grad_enabled() or self._graphs is None else self._graphs.find(_key(x, t, context, y))
         if graph is not None:
             out = graph.replayed(x, t, y)
-            if _runs(self, x) and self._graphs.read(self.parameters()) and self.keys_values(context) is graph.told:
+            if runs(self, x) and self._graphs.read(self.parameters()) and self.keys_values(context) is graph.told:
                 return out
         return super().forward(x, t, context, y)
 

@@ -1,0 +1,214 @@
+"""The networks again, written in fused operations on channels-last data: the same modules and parameters, another forward pass.
+
+Where somebody looks inside (a hook, another attention swapped in, a gradient), the readable forward pass runs instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import ModuleType
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ldm import attention, unet, vae
+from ldm.fast import plain
+
+MadeFor = tuple[str, torch.dtype] | None  # the kind of device and type that the operations are for; None: all
+KeysValues = Sequence[tuple[Tensor, Tensor]]  # of the cross-attention layers of a network, in their order
+
+
+class FastUNet(unet.UNet):
+    """`UNet` in the operations of a backend.
+
+    What does not depend on x leaves the step: the keys and values of a context are kept until another is given. The two halves of a guided
+    batch are the same until the first cross-attention, and are computed once until there.
+    """
+
+    ops: ModuleType = plain
+    made_for: MadeFor = None
+    shares: bool = True  # look for equal halves: a comparison, for which a GPU would have to be waited for
+    _kept: tuple[Sequence[Tensor], list[tuple[object, ...]], KeysValues] | None = None  # what was read for it, in which state, and the result
+
+    def forward(self, x: Tensor, t: Tensor, context: Tensor, y: Tensor | None = None) -> Tensor:
+        """As `UNet.forward`."""
+        if not runs(self, x):
+            return super().forward(x, t, context, y)
+        half = len(x) // 2
+        if self.shares and y is None and len(x) % 2 == 0 and torch.equal(x[:half], x[half:]) and torch.equal(t[:half], t[half:]):
+            x, t = x[:half], t[:half]
+        return self.predict(x, t, self.keys_values(context), y)
+
+    def keys_values(self, context: Tensor) -> KeysValues:
+        """What cross-attention asks of a context, computed when the context or the weights are not those of the last call."""
+        layers = _told(self)
+        read = (context, *(to.weight for layer in layers for to in (layer.to_k, layer.to_v)))  # held, so that no other tensor can come to lie where one of them does
+        state = [(tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), _version(tensor)) for tensor in read]
+        if self._kept is None or self._kept[1] != state or context.is_inference():
+            found = [(self.ops.linear(context, layer.to_k.weight), self.ops.linear(context, layer.to_v.weight)) for layer in layers]
+            self._kept = read, state, found
+        return self._kept[2]
+
+    def predict(self, x: Tensor, t: Tensor, keys_values: KeysValues, y: Tensor | None = None) -> Tensor:
+        """`forward` with keys and values in the place of the context; their batch may be a multiple of x's, whose rows then repeat."""
+        told = dict(zip(_told(self), keys_values, strict=True))
+        batch = len(keys_values[0][0])
+        emb = self.time_embed(unet.timestep_embedding(t, self.config.model_channels).to(x.dtype))
+        if y is not None:
+            emb = emb + self.label_emb(y)
+        emb = F.silu(emb)
+
+        def run(block: unet.Block, x: Tensor, size: tuple[int, int] = (0, 0)) -> Tensor:
+            for layer in block:
+                if isinstance(layer, unet.ResBlock):
+                    x = _res_block(self.ops, layer, x, _repeated(emb, len(x)))
+                elif isinstance(layer, attention.SpatialTransformer):
+                    x = _transformer(self.ops, layer, x, told)
+                elif isinstance(layer, unet.Upsample):
+                    x = self.ops.conv_up(x, layer.conv, size)
+                else:
+                    x = self.ops.conv(x, getattr(layer, "op", layer))
+            return x
+
+        x = x.permute(0, 2, 3, 1).contiguous()
+        skips = []
+        for block in self.input_blocks:
+            x = run(block, x)
+            skips.append(x)
+        x = run(self.middle_block, x)
+        for block in self.output_blocks:
+            x = torch.cat([_repeated(x, batch), _repeated(skips.pop(), batch)], dim=-1)
+            x = run(block, x, size=skips[-1].shape[1:3] if skips else x.shape[1:3])
+        norm, _, conv = self.out
+        return self.ops.conv(self.ops.norm(x, norm, silu=True), conv).permute(0, 3, 1, 2).contiguous()
+
+
+class FastDecoder(vae.Decoder):
+    """`Decoder` in the operations of a backend."""
+
+    ops: ModuleType = plain
+    made_for: MadeFor = None
+
+    def forward(self, z: Tensor) -> Tensor:
+        """As `Decoder.forward`."""
+        if not runs(self, z):
+            return super().forward(z)
+        x = _middle(self.ops, self.mid, self.ops.conv(z.permute(0, 2, 3, 1).contiguous(), self.conv_in))
+        for level in reversed(self.up):
+            for block in level.block:
+                x = _resnet_block(self.ops, block, x)
+            if hasattr(level, "upsample"):
+                x = self.ops.conv_up(x, level.upsample.conv, (2 * x.shape[1], 2 * x.shape[2]))
+        x = self.ops.conv(self.ops.norm(x, self.norm_out, silu=True), self.conv_out)
+        return x.permute(0, 3, 1, 2).contiguous()
+
+
+class FastEncoder(vae.Encoder):
+    """`Encoder` in the operations of a backend."""
+
+    ops: ModuleType = plain
+    made_for: MadeFor = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As `Encoder.forward`."""
+        if not runs(self, x):
+            return super().forward(x)
+        x = self.ops.conv(x.permute(0, 2, 3, 1).contiguous(), self.conv_in)
+        for level in self.down:
+            for block in level.block:
+                x = _resnet_block(self.ops, block, x)
+            if hasattr(level, "downsample"):
+                x = self.ops.conv(F.pad(x, (0, 0, 0, 1, 0, 1)), level.downsample.conv)
+        x = self.ops.conv(self.ops.norm(_middle(self.ops, self.mid, x), self.norm_out, silu=True), self.conv_out)
+        return x.permute(0, 3, 1, 2).contiguous()
+
+
+# --- the parts of the UNet ------------------------------------------------------------------------------------------
+
+
+def _res_block(ops: ModuleType, block: unet.ResBlock, x: Tensor, emb: Tensor) -> Tensor:  # x [b, h, w, c], emb [b, e] after its SiLU
+    norm1, _, conv1 = block.in_layers
+    norm2, _, _, conv2 = block.out_layers
+    _, project = block.emb_layers
+    h = ops.conv(ops.norm(x, norm1, silu=True), conv1, add=F.linear(emb, project.weight, project.bias))
+    return ops.conv(ops.norm(h, norm2, silu=True), conv2, add=_shortcut(ops, block.skip_connection, x))
+
+
+def _transformer(ops: ModuleType, layer: attention.SpatialTransformer, x: Tensor, told: dict[nn.Module, tuple[Tensor, Tensor]]) -> Tensor:
+    tokens = ops.linear(ops.norm(x, layer.norm).flatten(1, 2), layer.proj_in.weight.flatten(1), layer.proj_in.bias)
+    for block in layer.transformer_blocks:
+        h = ops.layer_norm(tokens, block.norm1)
+        if block.cross_only:
+            tokens = _cross_attention(ops, block.attn1, h, told[block.attn1], tokens)
+        else:
+            of = block.attn1
+            q, k, v = (ops.linear(h, to.weight) for to in (of.to_q, of.to_k, of.to_v))
+            tokens = ops.linear(ops.attend(q, k, v, of.heads), of.to_out[0].weight, of.to_out[0].bias, add=tokens)
+        tokens = _cross_attention(ops, block.attn2, ops.layer_norm(tokens, block.norm2), told[block.attn2], tokens)
+        inner, _, outer = block.ff.net
+        h = ops.geglu(ops.layer_norm(tokens, block.norm3), inner.proj.weight, inner.proj.bias)
+        tokens = ops.linear(h, outer.weight, outer.bias, add=tokens)
+    x = _repeated(x, len(tokens))
+    y = ops.linear(tokens, layer.proj_out.weight.flatten(1), layer.proj_out.bias, add=x.flatten(1, 2))
+    return y.view(x.shape)
+
+
+def _cross_attention(ops: ModuleType, layer: attention.CrossAttention, h: Tensor, told: tuple[Tensor, Tensor], tokens: Tensor) -> Tensor:
+    """tokens + attention of h to what was told: from here on every row of the batch has its own."""
+    keys, values = told
+    q = _repeated(ops.linear(h, layer.to_q.weight), len(keys))
+    return ops.linear(ops.attend(q, keys, values, layer.heads), layer.to_out[0].weight, layer.to_out[0].bias, add=_repeated(tokens, len(keys)))
+
+
+def _repeated(x: Tensor, batch: int) -> Tensor:
+    """x as often as the batch asks for it: its rows are the same in every part."""
+    return x if len(x) == batch else torch.cat([x] * (batch // len(x))) if len(x) < batch else x[:batch]
+
+
+# --- the parts of the VAE -------------------------------------------------------------------------------------------
+
+
+def _resnet_block(ops: ModuleType, block: vae.ResnetBlock, x: Tensor) -> Tensor:  # x [b, h, w, c]
+    h = ops.conv(ops.norm(x, block.norm1, silu=True), block.conv1)
+    return ops.conv(ops.norm(h, block.norm2, silu=True), block.conv2, add=_shortcut(ops, block.nin_shortcut, x))
+
+
+def _middle(ops: ModuleType, middle: vae.Middle, x: Tensor) -> Tensor:
+    x = _resnet_block(ops, middle.block_1, x)
+    of = middle.attn_1
+    tokens = x.flatten(1, 2)
+    h = ops.norm(tokens, of.norm)
+    q, k, v = (ops.linear(h, to.weight.flatten(1), to.bias) for to in (of.q, of.k, of.v))
+    x = ops.linear(ops.attend(q, k, v, 1), of.proj_out.weight.flatten(1), of.proj_out.bias, add=tokens).view(x.shape)
+    return _resnet_block(ops, middle.block_2, x)
+
+
+def _shortcut(ops: ModuleType, to: nn.Module, x: Tensor) -> Tensor:
+    return x if isinstance(to, nn.Identity) else ops.linear(x, to.weight.flatten(1), to.bias)
+
+
+# --- when -----------------------------------------------------------------------------------------------------------
+
+
+def runs(network: nn.Module, x: Tensor) -> bool:
+    """Whether x is what the operations are for and nobody looks inside: no gradient, no autocast, no hook in it, no attention but the plain one."""
+    if network.made_for not in (None, (x.device.type, x.dtype)):
+        return False
+    if torch.is_autocast_enabled(x.device.type) or (torch.is_grad_enabled() and any(p.requires_grad for p in (x, *network.parameters()))):
+        return False
+    inner = [module for module in network.modules() if module is not network]
+    if any(module._forward_hooks or module._forward_pre_hooks for module in inner):
+        return False
+    return all(type(module.attend) is attention.Attend for module in inner if isinstance(module, attention.CrossAttention))
+
+
+def _told(network: unet.UNet) -> list[attention.CrossAttention]:
+    """The layers that attend to the context."""
+    blocks = [module for module in network.modules() if isinstance(module, attention.BasicTransformerBlock)]
+    return [block.attn2 for block in blocks] + [block.attn1 for block in blocks if block.cross_only]
+
+
+def _version(tensor: Tensor) -> int:
+    """How often a tensor was written in place; tensors of inference mode do not count."""
+    return 0 if tensor.is_inference() else tensor._version

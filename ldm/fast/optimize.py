@@ -1,0 +1,73 @@
+"""Which operations a model gets where."""
+
+from __future__ import annotations
+
+import warnings
+from types import ModuleType
+
+import torch
+from torch import nn
+
+from ldm import unet, vae
+from ldm.fast import cpu, gpu, memory, plain, vae_scale
+from ldm.fast.compiler import CannotCompile
+from ldm.fast.graphs import GraphedUNet
+from ldm.fast.networks import FastDecoder, FastEncoder, FastUNet
+from ldm.fast.share import shared
+from ldm.model import LatentDiffusion
+
+
+def optimize(model: LatentDiffusion) -> LatentDiffusion:
+    """A model that computes the same function faster, around the parameters of this one; `model` itself stays as it is.
+
+    On a CPU in float32 with the C++ of ldm/fast/cpu.cpp, compiled at first use (seconds) and kept; on CUDA with Triton's kernels and CUDA
+    graphs; elsewhere in plain PyTorch, with the work that is the same in every step done once. Results differ from `model`'s by rounding.
+    Where somebody looks inside (hooks, another `Attend`, gradients) the readable networks run, as they do after a move to another device
+    or type: call it again then. Parameters may be changed in place, as `ldm.lora` does, but not through `.data` during a run.
+    Warns where there is no compiler, or no Triton. It may change the order in which weights lie in a GPU's memory, and on a CPU it keeps
+    freed memory for the next tensor (`ldm.fast.memory`).
+    """
+    ops, decoding, unet_class = _chosen(model.device, model.dtype)
+    if ops is gpu:
+        gpu.lay_out(model)
+    made_for = model.device.type, model.dtype
+
+    def with_ops(fast: type[nn.Module], ops: ModuleType) -> type[nn.Module]:
+        return type(fast.__name__, (fast,), {"__doc__": fast.__doc__, "ops": ops, "made_for": made_for})
+
+    classes = {unet.UNet: with_ops(unet_class, ops), vae.Decoder: with_ops(FastDecoder, decoding), vae.Encoder: with_ops(FastEncoder, decoding)}
+    return shared(model, classes)
+
+
+def pays(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether `optimize` has been measured to be faster there: float32 on a CPU, with a compiler."""
+    if device.type != "cpu" or dtype != torch.float32:
+        return False
+    try:
+        cpu.library()
+    except CannotCompile:
+        return False
+    return True
+
+
+def _chosen(device: torch.device, dtype: torch.dtype) -> tuple[ModuleType, ModuleType, type[FastUNet]]:
+    """The operations of the UNet, those of the VAE, and the UNet's class."""
+    if device.type == "cuda" and gpu.available(device):
+        return gpu, vae_scale if dtype == torch.float16 else gpu, GraphedUNet
+    if device.type == "cuda":
+        warnings.warn("fast: no Triton, or a GPU before Ampere; plain PyTorch instead, which is slower; install triton", stacklevel=3)
+        return plain, plain, FastUNet
+    ops = _on_cpu(dtype)
+    return ops, ops, FastUNet
+
+
+def _on_cpu(dtype: torch.dtype) -> ModuleType:
+    memory.keep_freed()
+    if dtype != torch.float32:
+        return plain
+    try:
+        cpu.library()
+    except CannotCompile as error:
+        warnings.warn(f"fast: {error}; plain PyTorch instead, which is slower; install g++ or set CXX", stacklevel=4)
+        return plain
+    return cpu
