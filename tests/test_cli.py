@@ -31,7 +31,7 @@ from tests.test_tasks import build
 from weights.load import load
 
 ROOT = Path(__file__).parents[1]
-QUICK = "--ckpt tiny.safetensors --steps 2 --seed 7 --dtype float32"
+QUICK = "--ckpt tiny.safetensors --steps 2 --seed 7 --dtype float32 --no-fast"
 
 
 @pytest.fixture(scope="module")

@@ -21,13 +21,15 @@ from ldm.__main__ import COMMANDS
 from ldm.cli import arguments, axes, files, making, models
 from ldm.config import VisionConfig
 from ldm.errors import MemoryLimit
+from ldm.fast import cpu
+from ldm.fast.compiler import CannotCompile
 from ldm.images import open_image, read_metadata
 from ldm.prompts import Embedding
 from ldm.safety import SafetyChecker
 from tests.families import build, tiny
 from tests.seeded import weight
 
-QUICK = "--ckpt tiny.safetensors --steps 2 --seed 7 --dtype float32"
+QUICK = "--ckpt tiny.safetensors --steps 2 --seed 7 --dtype float32 --no-fast"
 OPTIONS = {"seeds": [7], "steps": 2, "weighting": True}
 QUERY = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_q"
 PARAMETER = "unet.input_blocks.1.1.transformer_blocks.0.attn2.to_q.weight"
@@ -134,6 +136,37 @@ def test_tiles_give_the_same_picture_and_are_noted(here, ldm, monkeypatch):
     assert ldm(f"txt2img 'a cat' {QUICK}")[0] == 0
     one, other = (np.asarray(open_image(f"outputs/0000{n}.png")).astype(int) for n in (1, 2))
     assert np.abs(one - other).max() <= 2
+
+
+@pytest.mark.parametrize(("options", "used"), [("", "cpu"), ("--fast", "cpu"), ("--no-fast", None), ("--dtype bfloat16", None), ("--dtype bfloat16 --fast", "plain")])
+def test_fast_code_runs_where_it_pays_or_is_asked_for_and_the_picture_says_so(options, used, here, ldm):
+    line = f"txt2img 'a cat' {QUICK.replace(' --no-fast', '')} {options}"
+    assert [ldm(line)[0], ldm(line)[0]] == [0, 0]
+    one, other = Path("outputs/00001.png"), Path("outputs/00002.png")
+    assert one.read_bytes() == other.read_bytes()
+    assert read_metadata(one).get("fast") == used
+    if "bfloat16" not in options:
+        readable = np.asarray(drawn(weights.load("tiny.safetensors"), "a cat")).astype(int)
+        assert abs(np.asarray(open_image(one)).astype(int) - readable).max() <= 1
+
+
+def test_without_a_compiler_the_readable_networks_run_unless_fast_ones_are_asked_for(here, ldm, monkeypatch):
+    def library():
+        raise CannotCompile("no C++ compiler")
+
+    monkeypatch.setattr(cpu, "library", library)
+    line = f"txt2img 'a cat' {QUICK.replace(' --no-fast', '')}"
+    assert ldm(line)[::2] == (0, [])
+    assert "fast" not in read_metadata("outputs/00001.png")
+    code, _, errors = ldm(f"{line} --fast")
+    assert (code, errors) == (0, ["ldm: warning: fast: no C++ compiler; plain PyTorch instead, which is slower; install g++ or set CXX"])
+    assert read_metadata("outputs/00002.png")["fast"] == "plain"
+
+
+def test_fast_code_and_weights_that_come_and_go_are_refused_together(here, ldm, monkeypatch):
+    monkeypatch.setattr(making.machine, "device_of", lambda name: torch.device("cuda"))
+    code, _, errors = ldm(f"txt2img 'a cat' {QUICK.replace(' --no-fast', '')} --fast --offload")
+    assert (code, errors) == (2, ["ldm: error: --fast: with --offload weights come and go, and the readable networks run; leave one of them out"])
 
 
 def test_offloading_hands_every_model_over(here, ldm, monkeypatch):

@@ -106,7 +106,7 @@ TASKS: dict[str, tuple[str, str, Drawn]] = {  # a name -> the family, the comman
 @pytest.mark.parametrize("name", TASKS)
 def test_a_command_writes_the_picture_of_the_python_function(name, here, ldm, models):
     family, line, drawn = TASKS[name]
-    code, lines, errors = ldm(f"{line} --ckpt {models(family)} --steps 2 --seed 7 --dtype float32")
+    code, lines, errors = ldm(f"{line} --ckpt {models(family)} --steps 2 --seed 7 --dtype float32 --no-fast")
     assert (code, lines, errors) == (0, ["outputs/00001.png"], [])
     (image,) = drawn(weights.load(models(family)), open_image("photo.png"))
     assert same("outputs/00001.png", image)
@@ -134,7 +134,7 @@ def test_the_transparent_part_of_a_picture_can_be_its_mask(here, ldm, models):
 
 def test_the_refiner_takes_over_or_redraws(here, ldm, models):
     base, refiner = models("sdxl-base"), models("sdxl-refiner")
-    common = f"txt2img 'a cat' --ckpt {base} --refiner {refiner} --steps 6 --seed 7 --dtype float32"
+    common = f"txt2img 'a cat' --ckpt {base} --refiner {refiner} --steps 6 --seed 7 --dtype float32 --no-fast"
     assert ldm(common)[0] == ldm(f"{common} --refine-from 0.5")[0] == ldm(f"{common} --refine-strength 0.4")[0] == 0
     both, options = (weights.load(base), weights.load(refiner)), QUICK | {"steps": 6}
     for number, keywords in enumerate(({}, {"refine_from": 0.5}, {"refine_strength": 0.4}), 1):
@@ -147,7 +147,7 @@ def test_the_refiner_takes_over_or_redraws(here, ldm, models):
 
 
 def test_interpolate_writes_frames_and_an_animation(here, ldm, models):
-    code, lines, errors = ldm(f"interpolate 'a cat' 'a dog' --seeds 7 --frames 4 --ckpt {models('sd1')} --steps 2 --dtype float32 --fps 5")
+    code, lines, errors = ldm(f"interpolate 'a cat' 'a dog' --seeds 7 --frames 4 --ckpt {models('sd1')} --steps 2 --dtype float32 --no-fast --fps 5")
     assert (code, errors) == (0, [])
     assert lines == [*(f"outputs/0000{n}.png" for n in (1, 2, 3, 4)), "outputs/00001-animation.webp"]
     frames = tasks.interpolate(weights.load(models("sd1")), ["a cat", "a dog"], seeds=[7], frames=4, steps=2, weighting=True, batch=1)

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from ldm import lora
+from ldm import fast, lora
 from ldm.cli import machine, terminal
 from ldm.cli.files import Readers, file_hash, require_weights
 from ldm.errors import ArgumentError, MemoryLimit, printable
@@ -41,6 +41,8 @@ def check(args: argparse.Namespace, device: torch.device, readers: Readers) -> l
     """Look at every file of weights by its header, and read the embeddings, which are small. Raises FileError or ArgumentError."""
     if args.offload and device.type == "cpu":
         raise ArgumentError("--offload: the device is the CPU, where every network rests already; leave it out")
+    if args.offload and args.fast:
+        raise ArgumentError("--fast: with --offload weights come and go, and the readable networks run; leave one of them out")
     if args.ckpt is not None:
         require_weights("--ckpt", args.ckpt, readers)
     for option in ("vae", "refiner", "safety"):
@@ -74,7 +76,11 @@ def load(args: argparse.Namespace, device: torch.device, dtype: torch.dtype, rea
         checker = functools.partial(flagged, readers.load_safety(args.safety, device=device))
     if device.type != "cpu":
         bring([model, *filter(None, [refiner])], device, one_at_a_time=args.offload)
-    return Models(model, refiner, checker, _facts(args, model, readers))
+    facts = _facts(args, model, readers)
+    if fast.pays(device, dtype) if args.fast is None else args.fast:
+        model, refiner = fast.optimize(model), None if refiner is None else fast.optimize(refiner)
+        facts["fast"] = model.unet.ops.__name__.rpartition(".")[2]
+    return Models(model, refiner, checker, facts)
 
 
 def bring(models: Sequence[LatentDiffusion], device: torch.device, *, one_at_a_time: bool) -> None:

@@ -219,6 +219,7 @@ def _machine(parser: Parser) -> None:
     on.add_argument("--device", default="auto", help="auto (CUDA if there is a device), cpu, cuda or cuda:N (default: %(default)s)")
     on.add_argument("--dtype", default="auto", help="auto (float16 on CUDA; bfloat16 or float32 on the CPU, by what it is good at), float32, float16 or bfloat16 (default: %(default)s)")
     on.add_argument("--offload", action="store_true", help="keep only the network that is running on the GPU: slower, needs far less of its memory")
+    on.add_argument("--fast", action=argparse.BooleanOptionalAction, help="the same functions in faster code (ldm.fast), which round otherwise (default: where that is known to pay: float32 on a CPU with a C++ compiler)")
     on.add_argument("--tile", type=whole, metavar="PIXELS", help="side of the tiles in which the autoencoder works; 0: never in tiles (default: in tiles above 1024x1024)")
 
 
