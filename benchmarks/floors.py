@@ -26,7 +26,8 @@ def flops(config: ModelConfig, cell: Cell) -> int:
     """Floating-point operations of a cell, a multiplication and an addition as two: counted in matrix products and convolutions, on the meta device.
 
     A picture: its text, `steps` guided steps, its decoding. Work that is the same every step (keys and values of the prompt) counts every
-    time, as the plain networks do it: a side that does less may come closer to the floor than 1.
+    time, as do the products of a convolution that the plain networks do directly: a side that does less (Winograd's transform, what is the same
+    for both prompts) may take less than the floor.
     """
     if cell.stage == "picture":
         step, *once = (Cell(stage, cell.batch, cell.size) for stage in ("step", "text", "decode"))

@@ -33,7 +33,7 @@ def draw(rows: Sequence[Mapping[str, Any]], title: str, caption: str) -> Image.I
         for row in group:
             right = left + row["ratio"] * unit
             pen.rectangle((left, y, right, y + BAR), fill=COLOURS[row["side"]])
-            pen.text((right + 8, y + 3), f"{row['side']}  {row['ratio']:.2f}  ({row['seconds']['median']:.3g} s)", INK, small)
+            pen.text((max(right, left + unit) + 8, y + 3), f"{row['side']}  {row['ratio']:.2f}  ({row['seconds']['median']:.3g} s)", INK, small)
             y += BAR + GAP
         y += CELL_GAP
     one = left + unit
