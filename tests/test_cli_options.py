@@ -26,6 +26,7 @@ from ldm.fast.compiler import CannotCompile
 from ldm.images import open_image, read_metadata
 from ldm.prompts import Embedding
 from ldm.safety import SafetyChecker
+from tests.compilers import compiled_only
 from tests.families import build, tiny
 from tests.seeded import weight
 
@@ -138,6 +139,7 @@ def test_tiles_give_the_same_picture_and_are_noted(here, ldm, monkeypatch):
     assert np.abs(one - other).max() <= 2
 
 
+@compiled_only
 @pytest.mark.parametrize(("options", "used"), [("", "cpu"), ("--fast", "cpu"), ("--no-fast", None), ("--dtype bfloat16", None), ("--dtype bfloat16 --fast", "plain")])
 def test_fast_code_runs_where_it_pays_or_is_asked_for_and_the_picture_says_so(options, used, here, ldm):
     line = f"txt2img 'a cat' {QUICK.replace(' --no-fast', '')} {options}"

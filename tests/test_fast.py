@@ -7,7 +7,8 @@ import warnings
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ldm import lora, precision
 from ldm.attention import Attend, CrossAttention
@@ -19,6 +20,7 @@ from ldm.fast.compiler import CannotCompile
 from ldm.fast.networks import FastDecoder, FastEncoder, FastUNet
 from ldm.model import LatentDiffusion
 from samplers import cfg
+from tests.compilers import compiled_only
 from tests.families import build, tiny
 from tests.networks import relative
 from tests.seeded import normal
@@ -192,7 +194,8 @@ def test_in_inference_mode_nothing_is_kept_of_what_cannot_be_watched(sd1: Latent
 # --- when the readable networks run ---------------------------------------------------------------------------------
 
 
-def test_a_hook_an_attention_of_another_kind_and_a_gradient_get_the_readable_networks(sd1: LatentDiffusion) -> None:
+@compiled_only  # plain operations may round as the readable networks do
+def test_who_looks_inside_or_changes_a_part_gets_the_readable_networks(sd1: LatentDiffusion) -> None:
     fast, given = optimize(sd1).unet, inputs(sd1)
     with torch.no_grad():
         readable = sd1.unet(*given)
@@ -215,6 +218,21 @@ def test_a_hook_an_attention_of_another_kind_and_a_gradient_get_the_readable_net
         assert torch.equal(fast(*given), readable)
         assert len(seen) == 2
         layer.attend = before
+
+        class Doubled(nn.Linear):
+            def forward(self, x: Tensor) -> Tensor:
+                return 2 * super().forward(x)
+
+        layer.to_q, query = Doubled(layer.to_q.in_features, layer.to_q.out_features, bias=False), layer.to_q
+        layer.to_q.weight = nn.Parameter(query.weight / 2, requires_grad=False)
+        assert torch.equal(fast(*given), readable)
+        layer.to_q = query
+
+        fast.out[1].forward = lambda x: seen.append(x) or F.silu(x)
+        assert torch.equal(fast(*given), readable)
+        assert len(seen) == 3
+        del fast.out[1].forward
+        assert not torch.equal(fast(*given), readable)
 
         with torch.autocast("cpu", torch.bfloat16):
             assert torch.equal(fast(*given), sd1.unet(*given))
@@ -266,6 +284,7 @@ def test_without_a_compiler_the_plain_operations_run_and_a_warning_says_so(sd1: 
     assert relative(fast.unet(*inputs(sd1)), sd1.unet(*inputs(sd1))) < STATED
 
 
+@compiled_only
 def test_with_one_nothing_is_said(sd1: LatentDiffusion) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")

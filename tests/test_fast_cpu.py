@@ -11,14 +11,12 @@ from torch import Tensor, nn
 
 from ldm.fast import compiler, cpu, plain
 from ldm.fast.compiler import CannotCompile
+from tests.compilers import compiled_only
 from tests.seeded import normal, weight
 
 EPS = torch.finfo(torch.float32).eps
 
-try:
-    cpu.library()
-except CannotCompile as fault:
-    pytest.skip(str(fault), allow_module_level=True)
+pytestmark = compiled_only
 
 
 @pytest.fixture(params=[None, 4, 8, 16], ids=["native", "4 lanes", "8 lanes", "16 lanes"])

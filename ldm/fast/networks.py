@@ -191,16 +191,20 @@ def _shortcut(ops: ModuleType, to: nn.Module, x: Tensor) -> Tensor:
 # --- when -----------------------------------------------------------------------------------------------------------
 
 
+PARTS = {
+    nn.Conv2d, nn.Linear, nn.GroupNorm, nn.LayerNorm, nn.SiLU, nn.Dropout, nn.Identity, nn.Embedding, nn.Sequential, nn.ModuleList,
+    *(kind for file in (attention, unet, vae) for kind in vars(file).values() if isinstance(kind, type) and issubclass(kind, nn.Module)),
+}  # fmt: skip
+
+
 def runs(network: nn.Module, x: Tensor) -> bool:
-    """Whether x is what the operations are for and nobody looks inside: no gradient, no autocast, no hook in it, no attention but the plain one."""
+    """Whether x is what the operations are for and nobody looks inside or changes it: no gradient, no autocast, no hook, no part of another class."""
     if network.made_for not in (None, (x.device.type, x.dtype)):
         return False
     if torch.is_autocast_enabled(x.device.type) or (torch.is_grad_enabled() and any(p.requires_grad for p in (x, *network.parameters()))):
         return False
     inner = [module for module in network.modules() if module is not network]
-    if any(module._forward_hooks or module._forward_pre_hooks for module in inner):
-        return False
-    return all(type(module.attend) is attention.Attend for module in inner if isinstance(module, attention.CrossAttention))
+    return not any(type(module) not in PARTS or module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module) for module in inner)
 
 
 def _told(network: unet.UNet) -> list[attention.CrossAttention]:
