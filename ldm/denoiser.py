@@ -46,7 +46,8 @@ def predictor(model: LatentDiffusion) -> Callable[[Tensor, float, Cond], Tensor]
     """
     taken: UNet | None = None  # a wider copy, once the model's own has failed
     most: int | None = None  # pictures at once, once there was no room for more
-    told: tuple[Tensor, Tensor] | None = None  # the last context, and it in the type of the network: the same tensor in every step
+    told: tuple[Tensor, int | None, torch.dtype] | None = None  # the last context, its state, and the type of the network
+    said: Tensor | None = None  # that context in that type: the same tensor in every step
 
     def in_parts(unet: UNet, inputs: Sequence[Tensor | None]) -> Tensor:
         nonlocal most
@@ -67,16 +68,18 @@ def predictor(model: LatentDiffusion) -> Callable[[Tensor, float, Cond], Tensor]
             size = most = (size + 1) // 2
 
     def out_of(unet: UNet, x: Tensor, sigma: float, cond: Cond) -> Tensor:
-        nonlocal told
+        nonlocal told, said
         dtype = dtype_of(unet)
-        if told is None or told[0] is not cond.context or told[1].dtype != dtype:
-            told = cond.context, cond.context.to(dtype)
+        version = None if cond.context.is_inference() else cond.context._version  # how often it was written in place
+        if told is None or told[0] is not cond.context or told[1:] != (version, dtype) or version is None:
+            told = cond.context, version, dtype
+            said = cond.context.to(dtype)
         x_in = x / math.sqrt(1 + sigma**2)  # unit variance, what the network was trained on
         if cond.concat is not None:
             x_in = torch.cat([x_in, cond.concat.to(x_in)], dim=1)
         t = torch.full((len(x),), model.schedule.timestep(sigma), dtype=torch.float32, device=x.device)
         y = cond.y.to(dtype) if cond.y is not None and cond.y.is_floating_point() else cond.y
-        return in_parts(unet, (x_in.to(dtype), t, told[1], y)).float()
+        return in_parts(unet, (x_in.to(dtype), t, said, y)).float()
 
     @torch.no_grad()
     def predict(x: Tensor, sigma: float, cond: Cond) -> Tensor:

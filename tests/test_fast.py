@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import copy
+import sys
 import warnings
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ldm import lora, precision
 from ldm.attention import Attend, CrossAttention
 from ldm.conditioning import Cond
 from ldm.config import FAMILIES
 from ldm.denoiser import guided
+from ldm.errors import ArgumentError
 from ldm.fast import cpu, optimize, plain
 from ldm.fast.compiler import CannotCompile
 from ldm.fast.networks import FastDecoder, FastEncoder, FastUNet
@@ -241,6 +247,110 @@ def test_who_looks_inside_or_changes_a_part_gets_the_readable_networks(sd1: Late
     assert x.grad is not None
 
 
+def circular(model: LatentDiffusion) -> None:
+    model.unet.middle_block[0].in_layers[2].padding_mode = model.vae.decoder.mid.block_1.conv1.padding_mode = "circular"
+
+
+def another_activation(model: LatentDiffusion) -> None:
+    model.unet.out[1] = nn.ReLU()
+
+
+def dropout(model: LatentDiffusion) -> None:
+    layer = model.unet.middle_block[0].out_layers[2].train()
+    layer.p = 1.0
+
+
+@pytest.mark.parametrize("change", [circular, another_activation, dropout])
+@torch.no_grad()
+def test_a_part_that_was_changed_does_what_it_was_changed_to(change: Callable[[LatentDiffusion], None]) -> None:
+    model = build(tiny("sd1"))
+    change(model)
+    fast, given, latent = optimize(model), inputs(model), normal("latent", (1, 4, 4, 4))
+    assert torch.equal(fast.unet(*given), model.unet(*given))
+    assert relative(fast.unet(*given), build(tiny("sd1")).unet(*given)) > 1e-3
+    assert relative(fast.vae.decode(latent), model.vae.decode(latent)) < STATED
+
+
+@torch.no_grad()
+def test_a_hook_on_all_modules_sees_them_all(sd1: LatentDiffusion) -> None:
+    seen: list[nn.Module] = []
+    fast = optimize(sd1)
+    with nn.modules.module.register_module_forward_hook(lambda module, args, out: seen.append(module)):
+        fast.unet(*inputs(sd1))
+    assert fast.unet.middle_block[0] in seen
+
+
+@pytest.mark.parametrize("which", [0, 2])
+def test_gradients_reach_every_input(sd1: LatentDiffusion, which: int) -> None:
+    given = [*inputs(sd1)]
+    given[which] = given[which].clone().requires_grad_()
+    for _ in range(2):
+        (gradient,) = torch.autograd.grad(optimize(sd1).unet(*given).sum(), given[which])
+        assert gradient.abs().max() > 0
+    with torch.no_grad(), forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):  # the only one that has such derivatives
+        given[which] = forward_ad.make_dual(given[which].detach(), torch.ones_like(given[which]))
+        assert forward_ad.unpack_dual(optimize(sd1).unet(*given)).tangent is not None
+
+
+@torch.no_grad()
+def test_a_trace_records_the_readable_network(sd1: LatentDiffusion) -> None:
+    x, t, context, _ = inputs(sd1)
+    traced = torch.jit.trace(optimize(sd1).unet, (x, t, context))
+    assert relative(traced(x * 2, t, context), sd1.unet(x * 2, t, context)) < STATED
+
+
+@torch.no_grad()
+def test_rows_that_do_not_fit_are_what_the_readable_network_makes_of_them(sd1: LatentDiffusion) -> None:
+    fast, (x, t, context, _) = optimize(sd1).unet, inputs(sd1)
+    assert torch.equal(fast(x, t, context[:1]), sd1.unet(x, t, context[:1]))
+    assert fast(x[:0], t[:0], context[:0]).shape == x[:0].shape
+    for n in (3, 4):
+        with pytest.raises(RuntimeError):
+            fast(x, t, normal("context", (n, 5, 64)))
+
+
+@torch.no_grad()
+def test_tensors_may_lie_as_they_like(sd1: LatentDiffusion) -> None:
+    x, t, context, _ = inputs(sd1)
+    model = copy.deepcopy(sd1).to(memory_format=torch.channels_last)
+    for ours in (context[:1].expand(2, -1, -1), normal("wide", (2, 9, 64))[:, :3], context.mT.contiguous().mT):
+        assert relative(optimize(model).unet(x, t, ours), sd1.unet(x, t, ours)) < STATED
+
+
+def test_a_model_with_hooks_in_it_is_refused_rather_than_robbed_of_them(sd1: LatentDiffusion) -> None:
+    hook = sd1.unet.middle_block[0].register_forward_hook(lambda *_: None)
+    with pytest.raises(ArgumentError, match="this model has hooks in its networks"):
+        optimize(sd1)
+    hook.remove()
+    hook = sd1.text[0].register_forward_hook(lambda *_: None)
+    assert optimize(sd1).text is sd1.text
+    hook.remove()
+
+
+@torch.no_grad()
+def test_an_optimised_model_can_be_optimised_again(sd1: LatentDiffusion) -> None:
+    wide = optimize(copy.deepcopy(optimize(sd1)).double())
+    assert (wide.unet.ops, wide.unet.made_for) == (plain, ("cpu", torch.float64))
+    assert relative(optimize(optimize(sd1)).unet(*inputs(sd1)), sd1.unet(*inputs(sd1))) < STATED
+
+
+@torch.no_grad()
+def test_threads_that_share_a_model_get_their_own_contexts(sd1: LatentDiffusion) -> None:
+    unet, contexts = optimize(sd1).unet, [normal(name, (1, 3, 64)) for name in "ab"]
+    wanted = [unet.keys_values(context)[0][0].clone() for context in contexts]
+
+    def wrong(which: int) -> int:
+        return sum(not torch.equal(unet.keys_values(contexts[which])[0][0], wanted[which]) for _ in range(1500))
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            assert sum(pool.map(wrong, (0, 1))) == 0
+    finally:
+        sys.setswitchinterval(before)
+
+
 @torch.no_grad()
 def test_after_a_move_to_another_type_the_readable_networks_run(sd1: LatentDiffusion) -> None:
     fast = copy.deepcopy(optimize(sd1)).double()
@@ -263,7 +373,7 @@ def test_where_half_precision_overflows_it_is_found_and_computed_again(sd1: Late
 
 
 @torch.no_grad()
-def test_large_pictures_decode_in_strips(sd1: LatentDiffusion) -> None:
+def test_large_pictures_decode_in_strips_by_the_readable_networks(sd1: LatentDiffusion) -> None:
     latent = normal("latent", (1, 4, 16, 16))
     ours, theirs = (precision.decode(model, latent, tile=64) for model in (optimize(sd1), sd1))
     assert relative(ours, theirs) < STATED

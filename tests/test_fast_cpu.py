@@ -131,10 +131,20 @@ def test_the_same_numbers_come_out_every_time() -> None:
 
 
 def test_what_the_kernels_do_not_take_is_an_error_not_a_wrong_number() -> None:
-    with pytest.raises(AssertionError):
+    with pytest.raises(TypeError, match=r"^ldm_linear: torch.float64 on cpu; these operations are for float32 on the CPU$"):
         cpu.linear(normal("x", (4, 8)).double(), normal("w", (8, 8)))
-    with pytest.raises(AssertionError):
-        cpu.linear(normal("x", (8, 4)).t(), normal("w", (8, 8)))
+    x, w = normal("x", (8, 4)), normal("w", (4, 6))
+    close(cpu.linear(x, w.t()), plain.linear(x.double(), w.t().double()), 4, 16.0)
+
+
+def test_a_lack_of_memory_is_a_python_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full:
+        def __getattr__(self, name: str):
+            return lambda *_: 1
+
+    monkeypatch.setattr(cpu, "library", Full)
+    with pytest.raises(MemoryError, match=r"^ldm_norm: no memory for its working space$"):
+        cpu.norm(normal("x", (1, 4, 32)), nn.GroupNorm(32, 32))
 
 
 # --- compiling ------------------------------------------------------------------------------------------------------
@@ -144,7 +154,7 @@ def test_what_the_kernels_do_not_take_is_an_error_not_a_wrong_number() -> None:
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache, and nothing remembered."""
     monkeypatch.setenv("LDM_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(compiler, "compiled", compiler.compiled.__wrapped__)
+    monkeypatch.setattr(compiler, "_made", compiler._made.__wrapped__)
     return tmp_path / "cache"
 
 
@@ -178,8 +188,35 @@ def test_a_compiler_that_fails_is_quoted_in_one_line(cache: Path, monkeypatch: p
 
 def test_a_cache_that_cannot_be_written_is_said(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache.write_text("a file")
-    with pytest.raises(CannotCompile, match="cache"):
+    with pytest.raises(CannotCompile, match=r"^no folder for what is compiled: .*cache.*; set LDM_CACHE to one$"):
         compiler.compiled("cpu.cpp")
+
+
+@pytest.mark.parametrize(("where", "error"), [("home", RuntimeError("Could not determine home directory.")), ("exists", PermissionError(13, "Permission denied"))])
+def test_a_home_that_is_missing_or_closed_is_said(where: str, error: Exception, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.delenv("LDM_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(compiler.Path, where, fail)
+    with pytest.raises(CannotCompile, match=r"^no folder for what is compiled: .*; set LDM_CACHE to one$"):
+        compiler.compiled("cpu.cpp")
+
+
+def test_the_compiler_may_be_given_with_options(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "g++ -DLANES=4")
+    assert compiler.compiled("cpu.cpp").ldm_lanes() == 4
+
+
+def test_what_failed_is_not_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = []
+    monkeypatch.setenv("LDM_CACHE", str(tmp_path))
+    monkeypatch.setattr(compiler, "_compile", lambda *_: (tried.append(1), (_ for _ in ()).throw(CannotCompile("no")))[1])
+    for _ in range(2):
+        with pytest.raises(CannotCompile, match=r"^no$"):
+            compiler.compiled("cpu.cpp", "-DNEVER")
+    assert tried == [1]
 
 
 def test_a_library_that_does_not_load_is_said(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,5 +225,5 @@ def test_a_library_that_does_not_load_is_said(cache: Path, monkeypatch: pytest.M
         kept.write_bytes(b"not a library")
 
     monkeypatch.setattr(compiler, "_compile", damaged)
-    with pytest.raises(CannotCompile, match="does not load"):
+    with pytest.raises(CannotCompile, match="does not load, remove it"):
         compiler.compiled("cpu.cpp")

@@ -7,6 +7,7 @@ import functools
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -20,26 +21,38 @@ class CannotCompile(RuntimeError):
     """There is no compiler, or it failed. The message says which, in one line."""
 
 
-@functools.cache
 def compiled(name: str, *extra: str) -> ctypes.CDLL:
-    """The library of `ldm/fast/{name}`, compiled with the flags above and `extra`.
+    """The library of `ldm/fast/{name}`, compiled with the flags above and `extra`; tried once in a process.
 
     It is kept in $LDM_CACHE, or ldm/ under $XDG_CACHE_HOME or ~/.cache, under a name that depends on source, flags, compiler and processor.
     The compiler is $CXX or the first of COMPILERS. Raises CannotCompile.
     """
+    made = _made(name, *extra)
+    if isinstance(made, CannotCompile):
+        raise made
+    return made
+
+
+@functools.cache
+def _made(name: str, *extra: str) -> ctypes.CDLL | CannotCompile:
     source = Path(__file__).with_name(name)
-    compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, COMPILERS)), None)
-    if compiler is None:
-        raise CannotCompile(f"no C++ compiler: {', '.join(COMPILERS)} not found, $CXX not set")
-    flags = [*FLAGS, *extra]
-    key = hashlib.sha256(repr((source.read_bytes(), flags, _first_line([compiler, "--version"]), _processor())).encode()).hexdigest()[:16]
-    kept = _cache() / f"{source.stem}-{key}.so"
-    if not kept.exists():
-        _compile([compiler, *flags, str(source)], kept)
+    compiler = shlex.split(os.environ.get("CXX", "")) or [*filter(None, map(shutil.which, COMPILERS))][:1]
+    if not compiler:
+        return CannotCompile(f"no C++ compiler: {', '.join(COMPILERS)} not found, $CXX not set")
+    command = [*compiler, *FLAGS, *extra]
+    try:
+        key = hashlib.sha256(repr((source.read_bytes(), command, _first_line([*compiler, "--version"]), _processor())).encode()).hexdigest()[:16]
+        kept = _cache() / f"{source.stem}-{key}.so"
+        if not kept.exists():
+            _compile([*command, str(source)], kept)
+    except CannotCompile as fault:
+        return fault
+    except (OSError, RuntimeError) as error:  # no home, or one that may not be entered
+        return CannotCompile(f"no folder for what is compiled: {error}; set LDM_CACHE to one")
     try:
         return ctypes.CDLL(str(kept))
     except OSError as error:
-        raise CannotCompile(f"{kept.name} does not load: {error}") from None
+        return CannotCompile(f"{kept} does not load, remove it: {error}")
 
 
 def _compile(command: list[str], kept: Path) -> None:
@@ -53,7 +66,7 @@ def _compile(command: list[str], kept: Path) -> None:
                 lines = [line for line in done.stderr.splitlines() if "error" in line] or [f"exit status {done.returncode}"]
                 raise CannotCompile(f"{Path(command[0]).name} failed: {lines[0].strip()}")
             made.replace(kept)
-    except (OSError, subprocess.TimeoutExpired) as error:
+    except subprocess.TimeoutExpired as error:
         raise CannotCompile(f"{Path(command[0]).name}: {error}") from None
 
 

@@ -10,6 +10,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <omp.h>
 #include <sys/mman.h>
 
 #ifndef LANES  // floats in a vector
@@ -48,15 +49,23 @@ inline i64 whole(i64 n, i64 size) { return blocks(n, size) * size; }
 struct Free { void operator()(float* p) const { std::free(p); } };
 typedef std::unique_ptr<float, Free> Buffer;
 
-// Room that begins at a page; a large one in large pages where the system has them, whose addresses are found quicker.
+// Room that begins at a page, or none if there is none; a large one in large pages where the system has them, whose addresses are found quicker.
 Buffer buffer(i64 floats) {
     const i64 bytes = std::max<i64>(floats, 1) * 4, page = bytes < (1 << 20) ? 4 << 10 : 2 << 20;
     void* const found = std::aligned_alloc(page, whole(bytes, page));
 #ifdef MADV_HUGEPAGE
-    if (page > 4 << 10) madvise(found, whole(bytes, page), MADV_HUGEPAGE);
+    if (found && page > 4 << 10) madvise(found, whole(bytes, page), MADV_HUGEPAGE);
 #endif
     return Buffer(static_cast<float*>(found));
 }
+
+// Room for every thread, taken before they begin, so that a lack of it can be reported.
+struct Rooms {
+    const i64 each;
+    const Buffer all;
+    Rooms(i64 floats, int threads) : each(whole(floats, 1024)), all(buffer(each * threads)) {}
+    float* mine() const { return all.get() + each * omp_get_thread_num(); }
+};
 
 // 2^x for x <= 0: 2^n times a Chebyshev fit of 2^r on [-1/2, 1/2] with relative error 2e-09. What is not a number stays so.
 inline vec power(vec x) {
@@ -180,34 +189,37 @@ void pack_panel(const float* w, i64 between, i64 columns, i64 k, float* panel) {
 
 }  // namespace
 
+// Every function returns 0, or 1 if there was not enough memory.
 extern "C" {
 
 int ldm_lanes() { return LANES; }
 
 // y [m, n] = x [m, k] w^T + bias + add, w [n, k]. Gated: w [2 n, k], bias [2 n], y = value * gelu(gate).
-void ldm_linear(const float* x, const float* w, const float* bias, const float* add, float* y, i64 m, i64 n, i64 k, int gated, int threads) {
+int ldm_linear(const float* x, const float* w, const float* bias, const float* add, float* y, i64 m, i64 n, i64 k, int gated, int threads) {
     const i64 step = gated ? LANES : PANEL;                    // columns of y in a panel
     i64 wide = whole(blocks(n, threads * blocks(n, threads * 10 * step)), step);  // of a task: equal shares, at most ten panels
     const i64 across = blocks(n, wide), high = std::max<i64>(96, whole(blocks(m, std::max<i64>(1, blocks(2 * threads, across))), 96));
     const i64 tasks = across * blocks(m, high), room = blocks(wide, step) * PANEL;
+    const Rooms rooms(room * k + 96 * room, threads);
+    if (!rooms.all) return 1;
 #pragma omp parallel num_threads(threads)
     {
-        const Buffer panels = buffer(room * k), sums = buffer(96 * room);
+        float *const panels = rooms.mine(), *const sums = panels + room * k;
 #pragma omp for schedule(dynamic)
         for (i64 task = 0; task < tasks; task++) {
             const i64 first = task % across * wide, columns = std::min(wide, n - first), top = task / across * high;
             const i64 count = blocks(columns, step);
             for (i64 j = 0; j < count; j++) {
-                float* const panel = panels.get() + j * k * PANEL;
+                float* const panel = panels + j * k * PANEL;
                 const i64 from = first + j * step, some = std::min(step, n - from);
                 if (!gated) pack_panel(w + from * k, k, some, k, panel);
                 else pack_rows(w + from * k, k, some, k, panel), pack_rows(w + (n + from) * k, k, some, k, panel + LANES);
             }
             for (i64 i = top; i < std::min(m, top + high); i += 96) {
                 const i64 rows = std::min<i64>(96, std::min(m, top + high) - i);
-                deep_product(rows, gated ? count * PANEL : columns, k, x + i * k, k, panels.get(), sums.get(), room);
+                deep_product(rows, gated ? count * PANEL : columns, k, x + i * k, k, panels, sums, room);
                 for (i64 r = 0; r < rows; r++) {
-                    const float* sum = sums.get() + r * room;
+                    const float* sum = sums + r * room;
                     float* to = y + (i + r) * n + first;
                     const float* more = add ? add + (i + r) * n + first : nullptr;
                     for (i64 c = 0; c < columns; c += LANES) {
@@ -222,6 +234,7 @@ void ldm_linear(const float* x, const float* w, const float* bias, const float* 
             }
         }
     }
+    return 0;
 }
 
 // A 3x3 convolution with a border of one, by F(2x2, 3x3) of Lavin & Gray 2015 ("Fast Algorithms for Convolutional Neural Networks", section
@@ -229,7 +242,7 @@ void ldm_linear(const float* x, const float* w, const float* bias, const float* 
 // up: x is first enlarged to h x w, h in {2 sh, 2 sh - 1} by repetition of rows and columns; then 7 of the 16 products are with zeros where
 // h and w are even, and are left out.
 // kind of add: 0 none, 1 [b, o], 2 [b, h, w, o].
-void ldm_conv(const float* x, const float* w, const float* bias, const float* add, float* y, i64 b, i64 sh, i64 sw, i64 c, i64 h, i64 wd, i64 o,
+int ldm_conv(const float* x, const float* w, const float* bias, const float* add, float* y, i64 b, i64 sh, i64 sw, i64 c, i64 h, i64 wd, i64 o,
               int up, int kind, int threads) {
     const bool nine = up && h % 2 == 0 && wd % 2 == 0;
     int active[16], products = 0;
@@ -242,6 +255,8 @@ void ldm_conv(const float* x, const float* w, const float* bias, const float* ad
     const i64 chunk = std::min(tiles, std::max<i64>(512, (16 << 20) / (4 * products * c)));
     const i64 shares = across % threads == 0 || across > 4 * threads ? 1 : blocks(2 * threads, across);  // parts of a chunk, for threads without columns
     const Buffer inputs = buffer(products * chunk * c);
+    const Rooms rooms(products * wide * c + 16 * rows * wide + 9 * c * PANEL, threads);
+    if (!inputs || !rooms.all) return 1;
     float* const v = inputs.get();
 
     for (i64 start = 0; start < tiles; start += chunk) {
@@ -284,10 +299,7 @@ void ldm_conv(const float* x, const float* w, const float* bias, const float* ad
                     transform(ch, [&](int p, i64 at) { return from[p] ? from[p][at] : 0.f; }, [&](i64 at, float value) { v[at] = value; });
             }
 
-            const Buffer panels = buffer(products * wide * c), sums = buffer(16 * rows * wide), kernels = buffer(9 * c * PANEL);
-            float* const g = kernels.get();
-            float* const u = panels.get();
-            float* const m = sums.get();
+            float *const u = rooms.mine(), *const m = u + products * wide * c, *const g = m + 16 * rows * wide;
             std::memset(m, 0, sizeof(float) * 16 * rows * wide);
 #pragma omp for schedule(dynamic)
             for (i64 task = 0; task < across * shares; task++) {
@@ -347,19 +359,21 @@ void ldm_conv(const float* x, const float* w, const float* bias, const float* ad
             }
         }
     }
+    return 0;
 }
 
 // softmax(q k^T / sqrt(d)) v with running maxima (Milakov & Gimelshein 2018): q [b, n, heads d], k and v [b, m, heads d], y as q.
 // Rows of q, k and v lie ldq, ldk and ldv floats apart, batches n, m and m rows.
-void ldm_attend(const float* q, const float* k, const float* v, float* y, i64 b, i64 heads, i64 n, i64 m, i64 d, i64 ldq, i64 ldk, i64 ldv, int threads) {
+int ldm_attend(const float* q, const float* k, const float* v, float* y, i64 b, i64 heads, i64 n, i64 m, i64 d, i64 ldq, i64 ldk, i64 ldv, int threads) {
     constexpr i64 HIGH = 96, WIDE = 256;  // queries and keys at a time: their scores in the second cache
     const float scale = LOG2E / std::sqrt(static_cast<float>(d));  // scores in powers of two
     const i64 room = whole(d, PANEL), keys = whole(m, PANEL), across = blocks(n, HIGH);
     const Buffer packed_k = buffer(b * heads * keys * d), packed_v = buffer(b * heads * m * room);
+    const Rooms rooms(HIGH * (WIDE + d + room), threads);
+    if (!packed_k || !packed_v || !rooms.all) return 1;
 #pragma omp parallel num_threads(threads)
     {
-        const Buffer scores = buffer(HIGH * WIDE), scaled = buffer(HIGH * d), sums = buffer(HIGH * room);
-        float *const s = scores.get(), *const a = scaled.get(), *const out = sums.get();
+        float *const s = rooms.mine(), *const out = s + HIGH * WIDE, *const a = out + HIGH * room;
         float top[HIGH], total[HIGH];
 #pragma omp for schedule(static)
         for (i64 head = 0; head < b * heads; head++) {
@@ -412,24 +426,27 @@ void ldm_attend(const float* q, const float* k, const float* v, float* y, i64 b,
             }
         }
     }
+    return 0;
 }
 
 // GroupNorm of x [b, n, c] over all n and the c / groups channels of a group, then SiLU if asked. Moments are taken of differences to the
 // first row, in float32 over 64 rows and in float64 above, so that a mean far from zero costs no digits.
-void ldm_norm(const float* x, const float* weight, const float* bias, float* y, i64 b, i64 n, i64 c, i64 groups, double eps, int activate, int threads) {
+int ldm_norm(const float* x, const float* weight, const float* bias, float* y, i64 b, i64 n, i64 c, i64 groups, double eps, int activate, int threads) {
     constexpr i64 HIGH = 64;
     const i64 parts = std::min<i64>(threads, blocks(n, HIGH)), share = whole(blocks(n, parts), HIGH), size = c / groups;
-    const std::unique_ptr<double[]> moments(new double[2 * b * parts * c]());
-    const Buffer factors = buffer(2 * b * c);
+    const Buffer sums_in_double = buffer(4 * b * parts * c), factors = buffer(2 * b * c);
+    const Rooms rooms(2 * c, threads);
+    if (!sums_in_double || !factors || !rooms.all) return 1;
+    double* const moments = reinterpret_cast<double*>(sums_in_double.get());
+    std::fill(moments, moments + 2 * b * parts * c, 0.);
 #pragma omp parallel num_threads(threads)
     {
-        const Buffer sums = buffer(2 * c);
 #pragma omp for schedule(static)
         for (i64 task = 0; task < b * parts; task++) {
             const i64 image = task / parts, end = std::min(n, (task % parts + 1) * share);
             const float *const first = x + image * n * c;
-            float *const one = sums.get(), *const two = one + c;
-            double* const total = moments.get() + 2 * task * c;
+            float *const one = rooms.mine(), *const two = one + c;
+            double* const total = moments + 2 * task * c;
             for (i64 top = task % parts * share; top < end; top += HIGH) {
                 std::memset(one, 0, 2 * c * sizeof(float));
                 for (i64 r = top; r < std::min(end, top + HIGH); r++)
@@ -482,6 +499,7 @@ void ldm_norm(const float* x, const float* weight, const float* bias, float* y, 
             }
         }
     }
+    return 0;
 }
 
 }  // extern "C"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -29,15 +30,15 @@ def library() -> ctypes.CDLL:
 def prepared(library: ctypes.CDLL) -> ctypes.CDLL:
     """The library, told what its functions take."""
     for name, takes in _TAKES.items():
-        getattr(library, name).argtypes, getattr(library, name).restype = takes, None
+        getattr(library, name).argtypes = takes
     return library
 
 
 def norm(x: Tensor, norm: nn.GroupNorm, silu: bool = False) -> Tensor:
     """As `plain.norm`."""
-    y = torch.empty_like(x)
+    y = x.new_empty(x.shape)
     b, c = x.shape[0], x.shape[-1]
-    library().ldm_norm(*_at(x, norm.weight, norm.bias, y), b, x.numel() // (b * c), c, norm.num_groups, norm.eps, silu, torch.get_num_threads())
+    _run("ldm_norm", (x, norm.weight, norm.bias, y), b, x.numel() // (b * c), c, norm.num_groups, norm.eps, silu)
     return y
 
 
@@ -59,11 +60,9 @@ def conv_up(x: Tensor, conv: nn.Conv2d, size: tuple[int, int]) -> Tensor:
 
 def _winograd(x: Tensor, conv: nn.Conv2d, size: tuple[int, int], up: bool, add: Tensor | None) -> Tensor:
     b, h, w, c = x.shape
-    o = conv.out_channels
-    y = x.new_empty(b, *size, o)
+    y = x.new_empty(b, *size, conv.out_channels)
     kind = 0 if add is None else 1 if add.ndim == 2 else 2
-    add = None if add is None else add.contiguous()
-    library().ldm_conv(*_at(x, conv.weight, conv.bias, add, y), b, h, w, c, *size, o, up, kind, torch.get_num_threads())
+    _run("ldm_conv", (x, conv.weight, conv.bias, add, y), b, h, w, c, *size, conv.out_channels, up, kind)
     return y
 
 
@@ -71,7 +70,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, add: Tensor | 
     """As `plain.linear`."""
     n, k = weight.shape
     y = x.new_empty(*x.shape[:-1], n)
-    library().ldm_linear(*_at(x, weight, bias, add, y), x.numel() // k, n, k, False, torch.get_num_threads())
+    _run("ldm_linear", (x, weight, bias, add, y), x.numel() // k, n, k, False)
     return y
 
 
@@ -79,7 +78,7 @@ def geglu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """As `plain.geglu`; the projection is never written."""
     n, k = len(weight) // 2, weight.shape[1]
     y = x.new_empty(*x.shape[:-1], n)
-    library().ldm_linear(*_at(x, weight, bias, None, y), x.numel() // k, n, k, True, torch.get_num_threads())
+    _run("ldm_linear", (x, weight, bias, None, y), x.numel() // k, n, k, True)
     return y
 
 
@@ -87,12 +86,18 @@ def attend(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
     """As `plain.attend`."""
     b, n, c = q.shape
     y = q.new_empty(b, n, c)
-    library().ldm_attend(*_at(q, k, v, y), b, heads, n, k.shape[1], c // heads, c, c, c, torch.get_num_threads())
+    _run("ldm_attend", (q, k, v, y), b, heads, n, k.shape[1], c // heads, c, c, c)
     return y
 
 
-def _at(*tensors: Tensor | None) -> list[int | None]:
-    """Where they lie; contiguous ones, as every operation here takes and gives."""
-    for tensor in tensors:
-        assert tensor is None or (tensor.is_contiguous() and tensor.dtype == torch.float32 and tensor.device.type == "cpu")
-    return [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+def _run(name: str, tensors: Sequence[Tensor | None], *numbers: float) -> None:
+    """Call a function with where the tensors lie, as contiguous ones, and the numbers.
+
+    Raises TypeError for what is not float32 in the CPU's memory, and MemoryError.
+    """
+    held = [None if tensor is None else tensor.contiguous() for tensor in tensors]
+    for tensor in held:
+        if tensor is not None and (tensor.dtype != torch.float32 or tensor.device.type != "cpu"):
+            raise TypeError(f"{name}: {tensor.dtype} on {tensor.device}; these operations are for float32 on the CPU")
+    if getattr(library(), name)(*(None if tensor is None else tensor.data_ptr() for tensor in held), *numbers, torch.get_num_threads()):
+        raise MemoryError(f"{name}: no memory for its working space")

@@ -33,7 +33,8 @@ class GraphedUNet(FastUNet):
         graph = None if torch.is_grad_enabled() or self._graphs is None else self._graphs.find(_key(x, t, context, y))
         if graph is not None:
             out = graph.replayed(x, t, y)
-            if runs(self, x) and self._graphs.read(self.parameters()) and self.keys_values(context) is graph.told:
+            given = [x, t, context] if y is None else [x, t, context, y]
+            if runs(self, *given) and self._graphs.read(self.parameters()) and self.keys_values(context) is graph.told:
                 return out
         return super().forward(x, t, context, y)
 

@@ -6,7 +6,7 @@ import ctypes
 import functools
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt(3)
-_MOST = 2**31 - 1
+_LEAST, _MOST = 2**25, 2**31 - 1
 
 
 @functools.cache
@@ -20,4 +20,5 @@ def keep_freed() -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):
         return False
-    return bool(mallopt(_MMAP_THRESHOLD, _MOST)) and bool(mallopt(_TRIM_THRESHOLD, _MOST))
+    kept = mallopt(_MMAP_THRESHOLD, _MOST) or mallopt(_MMAP_THRESHOLD, _LEAST)  # some versions refuse more
+    return bool(mallopt(_TRIM_THRESHOLD, _MOST)) and bool(kept)

@@ -1,6 +1,6 @@
 """The networks again, written in fused operations on channels-last data: the same modules and parameters, another forward pass.
 
-Where somebody looks inside (a hook, another attention swapped in, a gradient), the readable forward pass runs instead.
+Where somebody looks inside (a hook, another attention swapped in, a gradient) or has changed a part, the readable forward pass runs instead.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from types import ModuleType
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from ldm import attention, unet, vae
@@ -33,7 +34,8 @@ class FastUNet(unet.UNet):
 
     def forward(self, x: Tensor, t: Tensor, context: Tensor, y: Tensor | None = None) -> Tensor:
         """As `UNet.forward`."""
-        if not runs(self, x):
+        given = [x, t, context] if y is None else [x, t, context, y]
+        if not runs(self, *given) or any(len(each) != len(x) for each in given):
             return super().forward(x, t, context, y)
         half = len(x) // 2
         if self.shares and y is None and len(x) % 2 == 0 and torch.equal(x[:half], x[half:]) and torch.equal(t[:half], t[half:]):
@@ -45,10 +47,12 @@ class FastUNet(unet.UNet):
         layers = _told(self)
         read = (context, *(to.weight for layer in layers for to in (layer.to_k, layer.to_v)))  # held, so that no other tensor can come to lie where one of them does
         state = [(tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), _version(tensor)) for tensor in read]
-        if self._kept is None or self._kept[1] != state or context.is_inference():
-            found = [(self.ops.linear(context, layer.to_k.weight), self.ops.linear(context, layer.to_v.weight)) for layer in layers]
-            self._kept = read, state, found
-        return self._kept[2]
+        kept = self._kept  # read once: another thread may put its own there
+        if kept is None or kept[1] != state or any(tensor.is_inference() for tensor in read):
+            context = context.contiguous()
+            kept = read, state, [(self.ops.linear(context, layer.to_k.weight), self.ops.linear(context, layer.to_v.weight)) for layer in layers]
+            self._kept = kept
+        return kept[2]
 
     def predict(self, x: Tensor, t: Tensor, keys_values: KeysValues, y: Tensor | None = None) -> Tensor:
         """`forward` with keys and values in the place of the context; their batch may be a multiple of x's, whose rows then repeat."""
@@ -163,7 +167,7 @@ def _cross_attention(ops: ModuleType, layer: attention.CrossAttention, h: Tensor
 
 def _repeated(x: Tensor, batch: int) -> Tensor:
     """x as often as the batch asks for it: its rows are the same in every part."""
-    return x if len(x) == batch else torch.cat([x] * (batch // len(x))) if len(x) < batch else x[:batch]
+    return x if len(x) == batch else torch.cat([x] * (batch // len(x)))
 
 
 # --- the parts of the VAE -------------------------------------------------------------------------------------------
@@ -197,14 +201,29 @@ PARTS = {
 }  # fmt: skip
 
 
-def runs(network: nn.Module, x: Tensor) -> bool:
-    """Whether x is what the operations are for and nobody looks inside or changes it: no gradient, no autocast, no hook, no part of another class."""
-    if network.made_for not in (None, (x.device.type, x.dtype)):
+def runs(network: nn.Module, *given: Tensor) -> bool:
+    """Whether the inputs are what the operations are for and nobody looks inside or changes it: no gradient, trace or hook, no part of another kind."""
+    x = given[0]
+    if len(x) == 0 or network.made_for not in (None, (x.device.type, x.dtype)):
         return False
-    if torch.is_autocast_enabled(x.device.type) or (torch.is_grad_enabled() and any(p.requires_grad for p in (x, *network.parameters()))):
+    if torch.jit.is_tracing() or torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
         return False
-    inner = [module for module in network.modules() if module is not network]
-    return not any(type(module) not in PARTS or module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module) for module in inner)
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*given, *network.parameters())):
+        return False
+    if any(type(tensor) is not Tensor or forward_ad.unpack_dual(tensor).tangent is not None for tensor in given):
+        return False
+    return not nn.modules.module._has_any_global_hook() and all(map(_readable, network.modules()))
+
+
+def _readable(module: nn.Module) -> bool:
+    """Whether a module does what is written in its file."""
+    if isinstance(module, FastUNet | FastDecoder | FastEncoder):
+        return True
+    if type(module) not in PARTS or module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+        return False
+    if isinstance(module, nn.Conv2d):
+        return module.padding_mode == "zeros"
+    return not (isinstance(module, nn.Dropout) and module.p and module.training)
 
 
 def _told(network: unet.UNet) -> list[attention.CrossAttention]:

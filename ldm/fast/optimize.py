@@ -22,10 +22,12 @@ def optimize(model: LatentDiffusion) -> LatentDiffusion:
 
     On a CPU in float32 with the C++ of ldm/fast/cpu.cpp, compiled at first use (seconds) and kept; on CUDA with Triton's kernels and CUDA
     graphs; elsewhere in plain PyTorch, with the work that is the same in every step done once. Results differ from `model`'s by rounding.
-    Where somebody looks inside (hooks, another `Attend`, gradients) the readable networks run, as they do after a move to another device
-    or type: call it again then. Parameters may be changed in place, as `ldm.lora` does, but not through `.data` during a run.
-    Warns where there is no compiler, or no Triton. It may change the order in which weights lie in a GPU's memory, and on a CPU it keeps
-    freed memory for the next tensor (`ldm.fast.memory`).
+    Where somebody looks inside or changes a part (hooks, another `Attend`, gradients, circular padding) the readable networks run; so they do
+    after a move to another device or type (call it again then), and in the VAE above 1024 x 1024, which works in strips.
+    Parameters may be replaced or changed in place, as `ldm.lora` does, but not through `.data` while a context is in use: its keys and values
+    are kept. It may change the order in which weights lie in a GPU's memory, and on a CPU it keeps freed memory for the next tensor
+    (`ldm.fast.memory`). Warns where there is no compiler, or no Triton. Raises ArgumentError for a model with hooks in its UNet or VAE, such
+    as an offloaded one.
     """
     ops, decoding, unet_class = _chosen(model.device, model.dtype)
     if ops is gpu:
@@ -57,7 +59,7 @@ def _chosen(device: torch.device, dtype: torch.dtype) -> tuple[ModuleType, Modul
     if device.type == "cuda":
         warnings.warn("fast: no Triton, or a GPU before Ampere; plain PyTorch instead, which is slower; install triton", stacklevel=3)
         return plain, plain, FastUNet
-    ops = _on_cpu(dtype)
+    ops = _on_cpu(dtype) if device.type == "cpu" else plain
     return ops, ops, FastUNet
 
 
