@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.cells import Cell, config_of, inputs
+from benchmarks.machine import without_folders
 from benchmarks.sides import Job, pipeline
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ def convert(job: Job) -> str | None:
     if Path(job.converted).exists() or job.side not in _MAKE:
         return None
     done = subprocess.run([sys.executable, __file__, json.dumps(asdict(job))], capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"}, check=False)
-    return f"conversion failed: {done.stderr.strip()[-300:] or done.returncode}" if done.returncode else None
+    return f"conversion failed: {without_folders(done.stderr.strip())[-300:] or done.returncode}" if done.returncode else None
 
 
 # --- OpenVINO ---------------------------------------------------------------------------------------------------------

@@ -46,3 +46,8 @@ def _version(package: str) -> str | None:
 def peak_memory() -> int:
     """The most bytes that this process has had resident. Not `getrusage`, whose figure a child inherits from the process that started it."""
     return 1024 * int(re.search(r"^VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)[1])
+
+
+def without_folders(text: str) -> str:
+    """The text with the names of files in it, but not where on this machine they lie."""
+    return re.sub(r"(?<![\w.:/])/(?:[^\s/:'\"]+/)+", "", text)

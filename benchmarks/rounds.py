@@ -43,9 +43,9 @@ def rows_of(job: Job, sides: Sequence[str], cells: Sequence[Cell], repeats: int,
     absent |= {side: {"why": why} for side, why in large.items()}
     rest = {side: jobs[side] for side in jobs if side not in large}
     how = "in turn" if together else "one side after the other: together they do not fit into memory"
-    groups = [rest] if together else [{side: mine} for side, mine in rest.items()]
+    groups = [] if not rest else [rest] if together else [{side: mine} for side, mine in rest.items()]
     everything: dict[Cell, Found] = {cell: {side: dict(absent.get(side, {})) for side in sides} for cell in cells}
-    reference = {} if job.dtype == "float32" and "ldm" in rest else references(job, cells)
+    reference = {} if not rest or (job.dtype == "float32" and "ldm" in rest) else references(job, cells)
     for i, group in enumerate(groups):
         with contextlib.ExitStack() as stack:
             running = started(stack, group, everything, known)
@@ -91,7 +91,7 @@ def visit(running: Mapping[str, Turns], cell: Cell, found: Found, repeats: int) 
         times = in_turn({side: lambda turns=turns: turns.time(cell) for side, turns in able.items()}, repeats)
     except SideFailed as error:
         times = {}
-        found |= {side: {"failed": f"one of those that took turns: {error}"} for side in able}
+        found |= {side: {"failed": f"one of those that took turns ({', '.join(able)}): {error}"} for side in able}
     for side, seconds in times.items():
         found[side]["seconds"] = seconds
 
@@ -107,15 +107,16 @@ def begun(turns: Turns, cell: Cell) -> Row:
 
 
 def references(job: Job, cells: Sequence[Cell]) -> dict[Cell, Tensor]:
-    """The output of the plain networks in float32 on these very weights; nothing where they do not fit into memory."""
+    """The output of the plain networks in float32 on these very weights; nothing for cells where they fail or do not fit into memory."""
     plain = replace(job, side="ldm", dtype="float32")
-    if fitting(plain, ["ldm"], cells)[1]:
+    turns = None if fitting(plain, ["ldm"], cells)[1] else attempted(plain)
+    if not isinstance(turns, Turns):
         return {}
-    turns = Turns(plain)
     try:
-        return {cell: turns.prepare(cell)["output"] for cell in cells}
+        made = {cell: begun(turns, cell) for cell in cells}
     finally:
         turns.close()
+    return {cell: found["output"] for cell, found in made.items() if "output" in found}
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import tempfile
 import time
@@ -139,6 +140,8 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     for size in args.size or ():
         if size < 64 or size % 64:
             parser.error(f"--size {size}: give multiples of 64, which all sides take without padding")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", args.device):
+        parser.error(f"--device {args.device}: give cpu, cuda or cuda:N")
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         parser.error(f"--device {args.device}: there is no CUDA device here")
     return args

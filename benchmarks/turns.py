@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from benchmarks.cells import Cell
+from benchmarks.machine import without_folders
 from benchmarks.sides import SIDES, Job, Side, Unmeasured
 
 SHORT = 0.2  # seconds: what takes less is timed several times in a row
@@ -66,7 +67,7 @@ class Turns:
         if not line:
             status = self.process.wait()
             self.errors.seek(0)
-            raise SideFailed(f"its process ended with status {status}: {self.errors.read().strip()[-300:]}")
+            raise SideFailed(f"its process ended with status {status}: {without_folders(self.errors.read().strip())[-300:]}")
         answer = json.loads(line)
         if "unmeasured" in answer:
             raise Unmeasured(answer["unmeasured"])
@@ -92,7 +93,8 @@ class Turns:
 
     def close(self) -> None:
         """End the process."""
-        self.process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):  # it may have ended by itself
+            self.process.stdin.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(timeout=60)
         self.process.kill()
@@ -127,6 +129,7 @@ def forget_peak(device: str) -> None:
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
     if device.startswith("cuda"):
+        torch.cuda.empty_cache()  # what is counted is what is reserved: graphs hold memory that is allocated only while they are captured
         torch.cuda.reset_peak_memory_stats(device)
 
 
@@ -161,14 +164,19 @@ class _Prepared:
         for _ in range(WARM - 1):
             if last < WARM_BELOW or self.device != "cpu":
                 last = timed(call, self.device)
-        on_device = torch.cuda.max_memory_allocated(self.device) if self.device.startswith("cuda") else None
+        on_device = torch.cuda.max_memory_reserved(self.device) if self.device.startswith("cuda") else None
         self.calls[cell], self.seconds[cell] = call, last
         return {"first": first, "peak": resident("VmHWM"), "device_peak": on_device}
 
     def time(self, cell: Cell) -> dict[str, float]:
         call = self.calls[cell]
         n = max(1, math.ceil(SHORT / max(self.seconds[cell], 1e-4)))
-        return {"seconds": timed(lambda: [call() for _ in range(n)], self.device) / n}
+
+        def calls() -> None:
+            for _ in range(n):
+                call()
+
+        return {"seconds": timed(calls, self.device) / n}
 
 
 @torch.no_grad()
@@ -176,6 +184,8 @@ def serve(job: Job, answer: Callable[[dict[str, Any]], None]) -> None:
     """Do what the lines of standard input ask for until they end."""
     if job.threads:
         torch.set_num_threads(job.threads)
+    if job.device != "cpu":
+        torch.cuda.set_device(torch.device(job.device))  # whose stream events are recorded in
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # float32 means float32
     _import(job.side)
     answer({"bytes": resident("VmRSS")})
@@ -187,7 +197,7 @@ def serve(job: Job, answer: Callable[[dict[str, Any]], None]) -> None:
                 begun = time.perf_counter()
                 with warnings.catch_warnings(record=True) as said:
                     prepared = _Prepared(SIDES[job.side](job), job.device)
-                seconds, warned = time.perf_counter() - begun, [str(each.message) for each in said if each.category is UserWarning]
+                seconds, warned = time.perf_counter() - begun, [without_folders(str(each.message)) for each in said if each.category is UserWarning]
                 answer({"seconds": seconds, "bytes": resident("VmRSS"), "warned": warned})
             else:
                 cell = Cell(**request["cell"])
@@ -195,7 +205,7 @@ def serve(job: Job, answer: Callable[[dict[str, Any]], None]) -> None:
         except Unmeasured as reason:
             answer({"unmeasured": str(reason)})
         except Exception as error:  # told to who asked, who goes on with what is left
-            answer({"failed": f"{type(error).__name__}: {error}"[:500]})
+            answer({"failed": without_folders(f"{type(error).__name__}: {error}")[:500]})
 
 
 def _import(side: str) -> None:

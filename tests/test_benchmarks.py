@@ -284,8 +284,37 @@ def test_sides_take_turns():
 
 def test_a_side_that_fails_says_why(tmp_path):
     job = sides.Job("ldm", "sd1", True, str(tmp_path / "nothing"), "", "float32", "cpu", 1)
-    with pytest.raises(turns.SideFailed, match="nothing"):
+    with pytest.raises(turns.SideFailed, match="nothing") as failed:
         turns.Turns(job)
+    assert str(tmp_path) not in str(failed.value)  # it goes into a file that others read
+
+
+def test_where_files_lie_is_not_told():
+    said = "FileError: /home/somebody/x.bin: see https://a.org/b/c, 'k/v' and (/opt/lib/y.py:3) 1/2"
+    assert machine.without_folders(said) == "FileError: x.bin: see https://a.org/b/c, 'k/v' and (y.py:3) 1/2"
+
+
+def test_where_no_side_can_be_measured_every_row_says_so_once(monkeypatch):
+    job, cell = sides.Job("ldm", "sd1", True, "", "", "float32", "cpu", 1), cells.Cell("step", 1, 64)
+    monkeypatch.setattr(rounds, "missing", lambda side, device: "not here")
+    found = [*rounds.rows_of(job, ["openvino", "sdcpp"], [cell], 1, 1e11, [])]
+    assert [(row["side"], row["status"], row["why"]) for row in found] == [("openvino", "absent", "not here"), ("sdcpp", "absent", "not here")]
+
+
+def test_without_a_reference_half_precision_is_not_compared(monkeypatch):
+    def failing(job):
+        return turns.SideFailed("no memory")
+
+    monkeypatch.setattr(rounds, "attempted", failing)
+    job = sides.Job("fast", "sd1", True, "", "", "bfloat16", "cpu", 1)
+    assert rounds.references(job, [cells.Cell("step", 1, 64)]) == {}
+
+
+def test_a_diffusers_that_gives_nan_voids_itself_alone():
+    good = torch.ones(1, 4, 8, 8)
+    found = rows.check({"diffusers": good * float("nan"), "fast": good}, good, "bfloat16")
+    assert [found[side]["status"] for side in ("diffusers", "fast")] == ["void", "not compared"]
+    assert found["diffusers"]["error"] is None
 
 
 def test_sides_that_do_not_fit_into_memory_are_measured_one_after_the_other(monkeypatch):
@@ -313,7 +342,7 @@ def test_sides_one_after_the_other_have_the_same_rows(measured, monkeypatch, tmp
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--size=100"], ["--size=32"], ["--repeats=0"], ["--sampler=ddim:1000"], ["--sampler=plms:5"], ["--batch=0"], ["--threads=0"], ["--dtype=int8"], ["--stage=text", "--quick"]],
+    [["--size=100"], ["--size=32"], ["--repeats=0"], ["--sampler=ddim:1000"], ["--sampler=plms:5"], ["--batch=0"], ["--threads=0"], ["--dtype=int8"], ["--device=mps"], ["--stage=text", "--quick"]],
 )
 def test_what_cannot_be_measured_is_refused(arguments, capsys):
     with pytest.raises(SystemExit) as left:
