@@ -59,15 +59,15 @@ if not INTERPRETED:
         pointers |= dict.fromkeys(("mean", "squares", "factor", "summand"), "*fp32")
         for kernel, constants in (
             (kernels._moments, tile),
-            (kernels._fold, {"CHUNK": 1024}),
+            (kernels._fold, {"eps": 1e-5, "CHUNK": 1024}),
             (kernels._affine, {"SILU": True, **tile}),
-            (kernels._layer_norm, {"ROWS": 2, "COLS": 1024}),
+            (kernels._layer_norm, {"eps": 1e-5, "ROWS": 2, "COLS": 1024}),
             (kernels._gated, tile),
             (kernels._plus, {"SAME": True, **tile}),
             (kernels._plus, {"SAME": False, **tile}),
         ):
             names = kernel.arg_names
-            types = {name: pointers.get(name, "fp32" if name in ("eps", "unit") else "i32") for name in names} | dict.fromkeys(
+            types = {name: pointers.get(name, "fp32" if name == "unit" else "i32") for name in names} | dict.fromkeys(
                 constants, "constexpr"
             )
             aligned = {

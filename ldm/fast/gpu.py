@@ -118,7 +118,8 @@ def _backend(q: Tensor, k: Tensor, v: Tensor) -> SDPBackend:
     """The quickest of the backends that can do it. While a graph is captured nothing can be measured: then the first of them, for this once."""
     key = (q.device, q.dtype, *((t.shape, t.stride()) for t in (q, k, v)))
     if key not in _fastest:
-        able = [backend for backend, can in BACKENDS.items() if can(cuda.SDPAParams(q, k, v, None, 0.0, False, False))] or [SDPBackend.MATH]
+        with sdpa_kernel([*BACKENDS]):  # whatever somebody has allowed around this call
+            able = [backend for backend, can in BACKENDS.items() if can(cuda.SDPAParams(q, k, v, None, 0.0, False, False))] or [SDPBackend.MATH]
         if len(able) > 1 and torch.cuda.is_current_stream_capturing():
             return able[0]
         _fastest[key] = able[0] if len(able) == 1 else min(able, key=lambda backend: _milliseconds(backend, q, k, v))

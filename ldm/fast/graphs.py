@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -21,7 +22,7 @@ class GraphedUNet(FastUNet):
     """`FastUNet` on a GPU. A shape that comes for the second time is captured, and replayed from then on.
 
     Graphs read the parameters where they are: numbers that change in place are seen, and when a parameter has moved all graphs are dropped.
-    PyTorch's settings stay those of the capture.
+    PyTorch's settings, and what modules hold besides parameters, stay those of the capture. For one thread and one stream at a time.
     """
 
     ops: ModuleType = gpu
@@ -30,7 +31,8 @@ class GraphedUNet(FastUNet):
 
     def forward(self, x: Tensor, t: Tensor, context: Tensor, y: Tensor | None = None) -> Tensor:
         """As `UNet.forward`. A replay is queued first: while the GPU computes, Python sees to it that it was the right one."""
-        graph = None if torch.is_grad_enabled() or self._graphs is None else self._graphs.find(_key(x, t, context, y))
+        none = torch.is_grad_enabled() or context.is_inference() or self._graphs is None  # keys and values of inference mode are never those of before
+        graph = None if none else self._graphs.find(_key(x, t, context, y))
         if graph is not None:
             out = graph.replayed(x, t, y)
             given = [x, t, context] if y is None else [x, t, context, y]
@@ -40,6 +42,8 @@ class GraphedUNet(FastUNet):
 
     def predict(self, x: Tensor, t: Tensor, keys_values: KeysValues, y: Tensor | None = None) -> Tensor:
         """As `FastUNet.predict`."""
+        if x.is_cuda and torch.cuda.is_current_stream_capturing():  # part of somebody's own graph
+            return super().predict(x, t, keys_values, y)
         if self._graphs is None:
             self._graphs = Graphs()
         return self._graphs.run(super().predict, self.parameters(), x, t, keys_values, y)
@@ -132,7 +136,7 @@ def _captured(
 ) -> Graph:
     """The call as a graph. It shares its memory with the others, of which none runs at the same time and nothing but its output is kept."""
     with torch.inference_mode(False):  # else they could be written in that mode only
-        inputs = x.clone(), t.clone(), None if y is None else y.clone()
+        inputs = x.detach().clone(), t.detach().clone(), None if y is None else y.detach().clone()
         held = [(keys.clone(), values.clone()) for keys, values in keys_values]
 
     def run() -> Tensor:
@@ -142,12 +146,18 @@ def _captured(
     return Graph(graph, inputs, held, keys_values, out)
 
 
+@functools.cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """That of all captures on a device: memory belongs to the stream that it was taken on, and graphs are to share it."""
+    return torch.cuda.Stream(device)
+
+
 def capture(run: Callable[[], Tensor], device: torch.device, pool: tuple[int, int] | None) -> tuple[torch.cuda.CUDAGraph, Tensor]:
     """What `run` queues on the GPU, as a graph, and the tensor that every replay of it writes.
 
     It runs once before, on the stream of the capture: libraries set themselves up at their first call, which cannot be captured.
     """
-    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
+    graph, stream = torch.cuda.CUDAGraph(), _stream(device)
     with torch.cuda.device(device):
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):

@@ -86,7 +86,7 @@ def _moments(x, mean, squares, n, c, length, ROWS: tl.constexpr, COLS: tl.conste
 
 
 @triton.jit(do_not_specialize=["n", "c", "width", "parts", "length"])
-def _fold(mean, squares, weight, bias, factor, summand, n, c, width, parts, length, eps, CHUNK: tl.constexpr):
+def _fold(mean, squares, weight, bias, factor, summand, n, c, width, parts, length, eps: tl.constexpr, CHUNK: tl.constexpr):
     """The norm of a group of `width` channels as factor and summand of each, from the moments of its channels' parts.
 
     Chan, Golub & LeVeque 1983, eq. 2.1 for many parts: deviations within parts, and of the parts' means from the whole mean.
@@ -149,7 +149,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
 
 
 @triton.jit(do_not_specialize=["n"])
-def _layer_norm(x, weight, bias, y, n, c, eps, ROWS: tl.constexpr, COLS: tl.constexpr):
+def _layer_norm(x, weight, bias, y, n, c, eps: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
     """Whole rows, in registers."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     col = tl.arange(0, COLS)

@@ -25,20 +25,25 @@ def optimize(model: LatentDiffusion) -> LatentDiffusion:
     Where somebody looks inside or changes a part (hooks, another `Attend`, gradients, circular padding) the readable networks run; so they do
     after a move to another device or type (call it again then), and in the VAE above 1024 x 1024, which works in strips.
     Parameters may be replaced or changed in place, as `ldm.lora` does, but not through `.data` while a context is in use: its keys and values
-    are kept. It may change the order in which weights lie in a GPU's memory, and on a CPU it keeps freed memory for the next tensor
+    are kept. On CUDA convolutions and attention are chosen by measuring, so that another process may round otherwise, and a first picture pays
+    for that and for compiling. It may change the order in which weights lie in a GPU's memory, and on a CPU it keeps freed memory for the next tensor
     (`ldm.fast.memory`). Warns where there is no compiler, or no Triton. Raises ArgumentError for a model with hooks in its UNet or VAE, such
     as an offloaded one.
     """
     ops, decoding, unet_class = _chosen(model.device, model.dtype)
     if ops is gpu:
-        gpu.lay_out(model)
+        for network in (model.unet, model.vae):
+            gpu.lay_out(network)
     made_for = model.device.type, model.dtype
 
     def with_ops(fast: type[nn.Module], ops: ModuleType) -> type[nn.Module]:
         return type(fast.__name__, (fast,), {"__doc__": fast.__doc__, "ops": ops, "made_for": made_for})
 
     classes = {unet.UNet: with_ops(unet_class, ops), vae.Decoder: with_ops(FastDecoder, decoding), vae.Encoder: with_ops(FastEncoder, decoding)}
-    return shared(model, classes)
+    fast = shared(model, classes)
+    for kept in ("_kept", "_graphs"):  # of a fast model that is optimised again: it has its own
+        fast.unet.__dict__.pop(kept, None)
+    return fast
 
 
 def pays(device: torch.device, dtype: torch.dtype) -> bool:
