@@ -5,15 +5,6 @@ from __future__ import annotations
 import pytest
 
 from ldm.fast import cpu
-from ldm.fast.compiler import CannotCompile
 
-
-def _why_not() -> str:
-    try:
-        cpu.library()
-    except CannotCompile as fault:
-        return str(fault)
-    return ""
-
-
-compiled_only = pytest.mark.skipif(bool(_why_not()), reason=_why_not() or "there is a compiler")
+_why = cpu.missing()
+compiled_only = pytest.mark.skipif(_why is not None, reason=_why or "there is a compiler")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.fast import plain
-from ldm.fast.compiler import compiled
+from ldm.fast.compiler import CannotCompile, compiled
 
 _POINTER, _WHOLE, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _TAKES = {
@@ -25,6 +25,15 @@ _TAKES = {
 def library() -> ctypes.CDLL:
     """The compiled functions. Raises `ldm.fast.compiler.CannotCompile`."""
     return prepared(compiled("cpu.cpp"))
+
+
+def missing() -> str | None:
+    """Why these operations cannot be had here; None: they can."""
+    try:
+        library()
+    except CannotCompile as fault:
+        return str(fault)
+    return None
 
 
 def prepared(library: ctypes.CDLL) -> ctypes.CDLL:

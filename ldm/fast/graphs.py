@@ -35,8 +35,7 @@ class GraphedUNet(FastUNet):
         graph = None if none else self._graphs.find(_key(x, t, context, y))
         if graph is not None:
             out = graph.replayed(x, t, y)
-            given = [x, t, context] if y is None else [x, t, context, y]
-            if runs(self, *given) and self._graphs.read(self.parameters()) and self.keys_values(context) is graph.told:
+            if runs(self, x, t, context, y) and self._graphs.read(self.parameters()) and self.keys_values(context) is graph.told:
                 return out
         return super().forward(x, t, context, y)
 

@@ -20,22 +20,26 @@ MadeFor = tuple[str, torch.dtype] | None  # the kind of device and type that the
 KeysValues = Sequence[tuple[Tensor, Tensor]]  # of the cross-attention layers of a network, in their order
 
 
-class FastUNet(unet.UNet):
+class Fast:
+    """What the fast networks have besides the modules of the readable ones."""
+
+    ops: ModuleType = plain
+    made_for: MadeFor = None
+
+
+class FastUNet(Fast, unet.UNet):
     """`UNet` in the operations of a backend.
 
     What does not depend on x leaves the step: the keys and values of a context are kept until another is given. The two halves of a guided
     batch are the same until the first cross-attention, and are computed once until there.
     """
 
-    ops: ModuleType = plain
-    made_for: MadeFor = None
     shares: bool = True  # look for equal halves: a comparison, for which a GPU would have to be waited for
     _kept: tuple[Sequence[Tensor], list[tuple[object, ...]], KeysValues] | None = None  # what was read for it, in which state, and the result
 
     def forward(self, x: Tensor, t: Tensor, context: Tensor, y: Tensor | None = None) -> Tensor:
         """As `UNet.forward`."""
-        given = [x, t, context] if y is None else [x, t, context, y]
-        if not runs(self, *given) or any(len(each) != len(x) for each in given):
+        if not runs(self, x, t, context, y):
             return super().forward(x, t, context, y)
         half = len(x) // 2
         if self.shares and y is None and len(x) % 2 == 0 and torch.equal(x[:half], x[half:]) and torch.equal(t[:half], t[half:]):
@@ -75,7 +79,7 @@ class FastUNet(unet.UNet):
                     x = self.ops.conv(x, getattr(layer, "op", layer))
             return x
 
-        x = x.permute(0, 2, 3, 1).contiguous()
+        x = _channels_last(x)
         skips = []
         for block in self.input_blocks:
             x = run(block, x)
@@ -85,47 +89,47 @@ class FastUNet(unet.UNet):
             x = torch.cat([_repeated(x, batch), _repeated(skips.pop(), batch)], dim=-1)
             x = run(block, x, size=skips[-1].shape[1:3] if skips else x.shape[1:3])
         norm, _, conv = self.out
-        return self.ops.conv(self.ops.norm(x, norm, silu=True), conv).permute(0, 3, 1, 2).contiguous()
+        return _channels_first(self.ops.conv(self.ops.norm(x, norm, silu=True), conv))
 
 
-class FastDecoder(vae.Decoder):
+class FastDecoder(Fast, vae.Decoder):
     """`Decoder` in the operations of a backend."""
-
-    ops: ModuleType = plain
-    made_for: MadeFor = None
 
     def forward(self, z: Tensor) -> Tensor:
         """As `Decoder.forward`."""
         if not runs(self, z):
             return super().forward(z)
-        x = _middle(self.ops, self.mid, self.ops.conv(z.permute(0, 2, 3, 1).contiguous(), self.conv_in))
+        x = _middle(self.ops, self.mid, self.ops.conv(_channels_last(z), self.conv_in))
         for level in reversed(self.up):
             for block in level.block:
                 x = _resnet_block(self.ops, block, x)
             if hasattr(level, "upsample"):
                 x = self.ops.conv_up(x, level.upsample.conv, (2 * x.shape[1], 2 * x.shape[2]))
-        x = self.ops.conv(self.ops.norm(x, self.norm_out, silu=True), self.conv_out)
-        return x.permute(0, 3, 1, 2).contiguous()
+        return _channels_first(self.ops.conv(self.ops.norm(x, self.norm_out, silu=True), self.conv_out))
 
 
-class FastEncoder(vae.Encoder):
+class FastEncoder(Fast, vae.Encoder):
     """`Encoder` in the operations of a backend."""
-
-    ops: ModuleType = plain
-    made_for: MadeFor = None
 
     def forward(self, x: Tensor) -> Tensor:
         """As `Encoder.forward`."""
         if not runs(self, x):
             return super().forward(x)
-        x = self.ops.conv(x.permute(0, 2, 3, 1).contiguous(), self.conv_in)
+        x = self.ops.conv(_channels_last(x), self.conv_in)
         for level in self.down:
             for block in level.block:
                 x = _resnet_block(self.ops, block, x)
             if hasattr(level, "downsample"):
                 x = self.ops.conv(F.pad(x, (0, 0, 0, 1, 0, 1)), level.downsample.conv)
-        x = self.ops.conv(self.ops.norm(_middle(self.ops, self.mid, x), self.norm_out, silu=True), self.conv_out)
-        return x.permute(0, 3, 1, 2).contiguous()
+        return _channels_first(self.ops.conv(self.ops.norm(_middle(self.ops, self.mid, x), self.norm_out, silu=True), self.conv_out))
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    return x.permute(0, 2, 3, 1).contiguous()
+
+
+def _channels_first(x: Tensor) -> Tensor:
+    return x.permute(0, 3, 1, 2).contiguous()
 
 
 # --- the parts of the UNet ------------------------------------------------------------------------------------------
@@ -201,10 +205,10 @@ PARTS = {
 }  # fmt: skip
 
 
-def runs(network: nn.Module, *given: Tensor) -> bool:
+def runs(network: nn.Module, x: Tensor, *others: Tensor | None) -> bool:
     """Whether the inputs are what the operations are for and nobody looks inside or changes it: no gradient, trace or hook, no part of another kind."""
-    x = given[0]
-    if len(x) == 0 or network.made_for not in (None, (x.device.type, x.dtype)):
+    given = [tensor for tensor in (x, *others) if tensor is not None]
+    if len(x) == 0 or any(len(tensor) != len(x) for tensor in given) or network.made_for not in (None, (x.device.type, x.dtype)):
         return False
     if torch.jit.is_tracing() or torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
         return False
@@ -217,7 +221,7 @@ def runs(network: nn.Module, *given: Tensor) -> bool:
 
 def _readable(module: nn.Module) -> bool:
     """Whether a module does what is written in its file."""
-    if isinstance(module, FastUNet | FastDecoder | FastEncoder):
+    if isinstance(module, Fast):
         return True
     if type(module) not in PARTS or module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
         return False

@@ -10,7 +10,6 @@ from torch import nn
 
 from ldm import unet, vae
 from ldm.fast import cpu, gpu, memory, plain, vae_scale
-from ldm.fast.compiler import CannotCompile
 from ldm.fast.graphs import GraphedUNet
 from ldm.fast.networks import FastDecoder, FastEncoder, FastUNet
 from ldm.fast.share import shared
@@ -48,13 +47,7 @@ def optimize(model: LatentDiffusion) -> LatentDiffusion:
 
 def pays(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether `optimize` has been measured to be faster there: float32 on a CPU, with a compiler."""
-    if device.type != "cpu" or dtype != torch.float32:
-        return False
-    try:
-        cpu.library()
-    except CannotCompile:
-        return False
-    return True
+    return device.type == "cpu" and dtype == torch.float32 and cpu.missing() is None
 
 
 def _chosen(device: torch.device, dtype: torch.dtype) -> tuple[ModuleType, ModuleType, type[FastUNet]]:
@@ -72,9 +65,7 @@ def _on_cpu(dtype: torch.dtype) -> ModuleType:
     memory.keep_freed()
     if dtype != torch.float32:
         return plain
-    try:
-        cpu.library()
-    except CannotCompile as error:
-        warnings.warn(f"fast: {error}; plain PyTorch instead, which is slower; install g++ or set CXX", stacklevel=4)
+    if why := cpu.missing():
+        warnings.warn(f"fast: {why}; plain PyTorch instead, which is slower; install g++ or set CXX", stacklevel=4)
         return plain
     return cpu
