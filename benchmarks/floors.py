@@ -1,4 +1,4 @@
-"""The least time that the arithmetic of a cell can take: its FLOPs by the rate that this machine was seen to reach."""
+"""The time that the arithmetic of a cell takes when done directly: its FLOPs by the rate that this machine was seen to reach. Winograd's may take less."""
 
 from __future__ import annotations
 
