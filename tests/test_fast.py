@@ -255,12 +255,16 @@ def another_activation(model: LatentDiffusion) -> None:
     model.unet.out[1] = nn.ReLU()
 
 
+def no_activation(model: LatentDiffusion) -> None:
+    model.unet.out[1] = nn.Identity()
+
+
 def dropout(model: LatentDiffusion) -> None:
     layer = model.unet.middle_block[0].out_layers[2].train()
     layer.p = 1.0
 
 
-@pytest.mark.parametrize("change", [circular, another_activation, dropout])
+@pytest.mark.parametrize("change", [circular, another_activation, no_activation, dropout])
 @torch.no_grad()
 def test_a_part_that_was_changed_does_what_it_was_changed_to(change: Callable[[LatentDiffusion], None]) -> None:
     model = build(tiny("sd1"))

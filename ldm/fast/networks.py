@@ -216,7 +216,10 @@ def runs(network: nn.Module, x: Tensor, *others: Tensor | None) -> bool:
         return False
     if any(type(tensor) is not Tensor or forward_ad.unpack_dual(tensor).tangent is not None for tensor in given):
         return False
-    return not nn.modules.module._has_any_global_hook() and all(map(_readable, network.modules()))
+    if nn.modules.module._has_any_global_hook():
+        return False
+    shortcuts = {id(module._modules.get(name)) for module in network.modules() for name in ("skip_connection", "nin_shortcut")}
+    return all(_readable(module) and (type(module) is not nn.Identity or id(module) in shortcuts) for module in network.modules())
 
 
 def _readable(module: nn.Module) -> bool:
