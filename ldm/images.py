@@ -21,6 +21,7 @@ from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
+from ldm.disk import sync_directory
 from ldm.errors import ArgumentError, FileError, NonFinite, OutputError, printable
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP")  # all that is read: most of what is dangerous in image libraries is in the other formats
@@ -264,7 +265,7 @@ def _write(data: bytes, path: str | PathLike[str] | Iterable[Path], overwrite: b
             os.fsync(file.fileno())
         for name in itertools.chain([first], names):
             if _takes(temporary, name, overwrite):
-                _sync_directory(name.parent)
+                sync_directory(name.parent)
                 return name
     except OSError as error:
         if isinstance(error, OutputError):
@@ -294,12 +295,3 @@ def _takes(temporary: Path, path: Path, overwrite: bool) -> bool:
             return False
         os.replace(temporary, path)
     return True
-
-
-def _sync_directory(directory: Path) -> None:
-    if hasattr(os, "O_DIRECTORY"):
-        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from ldm.config import ModelConfig
+from ldm.disk import write_all
 from ldm.errors import ArgumentError, FileError, OutputError
 from weights import conversion_record as record
 from weights.conversion_record import Conversion
@@ -23,7 +24,7 @@ from weights.layout import LEFTOVERS, original
 from weights.load import open_any, require_dtype
 from weights.metadata import CONFIG_KEY, to_json
 from weights.moves import Move
-from weights.output import replacing, replacing_directory, require_space, require_writable, write_all
+from weights.output import replacing, replacing_directory, require_space, require_writable
 from weights.prediction import METADATA, Prediction, require_prediction
 from weights.published import sha256_of
 from weights.routes import (

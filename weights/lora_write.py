@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 from ldm.config import ModelConfig
+from ldm.disk import write_all
 from ldm.errors import FileError
 from ldm.lora import Change, Decomposed, Full, Generalised, Hadamard, Kronecker, LowRank, Shape, rank
 from weights import lora_names
 from weights.lora_sources import ALPHA_KEY, TOWERS, Dialect
 from weights.names import diffusers_unet
-from weights.output import replacing, replacing_directory, write_all
+from weights.output import replacing, replacing_directory
 from weights.write import OnWrite, Pending, cast, pending, write
 
 ADAPTER = "lora_adapter_metadata"  # where diffusers keeps peft's settings, each after the name of its network

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import itertools
 import os
 import shutil
@@ -12,6 +11,7 @@ from collections.abc import Iterator
 from os import PathLike
 from pathlib import Path
 
+from ldm.disk import sync_directory
 from ldm.errors import OutputError
 
 _numbers = itertools.count()
@@ -94,26 +94,6 @@ def require_space(path: str | PathLike[str], size: int) -> None:
     free = shutil.disk_usage(Path(path).parent).free
     if free < size:
         raise OutputError(f"cannot be written: it needs {size / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB free; choose another disk", path=path)
-
-
-def write_all(descriptor: int, data: bytes | memoryview) -> None:
-    """All of `data`, however little the system takes at once."""
-    view = memoryview(data)
-    while len(view):
-        view = view[os.write(descriptor, view) :]
-
-
-def sync_directory(directory: Path) -> None:
-    """Bring the names in a directory to the disk, where the system can."""
-    if hasattr(os, "O_DIRECTORY"):
-        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(descriptor)
-        except OSError as error:
-            if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems know no such thing
-                raise
-        finally:
-            os.close(descriptor)
 
 
 def _beside(path: Path) -> Path:

@@ -17,11 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ldm.disk import write_all
 from ldm.errors import ArgumentError, OutputError
 from weights.allowed import STORAGES
 from weights.files import DTYPES, Weights
 from weights.folders import Folder
-from weights.output import replacing, require_space, write_all
+from weights.output import replacing, require_space
 from weights.places import Shape
 from weights.torchfiles import contiguous
 
