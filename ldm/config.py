@@ -120,6 +120,7 @@ class ScheduleConfig:
     start: float = 0.00085  # first beta
     end: float = 0.012  # last beta
     steps: int = 1000  # timesteps
+    zero_snr: bool = False  # rescaled so that the last timestep is pure noise (Lin et al. 2023, algorithm 1); of models that predict v
 
 
 @dataclass(frozen=True)
@@ -137,6 +138,10 @@ class ModelConfig:
     size: int = 512  # pixels along a side of the training pictures: the default size
     concat: tuple[str, ...] = ()  # what joins the latent at the UNet's input, in order: mask, masked_image, depth, low_res
     zero_empty: bool = False  # guidance steers away from zeros, not from the empty prompt, where no negative prompt is given
+
+    def __post_init__(self) -> None:
+        if self.schedule.zero_snr and self.prediction == "eps":
+            raise ArgumentError("ModelConfig: zero_snr with prediction 'eps': of pure noise it says nothing of the picture; set prediction='v'", key="zero_snr")
 
 
 CLIP_L = TextConfig()

@@ -29,7 +29,8 @@ class LatentDiffusion(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        self.schedule = Schedule(config.schedule.start, config.schedule.end, config.schedule.steps)
+        told = config.schedule
+        self.schedule = Schedule(told.start, told.end, told.steps, told.zero_snr)
         self.unet = UNet(config.unet)
         self.vae = VAE(config.vae)
         self.text = nn.ModuleList(CLIPText(text) for text in config.text)
@@ -51,7 +52,13 @@ class LatentDiffusion(nn.Module):
     def condition(
         self, prompts: Sequence[str | None], size: tuple[int, int], *, sizes: Sizes | None = None, noise_level: int | None = None, **text: Any
     ) -> Cond:
-        """What the UNet is told for these prompts; what a family concatenates to the latent is added by its task.
+        """`tell` without gradients."""
+        return self.tell(prompts, size, sizes=sizes, noise_level=noise_level, **text)
+
+    def tell(
+        self, prompts: Sequence[str | None], size: tuple[int, int], *, sizes: Sizes | None = None, noise_level: int | None = None, **text: Any
+    ) -> Cond:
+        """What the UNet is told for these prompts, with gradients to towers and embeddings; what a family concatenates to the latent is added by its task.
 
         prompts      None: nothing is said, as the family was trained to hear it: zeros for SDXL, the empty prompt elsewhere
         size         (height, width) in pixels

@@ -23,7 +23,7 @@ class Sampling:
     """The keywords that every task takes besides its own. Raises ArgumentError."""
 
     sampler: str = "dpmpp_2m"  # a name in samplers.SAMPLERS
-    grid: str | None = None  # a name in samplers.GRIDS; None: the sampler's own, as in samplers.DEFAULT_GRID
+    grid: str | None = None  # a name in samplers.GRIDS; None: the sampler's own, as in samplers.DEFAULT_GRID; trailing where the model has zero terminal SNR
     steps: int = 25  # of the grid, 1 to 1000; more are slower and closer to what the model has learnt
     cfg: float = 7.5  # guidance scale: 1 ignores the negative prompt at half the cost, more follows the prompt more closely
     rescale: float = 0.0  # guidance rescale, 0 to 1: takes back the contrast that guidance adds
@@ -54,10 +54,12 @@ class Sampling:
                 raise ArgumentError(f"eta: sampler {self.sampler} has none; leave it out, or use {', '.join(filter(_takes_eta, SAMPLERS))}", key="eta")
         self.sigmas(Schedule())  # some counts of steps do not suit every grid
 
-    @property
-    def grid_name(self) -> str:
-        """The grid in use."""
-        return self.grid or DEFAULT_GRID[self.sampler]
+    def grid_name(self, schedule: Schedule) -> str:
+        """The grid in use: the one that was named or, with zero terminal SNR, trailing (Lin et al. 2023, section 3.3), or else the sampler's own.
+
+        DDIM's leaves out the last level, where nothing is seen of the picture yet; Karras' spends two fifths of its steps on the last hundredth of the timesteps.
+        """
+        return self.grid or ("trailing" if schedule.zero_snr else DEFAULT_GRID[self.sampler])
 
     @property
     def guidance(self) -> Guidance:
@@ -67,7 +69,7 @@ class Sampling:
     def sigmas(self, schedule: Schedule) -> list[float]:
         """The noise levels to visit, descending."""
         try:
-            return GRIDS[self.grid_name](schedule, self.steps)
+            return GRIDS[self.grid_name(schedule)](schedule, self.steps)
         except ValueError as error:
             raise ArgumentError(f"steps: {error}", key="steps") from None
 

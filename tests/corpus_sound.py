@@ -179,7 +179,7 @@ SOUND: dict[str, Build] = {
     **{f"Lightning, {numpy}, protocol {n}": by_lightning(numpy, save_zip, n) for numpy in ("numpy.core", "numpy._core") for n in (2, 4)},
     "Lightning, as a stream": by_lightning("numpy.core", save_stream, 2),
     "pathlib": beside(lambda: [pathlib.PurePosixPath("a/b"), pathlib.PureWindowsPath("a"), pathlib.Path("c")]),
-    "datetime": beside(lambda: [datetime.datetime(2022, 8, 22, tzinfo=datetime.timezone.utc), datetime.date(2022, 8, 22), datetime.timedelta(1), datetime.time(1)]),
+    "datetime": beside(lambda: [datetime.datetime(2022, 8, 22, tzinfo=datetime.UTC), datetime.date(2022, 8, 22), datetime.timedelta(1), datetime.time(1)]),
     "collections": beside(lambda: [collections.defaultdict(list, {1: [2]}), collections.Counter("abc"), collections.deque([1])]),
     "numpy": beside(lambda: [np.arange(3.0), np.float64(1), np.int32(2), np.dtype("float16"), np.zeros((2, 2), order="F"), np.array(["a"]), np.bool_(True)]),
     "numpy arrays of protocol 5": lambda d: (save_zip({"state_dict": ONE, "a": np.arange(3.0), "b": np.float32(1)}, d / "x.ckpt", pickle_protocol=5), ONE),

@@ -30,6 +30,7 @@ from tests.diffusers_folders import STATISTIC, components, folder_config, single
 from tests.seeded import weight
 from weights import LEFTOVERS, convert, load, load_vae, open_file
 from weights.conversion_record import Conversion
+from weights.metadata import from_json
 
 MODELS = [name for name, family in FILES.items() if family]
 UNET, TEXT = "model.diffusion_model.", "cond_stage_model.transformer.text_model."
@@ -436,8 +437,20 @@ def test_marks_of_the_training_survive_both_ways(tmp_path: Path) -> None:
     scheduler = json.loads((tmp_path / "b" / "scheduler" / "scheduler_config.json").read_text())
     assert (scheduler["prediction_type"], scheduler["rescale_betas_zero_snr"], scheduler["timestep_spacing"]) == ("v_prediction", True, "trailing")
     (tmp_path / "b" / LEFTOVERS).unlink()  # as a folder of diffusers' own has none
-    convert(tmp_path / "b", tmp_path / "c.safetensors")
-    assert "ztsnr" in tensors(tmp_path / "c.safetensors")
+    made = convert(tmp_path / "b", tmp_path / "c.safetensors")
+    assert made.config.schedule.zero_snr
+    assert {"v_pred", "ztsnr"} <= set(tensors(tmp_path / "c.safetensors"))  # which other programs read together or not at all
+    assert from_json(metadata(tmp_path / "c.safetensors")["ldm.config"]).schedule.zero_snr
+
+
+def test_a_mark_that_cannot_be_is_refused_and_can_be_dropped(tmp_path: Path) -> None:
+    source = save_safetensors(single("sd1") | {"ztsnr": torch.zeros(0)}, tmp_path / "a.safetensors")
+    with pytest.raises(FileError, match=r"has ztsnr \(zero terminal SNR\) and predicts eps, .*drop the mark"):
+        convert(source, tmp_path / "b", config=tiny("sd1"))
+    convert(source, tmp_path / "b", config=tiny("sd1"), drop=["ztsnr"])
+    assert "rescale_betas_zero_snr" not in json.loads((tmp_path / "b" / "scheduler" / "scheduler_config.json").read_text())
+    convert(source, tmp_path / "c.ckpt")  # another container for the same tensors, whatever they are
+    assert "ztsnr" in tensors(tmp_path / "c.ckpt")
 
 
 def test_rows_that_are_apart_on_both_sides_stay_apart(tmp_path: Path) -> None:

@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from ldm.config import FAMILIES
+from ldm.config import FAMILIES, ScheduleConfig
 from ldm.errors import AmbiguousCheckpoint, ArgumentError, FileError
 from ldm.unet import UNet
 from tests.checkpoints import FILES, UNIT, manifest, narrow, narrowed, save_safetensors, tiny
 from weights import load, save
 from weights.detect import REFUSED, TITLES, detect, family
-from weights.prediction import METADATA, STATISTIC, Finding, response, settle, settle_by_output
+from weights.prediction import METADATA, SCHEDULER, STATISTIC, Finding, response, settle, settle_by_output
 from weights.sizes import read_unet
 
 MODELS = [name for name, recognised in FILES.items() if recognised]
@@ -210,15 +210,41 @@ def test_a_clash_shows_the_evidence_and_what_settles_it(what: str) -> None:
     assert settled(**arguments, explicit=True).config == FAMILIES[arguments.get("name", "sd2-base")]
 
 
-@pytest.mark.parametrize(("key", "what"), [("edm_mean", "a Playground 2.5 model"), ("edm_std", "a Playground 2.5"), ("edm_vpred.sigma_max", "a CosXL model"), ("ztsnr", "zero terminal SNR")])
+@pytest.mark.parametrize(("key", "what"), [("edm_mean", "a Playground 2.5 model"), ("edm_std", "a Playground 2.5"), ("edm_vpred.sigma_max", "a CosXL model")])
 def test_schedules_that_are_not_known_are_refused_by_name(key: str, what: str) -> None:
     with pytest.raises(FileError, match=what):
         settled("sdxl-base", keys=(key, "v_pred"))
-    if key == "ztsnr":
-        assert settled("sdxl-base", keys=(key, "v_pred"), prediction="v").config.prediction == "v"
-    else:
-        with pytest.raises(FileError, match=what):
-            settled("sdxl-base", keys=(key,), prediction="v")
+    with pytest.raises(FileError, match=what):
+        settled("sdxl-base", keys=(key,), prediction="v")
+
+
+PURE_NOISE = ScheduleConfig(zero_snr=True)
+
+
+def test_a_mark_of_zero_terminal_snr_sets_the_schedule_of_a_v_model() -> None:
+    wanted = Finding(replace(FAMILIES["sdxl-base"], prediction="v", schedule=PURE_NOISE))
+    assert settled("sdxl-base", keys=("ztsnr", "v_pred")) == wanted
+    assert settled("sdxl-base", keys=("ztsnr",), prediction="v") == wanted
+    assert settled("sdxl-base", metadata={"rescale_betas_zero_snr": "true", SCHEDULER: "v_prediction"}) == wanted
+    assert settled(deviation=0.2, keys=("ztsnr",)) == Finding(replace(FAMILIES["sd2-v"], schedule=PURE_NOISE))
+    assert settled(deviation=0.09, keys=("ztsnr",)) == Finding(replace(FAMILIES["sd2-v"], schedule=PURE_NOISE))  # in between: eps cannot be
+    described = replace(FAMILIES["sd1"], prediction="v")
+    for config, keys in ((described, ("ztsnr",)), (replace(described, schedule=PURE_NOISE), ())):
+        assert settle(config, dict.fromkeys(keys), {}, lambda: None, refuse, explicit=True) == Finding(replace(described, schedule=PURE_NOISE))
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"name": "sdxl-base"}, {"name": "sdxl-base", "explicit": True}, {"keys": ("v_pred",), "prediction": "eps"}, {"deviation": 0.01}, {"metadata": {METADATA: "eps"}}]
+)
+@pytest.mark.parametrize("mark", ["ztsnr", "rescale_betas_zero_snr"])
+def test_zero_terminal_snr_and_eps_are_refused_with_both_ways_out(arguments: dict, mark: str) -> None:
+    arguments = {**arguments, "metadata": {**arguments.get("metadata", {}), mark: "true"}}
+    with pytest.raises(FileError, match=rf"has {mark} \(zero terminal SNR\) and predicts eps, which cannot be; pass prediction='v' or drop the mark") as caught:
+        settled(**arguments)
+    assert len(str(caught.value)) - len("x.ckpt") <= 200 - 80
+    made = replace(FAMILIES["sdxl-base"], prediction="v", schedule=PURE_NOISE)
+    with pytest.raises(FileError, match=r"has zero_snr in its config \(zero terminal SNR\) and predicts eps"):
+        settle(made, {}, {}, lambda: None, refuse, prediction="eps", explicit=True)
 
 
 def test_an_unknown_word_for_the_prediction_is_refused() -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ldm.config import FAMILIES
+from ldm.config import FAMILIES, ScheduleConfig
 from ldm.errors import AmbiguousCheckpoint, ArgumentError, FileError
 from tests.checkpoints import MANIFESTS, meaning, save_safetensors, save_zip, tiny
 from tests.diffusers_folders import FOLDERS, STATISTIC, components, folder_config, single, write_folder
@@ -246,7 +246,7 @@ SCHEDULERS = {
     "backwards": ({"beta_start": 0.5, "beta_end": 0.1}, FileError, "above beta_end"),
     "infinite": ({"beta_start": 1e400}, FileError, "beta_start is inf, not a number from"),
     "sample": ({"prediction_type": "sample"}, FileError, "predicts 'sample'; this version knows eps and v"),
-    "zero terminal SNR": ({"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}, FileError, r"zero terminal SNR \(rescale_betas_zero_snr\)"),
+    "zero terminal SNR of eps": ({"prediction_type": "epsilon", "rescale_betas_zero_snr": True}, FileError, r"has rescale_betas_zero_snr \(zero terminal SNR\) and predicts eps"),
 }
 
 
@@ -259,11 +259,9 @@ def test_a_schedule_that_is_not_known_is_refused(what: str, folder: Path) -> Non
         path.write_text(json.dumps(json.loads(text) | change).replace("Infinity", "1e400"))
         with pytest.raises(error, match=match):
             load(folder)
-        if what == "zero terminal SNR":
-            assert load(folder, prediction="v").config.prediction == "v"
         path.write_text(json.dumps(json.loads(text) | {"prediction_type": "v_prediction", "beta_start": 0.001}))
         config = load(folder).config
-        assert (config.prediction, config.schedule.start, config.name) == ("v", 0.001, "sd1")
+        assert (config.prediction, config.schedule, config.name) == ("v", ScheduleConfig(start=0.001), "sd1")
         path.unlink()
         assert load(folder).config == folder_config("sd1")
     finally:

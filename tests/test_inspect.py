@@ -249,6 +249,14 @@ def test_marks_of_training_are_evidence(key, says, tmp_path):
     assert report.unknown_keys == () if says else key in report.problem
 
 
+def test_zero_terminal_snr_is_part_of_what_is_said_of_the_prediction(tmp_path):
+    listed = {**manifest("sdxl-base"), "v_pred": ((), torch.float32), "ztsnr": ((), torch.float32)}
+    report = inspect(sparse.sparse(tmp_path / "a.safetensors", listed))
+    assert report.loadable
+    assert report.prediction.value == "v"
+    assert report.prediction.evidence == ("key v_pred: v", "trained with zero terminal SNR: its last timestep is pure noise")
+
+
 # --- damage ---------------------------------------------------------------------------------------------------------
 
 

@@ -441,13 +441,19 @@ def test_sd_2_models_are_told_apart_by_their_weights(tmp_path: Path) -> None:
 
 
 def test_models_of_two_schedules_are_refused(models, tmp_path: Path) -> None:
-    marked = saved({**models["states"]["b"], "ztsnr": torch.zeros(0)}, tmp_path / "b.safetensors")
-    with pytest.raises(FileError, match="B was trained with another noise schedule than A"):
-        merge(models["a"], marked, tmp_path / "x.safetensors")
-    assert "ztsnr" in tensors(merge(marked, marked, tmp_path / "x.safetensors").path)
+    v, said = replace(TINY, prediction="v"), replace(TINY, prediction="v", schedule=replace(TINY.schedule, zero_snr=True))
+    plain = saved(models["states"]["a"], tmp_path / "a.safetensors", v)
+    marked = saved({**models["states"]["b"], "ztsnr": torch.zeros(0)}, tmp_path / "b.safetensors", v)
+    for second in (marked, saved(models["states"]["b"], tmp_path / "d.safetensors", said)):
+        with pytest.raises(FileError, match="B was trained with another noise schedule than A"):
+            merge(plain, second, tmp_path / "x.safetensors")
+        done = merge(marked, second, tmp_path / "y.safetensors", overwrite=True)
+        assert "ztsnr" in tensors(done.path)
+        with open_file(done.path) as file:
+            assert file.metadata["ldm.config"] == to_json(said)
     longer = saved(models["states"]["b"], tmp_path / "c.safetensors", replace(TINY, schedule=replace(TINY.schedule, end=0.02)))
     with pytest.raises(FileError, match="B was trained with another noise schedule than A"):
-        merge(models["a"], longer, tmp_path / "y.safetensors")
+        merge(models["a"], longer, tmp_path / "z.safetensors")
 
 
 def test_what_b_lacks_is_an_error_unless_partial(models, tmp_path: Path) -> None:

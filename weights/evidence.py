@@ -208,6 +208,8 @@ def prediction(file: Weights | Folder, config: ModelConfig, layout: Layout, expl
         evidence.insert(0, f"{explicit}: {finding.config.prediction}")
     elif not evidence:
         evidence.append(f"all published models of family {config.name} predict {finding.config.prediction}; this file says nothing else")
+    if finding.config.schedule.zero_snr:
+        evidence.append("trained with zero terminal SNR: its last timestep is pure noise")
     return PredictionFacts(finding.config.prediction, tuple(evidence), None), finding.config, None
 
 

@@ -37,11 +37,10 @@ def as_in_folders(config: ModelConfig) -> ModelConfig:
     return replace(config, text=tuple(replace(text, layers=text.layers - text.skip, skip=0, projection=None) for text in config.text))
 
 
-def folder_files(config: ModelConfig, only: Container[str] | None = None, *, zero_snr: bool = False) -> dict[str, str]:
+def folder_files(config: ModelConfig, only: Container[str] | None = None) -> dict[str, str]:
     """{path in the folder: text} for a model of this config.
 
-    only      these networks alone, by their folders: no more than their config.json
-    zero_snr  trained with a schedule that ends in pure noise (Lin et al. 2024)
+    only  these networks alone, by their folders: no more than their config.json
     Raises ArgumentError for a network that diffusers' configs cannot describe.
     """
     config = as_in_folders(config)
@@ -51,7 +50,7 @@ def folder_files(config: ModelConfig, only: Container[str] | None = None, *, zer
     absent = {"image_encoder": config.vision is None, "depth_estimator": config.depth is None}
     files: dict[str, Any] = {f"{name}/config.json": make() for name, make in networks.items() if not absent.get(name) and (only is None or name in only)}
     if only is None:
-        files |= {"model_index.json": _index(config), "scheduler/scheduler_config.json": _scheduler(config, zero_snr), **_beside(config)}
+        files |= {"model_index.json": _index(config), "scheduler/scheduler_config.json": _scheduler(config), **_beside(config)}
     return {path: content if isinstance(content, str) else json.dumps(content, indent=2) + "\n" for path, content in files.items()}
 
 
@@ -220,14 +219,14 @@ def _betas(config: ModelConfig) -> dict[str, Any]:
     return {"beta_start": config.schedule.start, "beta_end": config.schedule.end, "beta_schedule": "scaled_linear", "num_train_timesteps": config.schedule.steps}
 
 
-def _scheduler(config: ModelConfig, zero_snr: bool = False) -> dict[str, Any]:
+def _scheduler(config: ModelConfig) -> dict[str, Any]:
     """The sampler that the family's published folder has. Others are made from these settings too: DDIM would clip if it were not told."""
     common = {**_betas(config), "clip_sample": False, "prediction_type": {"eps": "epsilon", "v": "v_prediction"}[config.prediction], "steps_offset": 1}
-    if zero_snr:  # whose last step is pure noise: a sampler must begin there
+    if config.schedule.zero_snr:  # whose last step is pure noise: a sampler must begin there
         common |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     if is_xl(config):
         return {"_class_name": "EulerDiscreteScheduler", "interpolation_type": "linear", "timestep_spacing": "leading", "use_karras_sigmas": False, **common}
-    if config.prediction == "v" or zero_snr:
+    if config.prediction == "v":
         return {"_class_name": "DDIMScheduler", **common, "set_alpha_to_one": False}
     return {"_class_name": "PNDMScheduler", **common, "set_alpha_to_one": False, "skip_prk_steps": True}
 

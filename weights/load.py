@@ -20,7 +20,7 @@ from weights.layout import Layout, original
 from weights.metadata import CONFIG_KEY
 from weights.places import Place
 from weights.plan import plan
-from weights.prediction import STATISTIC, ZERO_SNR_MARKS, Finding, Prediction, require_prediction, settle, settle_by_output
+from weights.prediction import STATISTIC, Finding, Prediction, require_prediction, settle, settle_by_output
 
 EMBEDDED = Path(__file__).parent / "embedded"
 
@@ -67,18 +67,14 @@ def open_any(path: str | PathLike[str], variant: str | None = None) -> Weights |
     return open_file(path)
 
 
-def recognise(
-    file: Weights | Folder, config: ModelConfig | str | None = None, prediction: Prediction | None = None, *, zero_snr: bool = False
-) -> tuple[Finding, Layout]:
+def recognise(file: Weights | Folder, config: ModelConfig | str | None = None, prediction: Prediction | None = None) -> tuple[Finding, Layout]:
     """Which model an open file or folder holds, and where its tensors lie in it. `config` and `prediction` overrule the file as in `load`.
 
-    `zero_snr`: also one that was trained with zero terminal SNR, for who will not sample with it. Reads headers and, of SD 2's text models,
-    one small tensor. Raises FileError for what is no model of a family that this version knows.
+    Reads headers and, of SD 2's text models, one small tensor. Raises FileError for what is no model of a family that this version knows.
     """
     found, layout = described(file, config)
     explicit = config is not None or CONFIG_KEY in file.metadata
-    keys, metadata = ({key: value for key, value in told.items() if not zero_snr or key not in ZERO_SNR_MARKS} for told in (file.specs, file.metadata))
-    return settle(found, keys, metadata, lambda: statistic(file, layout), file.error, prediction=prediction, explicit=explicit), layout
+    return settle(found, file.specs, file.metadata, lambda: statistic(file, layout), file.error, prediction=prediction, explicit=explicit), layout
 
 
 def described(file: Weights | Folder, config: ModelConfig | str | None = None) -> tuple[ModelConfig, Layout]:

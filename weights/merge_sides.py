@@ -17,7 +17,7 @@ from weights.layout import Layout
 from weights.load import recognise
 from weights.places import Place
 from weights.plan import short
-from weights.prediction import ZERO_SNR_MARKS, Prediction
+from weights.prediction import Prediction
 
 BASES = {"sd1-inpainting": "sd1", "sd2-inpainting": "sd2-base", "sdxl-inpainting": "sdxl-base"}  # family -> what it was made from
 
@@ -36,7 +36,7 @@ class Side:
 
 def side_of(letter: str, file: Weights | Folder, config: ModelConfig | str | None, prediction: Prediction | None) -> Side:
     """A model by what its file says of it. Raises FileError, and AmbiguousCheckpoint where its prediction cannot be known."""
-    finding, layout = recognise(file, config, prediction, zero_snr=True)
+    finding, layout = recognise(file, config, prediction)
     if finding.doubt is not None:
         fault = f"may predict eps or v (norm1.bias std {finding.doubt:.3f}: in between): pass prediction='eps' or 'v'"
         raise AmbiguousCheckpoint(fault, path=file.path, key="prediction")
@@ -66,7 +66,7 @@ def agreeing(sides: Sequence[Side], method: str) -> bool:
             raise side.file.error(f"{side.letter} is {what} and A ({a.file.path.name[-40:]}) is {other}; merge models of one family")
         if side.config.prediction != a.config.prediction:
             raise side.file.error(f"{side.letter} predicts {side.config.prediction} and A predicts {a.config.prediction}; no average of the two works: merge models that predict alike")
-        if _zero_snr(side) != _zero_snr(a) or side.config.schedule != a.config.schedule:
+        if side.config.schedule != a.config.schedule:
             raise side.file.error(f"{side.letter} was trained with another noise schedule than A; merge models with the same one")
     return inpaints
 
@@ -74,10 +74,6 @@ def agreeing(sides: Sequence[Side], method: str) -> bool:
 def _networks(side: Side) -> tuple[object, ...]:
     """What a model is made of, whatever it is called: a folder does not keep the name that a file of its own sizes gives itself."""
     return side.config.unet, side.config.vae, side.config.text, side.config.vision, side.config.depth
-
-
-def _zero_snr(side: Side) -> bool:
-    return any(mark in side.file or mark in side.file.metadata for mark in ZERO_SNR_MARKS)
 
 
 def averages(side: Side) -> set[str]:

@@ -1,4 +1,4 @@
-"""Whether a network predicts eps or v, which shapes cannot show: what the file says, what its weights say, or an error with both."""
+"""How a network was trained, which shapes cannot show (eps or v, zero terminal SNR): what the file says, what its weights say, or an error with both."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Prediction = Literal["eps", "v"]
 
 METADATA = "modelspec.prediction_type"
 SCHEDULER, ZERO_SNR = "scheduler_config.json", "rescale_betas_zero_snr"  # under these names a folder's metadata quote its scheduler
-ZERO_SNR_MARKS = ("ztsnr", ZERO_SNR)  # a key of a single file, a fact of a folder
+V_MARK, ZERO_SNR_MARK = "v_pred", "ztsnr"  # keys of a single file
 SPELLINGS: dict[str, Prediction] = {"eps": "eps", "epsilon": "eps", "v": "v", "v_prediction": "v", "v-prediction": "v", "v_pred": "v"}
 
 STATISTIC = "unet.output_blocks.11.1.transformer_blocks.0.norm1.bias"  # its standard deviation tells SD 2's two kinds apart
@@ -45,18 +45,38 @@ def settle(
     config: ModelConfig, keys: Mapping[str, object], metadata: Mapping[str, str], statistic: Callable[[], Tensor | None], refuse: Callable[[str], FileError],
     *, prediction: Prediction | None = None, explicit: bool = False,
 ) -> Finding:  # fmt: skip
-    """The config with what its network predicts.
+    """The config with what its network predicts, and whether the last level of its schedule is pure noise.
 
     The option `prediction` settles it; so does a config that somebody gave (`explicit`). Otherwise metadata and marker keys are believed
     unless they contradict each other or, in SD 2 text models, the `statistic`: the tensor STATISTIC, None where it is not in the file.
-    Raises FileError for schedules that this version does not have, AmbiguousCheckpoint for a clash.
+    A mark of zero terminal SNR is believed whatever `config` says of it, and settles weights that are in between: only v can be trained so.
+    Raises FileError for schedules that this version does not have, and for such a mark on a model that predicts eps; AmbiguousCheckpoint for a clash.
     """
     for key, what in _EDM.items():
         if key in keys:
             raise refuse(f"is {what} ({key} is in it), trained with EDM's preconditioning, which this version does not know; use another model")
-    mark = next((mark for mark in ZERO_SNR_MARKS if mark in keys or mark in metadata), None)
-    if mark and prediction is None:
-        raise refuse(f"was trained with zero terminal SNR ({mark}), which load() does not set up; prediction='v' loads it with the ordinary schedule")
+    mark = next((mark for mark in (ZERO_SNR_MARK, ZERO_SNR) if mark in keys or mark in metadata), None)
+    if config.schedule.zero_snr:
+        mark = mark or "zero_snr in its config"
+        config = _with_zero_snr(config, False)  # until it is known that the network predicts v
+    finding = _predicting(config, keys, metadata, statistic, refuse, prediction, explicit)
+    if mark is None:
+        return finding
+    found = finding.config if finding.doubt is None else predicting(finding.config, "v")
+    if found.prediction == "eps":
+        raise refuse(f"has {mark} (zero terminal SNR) and predicts eps, which cannot be; pass prediction='v' or drop the mark")
+    return Finding(_with_zero_snr(found, True))
+
+
+def _with_zero_snr(config: ModelConfig, zero_snr: bool) -> ModelConfig:
+    return replace(config, schedule=replace(config.schedule, zero_snr=zero_snr))
+
+
+def _predicting(
+    config: ModelConfig, keys: Mapping[str, object], metadata: Mapping[str, str], statistic: Callable[[], Tensor | None], refuse: Callable[[str], FileError],
+    prediction: Prediction | None, explicit: bool,
+) -> Finding:  # fmt: skip
+    """The config with what its network predicts, as `settle` says."""
     if prediction is not None:
         return Finding(predicting(config, prediction, named=not explicit))
     if explicit:
@@ -115,9 +135,14 @@ def claims_of(keys: Mapping[str, object], metadata: Mapping[str, str], refuse: C
             if spelling not in SPELLINGS:
                 raise refuse(f"its {who} says that it predicts '{spelling[:40]}'; this version knows eps and v: pass prediction= if it is one of them")
             claims[who] = SPELLINGS[spelling]
-    if "v_pred" in keys:
-        claims["key v_pred"] = "v"
+    if V_MARK in keys:
+        claims[f"key {V_MARK}"] = "v"
     return claims
+
+
+def marks(config: ModelConfig) -> tuple[str, ...]:
+    """The keys, of empty tensors, by which a single file tells other programs that its model was trained with zero terminal SNR: they read one only beside the other."""
+    return (V_MARK, ZERO_SNR_MARK) if config.schedule.zero_snr else ()
 
 
 def deviation_of(config: ModelConfig, statistic: Callable[[], Tensor | None]) -> float | None:

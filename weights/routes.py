@@ -23,7 +23,7 @@ from weights.load import recognise
 from weights.moves import Move, copied, renamed, synthesised
 from weights.places import Place, Shape
 from weights.plan import AVERAGED, RAW, plan
-from weights.prediction import ZERO_SNR, ZERO_SNR_MARKS, Prediction
+from weights.prediction import V_MARK, ZERO_SNR_MARK, Prediction, marks
 
 KEPT = "kept beside the networks, in which it has no place"
 ONLY = {"unet": "unet.", "vae": "vae.", "text": "text."}  # the parts that may be converted alone, and their prefix in `LatentDiffusion`
@@ -68,14 +68,14 @@ class Known:
 
 def _tells(key: str) -> bool:
     """Do other programs read this, though no picture is computed from it: position ids, and marks of how the model was trained?"""
-    return key.endswith("position_ids") or key.rpartition("/")[2] in ("v_pred", "ztsnr")
+    return key.endswith("position_ids") or key.rpartition("/")[2] in (V_MARK, ZERO_SNR_MARK)
 
 
 def known(
     file: Weights | Folder, config: ModelConfig | str | None, prediction: Prediction | None, dtype: torch.dtype | None, ema: bool | None, prune: bool
 ) -> Known:
     """Recognise the model in an open file. Raises what `load` raises for it."""
-    finding, layout = recognise(file, config, prediction, zero_snr=True)
+    finding, layout = recognise(file, config, prediction)
     wanted, found = shapes(LatentDiffusion, finding.config), {key: file.shape(key) for key in file}
     made = plan(layout, wanted, found, file.error, ema=ema is True)
     return Known(file, finding.config, finding.doubt, made.sources, made.ignored, _averages(layout, wanted, found), dtype, ema, prune)
@@ -131,8 +131,7 @@ def folder_to_file(model: Known) -> Route:
         if part.ours.startswith("text.") and part.theirs.endswith("transformer.") and not any(_is_position_ids(key, part.theirs) for key in moves):
             length = model.config.text[int(part.ours.split(".")[1])].length
             moves[f"{part.theirs}text_model.embeddings.position_ids"] = synthesised(lambda length=length: torch.arange(length)[None])
-    if ZERO_SNR in model.file.metadata and "ztsnr" not in moves:
-        moves["ztsnr"] = synthesised(lambda: torch.zeros(0))
+    moves |= {mark: synthesised(lambda: torch.zeros(0)) for mark in marks(model.config) if mark not in moves}
     return Route({"": moves}, dropped)
 
 
@@ -170,8 +169,7 @@ def to_folder(model: Known) -> Route:
     for key, move in moves.items():
         folder, _, name = key.partition("/")
         files.setdefault(f"{folder}/{stem(folder)}.safetensors", {})[name] = move
-    zero_snr = any(mark in model.file or mark in model.file.metadata for mark in ZERO_SNR_MARKS)
-    return Route(files | ({LEFTOVERS: left} if left else {}), dropped, folder_files(config, zero_snr=zero_snr))
+    return Route(files | ({LEFTOVERS: left} if left else {}), dropped, folder_files(config))
 
 
 def components(config: ModelConfig) -> set[str]:

@@ -184,7 +184,7 @@ def describe(cell: Cell, sampling: Sampling, loaded: Models) -> dict[str, str]:
     facts = {"task": args.command}
     if getattr(args, "negative", None) is not None:
         facts["negative_prompt"] = args.negative
-    facts |= {"sampler": sampling.sampler, "grid": sampling.grid_name, "steps": str(sampling.steps), "cfg": repr(sampling.cfg), "size": f"{width}x{height}"}
+    facts |= {"sampler": sampling.sampler, "grid": sampling.grid_name(loaded.model.schedule), "steps": str(sampling.steps), "cfg": repr(sampling.cfg), "size": f"{width}x{height}"}
     facts |= {"version": arguments.version()} | loaded.facts
     if sampling.interval:
         facts["cfg_interval"] = " ".join(map(repr, sampling.interval))

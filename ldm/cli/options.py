@@ -176,7 +176,7 @@ def _common(parser: Parser, *, text: bool = True, several: bool = True) -> argpa
 def _how(parser: Parser, text: bool) -> None:
     how = parser.add_argument_group("how to sample it")
     how.add_argument("--sampler", default=DEFAULT.sampler, metavar="NAME", help="see 'ldm samplers' (default: %(default)s)")
-    how.add_argument("--grid", metavar="NAME", help="noise levels to visit; see 'ldm samplers' (default: the sampler's own)")
+    how.add_argument("--grid", metavar="NAME", help="noise levels to visit; see 'ldm samplers' (default: the sampler's own; trailing for a model with zero terminal SNR)")
     how.add_argument("--steps", type=whole, default=DEFAULT.steps, metavar="N", help="1 to 1000 (default: %(default)s)")
     how.add_argument("--cfg", type=number, default=DEFAULT.cfg if text else 3.0, metavar="SCALE", help="guidance: how closely to follow " + ("the prompt" if text else "--init") + "; 1 is none, at half the cost (default: %(default)s)")
     how.add_argument("--cfg-rescale", dest="rescale", type=number, default=DEFAULT.rescale, metavar="SHARE", help="take back the contrast that guidance adds, 0 to 1 (default: %(default)s)")
