@@ -20,7 +20,8 @@ def decode(model: LatentDiffusion, latent: Tensor, *, tile: int | None = None) -
     """Scaled latents [b, c, h, w] -> pictures [b, 3, H, W] float32, about in [-1, 1], finite.
 
     tile  side in pixels above which the work is done in strips as large as tile x tile; 0: never; None: 512 for more than 1024 x 1024
-    Where the VAE overflows in half precision this is done again in bfloat16, then in float32, with a warning; the model stays as it is.
+    The VAE computes in the type of its weights, under autocast too. Where it overflows in half precision this is done again in bfloat16,
+    then in float32, with a warning; the model stays as it is.
     Where the GPU's memory does not suffice it is done again in strips that rest in the CPU's, with a warning.
     Raises NonFinite for latents that are not finite, or a VAE that gives what is not even in float32; MemoryLimit.
     """
@@ -59,6 +60,7 @@ def _require_finite(x: Tensor, what: str, remedy: str) -> None:
 def _surely(vae: VAE, run: Callable[[VAE, int | None, torch.device | None], Tensor], side: int | None, doing: str) -> Tensor:
     """What `run(vae, side, rest)` gives, in float32, by whatever types and memory it takes."""
 
+    @torch.autocast(vae.quant_conv.weight.device.type, enabled=False)
     def fitting(vae: VAE) -> Tensor:
         try:
             return run(vae, side, None)

@@ -168,6 +168,12 @@ def chunks_needed(towers: Sequence[CLIPText], prompts: Sequence[str], *, weighti
     return max((len(_layout(_units(prompt, weighting, embeddings)[0], room)) for prompt in set(prompts)), default=1)
 
 
+def is_read(towers: Sequence[CLIPText], prompt: str, embedding: Embedding) -> bool:
+    """Whether the first piece of a prompt, without weights, comes to the embedding."""
+    first, *_ = _layout(_units(prompt, False, [embedding])[0], _room(towers), limit=1)
+    return any(unit.embedding is embedding for unit in first)
+
+
 def _room(towers: Sequence[CLIPText]) -> int:
     """Tokens in a piece, without start and end."""
     return min(tower.config.length for tower in towers) - 2

@@ -77,6 +77,13 @@ def test_half_precision_stays_inside(model: LatentDiffusion, way: str, dtype: to
     assert (out - exact).square().mean().sqrt() < 0.1 * exact.square().mean().sqrt()  # bfloat16 has 3 digits, for about 20 layers
 
 
+def test_autocast_does_not_narrow_it(model: LatentDiffusion, way: str) -> None:
+    model = overflowing(model, way, torch.float32)
+    plain = WAYS[way](model)
+    with torch.autocast("cpu", torch.float16):
+        assert torch.equal(WAYS[way](model), plain)
+
+
 def test_one_image_can_be_sampled_several_times(model: LatentDiffusion) -> None:
     latent = precision.encode(model, IMAGE[:1], NOISE)
     assert torch.allclose(latent, precision.encode(model, IMAGE[:1].expand(2, -1, -1, -1), NOISE), atol=1e-5)

@@ -12,6 +12,7 @@ from torch import Tensor
 from ldm.model import LatentDiffusion
 from weights.layout import published
 from weights.metadata import CONFIG_KEY, to_json
+from weights.prediction import marks
 from weights.write import pending, write
 
 
@@ -45,8 +46,11 @@ def save(
 ) -> Path:
     """Write a checkpoint that `load` and other tools for its family read: original names, `dtype` (None: as they are), own metadata added.
 
+    A model of zero terminal SNR also gets the marks by which other tools know one: the empty tensors v_pred and ztsnr.
+
     All or nothing: a temporary file in the same directory takes the place of `path` when it is complete and on the disk.
     Raises OutputError, also where `path` exists and `overwrite` is false.
     """
     tensors = {name: pending(tensor, dtype) for name, tensor in original_state(model).items()}
+    tensors |= {mark: pending(torch.zeros(0)) for mark in marks(model.config)}
     return write(tensors, path, {"format": "pt", CONFIG_KEY: to_json(model.config), **(metadata or {})}, overwrite=overwrite)
