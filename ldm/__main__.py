@@ -21,6 +21,7 @@ from ldm.cli import (
     making,
     merging,
     options,
+    pruning,
     repairing,
     terminal,
     training,
@@ -102,9 +103,14 @@ COMMANDS: dict[str, Command] = {
   ldm repair merged.safetensors
   ldm repair old.ckpt --dry-run
   ldm repair old.ckpt --out sound.safetensors"""),
-    "train": Command("train the model that ships", training.add_train, training.train, """
-  ldm train vae --out runs/vae
-  ldm train diffusion --vae runs/vae --out runs/blocks"""),
+    "prune": Command("take blocks out of a model, for a student to begin with", pruning.add_prune, pruning.prune, """
+  ldm prune sd_xl_base_1.0.safetensors student.safetensors --plan ssd-1b
+  ldm prune v1-5-pruned.safetensors small.safetensors --plan half --dtype fp32"""),
+    "train": Command("train a model, LoRA, word or autoencoder", training.add_train, training.train, """
+  ldm train
+  ldm train sygil --show
+  ldm train sygil --set data.path=photos --set model.start=v1-5-pruned.safetensors --out runs/photos
+  ldm train my-lora.toml --set optimizer.lr=2e-4"""),
     "samplers": Command("list samplers and grids", options.samplers, listing.show, """
   ldm samplers --steps 10"""),
 }  # fmt: skip

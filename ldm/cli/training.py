@@ -1,74 +1,102 @@
-"""`ldm train`: the two stages that make the model that ships, from its renderer to its weights."""
+"""`ldm train`: a model, LoRA, word or autoencoder from a recipe."""
 
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
-from pathlib import Path
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
-import torch
-
-from ldm import shipped
-from ldm.cli import arguments, machine, terminal
+from ldm import run
+from ldm.cli import files, machine, terminal
 from ldm.cli.files import Readers
-from ldm.errors import ArgumentError, printable
-from ldm.model import LatentDiffusion
-from ldm.train import Settings
-
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+from ldm.errors import printable
+from ldm.train.card import training_section
+from ldm.train.reading import load_recipe, names, to_toml
+from ldm.train.recipe import Recipe
+from ldm.train.start import Files
 
 
 def add_train(parser: argparse.ArgumentParser) -> None:
     """The arguments of `ldm train`."""
-    stages = parser.add_subparsers(dest="stage", metavar="STAGE", required=True, parser_class=arguments.Parser)
-    vae = stages.add_parser("vae", help="the autoencoder, on rendered pictures", allow_abbrev=False)
-    diffusion = stages.add_parser("diffusion", help="the UNet and its text tower, on the autoencoder's latents", allow_abbrev=False)
-    diffusion.add_argument("--vae", required=True, metavar="DIR", help="where 'ldm train vae' left the autoencoder")
-    diffusion.add_argument("--scenes", type=arguments.whole, default=shipped.SCENES, metavar="N", help="pictures to learn from (default: %(default)s)")
-    for stage, settings in ((vae, shipped.VAE_SETTINGS), (diffusion, shipped.DIFFUSION_SETTINGS)):
-        stage.add_argument("--out", required=True, metavar="DIR", help="directory of the checkpoint and the log; an interrupted run found there goes on")
-        stage.add_argument("--steps", type=arguments.whole, default=settings.steps, metavar="N", help="updates in all (default: %(default)s)")
-        stage.add_argument("--batch", type=arguments.whole, default=settings.batch, metavar="N", help="pictures per update (default: %(default)s)")
-        stage.add_argument("--lr", type=arguments.number, default=settings.lr, metavar="RATE", help="learning rate at its highest (default: %(default)s)")
-        stage.add_argument("--seed", type=arguments.whole, default=settings.seed, metavar="N", help="of weights, examples and noise (default: %(default)s)")
-        stage.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: %(default)s)")
-        stage.add_argument("--dtype", choices=[*DTYPES], default="bfloat16", help="of the arithmetic; weights are float32 (default: %(default)s)")
-        stage.add_argument("--debug", action="store_true", help="show where an error comes from")
-
-
-def settings_of(args: argparse.Namespace) -> Settings:
-    """The settings of a stage with what the arguments change. Raises ArgumentError for numbers that make no sense."""
-    for name, value in (("steps", args.steps), ("batch", args.batch), ("scenes", getattr(args, "scenes", 1))):
-        if value < 1:
-            raise ArgumentError(f"--{name}: {value}; give 1 or more")
-    if not 0 < args.lr < 1:
-        raise ArgumentError(f"--lr: {args.lr:g}; give more than 0 and less than 1")
-    if not 0 <= args.seed < 2**32:
-        raise ArgumentError(f"--seed: {args.seed}; give 0 to {2**32 - 1}")
-    base = shipped.VAE_SETTINGS if args.stage == "vae" else shipped.DIFFUSION_SETTINGS
-    return replace(base, steps=args.steps, batch=args.batch, lr=args.lr, seed=args.seed)
+    parser.add_argument("recipe", metavar="RECIPE", nargs="?", help="the name of one that ships, or a .toml file; without it the ones that ship are listed")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a key of the recipe, such as data.path=photos or optimizer.lr=1e-5; may be given several times")
+    parser.add_argument("--out", metavar="DIR", help="directory of the run, as --set run.out=DIR; an interrupted run found there goes on (default: runs/NAME)")
+    parser.add_argument("--show", action="store_true", help="print the recipe, every key, and the training section of its card; train nothing")
+    parser.add_argument("--allow-data-change", action="store_true", help="go on with a run although its pictures or captions have changed")
+    parser.add_argument("--no-save-on-interrupt", action="store_true", help="at Ctrl-C or SIGTERM stop at once, with the last state that was saved")
+    parser.add_argument("--debug", action="store_true", help="show where an error comes from")
 
 
 def train(args: argparse.Namespace, readers: Readers) -> None:
-    """Train one stage of the model that ships; the last one leaves the model in the original layout."""
-    if model := run(args):
-        path = readers.save(model, Path(args.out) / "model.safetensors", overwrite=True)
+    """Train as a recipe says. What was learnt, log, states, validation and a report with pictures lie in the run's directory.
+
+    An interrupted run goes on where it was saved when it is started again. On several GPUs or machines: torchrun --nproc-per-node 2 -m ldm train RECIPE.
+    """
+    if args.recipe is None:
+        for name in names():
+            terminal.show(f"{name:18} {load_recipe(name).about}")
+        return
+    recipe = load_recipe(args.recipe, [*args.set, *([f"run.out={args.out}"] if args.out is not None else [])])
+    if args.show:
+        terminal.show(f"{to_toml(recipe)}\n{training_section(recipe)}")
+        return
+    with interrupted(not args.no_save_on_interrupt) as came:
+        ended = run.train(
+            recipe, of_weights(readers), device=str(machine.device_of(recipe.run.device)), allow_data_change=args.allow_data_change,
+            stop=lambda: came() is not None, say=lambda line: terminal.say(f"ldm: {printable(line)}"),
+        )  # fmt: skip
+    if ended.rank == 0:
+        _report(ended, recipe)
+    if ended.fitted.stopped:
+        raise terminal.Terminated if came() == signal.SIGTERM else KeyboardInterrupt
+
+
+def _report(ended: run.Ended, recipe: Recipe) -> None:
+    """What the user should know at the end."""
+    if ended.bad:
+        terminal.say(f"ldm: pictures that were left out: {len(ended.bad)}")
+        for line in ended.bad[:20]:
+            terminal.say(f"ldm:   {printable(line)[:190]}")
+    if ended.fitted.skipped:
+        terminal.say(f"ldm: updates that were left out, their loss or gradient NaN or infinite: {ended.fitted.skipped}")
+    if ended.fitted.stopped:
+        terminal.say(f"ldm: saved after {ended.fitted.step} of {recipe.run.steps} updates; the same command goes on")
+    for path in ended.paths:
         terminal.show(printable(str(path)))
 
 
-def run(args: argparse.Namespace) -> LatentDiffusion | None:
-    """Train one stage; the model, where that stage makes one."""
-    settings = settings_of(args)
-    device = str(machine.device_of(args.device))
-    out = Path(args.out)
+@contextmanager
+def interrupted(save: bool) -> Iterator[Callable[[], int | None]]:
+    """A function that says which of SIGINT and SIGTERM has come; the second one, or any unless `save`, stops at once."""
+    if not save or threading.current_thread() is not threading.main_thread():
+        yield lambda: None
+        return
+    seen: list[int] = []
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
-    def log(record: dict[str, float]) -> None:
-        if "encoded" in record:
-            terminal.say(f"ldm: {record['encoded']} of {args.scenes} pictures encoded")
-        else:
-            terminal.say(f"ldm: step {record['step']} of {settings.steps}, loss {record['loss']:.4f}, {record['examples_per_second']:.1f} pictures/s")
+    def note(number: int, frame: Any) -> None:
+        if seen:
+            signal.signal(number, before[number])
+            signal.raise_signal(number)
+        seen.append(number)
+        terminal.say("ldm: saving the state after this update; again to stop at once")
 
-    if args.stage == "vae":
-        shipped.train_vae(out, settings, device=device, dtype=DTYPES[args.dtype], on_log=log)
-        return None
-    return shipped.train_diffusion(Path(args.vae), out, settings, scenes=args.scenes, device=device, dtype=DTYPES[args.dtype], on_log=log)
+    for number in before:
+        signal.signal(number, note)
+    try:
+        yield lambda: seen[0] if seen else None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def of_weights(readers: Readers) -> Files:
+    """The functions of `weights` that a run uses."""
+    package = readers.package
+    return Files(
+        load=readers.load, load_vae=readers.load_vae, load_vision=package.load_vision, save=readers.save, convert=package.convert, save_lora=package.save_lora,
+        save_embedding=package.save_embedding, embedded=readers.embedded, digest=files.file_hash,
+    )  # fmt: skip

@@ -1,0 +1,1 @@
+"""The published models' training, as recipes."""

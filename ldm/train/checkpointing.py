@@ -1,0 +1,38 @@
+"""Less memory for more arithmetic: activations inside a block are computed again in the backward pass instead of being kept (Chen et al. 2016)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from ldm import clip, vae
+from ldm.attention import BasicTransformerBlock
+from ldm.errors import ArgumentError
+from ldm.unet import ResBlock
+
+# Not SpatialTransformer: computing ten of SDXL's transformer blocks again at once would need the memory of all ten.
+BLOCKS = (ResBlock, BasicTransformerBlock, clip.Layer, vae.ResnetBlock, vae.AttnBlock)
+
+
+@contextmanager
+def checkpoint_blocks(model: nn.Module) -> Iterator[None]:
+    """While this is open, every block inside `model` keeps its inputs only; its gradients stay the same, bit for bit on the CPU.
+
+    The blocks are those of `BLOCKS`: residual and transformer blocks of UNet, text towers and VAE. They get a `forward` of their own, so that
+    classes, parameters and their names stay what they are; it is taken away at the end. Without gradients nothing changes.
+    Call it before FSDP's `fully_shard` and DDP. Raises ArgumentError where there is no such block.
+    """
+    blocks = [module for module in model.modules() if isinstance(module, BLOCKS)]
+    if not blocks:
+        raise ArgumentError(f"checkpointing: {type(model).__name__} has no block to compute again; train without it", key="checkpointing")
+    for block in blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)  # nothing is drawn inside a block
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.forward  # the class's own shows again

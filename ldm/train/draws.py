@@ -1,0 +1,42 @@
+"""The randomness of training as a function of seed, example and purpose: nothing to save, and the same on any number of ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from hashlib import blake2b
+
+import torch
+from torch import Tensor
+
+
+class Draws:
+    """What is drawn for some examples. Examples are numbered through the whole run: `index` is not where a picture lies in the data.
+
+    Each example and purpose has a generator of its own, so that neither the batch it is in nor what else is drawn changes a draw.
+    """
+
+    def __init__(self, seed: int, index: Sequence[int]):
+        self.seed, self.index = seed, tuple(index)
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def generators(self, purpose: str) -> list[torch.Generator]:
+        """One for each example, on the CPU."""
+        made = []
+        for i in self.index:
+            digest = blake2b(f"{self.seed}/{i}/{purpose}".encode(), digest_size=4).digest()  # torch's CPU generator uses 32 bits
+            made.append(torch.Generator().manual_seed(int.from_bytes(digest, "little")))
+        return made
+
+    def normal(self, purpose: str, shape: Sequence[int]) -> Tensor:
+        """N(0, 1) float32 [b, *shape]."""
+        return torch.stack([torch.randn(tuple(shape), generator=g) for g in self.generators(purpose)])
+
+    def uniform(self, purpose: str) -> Tensor:
+        """[0, 1) float32 [b]."""
+        return torch.cat([torch.rand(1, generator=g) for g in self.generators(purpose)])
+
+    def integers(self, purpose: str, n: int) -> Tensor:
+        """0 to n - 1, int64 [b]."""
+        return torch.cat([torch.randint(n, (1,), generator=g) for g in self.generators(purpose)])

@@ -1,0 +1,76 @@
+"""AdamW over named parameters: learning rates by group, and its state as named tensors."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ldm.errors import ArgumentError, FileError
+from ldm.train.ranks import like, whole
+from ldm.train.recipe import Optimizer
+
+
+def optimizer(parameters: Mapping[str, nn.Parameter], settings: Optimizer) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov & Hutter 2019, algorithm 2), or its 8-bit form (Dettmers et al. 2021) from bitsandbytes.
+
+    Each parameter belongs to the first of `settings.groups` whose expression its name contains, or to the rest, which learns at `settings.lr`;
+    `group["initial_lr"]` of a param group stays what the recipe says. Raises ArgumentError for an expression that is none or that no
+    parameter is left for, and where bitsandbytes is asked for and missing.
+    """
+    parts: list[list[nn.Parameter]] = [[] for _ in (*settings.groups, None)]
+    patterns = [_pattern(group.match) for group in settings.groups]
+    for name, parameter in parameters.items():
+        parts[next((i for i, pattern in enumerate(patterns) if pattern.search(name)), -1)].append(parameter)
+    for group, part in zip(settings.groups, parts[:-1], strict=True):
+        if not part:
+            raise ArgumentError(f"optimizer.groups: '{group.match}' is in the name of no parameter left for it; names look like {next(iter(parameters))}", key="optimizer.groups")
+    rates = [*(group.lr for group in settings.groups), settings.lr]
+    groups = [{"params": part, "lr": rate, "initial_lr": rate} for part, rate in zip(parts, rates, strict=True) if part]
+    return kind_of(settings.kind)(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay)
+
+
+def _pattern(expression: str) -> re.Pattern[str]:
+    try:
+        return re.compile(expression)
+    except re.error as error:
+        raise ArgumentError(f"optimizer.groups: '{expression}' is no regular expression ({error})", key="optimizer.groups") from None
+
+
+def kind_of(kind: str) -> type[torch.optim.Optimizer]:
+    """The optimiser that `optimizer.kind` names. Raises ArgumentError where its package is not installed."""
+    if kind == "adamw":
+        return torch.optim.AdamW
+    try:
+        import bitsandbytes
+    except ImportError:
+        raise ArgumentError("optimizer.kind: adamw8bit needs bitsandbytes, which is not installed; pip install bitsandbytes, or take adamw", key="optimizer.kind") from None
+    return bitsandbytes.optim.AdamW8bit
+
+
+def state_tensors(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """What the optimiser remembers, whole and on the CPU: "exp_avg/NAME" and so on for every parameter that was updated. All ranks call it."""
+    return {f"{key}/{name}": whole(torch.as_tensor(value)) for name, p in parameters.items() for key, value in optimizer.state.get(p, {}).items() if value is not None}
+
+
+@torch.no_grad()
+def load_state_tensors(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor]) -> None:
+    """Put what `state_tensors` gave back; the tensors are taken, not copied. Raises FileError for tensors of a parameter that is not trained."""
+    states: dict[str, dict[str, Tensor]] = {name: {} for name in parameters}
+    for entry in tensors:
+        key, _, name = entry.partition("/")
+        if name not in states:
+            raise FileError(f"the state remembers {name}, which is not trained; use another directory", key=name)
+        states[name][key] = tensors[entry]
+    for name, p in parameters.items():
+        if states[name]:
+            optimizer.state[p] = {key: _placed(key, value, p) for key, value in states[name].items()}
+
+
+def _placed(key: str, value: Tensor, p: nn.Parameter) -> Tensor | int:
+    """As the optimiser had it: counts of updates where it keeps them, what is as large as the parameter laid out as that is."""
+    if value.ndim == 0:
+        return int(value) if value.dtype == torch.int64 else value.clone()  # bitsandbytes counts in Python, AdamW in a float32 on the CPU
+    return like(p, value) if value.shape == p.shape else value.to(p.device)

@@ -1,0 +1,247 @@
+"""Recipes from TOML and back, every key and value checked."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import stat
+import tomllib
+from collections.abc import Sequence
+from dataclasses import MISSING, fields, is_dataclass, replace
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+
+from ldm.config import FAMILIES
+from ldm.errors import ArgumentError, FileError
+from ldm.sampling import require_known, require_number, require_whole
+from ldm.train.recipe import Pattern, Range, Recipe
+
+MAX_BYTES = 2**20  # of a recipe
+
+
+def names() -> list[str]:
+    """The recipes that ship."""
+    return sorted(file.name.removesuffix(".toml") for file in resources.files("ldm.recipes").iterdir() if file.name.endswith(".toml"))
+
+
+def load_recipe(name: str | os.PathLike[str], sets: Sequence[str] = ()) -> Recipe:
+    """A recipe that ships, by name, or a .toml file, with keys changed by `sets`: "data.path=photos", "optimizer.lr=1e-4", "watch.prompts=['a', 'b']".
+
+    Values in `sets` are TOML; what is none is a string, so that bare words need no quotes. Later ones win.
+    Raises FileError for a file that cannot be read or is no TOML, ArgumentError for everything in it, naming the key and what is allowed.
+    """
+    recipe = _table(Recipe, *_read(os.fspath(name)))
+    for each in sets:
+        recipe = _changed(recipe, each)
+    _require_consistent(recipe)
+    return recipe
+
+
+def to_toml(recipe: Recipe) -> str:
+    """Every key of a recipe, defaults too: a later default cannot change what a run was. `load_recipe` reads it back equal."""
+    parts = [(f.name, getattr(recipe, f.name)) for f in fields(recipe)]
+    lines = [f"{name} = {_written(value)}" for name, value in parts if not is_dataclass(value)]
+    for name, section in parts:
+        if is_dataclass(section):
+            lines += ["", f"[{name}]", *(f"{f.name} = {_written(getattr(section, f.name))}" for f in fields(section))]
+    return "\n".join(lines) + "\n"
+
+
+# --- from TOML to values ---------------------------------------------------------------------------------------------
+
+
+def _read(name: str) -> tuple[dict[str, Any], str]:
+    """The tables of a recipe, with its name; and a place to name in errors: none, for the top."""
+    if name in names():
+        table = tomllib.loads(resources.files("ldm.recipes").joinpath(f"{name}.toml").read_text(encoding="utf-8"))
+    elif name.endswith(".toml") or os.sep in name:
+        table = _file(Path(name))
+    else:
+        near = difflib.get_close_matches(name, names(), n=1)
+        raise ArgumentError(f"recipe: {name[:30]!r} is unknown; {f'{near[0]}? ' if near else ''}'ldm train' lists those that ship, or give a .toml file", key="recipe")
+    return {"name": Path(name).stem} | table, ""
+
+
+def _file(path: Path) -> dict[str, Any]:
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise FileError("is no file; give a recipe, a .toml file", path=path)
+        with open(path, "rb") as file:
+            raw = file.read(MAX_BYTES + 1)
+    except FileNotFoundError:
+        raise FileError("does not exist; give a recipe, a .toml file", path=path) from None
+    except OSError as error:
+        raise FileError(f"cannot be read: {error.strerror}; give a recipe, a .toml file", path=path) from None
+    if len(raw) > MAX_BYTES:
+        raise FileError(f"is over {MAX_BYTES} bytes; give a recipe, a .toml file", path=path)
+    try:
+        return tomllib.loads(raw.decode("utf-8-sig"))
+    except UnicodeDecodeError:
+        raise FileError("is no text in UTF-8; save it as such", path=path) from None
+    except (ValueError, RecursionError) as error:
+        raise FileError(f"is no TOML: {str(error)[:80] or 'nested too deeply'}; correct it", path=path) from None
+
+
+def _table(kind: type, given: Any, place: str) -> Any:
+    """A dataclass from a table. `place` is its key, empty for the whole recipe."""
+    if not isinstance(given, dict):
+        raise ArgumentError(f"{place}: {given!r} is no table of keys; write [{place}] and its keys below", key=place)
+    kinds = _kinds(kind)
+    for name in given:
+        require_known(f"[{place}]" if place else "recipe", name, kinds)
+    for field in fields(kind):
+        if field.default is MISSING and field.default_factory is MISSING and field.name not in given:
+            raise ArgumentError(f"{place}.{field.name}: is missing; give it", key=f"{place}.{field.name}")
+    return kind(**{name: _value(kinds[name], value, f"{place}.{name}" if place else name) for name, value in given.items()})
+
+
+def _value(kind: Any, given: Any, key: str) -> Any:
+    """What a key holds, of its kind: one of those that the fields of a recipe have. Raises ArgumentError that names the key."""
+    origin, args = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        base, rule = args
+        if isinstance(rule, Range):
+            (require_whole if base is int else require_number)(key, given, rule.low, rule.high)
+            return base(given)
+        if isinstance(rule, Pattern):
+            return _pattern(_value(base, given, key), key)
+    if origin is Literal:
+        require_known(key, given, [choice for choice in args if choice or not given])
+    elif origin is tuple:
+        return _tuple(args, given, key)
+    elif is_dataclass(kind):
+        return _table(kind, given, key)
+    elif not isinstance(given, kind):
+        raise ArgumentError(f"{key}: {str(given)[:40]!r}; give {'true or false' if kind is bool else 'a string, in quotes'}", key=key)
+    return given
+
+
+def _tuple(kinds: tuple[Any, ...], given: Any, key: str) -> tuple[Any, ...]:
+    endless = kinds[-1] is Ellipsis
+    if not isinstance(given, list) or (not endless and len(given) != len(kinds)):
+        raise ArgumentError(f"{key}: {str(given)[:40]!r}; give a list{'' if endless else f' of {len(kinds)}'}, in brackets and with commas", key=key)
+    return tuple(_value(kinds[0] if endless else kinds[i], each, f"{key}[{i}]") for i, each in enumerate(given))
+
+
+def _pattern(given: str, key: str) -> str:
+    try:
+        re.compile(given)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ArgumentError(f"{key}: {given[:40]!r} is no regular expression ({str(error)[:60]}); correct it", key=key) from None
+    return given
+
+
+@cache
+def _kinds(kind: type) -> dict[str, Any]:
+    """A dataclass's fields and their types."""
+    return get_type_hints(kind, include_extras=True)
+
+
+# --- from the command line ------------------------------------------------------------------------------------------
+
+
+@cache
+def _keys() -> dict[str, Any]:
+    """Every key with its section, "data.path", and its type."""
+    keys = {}
+    for name, kind in _kinds(Recipe).items():
+        keys |= {f"{name}.{key}": each for key, each in _kinds(kind).items()} if is_dataclass(kind) else {name: kind}
+    return keys
+
+
+def _changed(recipe: Recipe, text: str) -> Recipe:
+    """The recipe after "section.key=value"."""
+    key, equals, given = (part.strip() for part in text.partition("="))
+    keys = _keys()
+    if key not in keys:
+        near = [each for each in keys if each.endswith(f".{key}")] or difflib.get_close_matches(key, keys, n=1)
+        raise ArgumentError(f"--set {key[:40]}: is unknown; {f'{near[0]}?' if near else 'give SECTION.KEY=VALUE, such as run.steps=100'}", key=key)
+    if not equals:
+        raise ArgumentError(f"--set {key}: has no value; give {key}=VALUE", key=key)
+    value = _value(keys[key], _parsed(given, keys[key]), key)
+    section, _, name = key.rpartition(".")
+    return replace(recipe, **({section: replace(getattr(recipe, section), **{name: value})} if section else {name: value}))
+
+
+def _parsed(text: str, kind: Any) -> Any:
+    """A value from the command line: TOML, or the text itself where it is none or a string is asked for."""
+    try:
+        table = tomllib.loads(f"value = {text}")
+    except (ValueError, RecursionError):
+        return text
+    is_text = str in (kind, getattr(kind, "__origin__", None)) or get_origin(kind) is Literal
+    return text if table.keys() != {"value"} or (is_text and not isinstance(table["value"], str)) else table["value"]
+
+
+# --- keys that must agree ---------------------------------------------------------------------------------------------
+
+
+def _require_consistent(recipe: Recipe) -> None:
+    """Raises ArgumentError for values that each are allowed and together are not. What needs the model or the data is checked where these are."""
+    model, data, method, run = recipe.model, recipe.data, recipe.method, recipe.run
+    if not re.fullmatch(r"\w[\w .+-]{0,99}", recipe.name):
+        raise ArgumentError(f"name: {recipe.name[:40]!r}; give letters, digits, spaces and . + - _, for a directory is named so", key="name")
+    if model.family:
+        require_known("model.family", model.family, [*FAMILIES, "blocks"])
+    learned_text = method.kind == "inversion" or (method.text and method.kind in ("full", "lora"))
+    formats = {"lora": ("kohya", "diffusers"), "inversion": ()}.get(method.kind, ("original", "diffusers"))
+    wrong = [each for each in run.formats if each not in formats]
+    for fault, key, what in (
+        (run.batch % run.micro, "run.batch", f"{run.batch} is no multiple of run.micro, {run.micro}; give one, what does not fit at once is accumulated"),
+        (data.cache_latents and data.crop == "random", "data.cache_latents", 'random crops differ every time; set data.crop to "center" or this to false'),
+        (data.cache_latents and method.kind in ("vae", "shipped-vae"), "data.cache_latents", "the latents of a VAE that learns change; set it to false"),
+        (data.cache_text and learned_text, "data.cache_text", "what captions are to a text tower that learns changes; set it to false"),
+        (model.zero_snr and model.prediction == "eps", "model.zero_snr", 'without signal eps says nothing of the picture; set model.prediction to "v"'),
+        (
+            method.kind in ("full", "lora") and not (method.unet or method.text),
+            "method.unet", "neither the UNet nor the text towers learn; set method.unet or method.text to true",
+        ),
+        (
+            method.kind not in ("full", "lora") and (method.text or not method.unet),
+            "method.text" if method.text else "method.unet", f"only full and lora choose among the networks, not {method.kind}; leave it out",
+        ),
+        (method.teachers and method.kind != "distill", "method.teachers", f"{method.kind} is taught by none; leave them out, or set method.kind to distill"),
+        (method.kind == "inversion" and not method.token, "method.token", "is missing; give the new word"),
+        (method.kind == "inversion" and not method.token_from, "method.token_from", "is missing; give the word that the new one starts as"),
+        (
+            method.kind == "inversion" and recipe.objective.caption_dropout,
+            "objective.caption_dropout", "what has no caption teaches the new word nothing; set it to 0",
+        ),
+        (method.kind == "inversion" and data.prior_pictures, "data.prior_pictures", "what is not called by the new word teaches it nothing; set it to 0"),
+        (method.kind == "distill" and not method.plan, "method.plan", "is missing; give the blocks that the student keeps, such as ssd-1b or half"),
+        (
+            0 < recipe.objective.min_snr < recipe.objective.least_snr,
+            "objective.least_snr", f"{recipe.objective.least_snr:g} is above objective.min_snr, {recipe.objective.min_snr:g}, which is the upper limit; give less",
+        ),
+        (method.kind == "inversion" and run.parallel == "fsdp", "run.parallel", "a new word is not shared among ranks; set it to ddp"),
+        (method.kind == "distill" and run.compile, "run.compile", "what a compiled student sees inside cannot be compared with its teacher's; set it to false"),
+        (data.prior and not data.prior_pictures, "data.prior_pictures", "is 0 though data.prior is given; give how many, such as 100"),
+        (data.prior_pictures and not data.prior, "data.prior", "is missing; give the directory of the class's pictures, which may be empty"),
+        (data.prior_pictures and not data.prior_caption, "data.prior_caption", 'is missing; give what is said of the class, such as "a photo of a dog"'),
+        (
+            data.prior_pictures and run.batch // run.micro % 2,
+            "run.batch", f"{run.batch} is no even multiple of run.micro, {run.micro}; give one: every other micro-batch is of the prior's pictures",
+        ),
+        (wrong, "run.formats", f"{wrong and wrong[0]} is no format of a result of {method.kind}; give {' or '.join(formats) or 'none'}"),
+    ):  # fmt: skip
+        if fault:
+            raise ArgumentError(f"{key}: {what}", key=key)
+
+
+# --- from values to TOML --------------------------------------------------------------------------------------------
+
+
+def _written(value: Any) -> str:
+    """A value as TOML."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        return '"' + "".join(c if c.isprintable() and c not in '"\\' else f"\\U{ord(c):08x}" for c in value) + '"'
+    if isinstance(value, tuple):
+        return f"[{', '.join(_written(each) for each in value)}]"
+    if is_dataclass(value):
+        return f"{{{', '.join(f'{f.name} = {_written(getattr(value, f.name))}' for f in fields(value))}}}"
+    return repr(value)

@@ -1,0 +1,193 @@
+"""What a training run is, as data: every key of a recipe, its default, what changes with it, and its range."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+
+@dataclass(frozen=True)
+class Range:
+    """The values that a number may have, both ends included."""
+
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """Said of a string that is a regular expression."""
+
+
+Whole = Annotated[int, Range(0, 10**9)]
+Count = Annotated[int, Range(1, 10**9)]
+Share = Annotated[float, Range(0, 1)]
+Decay = Annotated[float, Range(0, 0.999999)]  # of a moving average: 1 would never move
+Weight = Annotated[float, Range(0, 10**6)]
+Rate = Annotated[float, Range(0, 1)]
+Seed = Annotated[int, Range(0, 2**64 - 1)]
+Regex = Annotated[str, Pattern()]
+
+
+@dataclass(frozen=True)
+class Start:
+    """[model]: what training starts from."""
+
+    start: str = ""  # checkpoint or diffusers folder; empty: the model that ships
+    family: str = ""  # family that the start must be of (key of `FAMILIES`, or "blocks"); empty: any
+    vae: str = ""  # another autoencoder; empty: the start's own
+    widen: tuple[Literal["mask", "masked_image", "depth"], ...] = ()  # inputs that conv_in gets room for, in the order of `ModelConfig.concat`
+    vision: str = ""  # file with a CLIP vision tower that takes the text towers' place; empty: none does
+    prediction: Literal["", "eps", "v"] = ""  # what the network is trained to predict; empty: what it predicts
+    zero_snr: bool = False  # rescale the schedule to zero terminal signal (Lin et al. 2023, algorithm 1); v only
+
+
+@dataclass(frozen=True)
+class Data:
+    """[data]: pictures and what is said of them."""
+
+    source: Literal["folder", "shards", "scenes"] = "folder"  # pictures with captions; webdataset tar files; rendered by `ldm.blocks`
+    path: str = ""  # directory, or pattern of tar files: "shards/{000..099}.tar", "shards/*.tar"
+    caption: str = ""  # said of every picture instead of its own caption (DreamBooth's instance prompt)
+    scenes: Count = 16_000  # how many, where they are rendered
+    size: Annotated[int, Range(0, 16384)] = 0  # pixels along a side; 0: the model's
+    buckets: bool = False  # batches of several aspect ratios, each of about size * size pixels, instead of squares
+    bucket_step: Annotated[int, Range(8, 1024)] = 64  # pixels: sides of buckets are multiples of it
+    crop: Literal["center", "random"] = "center"  # where what is too long is cut
+    flip: bool = False  # mirror half of the pictures
+    cache_latents: bool = False  # encode every picture once and keep its latent (centre crops only)
+    cache_text: bool = False  # encode every caption once (text towers that are not trained only)
+    held_out: Annotated[float, Range(0, 0.9)] = 0.0  # share of the pictures that only the validation loss sees
+    bad_limit: Share = 0.01  # share of pictures that may be unreadable before the run stops
+    prior: str = ""  # DreamBooth: directory of pictures of the class; what is missing is made by the model before training
+    prior_caption: str = ""  # what they are made from, and what is said of them where they have no metadata.jsonl
+    prior_pictures: Whole = 0  # how many there shall be; 0: no prior preservation
+    prior_weight: Weight = 1.0  # weight of their loss
+
+
+@dataclass(frozen=True)
+class Objective:
+    """[objective]: what is minimised."""
+
+    min_snr: Weight = 0.0  # limit of the signal-to-noise ratio in the loss's weight (Hang et al. 2023, section 3.4); 0: no weights
+    least_snr: Weight = 0.0  # and its least, which keeps high noise levels in the game; 0: none
+    noise_offset: Share = 0.0  # standard deviation of what every channel's noise is shifted by
+    input_perturbation: Share = 0.0  # gamma of Ning et al. 2023, section 4: noise on the noise that the network sees
+    caption_dropout: Share = 0.0  # share of examples without caption, for guidance (Ho & Salimans 2022, algorithm 1)
+    whole_hole: Share = 0.25  # inpainting: share of masks that hide everything
+    timesteps: Literal["uniform", "spread"] = "uniform"  # each alone; or one in each of batch equal parts (Kingma et al. 2021, I.1)
+    kl_weight: Weight = 1e-6  # VAE: weight of the KL divergence per latent value
+
+
+@dataclass(frozen=True)
+class Method:
+    """[method]: which parameters change."""
+
+    kind: Literal["full", "lora", "inversion", "vae", "distill", "shipped-vae", "shipped"] = "full"
+    unet: bool = True  # full, lora: the UNet learns
+    text: bool = False  # full, lora: the text towers learn
+    targets: Regex = ""  # regular expression that a trained parameter's name (full) or module's name (lora) contains; empty: all, or lora's usual ones
+    rank: Annotated[int, Range(1, 4096)] = 16  # lora: of linear layers
+    alpha: Weight = 0.0  # lora: the change is alpha / rank times the product; 0: the rank
+    conv_rank: Annotated[int, Range(0, 4096)] = 0  # lora: of convolutions; 0: they stay
+    conv_alpha: Weight = 0.0  # lora: 0: the rank
+    dora: bool = False  # lora: magnitudes learn apart from directions (Liu et al. 2024)
+    token: str = ""  # inversion: the new word
+    token_from: str = ""  # inversion: the word that it starts as
+    vectors: Annotated[int, Range(1, 75)] = 1  # inversion: tokens that the word stands for
+    plan: str = ""  # distill: which blocks the student keeps: "ssd-1b", or "half"; see `ldm.surgery.PLANS`
+    teachers: tuple[str, ...] = ()  # distill: checkpoints, each for an equal part of the run, in this order; empty: the start
+    output_weight: Weight = 1.0  # distill: weight of the difference to the teacher's prediction
+    feature_weight: Weight = 1.0  # distill: weight of the differences after each level's blocks
+
+
+@dataclass(frozen=True)
+class Group:
+    """[[optimizer.groups]]: parameters with a learning rate of their own."""
+
+    match: Regex  # regular expression that their names contain
+    lr: Rate  # in place of optimizer.lr
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """[optimizer]: AdamW (Loshchilov & Hutter 2019) and its learning rate."""
+
+    kind: Literal["adamw", "adamw8bit"] = "adamw"  # the second from bitsandbytes, where it is installed
+    lr: Rate = 1e-5  # at its highest
+    lr_from: str = ""  # directory of a run whose last learning rate takes the place of lr
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
+    eps: Annotated[float, Range(1e-16, 1)] = 1e-8
+    weight_decay: Weight = 0.01
+    clip: Weight = 1.0  # largest norm of the gradient; 0: any
+    schedule: Literal["constant", "linear", "cosine", "cosine-restarts"] = "constant"  # after the warm-up
+    warmup: Whole = 0  # updates over which the rate rises from 0
+    decay: Annotated[float, Range(1e-9, 1)] = 1.0  # linear: share of the updates, at the end, over which it falls to 0
+    cycles: Count = 1  # cosine-restarts: how often it falls
+    groups: tuple[Group, ...] = ()
+
+
+@dataclass(frozen=True)
+class Run:
+    """[run]: how long, how much at once, where."""
+
+    steps: Count = 1000  # updates
+    batch: Count = 1  # examples per update, over all ranks
+    micro: Count = 1  # examples at once on one rank; batch is a multiple of micro times ranks, the rest is accumulated
+    seed: Seed = 0  # of everything that is drawn
+    out: str = ""  # directory of the run; empty: runs/NAME
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the arithmetic (autocast; float16 with a loss scaler); weights are float32
+    checkpointing: bool = False  # compute activations again instead of keeping them
+    compile: bool = False  # torch.compile of the network that learns
+    parallel: Literal["ddp", "fsdp"] = "ddp"  # with several ranks (torchrun): a copy of the model each, or a share each
+    ema: Decay = 0.0  # decay of the averaged weights, which are what is saved; 0: none
+    save_every: Count = 500  # updates between two states: what a crash costs at most
+    keep: Count = 2  # states that are kept
+    formats: tuple[Literal["original", "diffusers", "kohya"], ...] = ()  # how the result is saved; empty: original, or for a LoRA kohya and diffusers
+    save_dtype: Literal["float32", "float16", "bfloat16"] = "float16"  # of the numbers in the result
+
+
+@dataclass(frozen=True)
+class Watch:
+    """[watch]: what is looked at on the way."""
+
+    log_every: Count = 10  # updates between two lines of log.jsonl and log.csv
+    tensorboard: bool = False
+    wandb: bool = False
+    every: Whole = 0  # updates between two validations; 0: at the end only
+    prompts: tuple[str, ...] = ()  # of the validation pictures; empty: none are drawn
+    negative: str = ""
+    steps: Annotated[int, Range(1, 1000)] = 25  # of DPM++ 2M
+    cfg: Annotated[float, Range(-100, 100)] = 5.0  # guidance
+    seed: Seed = 0  # of the first picture; the next has one more
+    timesteps: Annotated[int, Range(1, 1000)] = 8  # noise levels of the validation loss, spread evenly
+    pictures: Whole = 16  # at most, that the validation loss sees
+
+
+@dataclass(frozen=True)
+class Card:
+    """[card]: what the model card that a recipe follows says, for its "Training" section."""
+
+    model: str = ""
+    hardware: str = ""
+    gpus: Whole = 0
+    hours: Annotated[float, Range(0, 10**12)] = 0.0  # GPU-hours in all; 0: the card does not say
+    watts: Annotated[float, Range(0, 10**5)] = 0.0  # what one GPU draws; 0: the card does not say which it was
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A training run."""
+
+    name: str
+    about: str = ""  # one sentence
+    model: Start = field(default_factory=Start)
+    data: Data = field(default_factory=Data)
+    objective: Objective = field(default_factory=Objective)
+    method: Method = field(default_factory=Method)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    run: Run = field(default_factory=Run)
+    watch: Watch = field(default_factory=Watch)
+    card: Card = field(default_factory=Card)

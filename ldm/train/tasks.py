@@ -1,0 +1,186 @@
+"""What a network learns: from a batch and its draws to the loss of each example."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ldm.conditioning import Sizes, vector
+from ldm.data.batch import Batch
+from ldm.data.holes import hole
+from ldm.dpt import depth_map, normalised_depth
+from ldm.errors import ArgumentError
+from ldm.masks import cells
+from ldm.model import LatentDiffusion
+from ldm.prompts import Embedding, encode_text
+from ldm.train import losses
+from ldm.train.draws import Draws
+from ldm.train.recipe import Objective
+from ldm.vision import preprocess
+
+CONCATENATED = {"mask", "masked_image", "depth"}  # what can be made from a picture
+
+
+class Loss(NamedTuple):
+    """The losses of a batch's examples."""
+
+    each: Tensor  # [b] float32, weighted: their mean is minimised
+    t: Tensor | None = None  # [b] timesteps, where there are any ...
+    steps: int = 1  # ... of so many
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What the UNet is asked, and what it should say."""
+
+    x: Tensor  # [b, in_channels, h, w] noisy latent, with what is concatenated
+    t: Tensor  # [b] int64 timesteps
+    context: Tensor  # [b, n, d]
+    y: Tensor | None  # [b, vector_dim]
+    target: Tensor  # [b, c, h, w]
+    weight: Tensor  # [b]
+
+
+class Diffusion(nn.Module):
+    """Denoising score matching of a latent diffusion model, whatever it is told (Rombach et al. 2022, eq. 3)."""
+
+    def __init__(self, model: LatentDiffusion, objective: Objective, *, batch: int = 1, trains_text: bool = False, embeddings: Sequence[Embedding] = ()):
+        """
+        batch        examples per update, for `timesteps = "spread"`
+        trains_text  gradients flow into the text towers and `embeddings`; otherwise the towers are run without
+        Raises ArgumentError for a model whose inputs cannot be made from a picture (the upscaler's).
+        """
+        super().__init__()
+        if not CONCATENATED.issuperset(model.config.concat) or model.config.unet.noise_levels is not None:
+            raise ArgumentError(f"family {model.config.name}: its inputs ({', '.join(model.config.concat)}) are not trained here; use a text, inpainting, depth or image model")
+        self.model, self.objective, self.batch = model, objective, batch
+        self.trains_text, self.embeddings = trains_text, tuple(embeddings)
+        self.levels = model.config.schedule.steps
+        self.register_buffer("alphas", torch.tensor(model.schedule.alphas_cumprod, dtype=torch.float64).float(), persistent=False)
+
+    def forward(self, batch: Batch, draws: Draws, t: Tensor | None = None) -> Loss:
+        """The loss of each example: at drawn timesteps as the objective says, or, to compare runs by, at `t` [b] as if it said nothing."""
+        asked = self.prepare(batch, draws, t)
+        return self.weigh(self.model.unet(asked.x, asked.t, asked.context, asked.y), asked)
+
+    def at(self, batch: Batch, draws: Draws, t: Tensor) -> Loss:
+        """The loss at given timesteps [b]."""
+        return self(batch, draws, t)
+
+    def weigh(self, out: Tensor, asked: Prepared) -> Loss:
+        """The weighted squared error of a prediction, mean over its values."""
+        return Loss((out.float() - asked.target).square().mean(dim=(1, 2, 3)) * asked.weight, asked.t, self.levels)
+
+    def timesteps(self, draws: Draws) -> Tensor:
+        """[b] int64: each drawn alone, or one from each of `batch` equal parts (Kingma et al. 2021, appendix I.1)."""
+        steps = self.levels
+        if self.objective.timesteps == "uniform":
+            return draws.integers("timestep", steps)
+        places = torch.tensor([i % self.batch for i in draws.index]) + draws.uniform("timestep")
+        return (places / self.batch * steps).long().clamp(max=steps - 1)
+
+    def prepare(self, batch: Batch, draws: Draws, t: Tensor | None = None) -> Prepared:
+        """The noisy latents, what is said of them, and the target; `t` as in `forward`. The autoencoder and what looks at pictures run in float32, without gradient."""
+        device, objective = self.alphas.device, self.objective if t is None else Objective()
+        t = (self.timesteps(draws) if t is None else t).to(device)
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            x0 = self.latent(batch, draws)
+            noise = draws.normal("noise", x0.shape[1:]).to(device)
+            if objective.noise_offset:
+                noise = noise + objective.noise_offset * draws.normal("offset", (x0.shape[1], 1, 1)).to(device)
+            alpha = self.alphas[t]
+            target = losses.target(self.model.config.prediction, x0, noise, alpha)
+            if objective.input_perturbation:
+                noise = noise + objective.input_perturbation * draws.normal("perturbation", x0.shape[1:]).to(device)
+            concat = self.concat(batch, draws, x0)
+            x = torch.cat([losses.noised(x0, noise, alpha), *concat], dim=1)
+            weight = batch.weight.to(device)
+            if objective.min_snr or objective.least_snr:
+                weight = weight * losses.snr_weight(self.model.config.prediction, alpha, objective.least_snr, objective.min_snr or torch.inf)
+        context, y = self.told(batch, draws.uniform("caption") < objective.caption_dropout)
+        return Prepared(x, t, context, y, target, weight)
+
+    def latent(self, batch: Batch, draws: Draws) -> Tensor:
+        """Scaled latents [b, c, h, w], samples of the autoencoder's posterior as in the original training."""
+        vae, device = self.model.vae, self.alphas.device
+        moments = vae.moments(batch.image.to(device)) if batch.moments is None else batch.moments.to(device)
+        return vae.latent(moments, draws.normal("posterior", (moments.shape[1] // 2, *moments.shape[2:])).to(device))
+
+    def concat(self, batch: Batch, draws: Draws, x0: Tensor) -> list[Tensor]:
+        """What joins the latent at the UNet's input: a mask, the picture with a grey hole where it is, depth."""
+        kinds, factor, device, made = self.model.config.concat, self.model.config.vae.factor, self.alphas.device, {}
+        if {"mask", "masked_image"} & set(kinds):
+            mask = torch.stack([hole(*batch.size, g, self.objective.whole_hole) for g in draws.generators("hole")]).to(device)
+            made["mask"] = cells(mask, factor, any_pixel=False)
+        if "masked_image" in kinds:
+            noise = draws.normal("masked posterior", x0.shape[1:]).to(device)
+            made["masked_image"] = self.model.vae.encode(batch.image.to(device) * (mask < 0.5), noise)
+        if "depth" in kinds:
+            made["depth"] = self.depth(batch, tuple(x0.shape[2:]))
+        return [made[kind] for kind in kinds]
+
+    def depth(self, batch: Batch, size: tuple[int, int]) -> Tensor:
+        """[b, 1, h, w] in [-1, 1]: the maps beside the pictures, or what the model's own network sees."""
+        device = self.alphas.device
+        if batch.depth is not None:
+            return normalised_depth(batch.depth.to(device), size)
+        if self.model.depth is None:
+            raise ArgumentError("this model holds no depth network; put depth maps into depth/ beside the pictures")
+        return depth_map(self.model.depth, batch.image.to(device), size)
+
+    def told(self, batch: Batch, drop: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What the UNet is told of each example, [b, n, d] and [b, vector_dim], nothing where `drop` [b]."""
+        config, device = self.model.config, self.alphas.device
+        if self.model.vision is not None:
+            with torch.no_grad(), torch.autocast(device.type, enabled=False):
+                pixels = preprocess(batch.image, "original", config.vision.image).to(device)
+                return self.model.vision(pixels)[:, None] * ~drop.to(device)[:, None, None], None
+        if batch.context is not None:
+            context, pooled = batch.context.to(device), None if batch.pooled is None else batch.pooled.to(device)
+            if drop.any():
+                nothing, of_nothing = self._text([""])
+                dropped = drop.to(device)
+                context = torch.where(dropped[:, None, None], nothing, context)
+                pooled = None if pooled is None else torch.where(dropped[:, None], of_nothing, pooled)
+        else:
+            context, pooled = self._text(["" if dropped else caption for caption, dropped in zip(batch.captions, drop.tolist(), strict=True)])
+        if config.zero_empty:
+            said = ~drop.to(device)
+            context, pooled = context * said[:, None, None], pooled * said[:, None]
+        return context, self._vector(pooled, batch.sizes, batch.size)
+
+    def _text(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
+        """Tokens and pooled embedding; what is longer than the tower is cut."""
+        with torch.set_grad_enabled(self.trains_text and torch.is_grad_enabled()):
+            return encode_text(self.model.text, prompts, chunks=1, embeddings=self.embeddings)
+
+    def _vector(self, pooled: Tensor, sizes: Sequence[Sizes], size: tuple[int, int]) -> Tensor | None:
+        dim = self.model.config.unet.vector_dim
+        if dim is None:
+            return None
+        return torch.cat([vector(pooled[i : i + 1], each, size, dim) for i, each in enumerate(sizes)])
+
+
+class Autoencoding(nn.Module):
+    """The autoencoder's own task: the picture from a sample of its latent, and a posterior near N(0, 1)."""
+
+    levels = 1
+
+    def __init__(self, vae: nn.Module, kl_weight: float):
+        super().__init__()
+        self.vae, self.kl_weight = vae, kl_weight
+
+    def forward(self, batch: Batch, draws: Draws, t: Tensor | None = None) -> Loss:
+        """The loss of each picture; there are no timesteps."""
+        image = batch.image.to(self.vae.quant_conv.weight.device)
+        cells = [side // self.vae.config.factor for side in batch.size]
+        noise = draws.normal("posterior", (self.vae.config.z_channels, *cells)).to(image)
+        return Loss(losses.vae_loss(self.vae, image, noise, self.kl_weight) * batch.weight.to(image))
+
+    def at(self, batch: Batch, draws: Draws, t: Tensor) -> Loss:
+        """The loss, whatever `t`."""
+        return self(batch, draws)
