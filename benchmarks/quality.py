@@ -8,7 +8,7 @@ import platform
 import sys
 import textwrap
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -33,7 +33,7 @@ PAD = 0.12  # a template reaches this much of its box beyond the box
 HIDDEN = 0.1  # of the part of a shape that something else must hide, against the same part being wrong
 WEIGHT = 2.0  # of a difference in brightness against a difference in outline
 
-_NAMES = tuple(COLORS)
+Colors = Mapping[str, blocks.RGB]
 
 
 @dataclass(frozen=True)
@@ -76,9 +76,6 @@ def _hue(rgb: ndarray) -> ndarray:
     return np.rad2deg(np.arctan2(np.sqrt(3.0) * (g - b), 2 * r - g - b))
 
 
-_HUES = _hue(np.array(list(COLORS.values())))
-
-
 def _eroded(mask: ndarray) -> ndarray:
     m = np.pad(mask, 1)
     m = m[:-2] & m[1:-1] & m[2:]
@@ -104,14 +101,15 @@ def _components(mask: ndarray) -> list[ndarray]:
     return [label == numbers[i] for i in np.argsort(-sizes)]
 
 
-def _regions(rgb: ndarray) -> list[tuple[str, ndarray]]:
+def _regions(rgb: ndarray, colors: Colors) -> list[tuple[str, ndarray]]:
     """The solids' colours and visible pixels [h, w] in a picture [h, w, 3] in [0, 1]."""
+    names = tuple(colors)
     chroma = rgb.max(-1) - rgb.min(-1)
     solid = chroma > CHROMA
-    apart = np.abs((_hue(rgb)[..., None] - _HUES + 180) % 360 - 180)
+    apart = np.abs((_hue(rgb)[..., None] - _hue(np.array(list(colors.values()))) + 180) % 360 - 180)
     nearest = apart.argmin(-1)
     present = []
-    for k in range(len(_NAMES)):
+    for k in range(len(names)):
         mask = solid & (nearest == k)
         if _eroded(mask).sum() < SPECK:
             continue
@@ -136,8 +134,8 @@ def _regions(rgb: ndarray) -> list[tuple[str, ndarray]]:
             if (others & part).any():  # cut off by what stands before it
                 main = main | part
             else:
-                regions.append((_NAMES[k], part))
-        regions.append((_NAMES[k], main))
+                regions.append((names[k], part))
+        regions.append((names[k], main))
     return regions
 
 
@@ -246,7 +244,7 @@ def _cost(own: ndarray, known: ndarray, bright: ndarray, bank: _Templates, which
     return wrong + WEIGHT * shade, hidden
 
 
-def _fit(rgb: ndarray, color: str, mask: ndarray, others: ndarray) -> Found:
+def _fit(rgb: ndarray, color: str, mask: ndarray, others: ndarray, colors: Colors) -> Found:
     """The shape whose outline and shading fit best; behind `others` [h, w] it may go on."""
     doubtful = mask & ~_dilated(_eroded(mask)) & _dilated(_dilated(others))  # thin seams: two colours mixed may look like a third
     mask = mask & ~doubtful
@@ -259,7 +257,7 @@ def _fit(rgb: ndarray, color: str, mask: ndarray, others: ndarray) -> Found:
     between = _dilated(mask) & _dilated(others)  # ... or like none
     own = _blur(mask)
     known = mask | ~(others | between | doubtful)
-    bright = _brightness(rgb, np.array(COLORS[color]))
+    bright = _brightness(rgb, np.array(colors[color]))
     cost, hidden = _cost(own, known, bright, bank, which, boxes)
     if near.any():  # look closer around the best
         few = np.argsort(cost + HIDDEN * hidden)[:12]
@@ -274,26 +272,30 @@ def _fit(rgb: ndarray, color: str, mask: ndarray, others: ndarray) -> Found:
     return Found(color, SHAPES[bank.shape[i]] if cost[best] < MISFIT else None, base, top_end, float(cost[best]))
 
 
-def read(picture: ndarray) -> Reading:
-    """The solids that a picture, uint8 [128, 128, 3], shows."""
+def read(picture: ndarray, colors: Colors = COLORS) -> Reading:
+    """The solids that a picture, uint8 [128, 128, 3], shows; each is of the nearest of `colors`."""
     rgb = picture.astype(np.float32) / 255
-    regions = _regions(rgb)
+    regions = _regions(rgb, colors)
     solids = []
     for k, (color, mask) in enumerate(regions):
         others = np.zeros_like(mask)
         for j, (_, other) in enumerate(regions):
             if j != k:
                 others |= other
-        solids.append(_fit(rgb, color, mask, others))
+        solids.append(_fit(rgb, color, mask, others, colors))
     return Reading(tuple(solids))
 
 
 def right(picture: ndarray, scene: Scene) -> dict[str, bool]:
-    """Whether a picture, uint8 [128, 128, 3], shows the scene: its colours and no others; then its solids, its relations; all of these.
+    """Whether a picture, uint8 [128, 128, 3], shows the scene: `agrees` with what is read from it."""
+    return agrees(read(picture), scene)
+
+
+def agrees(reading: Reading, scene: Scene) -> dict[str, bool]:
+    """Whether a reading is of the scene: its colours and no others; then its solids, its relations; all of these.
 
     Sizes do not count: canonical captions do not tell them.
     """
-    reading = read(picture)
     colors = [solid.color for solid in reading.solids]
     wanted = [solid.color for solid in scene.solids]
     result = {"colours": sorted(colors) == sorted(wanted), "solids": False, "relation": False}

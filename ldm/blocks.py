@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import count
 
 import numpy as np
 from numpy import ndarray
+
+RGB = tuple[float, float, float]
 
 SHAPES = ("cube", "sphere", "cylinder", "cone")
 COLORS = {  # RGB in [0, 1], spread over the hue circle so that shading, which keeps the hue, cannot confuse two of them
@@ -324,6 +326,9 @@ def layout(scene: Scene, rng: np.random.Generator) -> list[Placed]:
     return [Placed(solid.shape, solid.color, base[i], scales[i], float(turns[i])) for i, solid in enumerate(scene.solids)]
 
 
+Build = Callable[[Scene, np.random.Generator], list[Placed]]
+
+
 # ---- light and rays --------------------------------------------------------------------------------------------------
 
 
@@ -428,7 +433,7 @@ def light_from(azimuth: float = -135.0) -> ndarray:
     return light / np.linalg.norm(light)
 
 
-def paint(placed: Sequence[Placed], light: ndarray, size: int = 128) -> ndarray:
+def paint(placed: Sequence[Placed], light: ndarray, size: int = 128, colors: Mapping[str, RGB] = COLORS) -> ndarray:
     """The solids alone, float32 [size, size, 4]: colour in [0, 1] times coverage, and coverage, the mean of four rays per pixel."""
     halfway = light - _FORWARD
     halfway /= np.linalg.norm(halfway)
@@ -444,7 +449,7 @@ def paint(placed: Sequence[Placed], light: ndarray, size: int = 128) -> ndarray:
             toward = sum(n * np.float32(v) for n, v in zip(normal, _local(light, turn), strict=True))
             shine = sum(n * np.float32(v) for n, v in zip(normal, _local(halfway, turn), strict=True))
         value = np.ones((*t.shape, 4), np.float32)
-        value[..., :3] = (_AMBIENT + _DIFFUSE * np.maximum(toward, 0))[..., None] * np.array(COLORS[solid.color], np.float32)
+        value[..., :3] = (_AMBIENT + _DIFFUSE * np.maximum(toward, 0))[..., None] * np.array(colors[solid.color], np.float32)
         if solid.shape != "cube":
             shine = np.clip(shine, 0, 1) ** 2
             shine = shine * shine
@@ -457,10 +462,14 @@ def paint(placed: Sequence[Placed], light: ndarray, size: int = 128) -> ndarray:
     return (front[:, 0::2] + front[:, 1::2]) / 4
 
 
-def render(scene: Scene, size: int = 128) -> ndarray:
-    """The picture of a scene, uint8 [size, size, 3], with smooth edges. The same on every call."""
+def render(scene: Scene, size: int = 128, colors: Mapping[str, RGB] = COLORS, build: Build = layout) -> ndarray:
+    """The picture of a scene, uint8 [size, size, 3], with smooth edges. The same on every call.
+
+    colors  RGB of every colour in the scene
+    build   what stands where; for things that are made of several solids
+    """
     rng = np.random.default_rng([scene.seed, 3])
-    placed = layout(scene, rng)
+    placed = build(scene, rng)
     light = light_from(-135 + rng.uniform(-8, 8))
     points, floor, bright = _backdrop(size)
     tint = np.array([1.0, 0.985, 0.96]) + rng.uniform(-0.015, 0.015, 3)
@@ -476,7 +485,7 @@ def render(scene: Scene, size: int = 128) -> ndarray:
         np.maximum(shadow[rows, cols], _shaded(solid, points[rows, cols], light), out=shadow[rows, cols])
     picture *= 1 - (1 - _SHADOW) * _blur(shadow)[..., None] * floor
 
-    front = paint(placed, light, size)
+    front = paint(placed, light, size, colors)
     picture = picture * (1 - front[..., 3:]) + front[..., :3]
     return (np.clip(picture, 0, 1) * 255 + 0.5).astype(np.uint8)
 

@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ldm import blocks
 from ldm.config import ModelConfig, TextConfig, UNetConfig, VAEConfig
-from ldm.errors import FileError
+from ldm.data.batch import Batch
+from ldm.data.cache import weights_digest
+from ldm.data.source import digest
+from ldm.disk import write_whole
 from ldm.fast import fast_group_norms
 from ldm.model import LatentDiffusion
 from ldm.tokenizer import tokenize
-from ldm.train import Settings, diffusion_loss, fit, vae_loss
+from ldm.train.draws import Draws
+from ldm.train.losses import noised, snr_weight, vae_loss
+from ldm.train.modes import Trainee
+from ldm.train.recipe import Recipe
+from ldm.train.tasks import Loss
 from ldm.vae import VAE
 
 BLOCKS = ModelConfig(
@@ -33,80 +42,74 @@ BLOCKS = ModelConfig(
     size=128,
 )  # fmt: skip
 
-VAE_SETTINGS = Settings(steps=7000, batch=2, lr=1e-3, warmup=200, decay=0.3, ema=0.998, save_every=500)
-DIFFUSION_SETTINGS = Settings(steps=7500, batch=16, lr=8e-4, warmup=200, decay=0.3, ema=0.998, save_every=100)
-
+# The settings of its training are the recipes blocks-vae and blocks.
 KL_WEIGHT = 5e-4
-SCENES = 16_000  # pictures whose latents the UNet learns from
 CAPTIONS = 4  # ways each of them is described
 DROPOUT = 0.1  # share of examples without caption, for guidance (Ho & Salimans 2022, algorithm 1)
 SNR_LIMITS = (0.2, 5.0)  # the upper one from Hang et al. 2023, section 4
 READING = 0.1  # weight of the reader's loss beside the UNet's
+MADE_FROM = "ldm.made_from"  # in the metadata of kept latents
 
-Log = Callable[[dict[str, float]], None]
 
 
 # --- the autoencoder ------------------------------------------------------------------------------------------------
 
-def vae_step(vae: nn.Module, seeds: Iterable[int], generator: torch.Generator, *, crops: bool, kl_weight: float = KL_WEIGHT) -> Tensor:
-    """`vae_loss` on the scenes of these seeds: on whole pictures, or on four crops of half the size from each.
 
-    Crops lie where the solids are: at the same cost they hold three times as much of what is hard.
+class SceneAutoencoding(nn.Module):
+    """`vae_loss` on rendered scenes: on whole pictures, or on four crops of half the size from each.
+
+    Crops lie where the solids are: at the same cost they hold three times as much of what is hard. Most of a run sees crops, what is left
+    of it, in which the learning rate falls, whole pictures. Scenes are rendered as they are needed, never twice.
     """
-    image = blocks.batch(seeds)[0]
-    if crops:
-        half = image.shape[1] // 2
-        top, left = (torch.randint(half // 4, 3 * half // 4 + 1, (4 * len(image),), generator=generator).tolist() for _ in range(2))
-        image = np.stack([image[i // 4, y : y + half, x : x + half] for i, (y, x) in enumerate(zip(top, left, strict=True))])
-    device = vae.quant_conv.weight.device
-    picture = torch.from_numpy(image).permute(0, 3, 1, 2).float() / 127.5 - 1
-    size = picture.shape[2] // vae.config.factor
-    noise = torch.randn(len(picture), vae.config.z_channels, size, size, generator=generator)
-    return vae_loss(vae, picture.to(device), noise.to(device), kl_weight)
+
+    levels = 1
+
+    def __init__(self, vae: VAE, crops: int):
+        """crops: examples of the run that are seen as crops, from its beginning."""
+        super().__init__()
+        self.vae, self.crops = vae, crops
+
+    def forward(self, batch: Batch, draws: Draws, t: Tensor | None = None) -> Loss:
+        """The loss of each scene; an example's number is its scene's seed."""
+        images = [self.views(image, i, g) for image, i, g in zip(blocks.batch(batch.index)[0], batch.index, draws.generators("crop"), strict=True)]
+        picture = torch.from_numpy(np.concatenate(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
+        of_each = len(picture) // len(batch.index)
+        cells = picture.shape[2] // self.vae.config.factor
+        noise = draws.normal("posterior", (of_each, self.vae.config.z_channels, cells, cells)).flatten(0, 1)
+        device = self.vae.quant_conv.weight.device
+        return Loss(vae_loss(self.vae, picture.to(device), noise.to(device), KL_WEIGHT).view(-1, of_each).mean(dim=1))
+
+    def views(self, image: np.ndarray, number: int, generator: torch.Generator) -> np.ndarray:
+        """[n, s, s, 3]: what example `number` shows of its scene [S, S, 3]."""
+        if number >= self.crops:
+            return image[None]
+        half = image.shape[0] // 2
+        places = torch.randint(half // 4, 3 * half // 4 + 1, (4, 2), generator=generator).tolist()
+        return np.stack([image[y : y + half, x : x + half] for y, x in places])
 
 
-def train_vae(out: Path, settings: Settings = VAE_SETTINGS, *, device: str = "cpu", dtype: torch.dtype = torch.bfloat16, on_log: Log = print) -> VAE:
-    """Train the autoencoder in directory `out`; write its averaged weights to `out`/vae.safetensors. Resumes an interrupted run.
-
-    Most updates see crops, those in which the learning rate falls see whole pictures. Scenes are rendered as they are needed, never twice.
-    """
-    torch.manual_seed(settings.seed)
-    vae = VAE(BLOCKS.vae).to(device)
-    if device == "cpu":
-        fast_group_norms(vae)
-
-    def loss(step: int, generator: torch.Generator) -> Tensor:
-        seeds = range(step * settings.batch, (step + 1) * settings.batch)
-        return vae_step(vae, seeds, generator, crops=step < (1 - settings.decay) * settings.steps)
-
-    averaged = fit(dict(vae.named_parameters()), loss, settings, out, device=device, dtype=dtype, on_log=on_log)
-    save_file({name: tensor.cpu() for name, tensor in averaged.items()}, out / "vae.safetensors")
-    return vae
+def vae_trainee(recipe: Recipe) -> Trainee:
+    """The autoencoder of the model that ships, from nothing."""
+    torch.manual_seed(recipe.run.seed)
+    model = LatentDiffusion(BLOCKS)
+    fast_group_norms(model.vae)
+    whole = int((1 - recipe.optimizer.decay) * recipe.run.steps)
+    return Trainee.of(model, SceneAutoencoding(model.vae, whole * recipe.run.batch), {f"vae.{name}": p for name, p in model.vae.named_parameters()})
 
 
 # --- the latents ----------------------------------------------------------------------------------------------------
 
 
-def load_vae(path: Path) -> VAE:
-    """The autoencoder that `train_vae` left in the directory `path`, scale 1. Raises FileError if there is none."""
-    file = path / "vae.safetensors"
-    if not file.exists():
-        raise FileError("holds no trained autoencoder (vae.safetensors); run 'ldm train vae' first", path=path)
-    vae = VAE(BLOCKS.vae)
-    vae.load_state_dict(load_file(file))
-    return vae.eval().requires_grad_(False)
-
-
 @torch.no_grad()
-def encode_scenes(vae: VAE, scenes: int, cache: Path, *, device: str = "cpu", dtype: torch.dtype = torch.bfloat16, on_log: Log = print) -> tuple[Tensor, Tensor]:
+def encode_scenes(vae: VAE, scenes: int, cache: Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32, on_batch: Callable[[int], None] = lambda done: None) -> tuple[Tensor, Tensor]:
     """Latent means [n, 4, 16, 16] float16, unscaled, and token ids [n, CAPTIONS, length] of the scenes with seeds 0 to n - 1.
 
-    Kept in the file `cache`, which is made if it is not there.
+    Kept in the file `cache`, which is made if it is not there or of another autoencoder, other scenes or another renderer.
     """
-    if cache.exists():
-        kept = load_file(cache)
-        if len(kept["latents"]) == scenes:
-            return kept["latents"], kept["ids"]
+    made_from = digest(weights_digest(vae.encoder, vae.quant_conv), Path(blocks.__file__).read_bytes(), f"{scenes}")
+    with suppress(OSError, SafetensorError), safe_open(cache, "pt") as file:
+        if (file.metadata() or {}).get(MADE_FROM) == made_from:
+            return file.get_tensor("latents"), file.get_tensor("ids")
     latents, ids = [], []
     vae = vae.to(device)
     for first in range(0, scenes, 64):
@@ -116,10 +119,9 @@ def encode_scenes(vae: VAE, scenes: int, cache: Path, *, device: str = "cpu", dt
             latents.append(vae.encode(pictures.to(device)).half().cpu())
         captions = [blocks.caption(blocks.sample(seed), seed + k * scenes) for seed in seeds for k in range(CAPTIONS)]
         ids.append(tokenize(captions, BLOCKS.text[0].length, BLOCKS.text[0].pad).view(len(seeds), CAPTIONS, -1).int())
-        if first % 3200 == 0:
-            on_log({"encoded": first})
+        on_batch(len(latents) * 64)
     result = {"latents": torch.cat(latents).contiguous(), "ids": torch.cat(ids)}
-    save_file(result, cache)
+    write_whole(cache, lambda path: save_file(result, path, {MADE_FROM: made_from}))
     return result["latents"], result["ids"]
 
 
@@ -161,48 +163,48 @@ def initialise(model: LatentDiffusion) -> None:
         nn.init.normal_(tower.text_model.embeddings.position_embedding.weight, std=0.01)
 
 
-def train_diffusion(
-    vae_dir: Path, out: Path, settings: Settings = DIFFUSION_SETTINGS, *, scenes: int = SCENES, device: str = "cpu",
-    dtype: torch.dtype = torch.bfloat16, on_log: Log = print,
-) -> LatentDiffusion:  # fmt: skip
-    """Train UNet and text tower together on the latents of rendered scenes, in directory `out`; return the model with averaged weights.
+class SceneDiffusion(nn.Module):
+    """The diffusion loss of rendered scenes with a text tower that learns too, and the reader's beside it."""
 
-    vae_dir  where `train_vae` left the autoencoder
-    Resumes an interrupted run.
-    """
-    vae = load_vae(vae_dir)
-    latents, ids = encode_scenes(vae, scenes, out.with_name(out.name + "-latents.safetensors"), device=device, dtype=dtype, on_log=on_log)
-    scale = 1 / latents.float().std().item()
-    latents, ids = (latents.float() * scale).to(device), ids.to(device)
-    torch.manual_seed(settings.seed)
+    def __init__(self, model: LatentDiffusion, latents: Tensor, ids: Tensor, batch: int):
+        """latents [n, 4, 16, 16] scaled, and token ids [n, CAPTIONS, length] of the scenes with seeds 0 to n - 1; `batch`: examples per update."""
+        super().__init__()
+        self.model, self.reader, self.batch = model, Reader(BLOCKS.text[0].width), batch
+        self.levels = model.config.schedule.steps
+        facts = torch.stack([facts_of(blocks.sample(seed)) for seed in range(len(latents))])
+        empty = tokenize([""], BLOCKS.text[0].length, BLOCKS.text[0].pad)
+        alphas = torch.tensor(model.schedule.alphas_cumprod, dtype=torch.float64).float()
+        for name, values in (("latents", latents), ("ids", ids), ("facts", facts), ("empty", empty), ("alphas", alphas)):
+            self.register_buffer(name, values, persistent=False)
+
+    def forward(self, batch: Batch, draws: Draws, t: Tensor | None = None) -> Loss:
+        """The loss of each example: a scene, one of its captions or none, and a noise level from its part of the schedule."""
+        b, device, steps = len(draws), self.latents.device, self.model.config.schedule.steps
+        rows, which = (draws.integers(purpose, n).to(device) for purpose, n in (("scene", len(self.latents)), ("caption", CAPTIONS)))
+        parts = torch.tensor([i % self.batch for i in draws.index]) + draws.uniform("timestep")
+        t = (parts / self.batch * steps).long().to(device)  # spread: Kingma et al. 2021, I.1
+        drop = (draws.uniform("drop") < DROPOUT).to(device)
+        x0 = self.latents[rows]
+        noise = draws.normal("noise", x0.shape[1:]).to(device)
+        tokens, pooled = self.model.text[0](torch.cat([self.ids[rows].flatten(0, 1).long(), self.empty]))
+        context = tokens[torch.where(drop, b * CAPTIONS, torch.arange(b, device=device) * CAPTIONS + which)]
+        alpha = self.alphas[t]
+        out = self.model.unet(noised(x0, noise, alpha), t, context).float()
+        told = (out - noise).square().mean(dim=(1, 2, 3)) * snr_weight("eps", alpha, *SNR_LIMITS)
+        read = self.reader(pooled[:-1], self.facts[rows].repeat_interleave(CAPTIONS, dim=0))
+        return Loss(told + READING * read, t, steps)
+
+
+def diffusion_trainee(recipe: Recipe, vae: VAE, cache: Path, *, device: str = "cpu", on_batch: Callable[[int], None] = lambda done: None) -> Trainee:
+    """The UNet and text tower of the model that ships, from nothing, on latents of `vae`; the latents are kept in the file `cache`."""
+    latents, ids = encode_scenes(vae, recipe.data.scenes, cache, device=device, on_batch=on_batch)
+    scale = 1 / (latents.float().std().item() if len(latents) > 1 else 1.0)
+    torch.manual_seed(recipe.run.seed)
     model = LatentDiffusion(replace(BLOCKS, vae=replace(BLOCKS.vae, scale=scale)))
     model.vae.load_state_dict(vae.state_dict())
-    model.vae.requires_grad_(False)
+    model.requires_grad_(False)
     initialise(model)
-    model.to(device)
-    if device == "cpu":
-        fast_group_norms(model)
-    alphas = torch.tensor(model.schedule.alphas_cumprod, dtype=torch.float64).float().to(device)
-    empty = tokenize([""], BLOCKS.text[0].length, BLOCKS.text[0].pad).to(device)
-    reader = Reader(BLOCKS.text[0].width).to(device)
-    facts = torch.stack([facts_of(blocks.sample(seed)) for seed in range(scenes)]).to(device)
-    weights = {name: p for name, p in model.named_parameters() if not name.startswith("vae.")}
-
-    def loss(step: int, generator: torch.Generator) -> Tensor:
-        b = settings.batch
-        rows, which = (torch.randint(n, (b,), generator=generator).to(device) for n in (len(latents), CAPTIONS))
-        t = ((torch.arange(b) + torch.rand(b, generator=generator)) / b * model.config.schedule.steps).long().to(device)  # spread: Kingma et al. 2021, I.1
-        drop = (torch.rand(b, generator=generator) < DROPOUT).to(device)
-        x0 = latents[rows]
-        noise = torch.randn(x0.shape, generator=generator).to(device)
-        tokens, pooled = model.text[0](torch.cat([ids[rows].flatten(0, 1).long(), empty]))
-        context = tokens[torch.where(drop, b * CAPTIONS, torch.arange(b, device=device) * CAPTIONS + which)]
-        told = diffusion_loss(lambda x, t: model.unet(x, t, context), x0, t, noise, alphas, snr_limits=SNR_LIMITS)
-        return told + READING * reader(pooled[:-1], facts[rows].repeat_interleave(CAPTIONS, dim=0))
-
-    parameters = weights | {f"reader.{name}": p for name, p in reader.named_parameters()}
-    averaged = fit(parameters, loss, settings, out, device=device, dtype=dtype, on_log=on_log)
-    with torch.no_grad():
-        for name, p in weights.items():
-            p.copy_(averaged[name])
-    return model.eval().requires_grad_(False)
+    fast_group_norms(model)
+    task = SceneDiffusion(model, latents.float() * scale, ids, recipe.run.batch)
+    parameters = {name: p for name, p in model.named_parameters() if not name.startswith("vae.")}
+    return Trainee.of(model, task, parameters | {f"reader.{name}": p for name, p in task.reader.named_parameters()})
