@@ -1,0 +1,278 @@
+"""How each side trains, from the same folder of weights and on the same numbers: ours through `ldm.train`, diffusers as its example scripts do."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from benchmarks import cells
+from benchmarks.cells import SIZE_NUMBERS
+from benchmarks.machine import peak_memory, without_folders
+from benchmarks.turns import forget_peak, resident
+from ldm.conditioning import Sizes
+from ldm.config import ModelConfig
+from ldm.data.batch import Batch
+from ldm.train.checkpointing import checkpoint_blocks
+from ldm.train.draws import Draws
+from ldm.train.loop import Record, Watchers, fit
+from ldm.train.modes import trainee
+from ldm.train.ranks import Ranks
+from ldm.train.recipe import Method, Optimizer, Recipe, Run, Watch
+from tests.seeded import normal, weight
+
+RANK = 4  # of a LoRA, its alpha too: the scripts' default
+LEARNS = ("to_q", "to_k", "to_v", "to_out.0")  # what the scripts give low-rank factors
+TARGETS = r"\.attn[12]\.to_(q|k|v|out\.0)$"  # the same, as a recipe says it
+CLIP, WEIGHT_DECAY, BETAS, EPS = 1.0, 1e-2, (0.9, 0.999), 1e-8  # the scripts' defaults
+ENDLESS = 10**9  # updates, and updates between two states: the run ends when nobody asks for the next
+NO_SPREAD = -30.0  # log variance of a latent that is always its mean
+
+
+@dataclass(frozen=True)
+class Job:
+    """One side, training one thing."""
+
+    side: str  # a name in SIDES
+    family: str
+    tiny: bool  # a narrow model of this family
+    method: str  # "full" or "lora"
+    checkpointing: bool  # activations are computed again instead of kept
+    size: int  # pixels along a side
+    batch: int
+    rate: float  # of learning
+    folder: str  # the weights, as diffusers stores them
+    dtype: str  # of the arithmetic
+    device: str
+    threads: int | None  # None: torch's own choice
+
+
+class Pace(Protocol):
+    """Who asks a side for updates."""
+
+    def note(self, **seen: Any) -> None:
+        """Remember what is to be told at the next `wait`: trained, before the first update; then loss, grad_norm."""
+
+    def wait(self) -> None:
+        """Between two updates, without gradients: tell what the last one took, and let no time count until the next is asked for. Raises Ended."""
+
+
+class Ended(Exception):
+    """Nobody asks for another update."""
+
+
+# --- what both are given ----------------------------------------------------------------------------------------------
+
+
+def config_of(family: str, *, tiny: bool) -> ModelConfig:
+    """The family with its UNet, beside a narrow autoencoder and text towers of one block, which no step asks: latents and text are given."""
+    own = cells.config_of(family, tiny=tiny)
+    return replace(own, vae=replace(own.vae, channels=32), text=tuple(replace(tower, layers=tower.skip + 1) for tower in own.text))
+
+
+@dataclass(frozen=True)
+class Given:
+    """One batch."""
+
+    index: tuple[int, ...]  # the examples' numbers, which their randomness is drawn from
+    latent: Tensor  # [b, c, h, w], scaled
+    noise: Tensor  # [b, c, h, w]
+    t: Tensor  # [b] int64
+    context: Tensor  # [b, 77, d]
+    pooled: Tensor | None  # [b, d], for SDXL
+
+
+def given(job: Job, number: int) -> Given:
+    """Batch `number`: seeded latents and text, and the noise and timesteps that `ldm.train` draws for these examples."""
+    config, b = config_of(job.family, tiny=job.tiny), job.batch
+    side, width = job.size // config.vae.factor, config.unet.vector_dim
+    index = tuple(range(number * b, (number + 1) * b))
+    draws = Draws(Run().seed, index)
+    latent = normal(f"latent {number}", (b, config.vae.z_channels, side, side))
+    return Given(
+        index, latent, draws.normal("noise", latent.shape[1:]), draws.integers("timestep", config.schedule.steps),
+        normal(f"context {number}", (b, config.text[0].length, config.unet.context_dim)),
+        None if width is None else normal(f"pooled {number}", (b, width - 256 * SIZE_NUMBERS)),
+    )  # fmt: skip
+
+
+def start(name: str, factor: nn.Parameter) -> None:
+    """The seeded start of a low-rank factor, by our name of it; `up` is 0 on both sides."""
+    with torch.no_grad():
+        factor.copy_(weight(name, factor.shape))
+
+
+# --- ours -------------------------------------------------------------------------------------------------------------
+
+
+def ldm(job: Job, pace: Pace) -> None:
+    """`ldm train` from the model on: the recipe's mode, and the loop."""
+    import weights
+
+    model = weights.load(job.folder, device=job.device)
+    recipe = Recipe(
+        "benchmark", method=Method(job.method, rank=RANK, targets=TARGETS if job.method == "lora" else ""),
+        optimizer=Optimizer(lr=job.rate, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY, clip=CLIP),
+        run=Run(steps=ENDLESS, batch=job.batch, micro=job.batch, dtype=job.dtype, save_every=ENDLESS), watch=Watch(log_every=1),
+    )  # fmt: skip
+    made = trainee(model, recipe)
+    made.task.to(job.device)
+    for name, p in made.parameters.items():
+        if name.endswith(".lora.down"):
+            start(name, p)
+
+    def micro(number: int) -> Batch:
+        one = given(job, number)
+        mean = one.latent / model.config.vae.scale
+        moments = torch.cat([mean, torch.full_like(mean, NO_SPREAD)], dim=1)
+        pace.wait()  # the loop has just forgotten the last update's gradients
+        size, ones = (job.size, job.size), torch.ones(job.batch)
+        return Batch(one.index, ("",) * job.batch, size, (Sizes(),) * job.batch, ones, moments=moments, context=one.context, pooled=one.pooled)
+
+    def log(record: Record) -> None:
+        pace.note(loss=record["loss"], grad_norm=record["grad_norm"])
+
+    pace.note(trained=sum(p.numel() for p in made.parameters.values()))
+    with checkpoint_blocks(made.task) if job.checkpointing else nullcontext():
+        fit(made.task, made.parameters, micro, recipe, Path(job.folder), ranks=Ranks(device=job.device), watchers=Watchers(log=log))
+
+
+# --- diffusers --------------------------------------------------------------------------------------------------------
+
+
+def diffusers(job: Job, pace: Pace) -> None:
+    """What examples/text_to_image/train_text_to_image.py and train_text_to_image_lora(_sdxl).py do with an encoded batch, through the same libraries."""
+    from accelerate import Accelerator
+    from diffusers import DDPMScheduler
+
+    half = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}[job.dtype]
+    accelerator = Accelerator(mixed_precision=half, cpu=job.device == "cpu")
+    kind = getattr(torch, job.dtype)  # of what is not trained
+    unet = _unet(job, kind)
+    if job.checkpointing:
+        unet.enable_gradient_checkpointing()
+    learning = [p for p in unet.parameters() if p.requires_grad]
+    adam = torch.optim.AdamW(learning, lr=job.rate, betas=BETAS, weight_decay=WEIGHT_DECAY, eps=EPS)
+    unet, adam = accelerator.prepare(unet.train(), adam)
+    noising = DDPMScheduler.from_pretrained(job.folder, subfolder="scheduler")
+    pace.note(trained=sum(p.numel() for p in learning))
+    number = 0
+    while True:
+        one = given(job, number)
+        pace.wait()
+        latent, noise, context = (tensor.to(accelerator.device, kind) for tensor in (one.latent, one.noise, one.context))
+        t, more = one.t.to(accelerator.device), {}
+        if one.pooled is not None:
+            sizes = torch.tensor([[job.size, job.size, 0, 0, job.size, job.size]] * job.batch, device=accelerator.device, dtype=kind)
+            more["added_cond_kwargs"] = {"text_embeds": one.pooled.to(accelerator.device, kind), "time_ids": sizes}
+        with accelerator.accumulate(unet):
+            said = unet(noising.add_noise(latent, noise, t), t, context, return_dict=False, **more)[0]
+            loss = F.mse_loss(said.float(), noise.float())
+            accelerator.backward(loss)
+            norm = accelerator.clip_grad_norm_(learning, CLIP)
+            adam.step()
+            adam.zero_grad()
+        pace.note(loss=loss.item(), grad_norm=norm.item())
+        number += 1
+
+
+def _unet(job: Job, kind: torch.dtype) -> Any:
+    """Their UNet, ready to learn: in float32, or for a LoRA in `kind` with factors in float32 where that is float16."""
+    from diffusers import UNet2DConditionModel
+    from diffusers.training_utils import cast_training_params
+
+    unet = UNet2DConditionModel.from_pretrained(job.folder, subfolder="unet", local_files_only=True).to(job.device)
+    if job.method == "full":
+        return unet
+    from peft import LoraConfig
+
+    unet.requires_grad_(False)
+    unet.to(dtype=kind)
+    unet.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, init_lora_weights="gaussian", target_modules=list(LEARNS)))
+    if job.dtype == "float16":
+        cast_training_params(unet, dtype=torch.float32)
+    _start_as_ours(unet, job)
+    return unet
+
+
+def _start_as_ours(unet: nn.Module, job: Job) -> None:
+    from weights.names import diffusers_unet
+
+    theirs = {name: ours for ours, name in diffusers_unet(config_of(job.family, tiny=job.tiny).unet).items()}
+    for name, p in unet.named_parameters():
+        layer, found, _ = name.partition(".lora_A.")
+        if found:
+            start(f"unet.{theirs[f'{layer}.weight'].removesuffix('.weight')}.lora.down", p)
+
+
+SIDES: dict[str, Callable[[Job, Pace], None]] = {"ldm": ldm, "diffusers": diffusers}
+
+
+# --- a process of its own ---------------------------------------------------------------------------------------------
+
+
+class Asked:
+    """The pace of a process that makes one update for each line of its standard input, and answers with a line of JSON.
+
+    The first answer is for loading and comes unasked. Each: {seconds, noted..., between, peak, device_peak}: bytes resident after it, and
+    at the most since the answer before the first update; on a GPU, the most that was reserved there since.
+    """
+
+    def __init__(self, device: str, answer: Callable[[dict[str, Any]], None]):
+        self.device, self.answer = device, answer
+        self.noted: dict[str, Any] = {}
+        self.loaded = False
+        self.since = time.perf_counter()
+
+    def note(self, **seen: Any) -> None:
+        self.noted = seen
+
+    def wait(self) -> None:
+        on_gpu = self.device.startswith("cuda")
+        if on_gpu:
+            torch.cuda.synchronize(self.device)
+        seconds = time.perf_counter() - self.since
+        most = torch.cuda.max_memory_reserved(self.device) if on_gpu else None
+        self.answer({"seconds": seconds, **self.noted, "between": resident("VmRSS"), "peak": peak_memory(), "device_peak": most})
+        if not self.loaded:
+            forget_peak(self.device)
+            self.loaded = True
+        if not sys.stdin.readline():
+            raise Ended
+        self.since = time.perf_counter()
+
+
+def serve(job: Job, answer: Callable[[dict[str, Any]], None]) -> None:
+    """Train until nobody asks for more, or the reason why that is not possible."""
+    if job.threads:
+        torch.set_num_threads(job.threads)
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # float32 means float32
+    try:
+        SIDES[job.side](job, Asked(job.device, answer))
+    except Ended:
+        pass
+    except Exception as error:  # told to who asked, who goes on with what is left
+        answer({"failed": without_folders(f"{type(error).__name__}: {error}")[:500]})
+
+
+def main(argv: list[str]) -> None:
+    """Serve the job that is told as JSON. What libraries print goes to standard error, so that answers stand alone."""
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    serve(Job(**json.loads(argv[0])), lambda told: print(json.dumps(told), file=out, flush=True))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
