@@ -1,4 +1,4 @@
-"""What the README shows of files of weights is what happens."""
+"""What the README shows of files of weights and of training is what happens."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
+from ldm import blocks
 from ldm.__main__ import main
+from ldm.train.reading import load_recipe, names
 from tests.checkpoints import TINY, Call, Name, checkpoint, ckpt_of, safetensors_of, save_zip, tensor
 from weights import convert, open_file
 
@@ -83,3 +86,29 @@ def test_a_refusal_is_what_is_shown(command: str, line: str, capsys: pytest.Capt
     assert main(command.split()[1:]) == 2
     assert capsys.readouterr().err == f"{line}\n"
     assert not Path("canary").exists()
+
+
+TRAINING = re.search(r"^## Training\n(.+?)^## ", README, re.MULTILINE | re.DOTALL)[1]
+RECIPE = re.search(r"```toml\n# (lora\.toml)\n(.+?)```", TRAINING, re.DOTALL)
+
+
+def test_the_recipe_trains_a_lora_of_the_model_that_ships(capsys: pytest.CaptureFixture) -> None:
+    Path(RECIPE[1]).write_text(RECIPE[2])
+    Path("photos").mkdir()
+    images, captions = blocks.batch(range(3))
+    for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
+        Image.fromarray(image).save(f"photos/{i}.png")
+        Path(f"photos/{i}.txt").write_text(caption)
+    assert main(["train", RECIPE[1], "--set", "run.steps=1", "--set", "run.batch=1", "--set", "run.micro=1", "--set", "watch.steps=1"]) == 0
+    assert capsys.readouterr().out.splitlines() == [f"runs/lora/{name}" for name in ("lora.safetensors", "lora-diffusers.safetensors", "report.png", "report.html")]
+
+
+def test_every_recipe_that_is_named_exists_with_the_numbers_shown() -> None:
+    rows = re.findall(r"^\| `([\w-]+)` \| (.+?) \| ([\d,]+) \| ([\d,]+) \| (\S+), (\S+) \|$", TRAINING, re.MULTILINE)
+    assert {name for name, *_ in rows} == {name for name in names() if not name.startswith("blocks")}
+    for name, about, batch, steps, rate, schedule in rows:
+        recipe = load_recipe(name)
+        assert (about, batch, steps) == (recipe.about.rstrip("."), f"{recipe.run.batch:,}", f"{recipe.run.steps:,}")
+        assert (float(rate), schedule) == (recipe.optimizer.lr, recipe.optimizer.schedule)
+    for name in re.findall(r"ldm train ([\w-]+)(?![\w.-])", README):
+        assert name in names()

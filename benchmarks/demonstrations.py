@@ -1,0 +1,320 @@
+"""Teaches the model that ships more, in one of five ways, and scores what it then draws."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+from numpy import ndarray
+from PIL import Image
+
+import weights
+from benchmarks import panels, quality, subjects
+from benchmarks.machine import machine
+from benchmarks.panels import Panel, Row
+from ldm import LatentDiffusion, blocks, lora, run, tasks
+from ldm.blocks import SHAPES, Scene, Solid
+from ldm.cli.files import file_hash
+from ldm.fast import optimize, pays
+from ldm.train.reading import load_recipe
+from ldm.train.start import Files
+from weights.load import embedded
+
+RECIPES, RESULTS = Path(__file__).parent / "recipes", Path(__file__).parent / "results"
+COLUMNS = 8  # pictures beside each other
+MARGIN = 4  # pixels of a hole around what it hides
+QUICK = ("run.steps=1", "run.batch=2", "run.micro=1", "data.scenes=2")  # a run that only shows that it runs
+FILES = Files(
+    load=weights.load, load_vae=weights.load_vae, load_vision=weights.load_vision, save=weights.save, convert=weights.convert, save_lora=weights.save_lora,
+    save_embedding=weights.save_embedding, embedded=embedded, digest=file_hash,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class How:
+    """With what a demonstration begins, where it keeps what it makes, and how much of it is measured."""
+
+    start: Path  # checkpoint
+    runs: Path  # directory of the runs
+    pictures: int = 100  # of each kind that is scored
+    steps: int = 20  # of DPM++ 2M
+    cfg: float = 5.0  # guidance
+    sets: tuple[str, ...] = ()  # keys of the recipes to change
+
+    def model(self, path: Path | None = None) -> LatentDiffusion:
+        """A model to draw with: the start, or another."""
+        return fast(weights.load(path or self.start))
+
+    def draw(self, model: LatentDiffusion, scenes: Sequence[Scene], seed: int = 0) -> list[ndarray]:
+        """A picture of each scene's canonical caption, of `seed` and those after it."""
+        settings = {"sampler": "dpmpp_2m", "steps": self.steps, "cfg": self.cfg}
+        return quality.pictures_of(model, [blocks.canonical(scene) for scene in scenes], range(seed, seed + len(scenes)), settings, batch=20)
+
+    def rehearsal(self, name: str, scenes: Sequence[Scene]) -> Path:
+        """A directory of what the start draws of scenes, to be kept while it learns; of other seeds than are scored. Once made it stays."""
+        path = self.runs / name
+        if not (path / "metadata.jsonl").exists():
+            subjects.folder(path, self.draw(self.model(), scenes, seed=10**6), [[blocks.canonical(scene)] for scene in scenes])
+        return path
+
+
+def fast(model: LatentDiffusion) -> LatentDiffusion:
+    """The same function in fewer seconds, where that is known."""
+    return optimize(model) if pays(model.device, model.dtype) else model
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+def changes(name: str, how: How, sets: Sequence[str] = ()) -> list[str]:
+    """The keys that change a recipe; for a quick run also the number of its prior pictures, where it has any."""
+    few = load_recipe(RECIPES / f"{name}.toml", sets).data.prior_pictures and set(QUICK) <= set(how.sets)
+    return [*sets, *how.sets, *(["data.prior_pictures=2"] if few else [])]
+
+
+def train(name: str, how: How, sets: Sequence[str] = (), into: str | None = None) -> tuple[Path, dict[str, Any]]:
+    """Train as recipes/`name`.toml says, from the start; return the run's directory, and what the run cost. One that was interrupted goes on."""
+    out = how.runs / (into or name)
+    recipe = load_recipe(RECIPES / f"{name}.toml", [f"model.start={how.start}", f"run.out={out}", *changes(name, how, sets)])
+    out.mkdir(parents=True, exist_ok=True)
+    with stopwatch(out / "cost.json"):
+        ended = run.train(recipe, FILES, device="cpu", say=lambda line: print(line, flush=True))
+    cost = json.loads((out / "cost.json").read_text())
+    return out, {"updates": recipe.run.steps, "batch": recipe.run.batch, "lr": recipe.optimizer.lr, "core_minutes": round(cost["cpu_seconds"] / 60, 1), "skipped": ended.fitted.skipped}
+
+
+def prior_pictures(name: str, how: How) -> int:
+    """How many pictures the recipe wants to keep the rest as it is."""
+    return load_recipe(RECIPES / f"{name}.toml", changes(name, how)).data.prior_pictures
+
+
+@contextmanager
+def stopwatch(path: Path):
+    """Adds the processor's seconds of the block, of all threads, to those in a file: of a run that goes on they are the whole run's."""
+    before = json.loads(path.read_text())["cpu_seconds"] if path.exists() else 0.0
+    begun = time.process_time()
+    try:
+        yield
+    finally:
+        path.write_text(json.dumps({"cpu_seconds": before + time.process_time() - begun}) + "\n")
+
+
+# --- scoring ----------------------------------------------------------------------------------------------------------
+
+Read = Callable[[ndarray], quality.Reading]
+
+
+@dataclass(frozen=True)
+class Score:
+    """How many of n pictures show all of what they were asked for."""
+
+    n: int
+    right: int
+    share: float
+
+    @classmethod
+    def of(cls, marks: Sequence[bool]) -> Score:
+        return cls(len(marks), sum(marks), round(float(np.mean(marks)), 4))
+
+
+def marks(pictures: Sequence[ndarray], scenes: Sequence[Scene], read: Read = quality.read) -> list[bool]:
+    """Whether each picture is entirely right."""
+    return [quality.agrees(read(picture), scene)["all"] for picture, scene in zip(pictures, scenes, strict=True)]
+
+
+def of_nine(picture: ndarray) -> quality.Reading:
+    """What a picture shows, where magenta is a colour beside the eight."""
+    return quality.read(picture, subjects.COLORS)
+
+
+def percent(score: Score) -> str:
+    return f"{100 * score.share:.0f} % of {score.n}"
+
+
+# --- the five ---------------------------------------------------------------------------------------------------------
+
+Result = tuple[dict[str, Any], Panel]  # figures, pictures
+
+
+def teach_magenta(how: How) -> Result:
+    """A LoRA that knows a ninth colour from 20 pictures."""
+    lessons = subjects.magenta_lessons(20)
+    data = subjects.folder(how.runs / "magenta", map(subjects.render, lessons), subjects.said(lessons))
+    prior = how.rehearsal("magenta-prior", [blocks.sample(seed) for seed in range(prior_pictures("lora", how))])
+    out, cost = train("lora", how, [f"data.path={data}", f"data.prior={prior}"])
+    taught = weights.load(how.start)
+    lora.merge(taught, [(weights.load_lora(out / "lora.safetensors", taught.config), 1.0)])
+    known = {blocks.canonical(scene) for scene in lessons}
+    few = max(1, how.pictures // 2)
+    asked = {
+        "alone": [Scene((Solid(SHAPES[k % len(SHAPES)], subjects.MAGENTA),)) for k in range(few)],
+        "pairs": subjects.magenta_pairs(few, seed=1, without=known),
+        "held_out": blocks.held_out_scenes(how.pictures),
+    }
+    figures: dict[str, Any] = {"pictures": len(lessons), "prior_pictures": prior_pictures("lora", how), "training": cost, "bytes": (out / "lora.safetensors").stat().st_size}
+    columns = {"alone": 3, "pairs": 3, "held_out": 2}
+    rows = [Row("learnt from", [subjects.render(scene) for scene in lessons[-COLUMNS:]], captions=[blocks.canonical(scene) for scene in lessons[-COLUMNS:]])]
+    for when, model in (("before", how.model()), ("after", fast(taught))):
+        drawn = {kind: how.draw(model, scenes) for kind, scenes in asked.items()}
+        right = {kind: marks(drawn[kind], scenes, of_nine) for kind, scenes in asked.items()}
+        figures[when] = {kind: asdict(Score.of(each)) for kind, each in right.items()}
+        label = f"{when}\nalone {percent(Score.of(right['alone']))}\nin pairs {percent(Score.of(right['pairs']))}\nothers {percent(Score.of(right['held_out']))}"
+        rows.append(row_of(label, columns, drawn, right, asked))
+    return figures, Panel("LoRA: a ninth colour from 20 pictures", rows)
+
+
+def row_of(label: str, columns: dict[str, int], drawn: dict[str, list[ndarray]], right: dict[str, list[bool]], asked: dict[str, list[Scene]]) -> Row:
+    """The first few pictures of each kind beside each other."""
+    picked = [(kind, k) for kind, n in columns.items() for k in range(min(n, len(drawn[kind])))]
+    return Row(label, [drawn[kind][k] for kind, k in picked], [right[kind][k] for kind, k in picked], [blocks.canonical(asked[kind][k]) for kind, k in picked])
+
+
+def bind_sks(how: How) -> Result:
+    """DreamBooth with prior pictures and without: "sks" is one cone, and other cones stay what they were."""
+    lessons = subjects.cone_lessons(6)
+    data = subjects.folder(how.runs / "cone", map(subjects.render, lessons), [["a sks cone"]] * len(lessons))
+    there = [f"data.path={data}"]
+    every = [Scene((Solid("cone", color),)) for color in (*blocks.COLORS, "")]
+    prior = how.rehearsal("cone-prior", [every[k % len(every)] for k in range(prior_pictures("dreambooth", how))])
+    kept, cost = train("dreambooth", how, [*there, f"data.prior={prior}"])
+    micro = load_recipe(kept / "recipe.toml").run.micro
+    alone, cost_alone = train("dreambooth", how, [*there, "data.prior=", "data.prior_caption=", "data.prior_pictures=0", f"run.batch={micro}"], into="dreambooth-alone")
+    few = max(1, how.pictures // 2)
+    colors = [*blocks.COLORS]
+    asked = {
+        "sks": [Scene((Solid("cone", subjects.SKS),))] * few,
+        "sks_elsewhere": subjects.cone_pairs(few, seed=1),
+        "other_cones": [Scene((Solid("cone", colors[k % len(colors)]),)) for k in range(few)],
+        "held_out": blocks.held_out_scenes(how.pictures),
+    }
+    any_cone = [Scene((Solid("cone", ""),))] * few
+    figures: dict[str, Any] = {"pictures": len(lessons), "prior_pictures": prior_pictures("dreambooth", how), "training": {"with_prior": cost, "without_prior": cost_alone}}
+    rows = [Row("learnt from", [subjects.render(scene) for scene in lessons], captions=["a sks cone"] * len(lessons))]
+    for when, path in (("start", how.start), ("without_prior", alone / "model.safetensors"), ("with_prior", kept / "model.safetensors")):
+        model = how.model(path)
+        drawn = {kind: how.draw(model, scenes) for kind, scenes in asked.items()}
+        right = {kind: marks(drawn[kind], scenes, subjects.read) for kind, scenes in asked.items()}
+        cones = [quality.agrees(subjects.read(picture), asked["sks"][0])["all"] for picture in how.draw(model, any_cone)]
+        scores = {kind: Score.of(each) for kind, each in right.items()}
+        figures[when] = {kind: asdict(score) for kind, score in scores.items()} | {"any_cone_is_sks": asdict(Score.of(cones))}
+        label = f"{when.replace('_', ' ')}\nsks {percent(scores['sks'])}\nelsewhere {percent(scores['sks_elsewhere'])}\ncones {percent(scores['other_cones'])}\nothers {percent(scores['held_out'])}"
+        rows.append(row_of(label, {"sks": 2, "sks_elsewhere": 3, "other_cones": 2, "held_out": 1}, drawn, right, asked))
+    return figures, Panel("DreamBooth: sks is one particular cone", rows)
+
+
+def fill_holes(how: How) -> Result:
+    """An inpainting model widened from the start, beside the start, which is only kept from changing what is known."""
+    out, cost = train("inpainting", how)
+    scenes = blocks.held_out_scenes(how.pictures)
+    whole = [blocks.render(scene) for scene in scenes]
+    holes = [hiding(scene, k % 2) for k, scene in enumerate(scenes)]
+    captions = [blocks.canonical(scene) for scene in scenes[:COLUMNS]]
+    grey = [np.where(hole[..., None], np.uint8(128), picture) for picture, hole in zip(whole, holes, strict=True)]
+    figures: dict[str, Any] = {"training": cost}
+    rows = [Row("one solid\nis hidden", grey[:COLUMNS], captions=captions)]
+    for when, path in (("start", how.start), ("widened", out / "model.safetensors")):
+        model = how.model(path)
+        painted = [
+            np.asarray(tasks.inpaint(model, Image.fromarray(picture), Image.fromarray(hole), blocks.canonical(scene), seeds=[k], sampler="dpmpp_2m", steps=how.steps, cfg=how.cfg)[0])
+            for k, (picture, hole, scene) in enumerate(zip(whole, holes, scenes, strict=True))
+        ]  # fmt: skip
+        right = marks(painted, scenes)
+        figures[when] = asdict(Score.of(right))
+        rows.append(Row(f"{'known kept' if when == 'start' else when}\n{percent(Score.of(right))}", painted[:COLUMNS], right[:COLUMNS], captions))
+    return figures, Panel("Inpainting: widened by mask and masked picture", rows)
+
+
+def hiding(scene: Scene, which: int) -> ndarray:
+    """A mask, uint8 [128, 128] of 0 and 255: the rectangle around what one solid and its shadow change in the picture, and a little more."""
+
+    def without(scene: Scene, rng: np.random.Generator) -> list[blocks.Placed]:
+        placed = blocks.layout(scene, rng)
+        return placed[:which] + placed[which + 1 :]
+
+    changed = (blocks.render(scene) != blocks.render(scene, build=without)).any(-1)
+    rows, cols = np.flatnonzero(changed.any(1)), np.flatnonzero(changed.any(0))
+    mask = np.zeros(changed.shape, np.uint8)
+    mask[max(0, rows[0] - MARGIN) : rows[-1] + 1 + MARGIN, max(0, cols[0] - MARGIN) : cols[-1] + 1 + MARGIN] = 255
+    return mask
+
+
+def predict_v(how: How) -> Result:
+    """The start told to predict v."""
+    out, cost = train("v", how)
+    figures, rows = beside_start(how, {"v": out / "model.safetensors"})
+    return {"training": cost} | figures, Panel("v-prediction", rows)
+
+
+def shrink(how: How) -> Result:
+    """A student of half the size beside its teacher."""
+    out, cost = train("distill", how)
+    figures, rows = beside_start(how, {"student": out / "model.safetensors"})
+    for when, path in (("start", how.start), ("student", out / "model.safetensors")):
+        model = weights.load(path)
+        figures[when] |= {"unet_parameters": sum(p.numel() for p in model.unet.parameters()), "parameters": sum(p.numel() for p in model.parameters()), "bytes": path.stat().st_size}
+    return {"training": cost} | figures, Panel("Distillation: a student of half the size", rows)
+
+
+def beside_start(how: How, others: dict[str, Path]) -> tuple[dict[str, Any], list[Row]]:
+    """What the start and other models make of prompts of held-out combinations, of the same seeds."""
+    scenes = blocks.held_out_scenes(how.pictures)
+    figures, rows = {}, []
+    for when, path in {"start": how.start, **others}.items():
+        drawn = how.draw(how.model(path), scenes)
+        right = marks(drawn, scenes)
+        figures[when] = asdict(Score.of(right))
+        rows.append(Row(f"{when}\n{percent(Score.of(right))}", drawn[:COLUMNS], right[:COLUMNS], [blocks.canonical(scene) for scene in scenes[:COLUMNS]]))
+    return figures, rows
+
+
+DEMONSTRATIONS: dict[str, Callable[[How], Result]] = {"lora": teach_magenta, "dreambooth": bind_sks, "inpainting": fill_holes, "v": predict_v, "distill": shrink}
+
+
+# --- results ----------------------------------------------------------------------------------------------------------
+
+
+def report(name: str, how: How, out: Path) -> dict[str, Any]:
+    """Run one, put its figures beside the others' into demonstrations.json, and the pictures of all that were run here into demonstrations.png."""
+    figures, panel = DEMONSTRATIONS[name](how)
+    figures |= {"checkpoint": file_hash(how.start), "steps": how.steps, "cfg": how.cfg, "machine": machine()}
+    panels.draw(panel).save(how.runs / f"{name}.png")
+    out.mkdir(parents=True, exist_ok=True)
+    file = out / "demonstrations.json"
+    found = json.loads(file.read_text()) if file.exists() else {}
+    found[name] = figures
+    file.write_text(json.dumps({key: found[key] for key in DEMONSTRATIONS if key in found}, indent=1) + "\n")
+    panels.stacked([Image.open(path) for key in DEMONSTRATIONS if (path := how.runs / f"{key}.png").exists()]).save(out / "demonstrations.png")
+    return figures
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """`python benchmarks/demonstrations.py lora`: trains, scores, writes demonstrations.json and demonstrations.png, and prints the figures."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("name", choices=[*DEMONSTRATIONS], help="which")
+    parser.add_argument("--out", type=Path, help="folder of the results (default: benchmarks/results)")
+    parser.add_argument("--runs", type=Path, default=Path("runs/demonstrations"), help="folder of the runs; an interrupted one found there goes on (default: %(default)s)")
+    parser.add_argument("--model", type=Path, help="checkpoint to begin with (default: the model that ships)")
+    parser.add_argument("--pictures", type=int, default=How.pictures, help="of each kind that is scored (default: %(default)s)")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a key of the recipe")
+    parser.add_argument("--quick", action="store_true", help="one update and one picture of each kind, in folders of their own: only to see that it runs")
+    args = parser.parse_args(argv)
+    start, sets = (args.model or embedded()).resolve(), tuple(args.set)
+    how = How(start, args.runs, args.pictures, sets=sets)
+    if args.quick:
+        how = How(start, args.runs.with_name(f"{args.runs.name}-quick"), pictures=1, steps=2, sets=(*sets, *QUICK))
+    figures = report(args.name, how, args.out or (how.runs if args.quick else RESULTS))
+    print(json.dumps(figures, indent=1))
+
+
+if __name__ == "__main__":
+    main()
