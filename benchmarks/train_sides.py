@@ -25,12 +25,12 @@ from benchmarks.turns import forget_peak, resident
 from ldm.conditioning import Sizes
 from ldm.config import ModelConfig
 from ldm.data.batch import Batch
+from ldm.recipe import Method, Optimizer, Recipe, Run, Watch
 from ldm.train.checkpointing import checkpoint_blocks
 from ldm.train.draws import Draws
 from ldm.train.loop import Record, Watchers, fit
 from ldm.train.modes import trainee
 from ldm.train.ranks import Ranks
-from ldm.train.recipe import Method, Optimizer, Recipe, Run, Watch
 from tests.seeded import normal, weight
 
 RANK = 4  # of a LoRA, its alpha too: the scripts' default

@@ -15,7 +15,7 @@ from ldm.data.examples import Examples
 from ldm.errors import ArgumentError, FileError, OutputError
 from ldm.model import LatentDiffusion
 from ldm.prompts import encode_text
-from ldm.train.recipe import Data, Run
+from ldm.recipe import Data, Run
 from tests.test_data_folder import captioned
 from tests.test_tasks import TINY, build
 

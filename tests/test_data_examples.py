@@ -10,15 +10,13 @@ import pytest
 import torch
 from PIL import Image
 
-from ldm.data.asked import Data as AskedData
-from ldm.data.asked import Run as AskedRun
 from ldm.data.batch import Batch
 from ldm.data.examples import Examples
 from ldm.data.opening import missing_prior
 from ldm.data.plan import Plan
 from ldm.errors import ArgumentError, FileError
 from ldm.model import LatentDiffusion
-from ldm.train.recipe import Data, Run
+from ldm.recipe import Data, Run
 from tests.test_data_folder import captioned, picture
 from tests.test_data_shards import png, shard
 from tests.test_tasks import TINY, build
@@ -260,19 +258,6 @@ def test_missing_prior_pictures_are_counted_for_whoever_makes_them(photos, model
     assert missing_prior(data) == 0
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"prior_pictures": 0}, "data.prior: is given, but data.prior_pictures is 0"),
-        ({"prior_caption": ""}, "data.prior_caption: is not given"),
-        ({"prior": ""}, "data.prior: is not given"),
-    ],
-)
-def test_half_of_prior_preservation_is_refused(tmp_path, change, message):
-    with pytest.raises(ArgumentError, match=message):
-        missing_prior(replace(Data(path=str(tmp_path / "a"), prior=str(tmp_path / "b"), prior_caption="a dog", prior_pictures=2), **change))
-
-
 def test_prior_pictures_may_not_lie_among_the_others(tmp_path):
     with pytest.raises(ArgumentError, match="lies in data"):
         missing_prior(Data(path=str(tmp_path), prior=str(tmp_path / "class"), prior_caption="a dog", prior_pictures=2))
@@ -307,11 +292,6 @@ def test_depth_maps_of_another_size_are_scaled_with_their_picture(model, tmp_pat
     assert (depth.diff(dim=1) >= 0).all()
     assert depth[:, 0].mean().item() == pytest.approx(30 / 127.5 - 1, abs=10 / 127.5)
     assert depth[:, -1].mean().item() == pytest.approx(190 / 127.5 - 1, abs=10 / 127.5)
-
-
-def test_the_keys_that_are_read_are_those_of_a_recipe():
-    assert set(AskedData.__annotations__) == set(Data.__dataclass_fields__)
-    assert set(AskedRun.__annotations__) <= set(Run.__dataclass_fields__)
 
 
 def test_how_many_pictures_of_one_size_are_seen_at_once_changes_nothing() -> None:

@@ -15,9 +15,9 @@ from ldm.config import FAMILIES, SDXL
 from ldm.data.batch import Batch
 from ldm.errors import ArgumentError
 from ldm.model import LatentDiffusion
+from ldm.recipe import Objective
 from ldm.train.distil import Distil, _difference, stages
 from ldm.train.draws import Draws
-from ldm.train.recipe import Objective
 from ldm.train.tasks import Diffusion
 from ldm.unet import UNet, timestep_embedding
 from tests.families import UNET, build, tiny

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 MAY_IMPORT = {"samplers": {"samplers"}, "ldm": {"ldm", "samplers"}, "weights": {"weights", "ldm", "samplers"}}
 ORDER = [  # inside ldm a file imports only from those before it
     "errors", "disk", "config", "attention", "unet", "vae", "clip", "vision", "dpt", "safety", "tokenizer", "prompts", "conditioning", "finite", "model", "denoiser",
-    "images", "tiles", "precision", "offload", "edit", "lora", "lora_layers", "inversion", "surgery", "sampling", "job", "masks", "tasks", "compare", "blocks", "data", "metrics", "train", "recipes", "fast", "shipped", "run", "cli", "__main__",
+    "images", "tiles", "precision", "offload", "edit", "lora", "lora_layers", "inversion", "surgery", "sampling", "job", "masks", "tasks", "compare", "blocks", "recipe", "data", "metrics", "train", "recipes", "fast", "shipped", "run", "cli", "__main__",
 ]  # fmt: skip
 NOT_SOLVERS = {"__init__", "core", "steps", "schedule", "noise", "guidance"}
 

@@ -16,10 +16,10 @@ from torch import Tensor
 from ldm import run
 from ldm.config import SDXL, VisionConfig
 from ldm.model import LatentDiffusion
+from ldm.recipe import Recipe
 from ldm.train.card import training_section
 from ldm.train.rates import factor
 from ldm.train.reading import load_recipe, names, to_toml
-from ldm.train.recipe import Recipe
 from ldm.train.start import Files
 from ldm.vision import CLIPVision
 from tests.families import build, tiny

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from ldm.recipe import Card, Data, Method, Optimizer, Recipe, Run, Start
 from ldm.train.card import kg_co2, kwh, training_section
-from ldm.train.recipe import Card, Data, Method, Optimizer, Recipe, Run, Start
 
 
 def test_co2_is_that_of_both_stable_diffusion_cards() -> None:

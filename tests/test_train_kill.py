@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from ldm.data.batch import Batch
+from ldm.recipe import Optimizer, Recipe, Run
 from ldm.train.draws import Draws
 from ldm.train.loop import Watchers, fit
-from ldm.train.recipe import Optimizer, Recipe, Run
 from ldm.train.state import TENSORS, latest_state, only_run
 from ldm.train.tasks import Loss
 from tests.forked import start

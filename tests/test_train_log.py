@@ -11,8 +11,8 @@ from types import SimpleNamespace
 import pytest
 
 from ldm.errors import ArgumentError, FileError, OutputError
+from ldm.recipe import Watch
 from ldm.train.log import BANDS, COLUMNS, Log, read_log
-from ldm.train.recipe import Watch
 
 BANDED = {"bands": [*(0.5 + i for i in range(BANDS - 1)), None], "band_counts": [*[2] * (BANDS - 1), 0]}
 

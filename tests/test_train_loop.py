@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from ldm.data.batch import Batch
 from ldm.errors import ArgumentError, NonFinite
+from ldm.recipe import Group, Objective, Optimizer, Recipe, Run, Watch
 from ldm.train.draws import Draws
 from ldm.train.loop import PATIENCE, Fitted, Watchers, accumulation, fit
-from ldm.train.recipe import Group, Objective, Optimizer, Recipe, Run, Watch
 from ldm.train.state import latest_state
 from ldm.train.tasks import Loss
 from tests.seeded import normal

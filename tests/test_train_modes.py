@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from ldm.recipe import Method, Recipe, Run
 from ldm.train import modes
 from ldm.train.draws import Draws
-from ldm.train.recipe import Method, Recipe, Run
 from tests.families import build, tiny
 from tests.seeded import normal
 from tests.test_train_tasks import batch_of

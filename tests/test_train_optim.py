@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from ldm.errors import ArgumentError, FileError
+from ldm.recipe import Group, Optimizer
 from ldm.train.optim import load_state_tensors, optimizer, state_tensors
-from ldm.train.recipe import Group, Optimizer
 
 
 def network() -> dict[str, nn.Parameter]:

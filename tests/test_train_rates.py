@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from ldm.errors import FileError
+from ldm.recipe import Optimizer
 from ldm.train.rates import ema_decay, factor, last_rate
-from ldm.train.recipe import Optimizer
 
 
 def curve(settings: Optimizer, steps: int) -> list[float]:

@@ -10,8 +10,8 @@ from typing import get_args, get_origin, get_type_hints
 import pytest
 
 from ldm.errors import ArgumentError, FileError, LdmError
+from ldm.recipe import Data, Group, Objective, Optimizer, Recipe, Watch
 from ldm.train.reading import load_recipe, to_toml
-from ldm.train.recipe import Data, Group, Objective, Optimizer, Recipe, Watch
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def test_what_a_file_says_reaches_its_section_and_whole_numbers_do_for_fractions
 def test_a_recipe_comes_back_from_its_own_toml(tmp_path: Path) -> None:
     odd = 'a "b" \\ \t\n\r\x00\x1b\x7f é 猫 🦊 \u2028 #='
     recipe = Recipe(
-        "odd one", odd, data=Data(path=odd, caption="'''"), objective=Objective(min_snr=1 / 3, kl_weight=5e-324),
+        "odd one", odd, data=Data(path=odd, caption="'''"), objective=Objective(min_snr=1 / 3, noise_offset=5e-324),
         optimizer=Optimizer(lr=1e-7, groups=(Group(r"to_\w+\.", 0.25), Group("x", 0.0))), watch=Watch(prompts=(odd, ""), seed=2**64 - 1),
     )  # fmt: skip
     path = tmp_path / "recipe.toml"
@@ -178,9 +178,7 @@ def test_a_wrong_file_is_refused(text: str, kind: type[LdmError], parts: list[st
         (["data.cache_text=true", "method.kind=inversion", "method.token=sks", "method.token_from=dog"], ["data.cache_text"]),
         (["model.zero_snr=true", "model.prediction=eps"], ["model.zero_snr", "model.prediction"]),
         (["method.unet=false"], ["method.unet"]),
-        (["method.unet=false", "method.kind=distill", "method.plan=half"], ["method.unet: only full and lora choose"]),
-        (["method.text=true", "method.kind=vae"], ["method.text: only full and lora choose"]),
-        (["method.teachers=['a.safetensors']"], ["method.teachers: full is taught by none"]),
+        (["method.kind=shipped"], ["data.source: the model that ships is trained on rendered scenes"]),
         (
             ["method.kind=inversion", "method.token=a", "method.token_from=b", "data.prior=c", "data.prior_caption=d", "data.prior_pictures=2", "run.batch=2"],
             ["data.prior_pictures: what is not called by the new word teaches it nothing"],
@@ -200,6 +198,33 @@ def test_keys_that_contradict_each_other_are_refused(sets: list[str], parts: lis
     with pytest.raises(ArgumentError) as caught:
         load_recipe(empty, sets)
     refused(caught.value, *parts)
+
+
+@pytest.mark.parametrize(
+    ("sets", "message"),
+    [
+        (["method.unet=false", "method.kind=distill", "method.plan=half"], 'method.unet: is read where method.kind is "full" or "lora", not "distill"; leave it out'),
+        (["method.text=true", "method.kind=vae"], 'method.text: is read where method.kind is "full" or "lora", not "vae"; leave it out'),
+        (["method.teachers=['a.safetensors']"], 'method.teachers: is read where method.kind is "distill", not "full"; leave it out'),
+        (["method.rank=4"], 'method.rank: is read where method.kind is "lora", not "full"; leave it out'),
+        (["method.vectors=2", "method.kind=lora"], 'method.vectors: is read where method.kind is "inversion", not "lora"; leave it out'),
+        (["method.targets=x", "method.kind=shipped", "data.source=scenes"], "method.targets: is read where method.kind is"),
+        (["objective.min_snr=5", "method.kind=vae"], "objective.min_snr: is read where method.kind is"),
+        (["objective.kl_weight=0"], 'objective.kl_weight: is read where method.kind is "vae", not "full"; leave it out'),
+        (["objective.kl_weight=0", "method.kind=shipped-vae", "data.source=scenes"], "objective.kl_weight: is read where"),
+        (["model.widen=['mask']", "method.kind=shipped", "data.source=scenes"], "model.widen: is read where method.kind is"),
+        (["data.flip=true", "method.kind=shipped", "data.source=scenes"], "data.flip: is read where method.kind is"),
+        (["data.scenes=5"], 'data.scenes: is read where data.source is "scenes", not "folder"; leave it out'),
+        (["data.path=photos", "data.source=scenes"], 'data.path: is read where data.source is "folder" or "shards", not "scenes"; leave it out'),
+        (["data.bucket_step=32"], "data.bucket_step: is read where data.buckets is true, not false; leave it out"),
+        (["optimizer.decay=0.5"], 'optimizer.decay: is read where optimizer.schedule is "linear", not "constant"; leave it out'),
+        (["optimizer.cycles=3", "optimizer.schedule=cosine"], 'optimizer.cycles: is read where optimizer.schedule is "cosine-restarts", not "cosine"; leave it out'),
+    ],
+)
+def test_keys_that_nobody_reads_in_such_a_run_are_refused(sets: list[str], message: str, empty: Path) -> None:
+    with pytest.raises(ArgumentError) as caught:
+        load_recipe(empty, sets)
+    refused(caught.value, message)
 
 
 def test_keys_that_only_seem_to_contradict_each_other_are_not_refused(empty: Path) -> None:

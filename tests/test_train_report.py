@@ -11,9 +11,9 @@ import pytest
 from PIL import Image, ImageColor
 
 from ldm.errors import FileError, OutputError
+from ldm.recipe import Card, Recipe, Run, Watch
 from ldm.train.chart import DARK, LIGHT, Chart, Curve, blend, draw, label, log_ticks, smoothed, ticks
 from ldm.train.log import BANDS, Log, read_log
-from ldm.train.recipe import Card, Recipe, Run, Watch
 from ldm.train.report import charts, chosen, duration, facts, find_samples, html_page, picture, write_report
 
 PROMPT = 'a <b>red</b> cube & "blue" ball'

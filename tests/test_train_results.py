@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import weights
+from ldm.recipe import Method, Recipe, Run
 from ldm.train.modes import trainee
 from ldm.train.ranks import ranks, share, whole
-from ldm.train.recipe import Method, Recipe, Run
 from ldm.train.results import save_results
 from tests.families import build, tiny
 from tests.forked import succeed, together

@@ -11,8 +11,8 @@ from ldm.conditioning import Sizes
 from ldm.data.batch import Batch
 from ldm.errors import ArgumentError, OutputError
 from ldm.images import from_pil, read_metadata, to_pil
+from ldm.recipe import Data, Recipe, Watch
 from ldm.train.draws import Draws
-from ldm.train.recipe import Data, Recipe, Watch
 from ldm.train.tasks import Autoencoding, Diffusion, Loss
 from ldm.train.validate import save_pictures, validation_loss, validation_pictures
 from tests.families import build, tiny

@@ -13,9 +13,9 @@ from ldm import run
 from ldm.cli import files, machine, terminal
 from ldm.cli.files import Readers
 from ldm.errors import printable
+from ldm.recipe import Recipe
 from ldm.train.card import training_section
 from ldm.train.reading import load_recipe, names, to_toml
-from ldm.train.recipe import Recipe
 from ldm.train.start import Files
 
 

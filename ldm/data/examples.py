@@ -15,7 +15,6 @@ from torch import Tensor
 
 from ldm.conditioning import Sizes
 from ldm.data import frame as framing
-from ldm.data.asked import Data, Run
 from ldm.data.batch import Batch
 from ldm.data.encoded import Latents, Progress, Texts
 from ldm.data.frame import Frame, Size
@@ -26,6 +25,7 @@ from ldm.data.source import Bad, digest, reason
 from ldm.errors import ArgumentError, FileError
 from ldm.images import from_pil
 from ldm.model import LatentDiffusion
+from ldm.recipe import Data, Run
 
 AHEAD = 3  # micro-batches that are made before they are asked for
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ldm.data.asked import Data
 from ldm.data.folder import Folder, pictures_in, require_directory
 from ldm.data.scenes import Scenes
 from ldm.data.shards import Shards
 from ldm.data.source import Source
 from ldm.errors import ArgumentError
+from ldm.recipe import Data
 
 
 def open_source(data: Data, size: int, cache: Path | None = None) -> Source:
@@ -32,15 +32,10 @@ def require_path(data: Data) -> None:
 def missing_prior(data: Data) -> int:
     """How many of `data.prior_pictures` the directory `data.prior` lacks (DreamBooth, Ruiz et al. 2023, section 3.3); 0 without prior preservation.
 
-    Pictures made from `data.prior_caption` go into that directory, under any names. Raises ArgumentError for half of what it takes.
+    Pictures made from `data.prior_caption` go into that directory, under any names. Raises ArgumentError where they would be learnt from.
     """
     if not data.prior_pictures:
-        if data.prior:
-            raise ArgumentError("data.prior: is given, but data.prior_pictures is 0; say how many there shall be", key="data.prior_pictures")
         return 0
-    for key in ("prior", "prior_caption"):
-        if not getattr(data, key):
-            raise ArgumentError(f"data.{key}: is not given, but data.prior_pictures is {data.prior_pictures}; give both prior and prior_caption", key=f"data.{key}")
     if data.source == "folder" and Path(data.prior).resolve().is_relative_to(Path(data.path).resolve()):
         raise ArgumentError("data.prior: lies in data.path, whose pictures are of one particular thing; give a directory outside", key="data.prior")
     there = len(pictures_in(Path(data.prior))) if Path(data.prior).is_dir() else 0

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from math import ceil
 
 from ldm.data import frame as framing
-from ldm.data.asked import Run
 from ldm.data.frame import Size
 from ldm.data.plan import Plan
 from ldm.data.source import Bad, Source, digest
 from ldm.errors import FileError
+from ldm.recipe import Run
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ldm.train.recipe import Card, Optimizer, Recipe
+from ldm.recipe import Card, Optimizer, Recipe
 
 WATTS = 250.0  # of an A100 PCIe 40 GB, which the cards of Stable Diffusion 1 and 2 were trained on
 KG_PER_KWH = 0.3  # what both of these cards' figures come to: 150,000 hours are 11,250 kg CO2 eq., and 200,000 are 15,000: 0.075 kg per GPU-hour

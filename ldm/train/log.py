@@ -15,7 +15,7 @@ from typing import Any
 
 from ldm.disk import write_text
 from ldm.errors import ArgumentError, FileError, OutputError, printable
-from ldm.train.recipe import Watch
+from ldm.recipe import Watch
 
 BANDS = 10  # equal parts of the noise schedule, the least noisy first
 VALUES = ("loss", "lr", "grad_norm", "examples_per_second", "skipped", "seconds", "validation_loss")

@@ -17,9 +17,9 @@ from ldm.inversion import as_embedding, new_token
 from ldm.lora_layers import DecomposedFactors, Spec, attach
 from ldm.model import LatentDiffusion
 from ldm.prompts import Embedding
+from ldm.recipe import Objective, Recipe
 from ldm.train.distil import Distil
 from ldm.train.ranks import like
-from ldm.train.recipe import Recipe
 from ldm.train.tasks import Autoencoding, Diffusion
 
 
@@ -116,6 +116,8 @@ KINDS: Mapping[str, Callable[[LatentDiffusion, Recipe, Sequence[LatentDiffusion]
 
 def trainee(model: LatentDiffusion, recipe: Recipe, teachers: Sequence[LatentDiffusion] = ()) -> Trainee:
     """What the recipe's method makes of a model: everything frozen but what it trains. Raises ArgumentError."""
+    if recipe.objective.whole_hole != Objective.whole_hole and not {"mask", "masked_image"} & set(model.config.concat):
+        raise ArgumentError(f"objective.whole_hole: family {model.config.name} is told of no holes; leave it out, or widen the model", key="objective.whole_hole")
     model.requires_grad_(False)
     return ready(KINDS[recipe.method.kind](model, recipe, teachers), recipe)
 

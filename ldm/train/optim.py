@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ldm.errors import ArgumentError, FileError
+from ldm.recipe import Optimizer
 from ldm.train.ranks import like, whole
-from ldm.train.recipe import Optimizer
 
 
 def optimizer(parameters: Mapping[str, nn.Parameter], settings: Optimizer) -> torch.optim.Optimizer:

@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 
 from ldm.errors import FileError
-from ldm.train.recipe import Optimizer
+from ldm.recipe import Optimizer
 
 
 def factor(settings: Optimizer, steps: int, step: int) -> float:

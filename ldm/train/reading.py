@@ -16,10 +16,26 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from ldm.config import FAMILIES
 from ldm.errors import ArgumentError, FileError
+from ldm.recipe import Pattern, Range, Recipe
 from ldm.sampling import require_known, require_number, require_whole
-from ldm.train.recipe import Pattern, Range, Recipe
 
 MAX_BYTES = 2**20  # of a recipe
+
+READ = [  # keys (a regular expression), and what another key must be for anyone to read them
+    (r"objective\.kl_weight", "method.kind", ("vae",)),
+    (r"objective\.(?!kl_weight).*", "method.kind", ("full", "lora", "inversion", "distill")),
+    (r"method\.(unet|text)", "method.kind", ("full", "lora")),
+    (r"method\.targets", "method.kind", ("full", "lora", "vae", "distill")),
+    (r"method\.(rank|alpha|conv_rank|conv_alpha|dora)", "method.kind", ("lora",)),
+    (r"method\.(token|token_from|vectors)", "method.kind", ("inversion",)),
+    (r"method\.(plan|teachers|output_weight|feature_weight)", "method.kind", ("distill",)),
+    (r"model\.(?!vae).*|data\.(?!source|scenes).*", "method.kind", ("full", "lora", "inversion", "vae", "distill")),
+    (r"data\.path", "data.source", ("folder", "shards")),
+    (r"data\.scenes", "data.source", ("scenes",)),
+    (r"data\.bucket_step", "data.buckets", (True,)),
+    (r"optimizer\.decay", "optimizer.schedule", ("linear",)),
+    (r"optimizer\.cycles", "optimizer.schedule", ("cosine-restarts",)),
+]
 
 
 def names() -> list[str]:
@@ -186,6 +202,7 @@ def _require_consistent(recipe: Recipe) -> None:
         raise ArgumentError(f"name: {recipe.name[:40]!r}; give letters, digits, spaces and . + - _, for a directory is named so", key="name")
     if model.family:
         require_known("model.family", model.family, [*FAMILIES, "blocks"])
+    _require_read(recipe)
     learned_text = method.kind == "inversion" or (method.text and method.kind in ("full", "lora"))
     formats = {"lora": ("kohya", "diffusers"), "inversion": ()}.get(method.kind, ("original", "diffusers"))
     wrong = [each for each in run.formats if each not in formats]
@@ -199,11 +216,7 @@ def _require_consistent(recipe: Recipe) -> None:
             method.kind in ("full", "lora") and not (method.unet or method.text),
             "method.unet", "neither the UNet nor the text towers learn; set method.unet or method.text to true",
         ),
-        (
-            method.kind not in ("full", "lora") and (method.text or not method.unet),
-            "method.text" if method.text else "method.unet", f"only full and lora choose among the networks, not {method.kind}; leave it out",
-        ),
-        (method.teachers and method.kind != "distill", "method.teachers", f"{method.kind} is taught by none; leave them out, or set method.kind to distill"),
+        (method.kind.startswith("shipped") and data.source != "scenes", "data.source", "the model that ships is trained on rendered scenes; set it to scenes"),
         (method.kind == "inversion" and not method.token, "method.token", "is missing; give the new word"),
         (method.kind == "inversion" and not method.token_from, "method.token_from", "is missing; give the word that the new one starts as"),
         (
@@ -229,6 +242,22 @@ def _require_consistent(recipe: Recipe) -> None:
     ):  # fmt: skip
         if fault:
             raise ArgumentError(f"{key}: {what}", key=key)
+
+
+def _require_read(recipe: Recipe) -> None:
+    """Raises ArgumentError for a key that was changed and that nobody reads in such a run."""
+    told, default = _flat(recipe), _flat(Recipe(recipe.name))
+    for key in (key for key, value in told.items() if value != default[key]):
+        for keys, chooser, choices in READ:
+            if re.fullmatch(keys, key) and told[chooser] not in choices:
+                readers = " or ".join(_written(choice) for choice in choices)
+                raise ArgumentError(f"{key}: is read where {chooser} is {readers}, not {_written(told[chooser])}; leave it out", key=key)
+
+
+def _flat(recipe: Recipe) -> dict[str, Any]:
+    """{section.key: value}"""
+    sections = {f.name: getattr(recipe, f.name) for f in fields(recipe)}
+    return {f"{name}.{f.name}": getattr(section, f.name) for name, section in sections.items() if is_dataclass(section) for f in fields(section)}
 
 
 # --- from values to TOML --------------------------------------------------------------------------------------------

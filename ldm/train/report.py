@@ -16,10 +16,10 @@ from PIL import Image, ImageDraw
 from ldm.disk import write_text
 from ldm.errors import OutputError
 from ldm.images import open_image, save
+from ldm.recipe import Recipe
 from ldm.train.card import training_section
 from ldm.train.chart import DARK, LIGHT, Chart, Curve, Theme, blend, draw, font, smoothed
 from ldm.train.log import BANDS, Record, read_log
-from ldm.train.recipe import Recipe
 
 SMOOTH = 40  # a curve is the mean of as many lines of the log as make this many parts of the run
 CHART = (420, 270)  # pixels of one chart; its pictures have SCALE times as many

@@ -11,9 +11,9 @@ from torch import Tensor
 from ldm.inversion import as_embedding
 from ldm.lora_layers import changes
 from ldm.model import LatentDiffusion
+from ldm.recipe import Recipe
 from ldm.train.modes import Trainee
 from ldm.train.ranks import Ranks, whole
-from ldm.train.recipe import Recipe
 from ldm.train.start import Files
 
 

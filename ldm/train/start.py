@@ -10,7 +10,7 @@ from typing import Any
 from ldm import surgery
 from ldm.errors import ArgumentError
 from ldm.model import LatentDiffusion
-from ldm.train.recipe import Recipe, Start
+from ldm.recipe import Recipe, Start
 from samplers import Schedule
 
 

@@ -16,11 +16,11 @@ from ldm.errors import ArgumentError, OutputError
 from ldm.images import save, to_pil
 from ldm.model import LatentDiffusion
 from ldm.precision import decode
+from ldm.recipe import Recipe
 from ldm.tasks.image import depth2img, variations
 from ldm.tasks.inpaint import inpaint
 from ldm.tasks.text import txt2img
 from ldm.train.draws import Draws
-from ldm.train.recipe import Recipe
 
 VARIATIONS = 4  # pictures of a model that is told a picture instead of prompts
 
