@@ -23,11 +23,11 @@ from ldm.data.source import digest
 from ldm.disk import write_whole
 from ldm.fast import fast_group_norms
 from ldm.model import LatentDiffusion
+from ldm.recipe import Recipe
 from ldm.tokenizer import tokenize
 from ldm.train.draws import Draws
 from ldm.train.losses import noised, snr_weight, vae_loss
 from ldm.train.modes import Trainee
-from ldm.train.recipe import Recipe
 from ldm.train.tasks import Loss
 from ldm.vae import VAE
 
@@ -106,7 +106,7 @@ def encode_scenes(vae: VAE, scenes: int, cache: Path, *, device: str = "cpu", dt
 
     Kept in the file `cache`, which is made if it is not there or of another autoencoder, other scenes or another renderer.
     """
-    made_from = digest(weights_digest(vae.encoder, vae.quant_conv), Path(blocks.__file__).read_bytes(), f"{scenes}")
+    made_from = digest(weights_digest(vae.encoder, vae.quant_conv), blocks.code(), f"{scenes}")
     with suppress(OSError, SafetensorError), safe_open(cache, "pt") as file:
         if (file.metadata() or {}).get(MADE_FROM) == made_from:
             return file.get_tensor("latents"), file.get_tensor("ids")

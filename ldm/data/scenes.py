@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from PIL import Image
 
@@ -27,7 +26,7 @@ class Scenes:
         if n < 1 or size < 8:
             raise ArgumentError(f"scenes: {n} of {size} pixels; give at least 1, of at least 8 pixels", key="data.scenes")
         self.size = size
-        renderer = digest(Path(blocks.__file__).read_bytes())  # another renderer, other pictures
+        renderer = digest(blocks.code())  # another renderer, other pictures
         self.items = [Item(f"scene {i}", (caption,) if caption else said(i, n), (size, size), digest(renderer, f"{i} {size}")) for i in range(n)]
 
     def picture(self, i: int) -> Image.Image:
