@@ -13,10 +13,10 @@ from ldm.conditioning import Sizes
 from ldm.data.batch import Batch
 from ldm.errors import ArgumentError
 from ldm.model import LatentDiffusion
+from ldm.recipe import Objective
 from ldm.surgery import widen
 from ldm.train import losses
 from ldm.train.draws import Draws
-from ldm.train.recipe import Objective
 from ldm.train.tasks import Autoencoding, Diffusion
 from samplers import Schedule
 from tests.families import build, tiny
@@ -88,10 +88,19 @@ def test_what_is_drawn_depends_on_seed_example_and_purpose_alone() -> None:
     assert 0.99 < u.max() < 1
 
 
+def test_every_micro_batch_sees_all_noise_levels_in_time(shipped: LatentDiffusion) -> None:
+    """Every other one may be of other pictures: were the parts dealt out in order, those would never see much noise, or little."""
+    task = Diffusion(shipped, Objective(timesteps="spread"), batch=8)
+    seen = torch.stack([task.timesteps(Draws(0, range(8 * update, 8 * update + 4))) for update in range(500)]) * 8 // 1000
+    assert torch.bincount(seen.flatten(), minlength=8).tolist() == pytest.approx([250] * 8, abs=5 * (250 * 0.5) ** 0.5)  # five deviations of 500 coins
+    alone = [task.timesteps(Draws(0, [i])).item() for i in range(24, 32)]
+    assert alone == task.timesteps(Draws(0, range(24, 32))).tolist(), "whatever is at once"
+
+
 def test_timesteps_are_drawn_alone_or_one_from_each_part(shipped: LatentDiffusion) -> None:
     draws = Draws(0, range(16, 32))
     spread = Diffusion(shipped, Objective(timesteps="spread"), batch=16).timesteps(draws)
-    assert [t * 16 // 1000 for t in spread.tolist()] == list(range(16))
+    assert sorted(t * 16 // 1000 for t in spread.tolist()) == list(range(16))
     uniform = Diffusion(shipped, Objective()).timesteps(Draws(0, range(4000)))
     assert uniform.min() < 5
     assert uniform.max() > 994

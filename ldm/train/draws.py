@@ -40,3 +40,8 @@ class Draws:
     def integers(self, purpose: str, n: int) -> Tensor:
         """0 to n - 1, int64 [b]."""
         return torch.cat([torch.randint(n, (1,), generator=g) for g in self.generators(purpose)])
+
+    def places(self, purpose: str, n: int) -> Tensor:
+        """0 to n - 1, int64 [b]: where each example stands among n that are numbered one after the other, such as those of an update, in an order that is drawn for them."""
+        order = {update: torch.randperm(n, generator=Draws(self.seed, [update]).generators(purpose)[0]) for update in {i // n for i in self.index}}
+        return torch.stack([order[i // n][i % n] for i in self.index])

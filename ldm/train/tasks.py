@@ -17,9 +17,9 @@ from ldm.errors import ArgumentError
 from ldm.masks import cells
 from ldm.model import LatentDiffusion
 from ldm.prompts import Embedding, encode_text
+from ldm.recipe import Objective
 from ldm.train import losses
 from ldm.train.draws import Draws
-from ldm.train.recipe import Objective
 from ldm.vision import preprocess
 
 CONCATENATED = {"mask", "masked_image", "depth"}  # what can be made from a picture
@@ -76,11 +76,14 @@ class Diffusion(nn.Module):
         return Loss((out.float() - asked.target).square().mean(dim=(1, 2, 3)) * asked.weight, asked.t, self.levels)
 
     def timesteps(self, draws: Draws) -> Tensor:
-        """[b] int64: each drawn alone, or one from each of `batch` equal parts (Kingma et al. 2021, appendix I.1)."""
+        """[b] int64: each drawn alone, or one from each of `batch` equal parts (Kingma et al. 2021, appendix I.1).
+
+        Which example has which part is drawn, too: where every other micro-batch is of a prior, neither kind may keep to one half of the noise levels.
+        """
         steps = self.levels
         if self.objective.timesteps == "uniform":
             return draws.integers("timestep", steps)
-        places = torch.tensor([i % self.batch for i in draws.index]) + draws.uniform("timestep")
+        places = draws.places("part", self.batch) + draws.uniform("timestep")
         return (places / self.batch * steps).long().clamp(max=steps - 1)
 
     def prepare(self, batch: Batch, draws: Draws, t: Tensor | None = None) -> Prepared:
