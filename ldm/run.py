@@ -5,34 +5,33 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, replace
-from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ldm import shipped, tasks
+from ldm import shipped
 from ldm.data.batch import Batch
 from ldm.data.examples import Examples
-from ldm.data.opening import missing_prior, require_path
+from ldm.data.opening import require_path
 from ldm.disk import write_text
 from ldm.errors import ArgumentError, FileError
-from ldm.images import save as save_picture
 from ldm.model import LatentDiffusion
 from ldm.prompts import Embedding, is_read
+from ldm.recipe import Recipe
 from ldm.train.checkpointing import checkpoint_blocks
 from ldm.train.log import Log, writers
-from ldm.train.loop import DTYPES, Fitted, Watchers, accumulation, fit, require_same
+from ldm.train.loop import DTYPES, SILENT, Fitted, Watchers, accumulation, fit, require_same
 from ldm.train.modes import Trainee, ready, trainee
 from ldm.train.optim import kind_of
+from ldm.train.prior import complete_prior
 from ldm.train.ranks import Ranks, all_agree, gathered, ranks
 from ldm.train.rates import last_rate
 from ldm.train.reading import to_toml
-from ldm.train.recipe import Recipe
 from ldm.train.report import write_report
 from ldm.train.results import save_results
 from ldm.train.start import Files, begin
@@ -100,31 +99,31 @@ class _Begun:
 
 
 def _begin(recipe: Recipe, files: Files, place: Ranks, out: Path, say: Callable[[str], None]) -> _Begun:
-    kind, data = recipe.method.kind, recipe.data
-    if kind == "shipped-vae":
-        return _Begun(ready(shipped.vae_trainee(recipe), recipe), numbered(recipe), None)
-    if kind == "shipped":
-        if not recipe.model.vae:
-            raise ArgumentError("model.vae: is missing; run 'ldm train blocks-vae' first and give its model.safetensors", key="model.vae")
-        vae = files.load(recipe.model.vae).vae
-        say(f"encoding {data.scenes} pictures")
-        made = shipped.diffusion_trainee(recipe, vae, out / "latents.safetensors", device=place.device)
-        return _Begun(ready(made, recipe), numbered(recipe), None)
-    model = begin(recipe, files)
+    if recipe.method.kind.startswith("shipped"):
+        return _begin_shipped(recipe, files, place, out, say)
+    model, data = begin(recipe, files), recipe.data
     if data.prior_pictures:
-        if place.rank == 0 and missing_prior(data):
-            draw_prior(files.load(recipe.model.start or None).to(place.device), recipe, say)  # as it was before its inputs or its task were changed
-        all_agree("here", place)
+        complete_prior(recipe, files, place, say)
     model = model.to(place.device)
-    teachers = [files.load(path) for path in recipe.method.teachers]
-    if kind == "vae" or model.vision is not None:  # nobody reads captions: none need be written
+    if recipe.method.kind == "vae" or model.vision is not None:  # nobody reads captions: none need be written
         data = replace(data, caption=data.caption or "-")
     examples = Examples(data, recipe.run, model, cache=out / "cache")
-    if kind == "inversion" and model.text:
+    if recipe.method.kind == "inversion" and model.text:
         require_said(recipe, model, examples)
     examples.encode(place.rank, place.world, told(say))
     all_agree("here", place)
-    return _Begun(trainee(model, recipe, teachers), examples.micro, examples)
+    return _Begun(trainee(model, recipe, [files.load(path) for path in recipe.method.teachers]), examples.micro, examples)
+
+
+def _begin_shipped(recipe: Recipe, files: Files, place: Ranks, out: Path, say: Callable[[str], None]) -> _Begun:
+    if recipe.method.kind == "shipped-vae":
+        return _Begun(ready(shipped.vae_trainee(recipe), recipe), numbered(recipe), None)
+    if not recipe.model.vae:
+        raise ArgumentError("model.vae: is missing; run 'ldm train blocks-vae' first and give its model.safetensors", key="model.vae")
+    vae = files.load(recipe.model.vae).vae
+    say(f"encoding {recipe.data.scenes} pictures")
+    made = shipped.diffusion_trainee(recipe, vae, out / "latents.safetensors", device=place.device)
+    return _Begun(ready(made, recipe), numbered(recipe), None)
 
 
 def require_said(recipe: Recipe, model: LatentDiffusion, examples: Examples) -> None:
@@ -160,18 +159,6 @@ def numbered(recipe: Recipe) -> Callable[[int], Batch]:
     return micro
 
 
-def draw_prior(model: LatentDiffusion, recipe: Recipe, say: Callable[[str], None]) -> None:
-    """Make the pictures of the class that are missing (Ruiz et al. 2023, section 3.2), each from a seed of its own."""
-    folder, size = Path(recipe.data.prior), recipe.data.size or model.config.size
-    missing = missing_prior(recipe.data)
-    say(f"making {missing} pictures of {recipe.data.prior_caption!r}")
-    folder.mkdir(parents=True, exist_ok=True)
-    seeds = (seed for seed in count() if not (folder / f"prior-{seed:05d}.png").exists())
-    for seed in islice(seeds, missing):
-        (picture,) = tasks.txt2img(model, recipe.data.prior_caption, seeds=[seed], steps=25, height=size, width=size)
-        save_picture(picture, folder / f"prior-{seed:05d}.png")
-
-
 def _run(begun: _Begun, recipe: Recipe, files: Files, place: Ranks, out: Path, allow_data_change: bool, stop: Callable[[], bool]) -> Ended:
     made, examples = begun.trainee, begun.examples
     made.task.to(place.device)
@@ -181,45 +168,53 @@ def _run(begun: _Begun, recipe: Recipe, files: Files, place: Ranks, out: Path, a
         raise FileError("the ranks see other weights, pictures or states here; give all of them the same files, on a disk that they share", path=out)
     if place.rank == 0:
         write_text(out / "recipe.toml", to_toml(recipe))
-    bad = [] if examples is None else examples.bad
     with ExitStack() as stack:
         if recipe.run.checkpointing:
             stack.enter_context(checkpoint_blocks(made.task))
         log = stack.enter_context(Log(out, recipe.run.steps, recipe.watch, recipe.name, done=state.step if state else 0)) if place.rank == 0 else None
-        held_out = [] if examples is None else examples.held_out(recipe.watch.pictures)
-        draws = recipe.watch.prompts if made.model.vision is None else held_out
-        words = {"embeddings": made.embeddings} if made.embeddings else {}
-        if draws and made.model.config.concat:
-            first_batch(made.model, held_out)  # refused now, and not after the last update
-
-        def look(step: int, averaged: Mapping[str, Tensor]) -> None:
-            """Validate with these weights, on every rank alike; the first writes."""
-            with made.wearing(averaged), gathered(made.task), torch.autocast(torch.device(place.device).type, DTYPES[recipe.run.dtype], enabled=recipe.run.dtype != "float32"):
-                seen = validation_loss(made.task, held_out, recipe, made.task.levels)
-                pictures = validation_pictures(made.model, recipe, held_out, **words) if draws else []
-            if log is not None:
-                save_pictures(pictures, recipe, out, step)
-                log.write({"step": step, **seen}) if seen else None
-
-        watchers = Watchers(
-            log=log.write if log else lambda record: None, event=log.event if log else lambda event: None, validate=look, stop=stop,
-            tick=log.tick if log else lambda step: None,
-        )  # fmt: skip
+        validate = validator(made, recipe, [] if examples is None else examples.held_out(recipe.watch.pictures), out, place, log)
         if state is None and recipe.watch.every:
-            look(0, {name: p.detach() for name, p in made.parameters.items()})
+            validate(0, {name: p.detach() for name, p in made.parameters.items()})
         if recipe.run.compile:
-            vae = made.model.vae
-            for network in (vae.encoder, vae.decoder) if recipe.method.kind in ("vae", "shipped-vae") else (made.model.unet,):
-                network.compile()
-        fitted = fit(made.task, made.parameters, begun.micro, recipe, out, identity=same, state=state, ranks=place, watchers=watchers)
+            compile_what_learns(made.model, recipe.method.kind)
+        told = SILENT if log is None else Watchers(log=log.write, event=log.event, tick=log.tick)
+        fitted = fit(made.task, made.parameters, begun.micro, recipe, out, identity=same, state=state, ranks=place, watchers=replace(told, validate=validate, stop=stop))
         paths: list[Path] = []
         if not fitted.stopped:
             paths = save_results(made, fitted.averaged, recipe, out, files, place)
-            look(fitted.step, {name: value.to(place.device) for name, value in fitted.averaged.items()})
+            validate(fitted.step, {name: value.to(place.device) for name, value in fitted.averaged.items()})
     if paths and place.rank == 0:
         paths += write_report(out, recipe)
     all_agree("here", place)
-    return Ended(fitted, tuple(paths), tuple(f"{each.id}: {each.why}" for each in bad), place.rank)
+    return Ended(fitted, tuple(paths), () if examples is None else tuple(f"{each.id}: {each.why}" for each in examples.bad), place.rank)
+
+
+def validator(made: Trainee, recipe: Recipe, held_out: Sequence[Batch], out: Path, place: Ranks, log: Log | None) -> Callable[[int, Mapping[str, Tensor]], None]:
+    """A function of a step and weights that tells their loss on what is held out and draws the validation pictures; every rank calls it, that with a log writes.
+
+    Raises ArgumentError for pictures that cannot be drawn: now, and not after the last update.
+    """
+    draws = recipe.watch.prompts if made.model.vision is None else held_out
+    words = {"embeddings": made.embeddings} if made.embeddings else {}
+    if draws and made.model.config.concat:
+        first_batch(made.model, held_out)
+
+    def validate(step: int, weights: Mapping[str, Tensor]) -> None:
+        with made.wearing(weights), gathered(made.task), torch.autocast(torch.device(place.device).type, DTYPES[recipe.run.dtype], enabled=recipe.run.dtype != "float32"):
+            seen = validation_loss(made.task, held_out, recipe, made.task.levels)
+            pictures = validation_pictures(made.model, recipe, held_out, **words) if draws else []
+        if log is not None:
+            save_pictures(pictures, recipe, out, step)
+            if seen:
+                log.write({"step": step, **seen})
+
+    return validate
+
+
+def compile_what_learns(model: LatentDiffusion, kind: str) -> None:
+    """`torch.compile` of the network that such a run trains, in place."""
+    for network in (model.vae.encoder, model.vae.decoder) if kind in ("vae", "shipped-vae") else (model.unet,):
+        network.compile()
 
 
 def going_on(state: State | None, same: Mapping[str, Any], out: Path, allow_data_change: bool) -> State | None:

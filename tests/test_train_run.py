@@ -160,6 +160,15 @@ def test_dreambooth_makes_the_missing_pictures_of_the_class_itself() -> None:
     assert [path.stat().st_mtime_ns for path in made] == before, "what is there is not made again"
 
 
+def test_what_is_made_beside_pictures_with_captions_of_their_own_is_learnt_from_too(capsys) -> None:
+    Path("class").mkdir()
+    Path("pictures/0.png").rename("class/mine.png")
+    Path("class/metadata.jsonl").write_text('{"file_name": "mine.png", "text": "a blue cone"}')
+    train("data.prior=class", "data.prior_caption=a cube", "data.prior_pictures=2", "run.micro=2", "run.steps=1")
+    assert Path("class/prior-00000.txt").read_text() == "a cube"
+    assert "left out" not in capsys.readouterr().err
+
+
 def test_the_pictures_of_the_class_are_of_the_model_as_it_was(capsys) -> None:
     train("data.prior=class", "data.prior_caption=a cube", "data.prior_pictures=1", "run.micro=2", "run.steps=1", 'model.widen=["mask", "masked_image"]')
     assert len(list(Path("class").glob("*.png"))) == 1
@@ -255,6 +264,7 @@ def test_pictures_on_the_way_are_drawn_with_what_was_learnt_so_far() -> None:
         (["method.kind=inversion", "method.token=sks", "method.token_from=cube", "run.parallel=fsdp"], "a new word is not shared among ranks; set it to ddp"),
         (["method.kind=distill", "method.plan=half", "run.compile=true"], "run.compile: what a compiled student sees inside cannot be compared"),
         (["model.widen=['depth', 'mask']"], "depth"),
+        (["objective.whole_hole=0.5"], "objective.whole_hole: family blocks is told of no holes; leave it out, or widen the model"),
         (["model.widen=['mask', 'masked_image']", "data.held_out=0", "watch.prompts=['a cube']"], "needs a picture; set data.held_out above 0"),
         (["method.kind=distill", "method.plan=third"], "third"),
         (["optimizer.lr_from=nowhere"], "nowhere"),
