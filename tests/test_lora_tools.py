@@ -385,6 +385,8 @@ def test_a_dora_of_peft_goes_to_kohyas_names_and_back_to_diffusers(tmp_path: Pat
             p.data = normal(name, p.shape) * 0.2 + ("magnitude" in name)
     peer.save_lora_adapter(tmp_path)
     weights.convert_lora(tmp_path / "pytorch_lora_weights.safetensors", tmp_path / "kohya.safetensors", "kohya", TINY)
+    with weights.open_file(tmp_path / "kohya.safetensors") as file:
+        assert (file.metadata["ss_network_dim"], file.metadata["ss_network_alpha"]) == ("4", "6.0")
     weights.convert_lora(tmp_path / "kohya.safetensors", tmp_path / "again.safetensors", "diffusers", TINY)
     again = peer_unet(before)
     again.load_lora_adapter(tmp_path, weight_name="again.safetensors", prefix="unet")

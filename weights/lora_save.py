@@ -10,7 +10,7 @@ import torch
 
 from ldm.config import ModelConfig
 from ldm.errors import ArgumentError
-from ldm.lora import Changes, Decomposed, require_fit
+from ldm.lora import Changes, require_fit
 from weights import lora_names
 from weights.load import require_dtype
 from weights.lora_sources import Dialect
@@ -39,8 +39,7 @@ def save_lora(
     _require_fit(changes, config)
     require_writable(path, overwrite, directory=to == "peft")
     require_held(changes, to, config, Path(path))
-    noted = network_facts({name: change.inner if isinstance(change, Decomposed) else change for name, change in changes.items()})
-    return write_lora(changes, path, to, config, noted | dict(metadata or {}), source=Path(path), dtype=dtype, overwrite=overwrite)
+    return write_lora(changes, path, to, config, network_facts(changes) | dict(metadata or {}), source=Path(path), dtype=dtype, overwrite=overwrite)
 
 
 def _require_fit(changes: Changes, config: ModelConfig) -> None:

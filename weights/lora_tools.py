@@ -143,7 +143,8 @@ def require_dialect(to: str) -> None:
 
 def network_facts(changes: Mapping[str, Change]) -> dict[str, str]:
     """What kohya's scripts note of a network: its rank and alpha, or "Dynamic" where they differ."""
-    pairs = [(rank(change), getattr(change, "alpha", None)) for change in changes.values() if rank(change) is not None]
+    inner = [change.inner if isinstance(change, Decomposed) else change for change in changes.values()]
+    pairs = [(rank(change), getattr(change, "alpha", None)) for change in inner if rank(change) is not None]
     ranks, alphas = Counter(r for r, _ in pairs), Counter(r if alpha is None else alpha for r, alpha in pairs)
     return {
         "ss_network_module": "networks.lora",
