@@ -70,4 +70,4 @@ def succeed(processes: list[BaseProcess], said: Path) -> None:
         process.join(120)
     told = "".join((said / str(rank)).read_text() for rank in range(len(processes)))
     assert [process.exitcode for process in processes] == [0] * len(processes), told
-    assert not told
+    assert not told, told

@@ -19,11 +19,11 @@ from torch import nn
 
 from ldm.data.batch import Batch
 from ldm.errors import ArgumentError, DeviceError, FileError, LdmError
+from ldm.recipe import Group, Optimizer, Recipe, Run
 from ldm.train.draws import Draws
 from ldm.train.loop import fit
 from ldm.train.optim import load_state_tensors, optimizer, state_tensors
 from ldm.train.ranks import Ranks, all_agree, gathered, like, mean, put, ranks, share, whole
-from ldm.train.recipe import Group, Optimizer, Recipe, Run
 from ldm.train.state import latest_state
 from ldm.train.tasks import Loss
 from ldm.unet import ResBlock
