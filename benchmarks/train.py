@@ -206,12 +206,12 @@ def compared(found: Found, dtype: str) -> Row:
 
 # --- what is printed --------------------------------------------------------------------------------------------------
 
-HEAD = f"{'':32}{'side':11}{'median (p10 to p90), s':32}{'ratio':>6}{'first, s':>10}{'peak, GB':>10}{'ratio':>7}{'between, GB':>13}  loss, gradient off by"
+HEAD = f"{'':34}{'side':11}{'median (p10 to p90), s':32}{'ratio':>6}{'first, s':>10}{'peak, GB':>10}{'ratio':>7}{'between, GB':>13}  loss, gradient off by"
 
 
 def show(row: Row) -> None:
     """Print one line of the table."""
-    line = f"{row['case']}, {row['size']}, {'' if row['checkpointing'] else 'no '}checkpointing".ljust(32) + row["side"].ljust(11)
+    line = f"{row['case']}, {row['size']}, {'' if row['checkpointing'] else 'no '}checkpointing".ljust(34) + row["side"].ljust(11)
     if row["seconds"]:
         times = row["seconds"]
         line += f"{times['median']:.4g} ({times['p10']:.4g} to {times['p90']:.4g})".ljust(32)
