@@ -33,7 +33,7 @@ from weights.load import embedded
 RECIPES, RESULTS = Path(__file__).parent / "recipes", Path(__file__).parent / "results"
 COLUMNS = 8  # pictures beside each other
 MARGIN = 4  # pixels of a hole around what it hides
-QUICK = ("run.steps=1", "run.batch=2", "run.micro=1", "data.scenes=2")  # a run that only shows that it runs
+QUICK = ("run.steps=1", "run.batch=2", "run.micro=1")  # a run that only shows that it runs
 FILES = Files(
     load=weights.load, load_vae=weights.load_vae, load_vision=weights.load_vision, save=weights.save, convert=weights.convert, save_lora=weights.save_lora,
     save_embedding=weights.save_embedding, embedded=embedded, digest=file_hash,
@@ -55,16 +55,21 @@ class How:
         """A model to draw with: the start, or another."""
         return fast(weights.load(path or self.start))
 
-    def draw(self, model: LatentDiffusion, scenes: Sequence[Scene], seed: int = 0) -> list[ndarray]:
-        """A picture of each scene's canonical caption, of `seed` and those after it."""
+    def draw(self, model: LatentDiffusion, scenes: Sequence[Scene]) -> list[ndarray]:
+        """A picture of each scene's canonical caption, of seeds 0, 1, ..."""
+        return self.draw_prompts(model, [blocks.canonical(scene) for scene in scenes], 0)
+
+    def draw_prompts(self, model: LatentDiffusion, prompts: Sequence[str], seed: int) -> list[ndarray]:
+        """A picture of each prompt, of `seed` and those after it."""
         settings = {"sampler": "dpmpp_2m", "steps": self.steps, "cfg": self.cfg}
-        return quality.pictures_of(model, [blocks.canonical(scene) for scene in scenes], range(seed, seed + len(scenes)), settings, batch=20)
+        return quality.pictures_of(model, prompts, range(seed, seed + len(prompts)), settings, batch=20)
 
     def rehearsal(self, name: str, scenes: Sequence[Scene]) -> Path:
-        """A directory of what the start draws of scenes, to be kept while it learns; of other seeds than are scored. Once made it stays."""
+        """A directory of what the start draws of scenes, each said in some way, to be kept while it learns; of other seeds than are scored. Once made it stays."""
         path = self.runs / name
         if not (path / "metadata.jsonl").exists():
-            subjects.folder(path, self.draw(self.model(), scenes, seed=10**6), [[blocks.canonical(scene)] for scene in scenes])
+            prompts = [blocks.caption(scene, k) for k, scene in enumerate(scenes)]
+            subjects.folder(path, self.draw_prompts(self.model(), prompts, seed=10**6), [[prompt] for prompt in prompts])
         return path
 
 
@@ -77,9 +82,10 @@ def fast(model: LatentDiffusion) -> LatentDiffusion:
 
 
 def changes(name: str, how: How, sets: Sequence[str] = ()) -> list[str]:
-    """The keys that change a recipe; for a quick run also the number of its prior pictures, where it has any."""
-    few = load_recipe(RECIPES / f"{name}.toml", sets).data.prior_pictures and set(QUICK) <= set(how.sets)
-    return [*sets, *how.sets, *(["data.prior_pictures=2"] if few else [])]
+    """The keys that change a recipe; for a quick run also how many scenes it renders, or prior pictures it has."""
+    data = load_recipe(RECIPES / f"{name}.toml", sets).data
+    few = ["data.scenes=2"] if data.source == "scenes" else ["data.prior_pictures=2"] if data.prior_pictures else []
+    return [*sets, *how.sets, *(few if set(QUICK) <= set(how.sets) else [])]
 
 
 def train(name: str, how: How, sets: Sequence[str] = (), into: str | None = None) -> tuple[Path, dict[str, Any]]:
@@ -184,8 +190,8 @@ def bind_sks(how: How) -> Result:
     lessons = subjects.cone_lessons(6)
     data = subjects.folder(how.runs / "cone", map(subjects.render, lessons), [["a sks cone"]] * len(lessons))
     there = [f"data.path={data}"]
-    every = [Scene((Solid("cone", color),)) for color in (*blocks.COLORS, "")]
-    prior = how.rehearsal("cone-prior", [every[k % len(every)] for k in range(prior_pictures("dreambooth", how))])
+    cones = [Scene((Solid("cone", color),)) for color in (*blocks.COLORS, "")]
+    prior = how.rehearsal("cone-prior", [cones[k // 3 % len(cones)] if k % 3 == 0 else blocks.sample(k) for k in range(prior_pictures("dreambooth", how))])
     kept, cost = train("dreambooth", how, [*there, f"data.prior={prior}"])
     micro = load_recipe(kept / "recipe.toml").run.micro
     alone, cost_alone = train("dreambooth", how, [*there, "data.prior=", "data.prior_caption=", "data.prior_pictures=0", f"run.batch={micro}"], into="dreambooth-alone")
@@ -204,9 +210,9 @@ def bind_sks(how: How) -> Result:
         model = how.model(path)
         drawn = {kind: how.draw(model, scenes) for kind, scenes in asked.items()}
         right = {kind: marks(drawn[kind], scenes, subjects.read) for kind, scenes in asked.items()}
-        cones = [quality.agrees(subjects.read(picture), asked["sks"][0])["all"] for picture in how.draw(model, any_cone)]
+        any_cones = [quality.agrees(subjects.read(picture), asked["sks"][0])["all"] for picture in how.draw(model, any_cone)]
         scores = {kind: Score.of(each) for kind, each in right.items()}
-        figures[when] = {kind: asdict(score) for kind, score in scores.items()} | {"any_cone_is_sks": asdict(Score.of(cones))}
+        figures[when] = {kind: asdict(score) for kind, score in scores.items()} | {"any_cone_is_sks": asdict(Score.of(any_cones))}
         label = f"{when.replace('_', ' ')}\nsks {percent(scores['sks'])}\nelsewhere {percent(scores['sks_elsewhere'])}\ncones {percent(scores['other_cones'])}\nothers {percent(scores['held_out'])}"
         rows.append(row_of(label, {"sks": 2, "sks_elsewhere": 3, "other_cones": 2, "held_out": 1}, drawn, right, asked))
     return figures, Panel("DreamBooth: sks is one particular cone", rows)
