@@ -382,7 +382,7 @@ def test_a_result_that_is_no_number_is_exit_code_5_and_no_picture(here, ldm):
     model = build()
     model.unet.out[2].bias.fill_(float("nan"))
     weights.save(model, "nan.safetensors")
-    result = ldm("txt2img x --steps 2 --seed 7 --ckpt nan.safetensors")
+    result = ldm("txt2img x --steps 2 --seed 7 --dtype float32 --ckpt nan.safetensors")
     assert result.code == NonFinite.exit_code == 5
     assert re.match(r"ldm: error: UNet: NaN or infinity at sigma 14\.61 in float32, first at out\.2; weights not finite: out\.2\.bias", result.errors[0])
     assert os.listdir("outputs") == []
