@@ -6,7 +6,7 @@ import contextlib
 import errno
 import os
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -36,6 +36,17 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
 def write_text(path: Path, text: str) -> None:
     """`write_whole` of text in UTF-8: a crash leaves the old file or the new one."""
     write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+@contextlib.contextmanager
+def output_errors(path: Path, left: str) -> Iterator[None]:
+    """The system's errors while writing as OutputError that says what they left; those that are OutputErrors or FileErrors already stay as they are."""
+    try:
+        yield
+    except OutputError:
+        raise
+    except OSError as error:
+        raise OutputError(f"could not be written: {error.strerror}; {left}", path=path) from None
 
 
 def write_all(descriptor: int, data: bytes | memoryview) -> None:

@@ -86,7 +86,10 @@ def require_published(
 def _pairs(
     config: ModelConfig, unet: UNetConfig | None, vae: VAEConfig | None, towers: list[TextConfig | None], vision: VisionConfig | None
 ) -> list[tuple[str, Config | None, Config | None]]:  # fmt: skip
-    """(network, as the config has it, as the file has it), both as far as shapes show; None where there is none."""
+    """(network, as the config has it, as the file has it), both as far as shapes show; None where there is none.
+
+    Text towers as far as both have them: whether there are as many is for who asks.
+    """
     pairs = [("UNet", config.unet, unet), ("VAE", config.vae, vae), ("image encoder", config.vision, vision)]
     pairs += [("text tower", _comparable(usual, there), there) for usual, there in zip(config.text, towers, strict=False)]
     return [(what, None if usual is None else visible(usual), there) for what, usual, there in pairs]

@@ -11,9 +11,10 @@ from collections.abc import Iterator
 from os import PathLike
 from pathlib import Path
 
-from ldm.disk import sync_directory
+from ldm.disk import output_errors, sync_directory
 from ldm.errors import OutputError
 
+LEFT = "what was there before is as it was"  # by a write that failed
 _numbers = itertools.count()
 
 
@@ -30,7 +31,7 @@ def replacing(path: str | PathLike[str], overwrite: bool) -> Iterator[int]:
         descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
     except OSError as error:
         raise OutputError(f"cannot be written: {error.strerror} ({path.parent})", path=path) from None
-    with _output_errors(path):
+    with output_errors(path, LEFT):
         try:
             try:
                 yield descriptor
@@ -55,7 +56,7 @@ def replacing_directory(path: str | PathLike[str], overwrite: bool) -> Iterator[
     path = Path(path)
     require_writable(path, overwrite, directory=True)
     temporary = _beside(path)
-    with _output_errors(path):
+    with output_errors(path, LEFT):
         try:
             temporary.mkdir()
             yield temporary
@@ -113,14 +114,3 @@ def _put_in_place(temporary: Path, path: Path) -> None:
         else:
             shutil.rmtree(old, ignore_errors=True)
     sync_directory(path.parent)
-
-
-@contextlib.contextmanager
-def _output_errors(path: Path) -> Iterator[None]:
-    """The system's errors while writing as OutputError; those of files that are read are FileErrors already."""
-    try:
-        yield
-    except OutputError:
-        raise
-    except OSError as error:
-        raise OutputError(f"could not be written: {error.strerror}; what was there before is as it was", path=path) from None

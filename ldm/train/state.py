@@ -19,10 +19,11 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from ldm.disk import sync_directory, write_all
+from ldm.disk import output_errors, sync_directory, write_all
 from ldm.errors import ArgumentError, OutputError
 
 TENSORS, FACTS, LATEST, LOCK = "tensors.safetensors", "state.json", "LATEST", "run.lock"
+LEFT = "the states before it are as they were: make room or choose another disk, and start again"  # by a write that failed
 PIECE = 1 << 24  # bytes written, read and summed at once
 NAMES = {  # of the types of numbers in a .safetensors
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
@@ -79,7 +80,7 @@ def save_state(directory: Path, step: int, tensors: Mapping[str, Tensor], facts:
     """
     path = directory / f"step-{step:06d}"
     temporary = path.with_suffix(".tmp")
-    with _output_errors(path):
+    with output_errors(path, LEFT):
         directory.mkdir(parents=True, exist_ok=True)
         _sweep(directory)
         need = sum(tensor.numel() * tensor.itemsize for tensor in tensors.values())
@@ -192,17 +193,6 @@ def _sweep(directory: Path) -> None:
     """Delete what a killed process had not finished to write or to delete."""
     for path in directory.glob("step-*.tmp"):
         shutil.rmtree(path)
-
-
-@contextlib.contextmanager
-def _output_errors(path: Path) -> Iterator[None]:
-    """The system's errors as OutputError."""
-    try:
-        yield
-    except OutputError:
-        raise
-    except OSError as error:
-        raise OutputError(f"could not be written: {error.strerror}; the states before it are as they were: make room or choose another disk, and start again", path=path) from None
 
 
 # --- read -----------------------------------------------------------------------------------------------------------
