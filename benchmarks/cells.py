@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ldm.conditioning.tokenizer import tokenize
 from ldm.config import FAMILIES, ModelConfig
-from ldm.tokenizer import tokenize
-from tests import checkpoints
-from tests.seeded import normal
-from weights.folder_files import as_in_folders
+from tests.made import checkpoints
+from tests.made.seeded import normal
+from weights.folder.write import as_in_folders
 
 MODELS = ("sd1", "sd2-v", "sdxl-base", "ssd-1b")
 STAGES = {

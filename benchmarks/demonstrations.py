@@ -22,13 +22,15 @@ import weights
 from benchmarks import panels, quality, subjects
 from benchmarks.machine import machine
 from benchmarks.panels import Panel, Row
-from ldm import LatentDiffusion, blocks, lora, run, tasks
+from ldm import LatentDiffusion, blocks, tasks
 from ldm.blocks import SHAPES, Scene, Solid
+from ldm.changes import lora
 from ldm.cli.files import file_hash
 from ldm.fast import optimize, pays
+from ldm.train import run
 from ldm.train.reading import load_recipe
 from ldm.train.start import Files
-from weights.load import embedded
+from weights.models import embedded
 
 RECIPES, RESULTS = Path(__file__).parent / "recipes", Path(__file__).parent / "results"
 COLUMNS = 8  # pictures beside each other

@@ -11,8 +11,8 @@ from torch import Tensor
 
 import weights
 from ldm.model import LatentDiffusion
-from tests.diffusers_folders import FOLDERS, components, single, write_folder
-from tests.seeded import normal
+from tests.made.diffusers_folders import FOLDERS, components, single, write_folder
+from tests.made.seeded import normal
 
 SIZE_WIDTH = 16  # of an embedded size, 256 in the published models: as narrow as the rest
 

@@ -12,11 +12,11 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.cells import Cell, inputs
-from ldm.clip import CLIPText
 from ldm.config import ModelConfig
-from ldm.unet import UNet
-from ldm.vae import VAE
-from weights.blank import built
+from ldm.networks.clip import CLIPText
+from ldm.networks.unet import UNet
+from ldm.networks.vae import VAE
+from weights.names.blank import built
 
 TRIALS = 5  # the best counts
 

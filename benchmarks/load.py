@@ -142,9 +142,9 @@ def _conversion(side: str, row: str, path: Path, config: Path) -> Callable[[], i
 def prepare(directory: Path, family: str, dtype: torch.dtype, tiny: bool) -> dict[str, Path]:
     """Seeded weights with the published names, in three forms, and the configs of their folder."""
     import weights
-    from tests.checkpoints import TINY, checkpoint, manifest
-    from tests.seeded import weight
-    from weights.write import Pending, cast, pending, write
+    from tests.made.checkpoints import TINY, checkpoint, manifest
+    from tests.made.seeded import weight
+    from weights.files.write import Pending, cast, pending, write
 
     name = str(dtype).removeprefix("torch.")
     single = directory / f"{name}.safetensors"

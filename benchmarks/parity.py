@@ -18,10 +18,10 @@ from torch import Tensor
 
 from benchmarks.machine import machine
 from benchmarks.peers import peer, require, seeded_model
+from ldm.conditioning.tokenizer import TruncationWarning, tokenize
 from ldm.config import FAMILIES, DepthConfig, ModelConfig
-from ldm.tokenizer import TruncationWarning, tokenize
 from samplers import GRIDS, finish, noised
-from tests.networks import (
+from tests.made.networks import (
     GOLDEN,
     TINY_UNETS,
     TINY_VAES,
@@ -34,8 +34,8 @@ from tests.networks import (
     tiny_safety,
     tiny_vae,
     tiny_vision,
-)  # fmt: skip
-from tests.seeded import normal
+)
+from tests.made.seeded import normal
 
 LIMIT = 1e-5  # relative; the tests say of each output why, and hold some to less
 
@@ -86,7 +86,7 @@ def golden_rows() -> Iterator[Row]:
 
 @torch.no_grad()
 def _networks() -> Iterator[Row]:
-    from ldm.conditioning import size_embedding
+    from ldm.conditioning.cond import size_embedding
 
     file = golden("unet")
     for name in TINY_UNETS:
@@ -140,8 +140,8 @@ def _tokens() -> Row:
 
 
 def _samplers() -> Iterator[Row]:
-    from tests.mixture import SCHEDULE, SHAPE
-    from tests.test_samplers import RUNS, TIMESTEPS, run
+    from tests.made.mixture import SCHEDULE, SHAPE
+    from tests.samplers.test_solvers import RUNS, TIMESTEPS, run
 
     file = golden("samplers")
     for key in sorted(file):

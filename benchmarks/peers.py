@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from ldm.config import ModelConfig, TextConfig, UNetConfig, VAEConfig
 from ldm.model import LatentDiffusion
-from tests.checkpoints import original_name
-from tests.seeded import weight
-from weights.blank import built, shapes
-from weights.folder_files import STEMS, folder_files, towers
-from weights.names import diffusers_unet, diffusers_vae
-from weights.output import replacing_directory
-from weights.write import Pending, write
+from tests.made.checkpoints import original_name
+from tests.made.seeded import weight
+from weights.files.output import replacing_directory
+from weights.files.write import Pending, write
+from weights.folder.write import STEMS, folder_files, towers
+from weights.names.blank import built, shapes
+from weights.names.diffusers import diffusers_unet, diffusers_vae
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, UNet2DConditionModel

@@ -16,7 +16,7 @@ from benchmarks.rows import Found, Row, finished
 from benchmarks.sides import DTYPES, Job, Unmeasured, missing
 from benchmarks.turns import SideFailed, Turns, in_turn
 from ldm.model import LatentDiffusion
-from weights.blank import shapes
+from weights.names.blank import shapes
 
 COPIES = {"diffusers-best": 1, "openvino": 1, "sdcpp": 1}  # of the weights, at most, that a side makes besides those that all map from the same files
 PROCESS, PICTURE = 1.2e9, 4.0e9  # bytes: of a process with its libraries, and of what it makes on the way to a picture of 1024 x 1024

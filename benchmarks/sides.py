@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks.cells import GUIDANCE, NEGATIVE, PROMPT, SEED, Cell, config_of, inputs
-from ldm.conditioning import Sizes, vector
+from ldm.conditioning.cond import Sizes, vector
 from ldm.model import LatentDiffusion
 from samplers import GRIDS, Schedule, seeded
 

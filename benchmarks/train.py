@@ -30,8 +30,8 @@ from benchmarks.rounds import available
 from benchmarks.sides import DTYPES
 from benchmarks.train_sides import SIDES, Job, config_of
 from benchmarks.turns import SideFailed
-from ldm.unet import UNet
-from weights.blank import shapes
+from ldm.networks.unet import UNet
+from weights.names.blank import shapes
 
 
 @dataclass(frozen=True)

@@ -22,16 +22,16 @@ from benchmarks import cells
 from benchmarks.cells import SIZE_NUMBERS
 from benchmarks.machine import peak_memory, without_folders
 from benchmarks.turns import forget_peak, resident
-from ldm.conditioning import Sizes
+from ldm.conditioning.cond import Sizes
 from ldm.config import ModelConfig
-from ldm.data.batch import Batch
-from ldm.recipe import Method, Optimizer, Recipe, Run, Watch
 from ldm.train.checkpointing import checkpoint_blocks
+from ldm.train.data.batch import Batch
 from ldm.train.draws import Draws
 from ldm.train.loop import Record, Watchers, fit
 from ldm.train.modes import trainee
 from ldm.train.ranks import Ranks
-from tests.seeded import normal, weight
+from ldm.train.recipe import Method, Optimizer, Recipe, Run, Watch
+from tests.made.seeded import normal, weight
 
 RANK = 4  # of a LoRA, its alpha too: the scripts' default
 LEARNS = ("to_q", "to_k", "to_v", "to_out.0")  # what the scripts give low-rank factors
@@ -208,7 +208,7 @@ def _unet(job: Job, kind: torch.dtype) -> Any:
 
 
 def _start_as_ours(unet: nn.Module, job: Job) -> None:
-    from weights.names import diffusers_unet
+    from weights.names.diffusers import diffusers_unet
 
     theirs = {name: ours for ours, name in diffusers_unet(config_of(job.family, tiny=job.tiny).unet).items()}
     for name, p in unet.named_parameters():

@@ -9,28 +9,12 @@ import traceback
 from collections.abc import Callable, Sequence
 
 import weights
-from ldm.cli import (
-    animating,
-    arguments,
-    commands,
-    converting,
-    differing,
-    inspecting,
-    listing,
-    lora,
-    making,
-    merging,
-    options,
-    pruning,
-    repairing,
-    terminal,
-    training,
-)
+from ldm.cli import arguments, commands, converting, differing, inspecting, lora, making, options, terminal, training
 from ldm.cli.arguments import Command
 from ldm.cli.files import Readers
-from weights.embeddings import load_embedding
-from weights.load import embedded
-from weights.lora import load_lora
+from weights.adapters.embedding import load_embedding
+from weights.adapters.read import load_lora
+from weights.models import embedded
 
 
 def _pictures(plan: making.Plan) -> Callable[[argparse.Namespace, Readers], None]:
@@ -72,7 +56,7 @@ COMMANDS: dict[str, Command] = {
     "hires": Command("draw large: small, enlarged, redrawn", options.hires, _pictures(commands.txt2img), """
   ldm hires "a red cube on top of a blue sphere" --scale 2x
   ldm hires "a lighthouse in a storm" --scale 1.5x --enlarge latent --strength 0.7 --ckpt v1-5-pruned-emaonly.safetensors"""),
-    "interpolate": Command("go from prompt to prompt, or seed to seed", options.interpolate, animating.make, """
+    "interpolate": Command("go from prompt to prompt, or seed to seed", options.interpolate, making.animate, """
   ldm interpolate "a red cube" "a blue sphere" --frames 24 --fps 12
   ldm interpolate "a red cube on top of a blue sphere" --seeds 1,2,3 --animation gif"""),
     "inspect": Command("say what files of weights are", inspecting.add_inspect, inspecting.inspect, """
@@ -90,7 +74,7 @@ COMMANDS: dict[str, Command] = {
   ldm convert my-finetune/ my-finetune.safetensors --manifest where-it-went.json
   ldm convert v1-5-pruned.ckpt v1-5-ema-fp16.safetensors --ema --prune --dtype fp16
   ldm convert 768-v-ema.ckpt vae.safetensors --only vae"""),
-    "merge": Command("merge two or three models into one", merging.add_merge, merging.merge, """
+    "merge": Command("merge two or three models into one", converting.add_merge, converting.merge, """
   ldm merge a.safetensors b.safetensors --out ab.safetensors --alpha 0.3
   ldm merge a.ckpt b.safetensors --out ab.safetensors --blocks IN00=0.2,MID=0.5,OUT11=0.9,TEXT=0,VAE=0 --dtype fp16
   ldm merge sd-v1-5-inpainting.ckpt style.safetensors v1-5-pruned.ckpt --out style-inpainting.safetensors --method add-difference --alpha 1"""),
@@ -99,11 +83,11 @@ COMMANDS: dict[str, Command] = {
   ldm lora merge v1-5-pruned-emaonly.safetensors engraving.safetensors:0.8 lines.safetensors --out engraved.safetensors
   ldm lora resize engraving.safetensors --rank 8 --out small.safetensors
   ldm lora convert engraving.safetensors --to diffusers --out pytorch_lora_weights.safetensors"""),
-    "repair": Command("repair a damaged file of weights", repairing.add_repair, repairing.repair, """
+    "repair": Command("repair a damaged file of weights", converting.add_repair, converting.repair, """
   ldm repair merged.safetensors
   ldm repair old.ckpt --dry-run
   ldm repair old.ckpt --out sound.safetensors"""),
-    "prune": Command("take blocks out of a model, for a student to begin with", pruning.add_prune, pruning.prune, """
+    "prune": Command("take blocks out of a model, for a student to begin with", converting.add_prune, converting.prune, """
   ldm prune sd_xl_base_1.0.safetensors student.safetensors --plan ssd-1b
   ldm prune v1-5-pruned.safetensors small.safetensors --plan half --dtype fp32"""),
     "train": Command("train a model, LoRA, word or autoencoder", training.add_train, training.train, """
@@ -111,7 +95,7 @@ COMMANDS: dict[str, Command] = {
   ldm train sygil --show
   ldm train sygil --set data.path=photos --set model.start=v1-5-pruned.safetensors --out runs/photos
   ldm train my-lora.toml --set optimizer.lr=2e-4"""),
-    "samplers": Command("list samplers and grids", options.samplers, listing.show, """
+    "samplers": Command("list samplers and grids", options.samplers, options.show, """
   ldm samplers --steps 10"""),
 }  # fmt: skip
 

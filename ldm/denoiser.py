@@ -9,11 +9,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ldm.conditioning import Cond
+from ldm.conditioning.cond import Cond
 from ldm.errors import MemoryLimit, NonFinite
-from ldm.finite import again, dtype_of, is_finite
+from ldm.limits.recover import again, dtype_of, is_finite
 from ldm.model import LatentDiffusion
-from ldm.unet import UNet
+from ldm.networks.unet import UNet
 from samplers import Combine, Denoiser
 
 

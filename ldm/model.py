@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from ldm.clip import CLIPText
-from ldm.conditioning import Cond, Sizes, vector
+from ldm.conditioning.cond import Cond, Sizes, vector
+from ldm.conditioning.prompts import encode_text
 from ldm.config import ModelConfig
-from ldm.dpt import DPT
 from ldm.errors import ArgumentError
-from ldm.prompts import encode_text
-from ldm.unet import UNet
-from ldm.vae import VAE
-from ldm.vision import CLIPVision
+from ldm.networks.clip import CLIPText
+from ldm.networks.dpt import DPT
+from ldm.networks.unet import UNet
+from ldm.networks.vae import VAE
+from ldm.networks.vision import CLIPVision
 from samplers import Schedule
 
 NOISE_LEVEL, MAX_NOISE_LEVEL = 20, 350  # of the x4 upscaler: the published default, and what it was trained with

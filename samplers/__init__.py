@@ -9,16 +9,15 @@ from collections.abc import Sequence
 
 import torch
 
+from samplers.adams import lms, plms
 from samplers.core import Denoiser, Noise, OnStep, Sampler, Step
 from samplers.ddim import ddim, ddpm, lcm
-from samplers.dpmpp import dpmpp_2m, dpmpp_2s_ancestral, dpmpp_sde
+from samplers.dpmpp import dpmpp_2m, dpmpp_2m_sde, dpmpp_2s_ancestral, dpmpp_3m_sde, dpmpp_sde
 from samplers.euler import dpm_2, dpm_2_ancestral, euler, euler_ancestral, heun
+from samplers.grids import AYS_SD1, AYS_SDXL, GRIDS, Grid, karras
 from samplers.guidance import Combine, Guidance, cfg, keep_known
-from samplers.lms import lms
 from samplers.noise import seeded
-from samplers.plms import plms
-from samplers.schedule import AYS_SD1, AYS_SDXL, GRIDS, Grid, Schedule, finish, karras, noised, start, tail
-from samplers.sde import dpmpp_2m_sde, dpmpp_3m_sde
+from samplers.schedule import Schedule, finish, noised, start, tail
 from samplers.unipc import unipc
 
 SAMPLERS: dict[str, Sampler] = {

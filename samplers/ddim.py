@@ -6,8 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from samplers.core import Denoiser, Noise, OnStep, Step
-from samplers.steps import draw, pairs, split, toward
+from samplers.core import Denoiser, Noise, OnStep, Step, draw, pairs, split, toward
 
 
 def ddim(

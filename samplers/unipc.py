@@ -8,8 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from torch import Tensor
 
-from samplers.core import Denoiser, Noise, OnStep, Step
-from samplers.steps import pairs
+from samplers.core import Denoiser, Noise, OnStep, Step, pairs
 
 POINTS, WEIGHTS = np.polynomial.legendre.leggauss(24)  # on [-1, 1]: exact to rounding for every step between two trained levels
 

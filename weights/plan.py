@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from ldm.errors import FileError
-from weights import names
-from weights.layout import WHAT, Layout, reason
-from weights.places import Place, Shape
+from weights.names import original as names
+from weights.names.layout import WHAT, Layout, reason
+from weights.names.places import Place, Shape
 
 RAW = "the moving average was not asked for: ema=True loads it"
 AVERAGED = "the moving average was asked for in place of these"

@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from PIL import Image
 
-from ldm import images, masks, tasks
+from ldm import images, tasks
 from ldm.cli import settings
 from ldm.cli.files import Inputs, file_hash
 from ldm.errors import ArgumentError
 from ldm.model import MAX_NOISE_LEVEL, LatentDiffusion
-from ldm.sampling import Sampling, require_number, require_strength, require_whole
+from ldm.pictures import masks
 from ldm.tasks.image import given_depth
+from ldm.tasks.job import Sampling, require_number, require_strength, require_whole
 from ldm.tasks.upscale import UNIT
 
 Draw = Callable[..., list[Image.Image]]  # (model, prompts, seeds=, negative=, on_step=, **sampling) -> pictures

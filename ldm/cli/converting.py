@@ -7,8 +7,11 @@ import re
 from collections import Counter
 from pathlib import Path
 
+import torch
+
+from ldm.changes import surgery
 from ldm.cli import arguments, terminal
-from ldm.cli.files import Readers
+from ldm.cli.files import Readers, require_weights
 from ldm.config import FAMILIES
 from ldm.errors import printable
 
@@ -62,3 +65,101 @@ def _size(text: str) -> int:
     if not match:
         raise argparse.ArgumentTypeError(f"{text[:40]!r} is no size; write 2GB or 500MB, for example")
     return round(float(match[1]) * _UNITS[(match[2] or "").upper()])
+
+
+def add_prune(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `ldm prune`."""
+    parser.add_argument("src", metavar="SRC", help="the model: .safetensors or .ckpt, or a diffusers folder")
+    parser.add_argument("dst", metavar="DST", help="the file to be written, a .safetensors")
+    parser.add_argument("--plan", required=True, choices=surgery.PLANS, metavar="PLAN", help=f"which blocks stay: {', '.join(surgery.PLANS)}")
+    parser.add_argument("--dtype", type=arguments.stored_type, default=torch.float16, metavar="TYPE", help="fp16, bf16 or fp32 (default: fp16)")
+    parser.add_argument("--overwrite", action="store_true", help="replace DST if it exists")
+    parser.add_argument("--debug", action="store_true", help="show where an error comes from")
+
+
+def prune(args: argparse.Namespace, readers: Readers) -> None:
+    """Leave blocks out of a model's UNet: ssd-1b makes SSD-1B's blocks of SDXL's, half about half of any UNet.
+
+    What is written draws poorly until it is distilled: 'ldm train' with method.kind = "distill" prunes by itself. Memory: SRC and the UNet
+    of DST, in the type of numbers that is written.
+    """
+    require_weights("SRC", args.src, readers)
+    readers.package.files.output.require_writable(args.dst, args.overwrite)
+    surgery.PLANS[args.plan](readers.package.config_of(args.src))  # refuses what does not fit before any weight is read
+    model = readers.load(args.src, dtype=args.dtype)
+    small = surgery.prune(model, args.plan)
+    path = readers.save(small, args.dst, dtype=None, overwrite=args.overwrite)
+    before, after = (sum(p.numel() for p in each.unet.parameters()) for each in (model, small))
+    terminal.show(f"{printable(str(path))}: a UNet of {after / 1e6:.1f} million parameters, {after / before:.1%} of {before / 1e6:.1f}; a model of family {small.config.name}")
+
+
+def add_repair(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `ldm repair`."""
+    parser.add_argument("file", metavar="FILE", help="a file of weights, .safetensors or .ckpt, whatever its extension")
+    parser.add_argument("--out", metavar="FILE", help="what to write (default: the name of FILE with -repaired before its extension)")
+    parser.add_argument("--dry-run", action="store_true", help="say what is wrong, and write nothing")
+    parser.add_argument("--overwrite", action="store_true", help="replace the file to be written if it exists")
+    parser.add_argument("--debug", action="store_true", help="show where an error comes from")
+
+
+def repair(args: argparse.Namespace, readers: Readers) -> None:
+    """Find known damage in a file of weights and write a sound file; nothing is written where nothing is wrong.
+
+    Known are: bytes after the last tensor, text towers without text_model. in their names, doubled projections, damaged or missing
+    position_ids, noise schedules in float16, attention of the VAE stored as matrices. Everything else is copied bit by bit.
+    """
+    with terminal.writing("repairing") as on_write:
+        done = readers.package.repair(args.file, args.out, dry_run=args.dry_run, overwrite=args.overwrite, on_write=on_write)
+    for line in done.lines():
+        terminal.say(f"ldm: {printable(line)}")
+    if done.path is not None:
+        terminal.show(printable(str(done.path)))
+
+
+def block_weights(text: str) -> dict[str, float] | tuple[float, ...]:
+    """IN00=0.2,MID=0.5 -> {"IN00": 0.2, "MID": 0.5}; 0,0.1,0.2 -> (0.0, 0.1, 0.2)."""
+    parts = [part.strip() for part in text.split(",")]
+    if not any("=" in part for part in parts):
+        return tuple(arguments.number(part) for part in parts)
+    found: dict[str, float] = {}
+    for part in parts:
+        name, equals, weight = part.partition("=")
+        if not equals:
+            raise argparse.ArgumentTypeError(f"{part[:40]!r} is no weight of a block; write IN00=0.2,MID=0.5, or numbers alone for all blocks")
+        if name in found:
+            raise argparse.ArgumentTypeError(f"{name[:40]} is given twice")
+        found[name] = arguments.number(weight)
+    return found
+
+
+def add_merge(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `ldm merge`."""
+    parser.add_argument("a", metavar="A", help="a model as a single file: the result has its names, and all of it that is not merged")
+    parser.add_argument("b", metavar="B", help="a model of the same family, as a file or a diffusers folder")
+    parser.add_argument("c", metavar="C", nargs="?", help="the model that B was made from, for --method add-difference")
+    parser.add_argument("--out", required=True, metavar="FILE", help="what to write: .ckpt, .pt, .pth and .bin as torch does, anything else as .safetensors")
+    parser.add_argument("--method", choices=("weighted", "add-difference", "slerp"), default="weighted",
+                        help="weighted: (1 - alpha) A + alpha B; add-difference: A + alpha (B - C); slerp: along the arc from A to B (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--alpha", type=arguments.number, default=0.5, metavar="X", help="0 to 1; for add-difference -2 to 2 (default: %(default)s)")
+    parser.add_argument("--blocks", type=block_weights, metavar="NAME=X,...", help="other weights for blocks: IN00 to IN11, MID, OUT00 to OUT11 (SDXL: to IN08 and OUT08), "
+                        "TEXT, VAE; or as many numbers as the UNet has blocks (SD 1 and 2: 25)")  # fmt: skip
+    parser.add_argument("--dtype", type=arguments.stored_type, metavar="TYPE", help="fp32, fp16 or bf16, for what is merged (default: as in A); the arithmetic is in fp32")
+    parser.add_argument("--prediction", choices=("eps", "v"), help="what the models predict, where their files do not tell")
+    parser.add_argument("--partial", action="store_true", help="keep A's numbers where B or C lacks them, which is an error otherwise")
+    parser.add_argument("--overwrite", action="store_true", help="replace FILE if it exists")
+    parser.add_argument("--debug", action="store_true", help="show where an error comes from")
+
+
+def merge(args: argparse.Namespace, readers: Readers) -> None:
+    """Merge two or three models of one family, parameter by parameter.
+
+    position_ids, schedules and other bookkeeping are A's; A's moving average is left out. The recipe goes into the file's metadata.
+    """
+    with terminal.writing("merging") as on_write:
+        done = readers.package.merge(
+            args.a, args.b, args.out, c=args.c, method=args.method, alpha=args.alpha, blocks=args.blocks, dtype=args.dtype,
+            prediction=args.prediction, partial=args.partial, overwrite=args.overwrite, on_write=on_write,
+        )  # fmt: skip
+    for line in done.lines():
+        terminal.say(f"ldm: {printable(line)}")
+    terminal.show(printable(str(done.path)))

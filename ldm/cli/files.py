@@ -13,8 +13,8 @@ from typing import Any
 
 from PIL import Image
 
-from ldm import images
 from ldm.errors import ArgumentError, FileError, printable
+from ldm.pictures import read
 
 MAX_PROMPTS = 16 * 2**20  # bytes of a file of prompts
 
@@ -50,9 +50,9 @@ def pictures(args: argparse.Namespace) -> Inputs:
     if alpha:
         mask = mask or init
     return Inputs(
-        init and images.open_image(init),
-        mask and (images.open_with_alpha if alpha else images.open_image)(mask),
-        depth and images.open_image(depth),
+        init and read.open_image(init),
+        mask and (read.open_with_alpha if alpha else read.open_image)(mask),
+        depth and read.open_image(depth),
     )
 
 

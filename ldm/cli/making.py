@@ -9,15 +9,16 @@ from typing import Any
 
 from PIL import Image
 
-from ldm import compare
-from ldm.cli import arguments, files, machine, models, settings, terminal
-from ldm.cli.axes import Axis, cells_of
+from ldm import tasks
+from ldm.cli import arguments, files, models, settings, terminal
+from ldm.cli.arguments import Axis, cells_of
 from ldm.cli.commands import Drawing
 from ldm.cli.files import Inputs, Readers
 from ldm.cli.models import Models
 from ldm.cli.place import Place
 from ldm.errors import ArgumentError, printable
-from ldm.sampling import Sampling
+from ldm.pictures import sheets, write
+from ldm.tasks.job import Sampling, require_whole
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,8 @@ def make(args: argparse.Namespace, plan: Plan, readers: Readers) -> None:
         args.seed = settings.random_seed(args.n)
     if args.n > 1 and any(axis.dest == "seed" for axis in axes):
         raise ArgumentError("--grid-of: seed together with --n; name all the seeds in --grid-of")
-    device = machine.device_of(args.device)
-    dtype = machine.dtype_of(args.dtype, device)
+    device = models.device_of(args.device)
+    dtype = models.dtype_of(args.dtype, device)
     inputs = files.pictures(args)
     cells = [_cell(args, changed, plan, inputs) for changed in cells_of(axes)]
     items = [Item(prompt, offset) for prompt in prompts for offset in range(args.n)]
@@ -66,9 +67,9 @@ def make(args: argparse.Namespace, plan: Plan, readers: Readers) -> None:
         terminal.say(f"ldm: seed {args.seed}")  # without it the picture could not be made again
     loaded = models.load(args, device, dtype, readers)
     for cell in cells:
-        machine.check_size(loaded.model, _size(cell.drawing, loaded, enlarged=True), min(args.batch, len(items)), args.tile)
+        models.check_size(loaded.model, _size(cell.drawing, loaded, enlarged=True), min(args.batch, len(items)), args.tile)
         if cell.drawing.anew:
-            machine.warn_of_size(loaded.model, _size(cell.drawing, loaded, enlarged=False))
+            models.warn_of_size(loaded.model, _size(cell.drawing, loaded, enlarged=False))
 
     kept: list[list[Image.Image]] = []  # by cell and item, where a sheet shows them
     total = len(cells) * len(items)
@@ -142,15 +143,15 @@ def _sheets(kept: Sequence[Sequence[Image.Image]], items: Sequence[Item], cells:
     """Each sheet with the items on it: one of all pictures; with one axis a row for each item; with two axes one for each item."""
     labels = _labels(items, cells[0].seeds)
     if not axes:
-        yield compare.sheet(kept[0], labels), items
+        yield sheets.sheet(kept[0], labels), items
     elif len(axes) == 1:
         rows = [[pictures[i] for pictures in kept] for i in range(len(items))]
-        yield compare.table(rows, axes[0].labels, labels if len(items) > 1 else ()), items
+        yield sheets.table(rows, axes[0].labels, labels if len(items) > 1 else ()), items
     else:
         across, down = axes
         for i, item in enumerate(items):
             rows = [[kept[x * len(down.values) + y][i] for x in range(len(across.values))] for y in range(len(down.values))]
-            yield compare.table(rows, across.labels, down.labels), [item]
+            yield sheets.table(rows, across.labels, down.labels), [item]
 
 
 def _labels(items: Sequence[Item], seeds: Sequence[int]) -> list[str]:
@@ -202,3 +203,54 @@ def describe(cell: Cell, sampling: Sampling, loaded: Models) -> dict[str, str]:
         if getattr(args, name, None) is not None:
             facts[name] = repr(getattr(args, name))
     return facts | dict(cell.drawing.facts)
+
+
+MAX_FRAMES = 10_000
+
+
+def animate(args: argparse.Namespace, readers: Readers) -> None:
+    """Write the pictures on the way between prompts, or seeds, and an animation of them."""
+    settings.require_counts(args)
+    sampling = settings.sampling(args)
+    settings.check(args)
+    prompts = settings.prompts_of(args)
+    require_whole("frames", args.frames, 2, MAX_FRAMES)
+    write.require_fps(args.fps)
+    seeds = settings.checked_seeds(args.seeds, "seeds") if args.seeds else [settings.random_seed(1)]
+    _require_stations(len(prompts), len(seeds))
+    width, height = settings.size(args)
+    device = models.device_of(args.device)
+    dtype = models.dtype_of(args.dtype, device)
+    embeddings = models.check(args, device, readers)
+    pixels = (width or 512) * (height or 512) * args.frames
+    place = Place.checked(args.out, mkdir=args.mkdir, overwrite=args.overwrite, pixels=2 * pixels)
+    if args.seeds is None:
+        terminal.say(f"ldm: seed {seeds[0]}")  # without it the pictures could not be made again
+    loaded = models.load(args, device, dtype, readers)
+    size = width or loaded.model.config.size, height or loaded.model.config.size
+    models.check_size(loaded.model, size, min(args.batch, args.frames), args.tile)
+    models.warn_of_size(loaded.model, size)
+
+    sampling = settings.sampling(args, embeddings)
+    keywords = {field.name: getattr(sampling, field.name) for field in fields(Sampling)}
+    with terminal.progress(f"{args.frames} frames") as watch:
+        on_step = place.previewing(loaded.model, args.preview, watch) if args.preview else watch
+        frames = tasks.interpolate(
+            loaded.model, prompts, seeds=seeds, frames=args.frames, width=width, height=height, batch=args.batch, negative=args.negative, on_step=on_step, **keywords
+        )  # fmt: skip
+    facts = describe(Cell(args, sampling, Drawing(tasks.interpolate, size), seeds), sampling, loaded)
+    facts |= {"prompt": "\n".join(prompts), "seed": " ".join(map(str, seeds))}
+    written = [
+        save(frame, flag, facts | {"frame": f"{number} of {args.frames}"}, args, place)
+        for number, (frame, flag) in enumerate(zip(frames, judged(loaded, frames), strict=True), 1)
+    ]
+    terminal.show(printable(str(place.save_animation(written, args.animation, args.fps))))
+
+
+def _require_stations(prompts: int, seeds: int) -> None:
+    """Raises ArgumentError unless there is a way to go, with as many seeds as prompts or one of either."""
+    stations = max(prompts, seeds)
+    if stations < 2:
+        raise ArgumentError("--seeds: one prompt and one seed are no way; give several prompts, or several seeds: --seeds 1,2")
+    if not {prompts, seeds} <= {1, stations}:
+        raise ArgumentError(f"--seeds: {seeds} with {prompts} prompts; give one, or {prompts}")

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import argparse
+import shutil
+import textwrap
+from collections.abc import Callable
+from typing import Any
 
+from ldm.cli import terminal
 from ldm.cli.arguments import added, corner, every, named_file, number, pixels, scaled_file, times, whole, wholes
+from ldm.cli.files import Readers
 from ldm.config import FAMILIES
-from ldm.images import ANIMATIONS
 from ldm.model import MAX_NOISE_LEVEL, NOISE_LEVEL
-from ldm.sampling import Sampling
+from ldm.networks.vision import PREPROCESSORS
+from ldm.pictures.write import ANIMATIONS
+from ldm.tasks.job import Sampling
 from ldm.tasks.text import ENLARGERS
-from ldm.vision import PREPROCESSORS
+from samplers import DEFAULT_GRID, GRIDS, SAMPLERS, Schedule, calls
 
 DEFAULT = Sampling()
 PREVIEW_EVERY = 5  # steps
 FOLLOWS = "that of --init, which is otherwise scaled and cut evenly; given one, the other follows"
+
 
 Parser = argparse.ArgumentParser
 
@@ -233,3 +241,33 @@ def _where(parser: Parser, several: bool) -> None:
         where.add_argument("--grid-of", action="append", metavar="OPTION=A,B,...", help="compare: make every picture with each of these values and write a sheet with labelled axes; once or twice, cfg=1.5,3,5,8 or sampler=ddim,plms for example")
     where.add_argument("--preview", type=every, nargs="?", const=PREVIEW_EVERY, metavar="EVERY", help="every few steps (default: %(const)s) write what the picture would be by now to ...-preview.png, replacing it each time")
     where.add_argument("--debug", action="store_true", help="show where an error comes from")
+
+
+def show(args: argparse.Namespace, readers: Readers) -> None:
+    """Print every sampler and every grid as they are with this many steps of the schedule that all families but the upscaler share."""
+    schedule, steps = Schedule(), Sampling(steps=args.steps).steps
+    width = shutil.get_terminal_size((120, 24)).columns
+
+    def entry(text: str, indent: int) -> None:
+        terminal.show(textwrap.fill(text, max(width, 60), subsequent_indent=" " * indent, break_on_hyphens=False))
+
+    terminal.show(f"Samplers, each with its own grid and the network calls that {steps} steps of it take:\n")
+    for name, sampler in SAMPLERS.items():
+        count = calls(name, GRIDS[DEFAULT_GRID[name]](schedule, steps))
+        entry(f"{name:20}{DEFAULT_GRID[name]:10}{count:5}  {_first_line(sampler)}", 37)
+    terminal.show(f"\nGrids of {steps} steps, as timesteps and as sigmas:")
+    for name, grid in GRIDS.items():
+        terminal.show("")
+        entry(f"{name:20}{_first_line(grid)}", 20)
+        try:
+            sigmas = grid(schedule, steps)
+        except ValueError as error:
+            entry(f"  {error}", 2)
+            continue
+        entry("  t      " + " ".join(f"{round(schedule.timestep(sigma), 2):g}" for sigma in sigmas[:-1]) + " end", 9)
+        entry("  sigma  " + " ".join(f"{sigma:.4g}" for sigma in sigmas), 9)
+
+
+def _first_line(function: Callable[..., Any]) -> str:
+    """What a function does and where it comes from, by its docstring."""
+    return (function.__doc__ or "").strip().partition("\n")[0]

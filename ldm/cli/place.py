@@ -11,9 +11,11 @@ from pathlib import Path
 
 from PIL import Image
 
-from ldm import compare, images, precision
+from ldm import images
 from ldm.errors import ArgumentError, NonFinite, OutputError
+from ldm.limits import precision
 from ldm.model import LatentDiffusion
+from ldm.pictures import sheets, write
 from samplers import OnStep, Step
 
 
@@ -62,18 +64,18 @@ class Place:
         if not suffix:
             self.saved += 1
         if not self.is_file:
-            return images.save(picture, images.numbered(self.path, suffix), facts)
-        names = images.spare(self.path.with_name(f"{self.path.stem}{suffix}{self.path.suffix}"))
+            return write.save(picture, write.numbered(self.path, suffix), facts)
+        names = write.spare(self.path.with_name(f"{self.path.stem}{suffix}{self.path.suffix}"))
         if self.overwrite:
-            return images.save(picture, next(itertools.islice(names, 0 if suffix else self.saved - 1, None)), facts, overwrite=True)
-        return images.save(picture, names, facts)
+            return write.save(picture, next(itertools.islice(names, 0 if suffix else self.saved - 1, None)), facts, overwrite=True)
+        return write.save(picture, names, facts)
 
     def save_animation(self, frames: Sequence[Image.Image], kind: str, fps: float) -> Path:
         """The frames as an animation, beside what was saved."""
         if not self.is_file:
-            return images.save_animation(frames, images.numbered(self.path, "-animation", kind), kind=kind, fps=fps)
-        names = images.spare(self.path.with_name(f"{self.path.stem}-animation.{kind}"))
-        return images.save_animation(frames, next(names) if self.overwrite else names, kind=kind, fps=fps, overwrite=self.overwrite)
+            return write.save_animation(frames, write.numbered(self.path, "-animation", kind), kind=kind, fps=fps)
+        names = write.spare(self.path.with_name(f"{self.path.stem}-animation.{kind}"))
+        return write.save_animation(frames, next(names) if self.overwrite else names, kind=kind, fps=fps, overwrite=self.overwrite)
 
     def previewing(self, model: LatentDiffusion, every: int, watch: OnStep) -> OnStep:
         """`watch`, and every few steps the current x0 of the batch in a file, the same all through the run."""
@@ -85,7 +87,7 @@ class Place:
                     pictures = images.to_pil(precision.decode(model, step.x0))
                 except NonFinite:  # an early estimate may be too wild for half precision; the picture itself is still checked
                     return
-                picture = pictures[0] if len(pictures) == 1 else compare.sheet(pictures)
-                self.preview = images.save(picture, self.preview, overwrite=True) if self.preview else self.save(picture, {}, "-preview")
+                picture = pictures[0] if len(pictures) == 1 else sheets.sheet(pictures)
+                self.preview = write.save(picture, self.preview, overwrite=True) if self.preview else self.save(picture, {}, "-preview")
 
         return on_step

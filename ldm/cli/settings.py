@@ -8,13 +8,14 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import fields
 
-from ldm import images, tokenizer
+from ldm import images
 from ldm.cli import files
-from ldm.conditioning import Sizes
+from ldm.conditioning import tokenizer
+from ldm.conditioning.cond import Sizes
+from ldm.conditioning.prompts import Embedding
 from ldm.config import FAMILIES
 from ldm.errors import ArgumentError
-from ldm.prompts import Embedding
-from ldm.sampling import Sampling, require_known, require_whole
+from ldm.tasks.job import Sampling, require_known, require_whole
 
 MAX_SIDE = 16384  # pixels
 MAX_PICTURES = 10**6

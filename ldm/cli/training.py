@@ -9,14 +9,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from ldm import run
-from ldm.cli import files, machine, terminal
+from ldm.cli import files, models, terminal
 from ldm.cli.files import Readers
 from ldm.errors import printable
-from ldm.recipe import Recipe
-from ldm.train.card import training_section
+from ldm.train import run
 from ldm.train.reading import load_recipe, names, to_toml
+from ldm.train.recipe import Recipe
 from ldm.train.start import Files
+from ldm.train.watch.card import training_section
 
 
 def add_train(parser: argparse.ArgumentParser) -> None:
@@ -45,7 +45,7 @@ def train(args: argparse.Namespace, readers: Readers) -> None:
         return
     with interrupted(not args.no_save_on_interrupt) as came:
         ended = run.train(
-            recipe, of_weights(readers), device=str(machine.device_of(recipe.run.device)), allow_data_change=args.allow_data_change,
+            recipe, of_weights(readers), device=str(models.device_of(recipe.run.device)), allow_data_change=args.allow_data_change,
             stop=lambda: came() is not None, say=lambda line: terminal.say(f"ldm: {printable(line)}"),
         )  # fmt: skip
     if ended.rank == 0:

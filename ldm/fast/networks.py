@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 
-from ldm import attention, unet, vae
 from ldm.fast import plain
+from ldm.networks import attention, unet, vae
 
 MadeFor = tuple[str, torch.dtype] | None  # the kind of device and type that the operations are for; None: all
 KeysValues = Sequence[tuple[Tensor, Tensor]]  # of the cross-attention layers of a network, in their order

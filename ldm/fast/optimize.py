@@ -8,12 +8,12 @@ from types import ModuleType
 import torch
 from torch import nn
 
-from ldm import unet, vae
 from ldm.fast import cpu, gpu, memory, plain, vae_scale
 from ldm.fast.graphs import GraphedUNet
 from ldm.fast.networks import FastDecoder, FastEncoder, FastUNet
 from ldm.fast.share import shared
 from ldm.model import LatentDiffusion
+from ldm.networks import unet, vae
 
 
 def optimize(model: LatentDiffusion) -> LatentDiffusion:

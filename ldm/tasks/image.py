@@ -10,16 +10,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ldm import precision
-from ldm.conditioning import Cond
-from ldm.dpt import depth_map, normalised_depth
+from ldm.conditioning.cond import Cond
 from ldm.errors import ArgumentError
 from ldm.images import fit, from_pil, size_for, to_rgb
-from ldm.job import Job
+from ldm.limits import precision
 from ldm.model import LatentDiffusion
-from ldm.sampling import require_known, require_strength
+from ldm.networks.dpt import depth_map, normalised_depth
+from ldm.networks.vision import PREPROCESSORS, preprocess
+from ldm.tasks.job import Job, require_known, require_strength
 from ldm.tasks.text import require_text_only
-from ldm.vision import PREPROCESSORS, preprocess
 
 
 @torch.no_grad()

@@ -10,13 +10,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ldm import precision
 from ldm.errors import ArgumentError
 from ldm.images import fit, from_pil, size_for, to_rgb
-from ldm.job import Job, Part
-from ldm.masks import cells, extended, feathered, mask_of, padded, paste_back, to_tensor
+from ldm.limits import precision
 from ldm.model import LatentDiffusion
-from ldm.sampling import require_strength
+from ldm.pictures.masks import cells, extended, feathered, mask_of, padded, paste_back, to_tensor
+from ldm.tasks.job import Job, Part, require_strength
 from ldm.tasks.text import require_text_only
 from samplers import keep_known
 

@@ -10,11 +10,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ldm.conditioning import Cond
+from ldm.conditioning.cond import Cond
 from ldm.errors import ArgumentError
-from ldm.job import Job, Part
 from ldm.model import LatentDiffusion
-from ldm.sampling import require_whole
+from ldm.tasks.job import Job, Part, require_whole
 from ldm.tasks.text import require_text_only
 from samplers import seeded
 

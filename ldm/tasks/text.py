@@ -11,13 +11,12 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from ldm import precision
-from ldm.conditioning import Cond
+from ldm.conditioning.cond import Cond
 from ldm.errors import ArgumentError
 from ldm.images import from_pil, nearest_multiple
-from ldm.job import Job, Part
+from ldm.limits import precision
 from ldm.model import LatentDiffusion
-from ldm.sampling import require_known, require_number, require_strength
+from ldm.tasks.job import Job, Part, require_known, require_number, require_strength
 from samplers import finish, start
 
 ENLARGERS = ("latent", "pixel")

@@ -11,13 +11,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ldm.conditioning import Cond
+from ldm.conditioning.cond import Cond
 from ldm.errors import ArgumentError
 from ldm.images import from_pil, to_rgb
-from ldm.job import Job
-from ldm.masks import padded
 from ldm.model import NOISE_LEVEL, LatentDiffusion
-from ldm.sampling import require_whole
+from ldm.pictures.masks import padded
+from ldm.tasks.job import Job, require_whole
 from samplers.core import Denoiser
 
 UNIT = 64  # the original pads its input to multiples of this

@@ -9,10 +9,10 @@ from functools import partial
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ldm import clip, vae
-from ldm.attention import BasicTransformerBlock
 from ldm.errors import ArgumentError
-from ldm.unet import ResBlock
+from ldm.networks import clip, vae
+from ldm.networks.attention import BasicTransformerBlock
+from ldm.networks.unet import ResBlock
 
 # Not SpatialTransformer: computing ten of SDXL's transformer blocks again at once would need the memory of all ten.
 BLOCKS = (ResBlock, BasicTransformerBlock, clip.Layer, vae.ResnetBlock, vae.AttnBlock)

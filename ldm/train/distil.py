@@ -7,13 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from ldm.changes.surgery import kept_channels
 from ldm.config import UNetConfig
-from ldm.data.batch import Batch
 from ldm.errors import ArgumentError
-from ldm.surgery import kept_channels
+from ldm.networks.unet import UNet
+from ldm.train.data.batch import Batch
 from ldm.train.draws import Draws
 from ldm.train.tasks import Diffusion, Loss, Prepared
-from ldm.unet import UNet
 
 
 class Distil(nn.Module):

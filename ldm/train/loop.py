@@ -15,13 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm.data.batch import Batch
 from ldm.errors import ArgumentError, NonFinite
-from ldm.recipe import Recipe
+from ldm.train.data.batch import Batch
 from ldm.train.draws import Draws
-from ldm.train.optim import load_state_tensors, optimizer, state_tensors
+from ldm.train.optim import ema_decay, factor, load_state_tensors, optimizer, state_tensors
 from ldm.train.ranks import Ranks, mean, put, share, whole
-from ldm.train.rates import ema_decay, factor
+from ldm.train.recipe import Recipe
 from ldm.train.state import State, save_state
 from ldm.train.tasks import Loss
 

@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm import surgery
+from ldm.changes import surgery
+from ldm.changes.inversion import as_embedding, new_token
+from ldm.changes.lora_layers import DecomposedFactors, Spec, attach
+from ldm.conditioning.prompts import Embedding
 from ldm.errors import ArgumentError
-from ldm.inversion import as_embedding, new_token
-from ldm.lora_layers import DecomposedFactors, Spec, attach
 from ldm.model import LatentDiffusion
-from ldm.prompts import Embedding
-from ldm.recipe import Objective, Recipe
 from ldm.train.distil import Distil
 from ldm.train.ranks import like
+from ldm.train.recipe import Objective, Recipe
 from ldm.train.tasks import Autoencoding, Diffusion
 
 

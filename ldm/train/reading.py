@@ -16,8 +16,8 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from ldm.config import FAMILIES
 from ldm.errors import ArgumentError, FileError
-from ldm.recipe import Pattern, Range, Recipe
-from ldm.sampling import require_known, require_number, require_whole
+from ldm.tasks.job import require_known, require_number, require_whole
+from ldm.train.recipe import Pattern, Range, Recipe
 
 MAX_BYTES = 2**20  # of a recipe
 

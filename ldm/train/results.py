@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ldm.inversion import as_embedding
-from ldm.lora_layers import changes
+from ldm.changes.inversion import as_embedding
+from ldm.changes.lora_layers import changes
 from ldm.model import LatentDiffusion
-from ldm.recipe import Recipe
 from ldm.train.modes import Trainee
 from ldm.train.ranks import Ranks, whole
+from ldm.train.recipe import Recipe
 from ldm.train.start import Files
 
 

@@ -9,18 +9,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ldm.conditioning import Sizes, vector
-from ldm.data.batch import Batch
-from ldm.data.holes import hole
-from ldm.dpt import depth_map, normalised_depth
+from ldm.conditioning.cond import Sizes, vector
+from ldm.conditioning.prompts import Embedding, encode_text
 from ldm.errors import ArgumentError
-from ldm.masks import cells
 from ldm.model import LatentDiffusion
-from ldm.prompts import Embedding, encode_text
-from ldm.recipe import Objective
+from ldm.networks.dpt import depth_map, normalised_depth
+from ldm.networks.vision import preprocess
+from ldm.pictures.masks import cells
 from ldm.train import losses
+from ldm.train.data.batch import Batch
+from ldm.train.data.holes import hole
 from ldm.train.draws import Draws
-from ldm.vision import preprocess
+from ldm.train.recipe import Objective
 
 CONCATENATED = {"mask", "masked_image", "depth"}  # what can be made from a picture
 

@@ -1,0 +1,1 @@
+"""Models changed, or cut from models: LoRAs, learnt words, surgery."""

@@ -1,0 +1,1 @@
+"""The same result where numbers or memory end: recovery, precision, tiles, offloading."""

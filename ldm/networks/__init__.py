@@ -1,0 +1,1 @@
+"""The networks, with the published checkpoints' own parameter names."""

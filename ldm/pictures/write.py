@@ -1,0 +1,128 @@
+"""Pictures -> files: with settings in them, numbered, all or nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import itertools
+import os
+import re
+import stat
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from ldm.disk import sync_directory
+from ldm.errors import ArgumentError, OutputError
+
+ANIMATIONS = ("webp", "gif")
+MAX_FPS = 50.0  # of an animation: viewers slow down a GIF that asks for more
+
+
+# --- writing --------------------------------------------------------------------------------------------------------
+
+_counter = itertools.count()
+
+
+def save(image: Image.Image, path: str | PathLike[str] | Iterable[Path], metadata: Mapping[str, str] | None = None, *, overwrite: bool = False) -> Path:
+    """Write a PNG with `metadata` as text chunks; return its path. The same picture and metadata give the same bytes.
+
+    path       or several of one directory, such as `numbered` and `spare` give: the first that is free is taken, also among processes
+    metadata   in Latin-1 as tEXt, other text as UTF-8 in iTXt; a character that UTF-8 has not becomes U+FFFD
+    overwrite  replace the file that is there
+    All or nothing: a temporary file in the same directory gets the name once it is complete and on the disk.
+    Raises OutputError, also where the path exists and `overwrite` is false.
+    """
+    return _write(_png(image, metadata or {}), path, overwrite)
+
+
+def save_animation(frames: Sequence[Image.Image], path: str | PathLike[str] | Iterable[Path], *, kind: str = "webp", fps: float = 8, overwrite: bool = False) -> Path:
+    """Write pictures of one size one after another, for ever from the beginning; return the path. The rest as for `save`.
+
+    kind  webp, or gif: 256 colours a picture, and times in hundredths of a second
+    fps   pictures a second, above 0 to 50
+    Raises ArgumentError for another kind or speed, and for pictures of different sizes, or none.
+    """
+    if kind not in ANIMATIONS:
+        raise ArgumentError(f"animation: {kind[:20]!r} is unknown; use {' or '.join(ANIMATIONS)}", key="animation")
+    require_fps(fps)
+    if len({frame.size for frame in frames}) != 1:
+        raise ArgumentError(f"an animation is made of pictures of one size; these have {sorted({frame.size for frame in frames}) or 'none'}")
+    buffer, time = io.BytesIO(), 1000 / fps
+    if kind == "gif":
+        frames, time = [frame.quantize(256) for frame in frames], max(20, round(time / 10) * 10)
+    frames[0].save(buffer, kind, save_all=True, append_images=frames[1:], duration=round(time), loop=0, **{"quality": 90} if kind == "webp" else {})
+    return _write(buffer.getvalue(), path, overwrite)
+
+
+def require_fps(fps: float) -> None:
+    """Raises ArgumentError for a speed that no animation has."""
+    if not 0 < fps <= MAX_FPS:
+        raise ArgumentError(f"fps: {fps:g}; give more than 0 and at most {MAX_FPS:g} pictures a second", key="fps")
+
+
+def numbered(directory: Path, suffix: str = "", ending: str = "png") -> Iterator[Path]:
+    """Names in the directory from the first above all its numbers on: 00001.png, 00002.png, ...; with a suffix, 00001-sheet.png, ..."""
+    pattern = re.compile(rf"(\d{{5,9}}){re.escape(suffix)}\.{ending}")
+    taken = [int(match[1]) for name in os.listdir(directory) if (match := pattern.fullmatch(name))]
+    return (directory / f"{n:05d}{suffix}.{ending}" for n in itertools.count(max(taken, default=0) + 1))
+
+
+def spare(path: Path) -> Iterator[Path]:
+    """cat.png, cat-2.png, cat-3.png, ..."""
+    return itertools.chain([path], (path.with_name(f"{path.stem}-{n}{path.suffix}") for n in itertools.count(2)))
+
+
+def _png(image: Image.Image, metadata: Mapping[str, str]) -> bytes:
+    info, buffer = PngInfo(), io.BytesIO()
+    for key, value in metadata.items():
+        info.add_text(key, value.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))  # iTXt by itself where Latin-1 does not do
+    image.save(buffer, "PNG", pnginfo=info)
+    return buffer.getvalue()
+
+
+def _write(data: bytes, path: str | PathLike[str] | Iterable[Path], overwrite: bool) -> Path:
+    """The bytes under the first name that is free, complete or not at all."""
+    names = iter([Path(path)] if isinstance(path, (str, PathLike)) else path)
+    first = next(names)
+    temporary = first.parent / f".{first.name[:40]}.ldm-{os.getpid()}-{next(_counter)}.tmp"
+    try:
+        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666), "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        for name in itertools.chain([first], names):
+            if _takes(temporary, name, overwrite):
+                sync_directory(name.parent)
+                return name
+    except OSError as error:
+        if isinstance(error, OutputError):
+            raise
+        raise OutputError(f"could not be written: {error.strerror}", path=first) from None
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+    raise OutputError("exists already; choose another name, or overwrite it", path=first)
+
+
+def _takes(temporary: Path, path: Path, overwrite: bool) -> bool:
+    """Give the finished file its name; False if the name is taken. No other process can take it in between."""
+    if overwrite:
+        if os.path.lexists(path) and not stat.S_ISREG(os.lstat(path).st_mode):
+            raise OutputError("is there and is not a regular file", path=path)
+        os.replace(temporary, path)
+        return True
+    try:
+        os.link(temporary, path)  # unlike rename, fails where the name exists
+    except FileExistsError:
+        return False
+    except OSError:  # a file system without links: reserve the name, then replace
+        try:
+            os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            return False
+        os.replace(temporary, path)
+    return True

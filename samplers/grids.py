@@ -1,0 +1,176 @@
+"""Time grids as descending lists of sigmas, and `GRIDS`, which names them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+
+from samplers.schedule import Schedule
+
+Grid = Callable[..., list[float]]  # (schedule, steps) -> descending sigmas, one more than steps; some take keywords
+
+
+def checked(schedule: Schedule, steps: int) -> int:
+    """`steps`, if it can be honoured."""
+    if isinstance(steps, bool) or not hasattr(steps, "__index__") or steps < 1:
+        raise ValueError(f"steps is {steps!r}: give a whole number from 1 to {schedule.steps}")
+    if steps > schedule.steps:
+        raise ValueError(f"{steps} steps: give at most {schedule.steps} (the model has {schedule.steps} training steps)")
+    return int(steps)
+
+
+def at(schedule: Schedule, timesteps: Sequence[float]) -> list[float]:
+    """The sigmas of descending timesteps, then 0."""
+    return [schedule.sigma(float(t)) for t in timesteps] + [0.0]
+
+
+def ddim(schedule: Schedule, steps: int) -> list[float]:
+    """The original DDIM spacing with exactly the steps asked for: t = i * (T // steps) + 1, then sigma of t = 0, not 0.
+
+    Where steps divides T these are the original's own; diffusers calls it "leading", offset 1. It leaves out the noisiest levels, the more
+    the fewer the steps (1 step starts at t = 1), and of more than T / 2 steps it has only t = steps ... 1. steps = T has no room for the
+    offset: t = T - 1 ... 0, then 0.
+    """
+    steps, last = checked(schedule, steps), schedule.steps
+    if steps == last:
+        return at(schedule, range(last - 1, -1, -1))
+    return [schedule.sigmas[i * (last // steps) + 1] for i in reversed(range(steps))] + [schedule.sigma_min]
+
+
+def ddim_original(schedule: Schedule, steps: int) -> list[float]:
+    """The original DDIM spacing with the original's own count: t = range(0, T, T // steps) + 1 (31 steps for 30), then sigma of t = 0.
+
+    Raises ValueError, naming counts that work, where the original runs off the end of its table (t = T: 3, 9, 27, 36, ... steps).
+    """
+    steps, last = checked(schedule, steps), schedule.steps
+
+    def timesteps(count: int) -> range:
+        return range(1, last + 1, last // count)
+
+    if timesteps(steps)[-1] >= last:
+        good = [n for n in range(1, last + 1) if timesteps(n)[-1] < last]
+        near = [str(n) for n in (max((n for n in good if n < steps), default=None), min((n for n in good if n > steps), default=None)) if n]
+        raise ValueError(
+            f"ddim_original has no {steps} steps, its first timestep would be {last}: use {' or '.join(near)}, or the grid ddim"
+        )
+    return [schedule.sigmas[t] for t in reversed(timesteps(steps))] + [schedule.sigma_min]
+
+
+def dpm_solver(schedule: Schedule, steps: int) -> list[float]:
+    """The original DPM-Solver spacing (Lu et al. 2022): times even from 1 to 1 / T, timestep (time - 1 / T) * T, ending at t = 0.
+
+    Times are rounded to float32 at every step, as the original's, so that the timesteps agree with it to the last bit.
+    """
+    last = schedule.steps
+    times = torch.linspace(1, 1 / last, checked(schedule, steps) + 1, dtype=torch.float32)
+    return [schedule.sigma(min(max(t, 0.0), last - 1.0)) for t in ((times - 1 / last) * last).tolist()]
+
+
+def discrete(schedule: Schedule, steps: int) -> list[float]:
+    """k-diffusion's grid: timesteps even from the last to 0, log sigma linear between the trained ones, then sigma 0."""
+    t = np.linspace(schedule.steps - 1, 0, checked(schedule, steps))
+    return [*np.exp(np.interp(t, np.arange(schedule.steps), np.log(schedule.sigmas))).tolist(), 0.0]
+
+
+def linspace(schedule: Schedule, steps: int) -> list[float]:
+    """Timesteps even from the last to 0, rounded to those trained (Lin et al. 2023, table 2, "linspace"), then sigma 0."""
+    return at(schedule, np.linspace(schedule.steps - 1, 0, checked(schedule, steps)).round().tolist())
+
+
+def trailing(schedule: Schedule, steps: int) -> list[float]:
+    """Timesteps round(T - i * T / steps) - 1 (Lin et al. 2023, table 2, "trailing"), then sigma 0. Suits few steps and zero_snr."""
+    steps, last = checked(schedule, steps), schedule.steps
+    return at(schedule, [round(last - i * last / steps) - 1 for i in range(steps)])
+
+
+def sgm_uniform(schedule: Schedule, steps: int) -> list[float]:
+    """SDXL's own grid (generative-models): the floor of timesteps even from the last down to, not including, 0; then sigma 0."""
+    return at(schedule, np.floor(np.linspace(schedule.steps - 1, 0, checked(schedule, steps), endpoint=False)).tolist())
+
+
+def simple(schedule: Schedule, steps: int) -> list[float]:
+    """ComfyUI's "simple": every (T / steps)-th trained level from the top, T - 1 - floor(i * T / steps); then sigma 0."""
+    steps, last = checked(schedule, steps), schedule.steps
+    return at(schedule, [last - 1 - i * last // steps for i in range(steps)])
+
+
+def karras(schedule: Schedule, steps: int, *, rho: float = 7.0) -> list[float]:
+    """sigma^(1 / rho) even from sigma_max to sigma_min, then 0 (Karras et al. 2022, eq. 5)."""
+    ramp = np.linspace(0, 1, checked(schedule, steps))
+    high, low = schedule.sigma_max ** (1 / rho), schedule.sigma_min ** (1 / rho)
+    return [*((high + ramp * (low - high)) ** rho).tolist(), 0.0]
+
+
+def polyexponential(schedule: Schedule, steps: int, *, rho: float = 1.0) -> list[float]:
+    """log sigma a power of an even ramp: rho 1 is `exponential`, above 1 spends more steps at low noise, below 1 at high; then 0."""
+    ramp = np.linspace(1, 0, checked(schedule, steps)) ** rho
+    low, high = math.log(schedule.sigma_min), math.log(schedule.sigma_max)
+    return [*np.exp(low + ramp * (high - low)).tolist(), 0.0]
+
+
+def exponential(schedule: Schedule, steps: int) -> list[float]:
+    """log sigma even from sigma_max to sigma_min, then 0: the time that DPM-Solver calls logSNR."""
+    return polyexponential(schedule, steps, rho=1.0)
+
+
+def beta(schedule: Schedule, steps: int, *, alpha: float = 0.6, beta: float = 0.6) -> list[float]:
+    """Timesteps at the quantiles of Beta(alpha, beta), dense at both ends (Lee et al. 2024), then 0.
+
+    Others round the timesteps; here they stay fractional, so that no two coincide however many the steps.
+    """
+    p = 1 - np.linspace(0, 1, checked(schedule, steps), endpoint=False)
+    return at(schedule, (beta_quantile(p, alpha, beta) * (schedule.steps - 1)).tolist())
+
+
+def beta_quantile(p: np.ndarray, a: float, b: float) -> np.ndarray:
+    """x with I_x(a, b) = p, by bisection of the regularised incomplete beta function (DLMF 8.17.7, and 8.17.4 above one half)."""
+    n = np.arange(64)
+    norm = math.gamma(a + b) / (math.gamma(a) * math.gamma(b))
+
+    def below_half(x: np.ndarray, a: float, b: float) -> np.ndarray:
+        """I_x(a, b) for x <= 1/2: the series in x converges like 2^-n."""
+        terms = np.cumprod(np.concatenate([[1.0], (n[1:] - b) / n[1:]])) / (a + n)
+        return norm * x**a * np.sum(terms * x[:, None] ** n, axis=1)
+
+    def cdf(x: np.ndarray) -> np.ndarray:
+        return np.where(x <= 0.5, below_half(np.minimum(x, 0.5), a, b), 1 - below_half(np.minimum(1 - x, 0.5), b, a))
+
+    p = np.atleast_1d(np.asarray(p, dtype=np.float64))
+    low, high = np.zeros_like(p), np.ones_like(p)
+    for _ in range(60):
+        middle = (low + high) / 2
+        under = cdf(middle) < p
+        low, high = np.where(under, middle, low), np.where(under, high, middle)
+    return np.where(p >= 1, 1.0, np.where(p <= 0, 0.0, (low + high) / 2))
+
+
+AYS_SD1 = (999, 850, 736, 645, 545, 455, 343, 233, 124, 24)
+AYS_SDXL = (999, 845, 730, 587, 443, 310, 193, 116, 53, 13)
+
+
+def ays(schedule: Schedule, steps: int, *, timesteps: Sequence[int] = AYS_SD1) -> list[float]:
+    """Align Your Steps (Sabour et al. 2024): ten optimised timesteps, log sigma interpolated for other counts, then 0.
+
+    timesteps  AYS_SD1 (SD 1 and 2) or AYS_SDXL, of 1000; the scale ends at sigma_min, where 0 takes its place
+    """
+    steps = checked(schedule, steps)
+    levels = [schedule.sigma(t * (schedule.steps - 1) / 999) for t in timesteps] + [schedule.sigma_min]
+    logs = np.interp(np.linspace(0, 1, steps + 1), np.linspace(0, 1, len(levels)), np.log(levels))
+    return [*np.exp(logs[:-1]).tolist(), 0.0]
+
+
+def ays_sdxl(schedule: Schedule, steps: int) -> list[float]:
+    """`ays` with the timesteps of SDXL."""
+    return ays(schedule, steps, timesteps=AYS_SDXL)
+
+
+GRIDS: dict[str, Grid] = {
+    grid.__name__: grid
+    for grid in (
+        ddim, ddim_original, dpm_solver, discrete, trailing, linspace, karras, exponential, polyexponential, sgm_uniform, simple, beta,
+        ays, ays_sdxl,
+    )
+}  # fmt: skip

@@ -1,0 +1,1 @@
+"""What tests make and share: seeded networks, checkpoints, corpora."""

@@ -1,0 +1,1 @@
+"""LoRAs and learnt words: files of changes to a model."""

@@ -1,0 +1,222 @@
+"""Two checkpoints of one family -> the LoRA that makes one of the other, as far as low rank goes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from os import PathLike
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ldm.changes.lora import LowRank, Shape
+from ldm.config import ModelConfig
+from ldm.errors import AmbiguousCheckpoint
+from weights.adapters import names as lora_names
+from weights.adapters.merge import place_of
+from weights.adapters.rank import Kept, Rule, energy, factored, require_rank, rule
+from weights.adapters.write import difference_key, kohya_names, network_facts, write_lora
+from weights.files.folders import Folder
+from weights.files.hashes import sha256_of
+from weights.files.opened import Weights
+from weights.files.output import require_writable
+from weights.files.write import OnWrite, Pending
+from weights.models import described, open_any, require_dtype, statistic
+from weights.names.diffusers import diffusers_vae
+from weights.names.layout import Layout
+from weights.names.metadata import CONFIG_KEY
+from weights.names.places import Place
+from weights.names.prediction import settle
+
+ATTENTION = re.compile(r"unet\..+\.(proj_in|proj_out|transformer_blocks\..+)\.weight|text\.\d+\..+\.encoder\.layers\..+\.weight")  # what kohya's networks have by default
+CONVOLUTION = re.compile(r"unet\..+\.(in_layers\.2|out_layers\.3|emb_layers\.1|skip_connection|op|conv)\.weight")  # and what with conv_dim
+VERSIONS = {"sd1": "sd_v1", "sd1-inpainting": "sd_v1", "sd-image-variations": "sd_v1", "sd2-v": "sd_v2_v"}  # kohya's words; sd_v2 and sdxl_base_v1-0 are the others
+
+
+@dataclass(frozen=True)
+class Rest:
+    """A parameter that differs and that no product of low rank carries."""
+
+    parameter: str  # our name
+    size: int  # bytes in the tuned checkpoint
+    kept: bool  # in the file, as a full difference
+
+
+@dataclass(frozen=True)
+class Extracted:
+    """What `extract_lora` wrote."""
+
+    path: Path
+    family: str
+    modules: tuple[Kept, ...]
+    rest: tuple[Rest, ...]
+    unchanged: int  # parameters that do not differ
+    unpaired: tuple[str, ...]  # parameters of text towers that only one of the two has
+
+    @property
+    def energy(self) -> float:
+        """The share of the energy of all modules that was kept."""
+        return energy(self.modules)
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """A parameter as it lies in both checkpoints."""
+
+    shape: Shape
+    base: Callable[[], Tensor]  # float32
+    tuned: Callable[[], Tensor]
+    coarse: torch.dtype  # the coarser of the two types
+    size: int
+
+
+def extract_lora(
+    base: str | PathLike[str], tuned: str | PathLike[str], dst: str | PathLike[str], *, rank: int | None = None, variance: float | None = None,
+    max_rank: int | None = None, conv_rank: int | None = None, text: bool = True, full_rest: bool = False, dtype: torch.dtype = torch.float16,
+    overwrite: bool = False, on_module: Callable[[Kept], None] | None = None, on_write: OnWrite | None = None,
+) -> Extracted:  # fmt: skip
+    """Write, in kohya's names, the LoRA that takes one checkpoint to another: of each module's difference the nearest product.
+
+    base, tuned  files or diffusers folders of one family, in any two layouts
+    rank         of every module of the transformers and text towers; variance: instead, the least for each that keeps this share of its squared
+                 singular values, at most `max_rank`
+    conv_rank    ResBlocks and resamplers too, at this rank, or with variance at this at most; None: they are part of the rest
+    text         the text towers too
+    full_rest    keep what low rank cannot carry (norms, biases, embeddings, other layers) as full differences, which LyCORIS reads
+    dtype        of the factors
+    Where the two store a parameter in different types, what is equal in the coarser one is no difference. One module is in memory at a time;
+    the decompositions are exact (see `factored`), and take nearly all of the time. The VAE is compared, and never kept.
+    Raises FileError for two families or predictions and for equal checkpoints; ArgumentError, OutputError.
+    """
+    how = rule(rank, variance, max_rank)
+    require_rank("conv_rank", conv_rank)
+    require_dtype(dtype)
+    require_writable(dst, overwrite)
+    with open_any(base) as one, open_any(tuned) as other:
+        config, layouts = _same_family(one, other)
+        pairs, unpaired = _pairs(one, other, layouts, config, text)
+        changes: dict[str, LowRank] = {}
+        kept, differing, unchanged = [], [], 0
+        for parameter, pair in pairs.items():
+            before, after = pair.base(), pair.tuned()
+            if torch.equal(before.to(pair.coarse), after.to(pair.coarse)):
+                unchanged += 1
+                continue
+            of = _rule(parameter, how, conv_rank)
+            if of is None:
+                differing.append(parameter)
+                continue
+            change, report = factored(after - before, of, parameter, dtype)
+            changes[parameter] = change
+            kept.append(report)
+            if on_module is not None:
+                on_module(report)
+        rest, more = _rest(differing, pairs, config, dtype, full_rest)
+        if not changes and not more:
+            what = f"in {len(rest)} parameters that a LoRA does not carry; --full-rest keeps them" if rest else "in nothing that a LoRA changes"
+            raise other.error(f"differs from {Path(base).name[:40]} {what}")
+        metadata = _metadata(config, Path(base), Path(tuned)) | network_facts(changes)
+        written = write_lora(changes, dst, "kohya", config, metadata, source=Path(tuned), more=more, overwrite=overwrite, on_write=on_write)
+        one.require_unchanged()
+        other.require_unchanged()
+    return Extracted(written, config.name, tuple(kept), rest, unchanged, unpaired)
+
+
+def _same_family(one: Weights | Folder, other: Weights | Folder) -> tuple[ModelConfig, tuple[Layout, Layout]]:
+    (config, first), (theirs, second) = described(one), described(other)
+    if _kind(config) != _kind(theirs):
+        raise other.error(f"is {theirs.name}, {one.path.name[:40]} is {config.name}; a LoRA takes a model to another of its family")
+    said, tells = _prediction(one, config, first), _prediction(other, theirs, second)
+    if said and tells and said != tells:
+        raise other.error(f"predicts {tells}, {one.path.name[:40]} predicts {said}: that is no change of weights; take a base that predicts {tells}")
+    return replace(config, name="sd2-v") if config.name == "sd2-base" and "v" in (said, tells) else config, (first, second)
+
+
+def _kind(config: ModelConfig) -> str:
+    return "sd2-base" if config.name == "sd2-v" else config.name  # the same networks: shapes do not tell them apart
+
+
+def _prediction(file: Weights | Folder, config: ModelConfig, layout: Layout) -> str | None:
+    """What the model predicts, where file and weights agree on it."""
+    try:
+        finding = settle(config, file.specs, file.metadata, lambda: statistic(file, layout), file.error, explicit=CONFIG_KEY in file.metadata)
+    except AmbiguousCheckpoint:
+        return None
+    return None if finding.doubt is not None else finding.config.prediction
+
+
+def _pairs(one: Weights | Folder, other: Weights | Folder, layouts: tuple[Layout, Layout], config: ModelConfig, text: bool) -> tuple[dict[str, _Pair], tuple[str, ...]]:
+    """Every parameter of UNet, text towers and VAE in both, in the order of their names here, and what only one of them has."""
+    shapes: dict[str, Shape | None] = {name: shape for name, shape in lora_names.shapes(config).items() if text or not name.startswith("text.")}
+    shapes |= dict.fromkeys(f"vae.{name}" for name in diffusers_vae(config.vae))
+    pairs, unpaired = {}, []
+    for name, shape in shapes.items():
+        places = [place_of(file, layout, name) for file, layout in zip((one, other), layouts, strict=True)]
+        if None in places:
+            if name.startswith("unet."):
+                raise (other if places[0] else one).error(f"has no {name[-60:]}; use a complete checkpoint", name)
+            unpaired += [name] if any(places) else []
+            continue
+        pairs[name] = _pair((one, other), [place for place in places if place], shape, name)
+    return pairs, tuple(unpaired)
+
+
+def _pair(files: tuple[Weights | Folder, Weights | Folder], places: list[Place], shape: Shape | None, name: str) -> _Pair:
+    stored = [file.shape(place.key) for file, place in zip(files, places, strict=True)]
+    if shape is None or name.startswith("text."):  # the tables know no sizes of the VAE, and towers may have gained tokens
+        shape = places[0].ours(stored[0])
+    for file, place, there in zip(files, places, stored, strict=True):
+        if not place.fits(there, shape) and not (place.how == "kernel" and there[:2] == shape[:2]):
+            raise file.error(f"{place.key[-40:]} is {list(there)}, in the other {list(places[0].stored(shape))}; text=False leaves towers out", place.key)
+        if not file.specs[place.key].dtype.is_floating_point:
+            raise file.error(f"{place.key[-40:]} holds {file.specs[place.key].dtype} numbers: quantised weights are not read", place.key)
+    dtypes = [file.specs[place.key].dtype for file, place in zip(files, places, strict=True)]
+    size = dtypes[1].itemsize * torch.Size(shape).numel()
+    readers = [partial(_read, file, place, shape) for file, place in zip(files, places, strict=True)]
+    return _Pair(shape, *readers, max(dtypes, key=lambda dtype: torch.finfo(dtype).eps), size)
+
+
+def _read(file: Weights | Folder, place: Place, shape: Shape) -> Tensor:
+    stored = file.read(place.key, dtype=torch.float32, rows=place.rows(file.shape(place.key)), mapped=False)
+    return place.turned(stored, shape)
+
+
+def _rule(parameter: str, how: Rule, conv_rank: int | None) -> Rule | None:
+    """How much of this parameter's difference to keep; None: it is no matrix that LoRAs have factors for."""
+    if attention(parameter):
+        return how
+    if CONVOLUTION.fullmatch(parameter) and conv_rank is not None:
+        return Rule(conv_rank) if how.variance is None else replace(how, max_rank=conv_rank)
+    return None
+
+
+def attention(parameter: str) -> bool:
+    """Is this a weight that every trainer's LoRA has factors for: a matrix of a transformer of the UNet, or of a text tower's block?"""
+    return bool(ATTENTION.fullmatch(parameter)) and not re.search(r"\.(norm\d?|layer_norm\d)\.weight$", parameter)
+
+
+def _rest(differing: list[str], pairs: dict[str, _Pair], config: ModelConfig, dtype: torch.dtype, full: bool) -> tuple[tuple[Rest, ...], dict[str, Pending]]:
+    """The report of the rest, and as what it is written: differences that are made again when their turn comes."""
+    names, shapes = kohya_names(config), lora_names.shapes(config)
+    more: dict[str, Pending] = {}
+    rest = []
+    for parameter in differing:
+        kept = full and not parameter.startswith("vae.")
+        rest.append(Rest(parameter, pairs[parameter].size, kept))
+        if kept:
+            more[difference_key(parameter, names, shapes)] = Pending(dtype, pairs[parameter].shape, partial(_difference, pairs[parameter]))
+    return tuple(rest), more
+
+
+def _difference(pair: _Pair) -> Tensor:
+    return pair.tuned() - pair.base()
+
+
+def _metadata(config: ModelConfig, base: Path, tuned: Path) -> dict[str, str]:
+    two = config.unet.linear_proj and config.unet.vector_dim is None
+    version = VERSIONS.get(config.name) or ("sdxl_base_v1-0" if config.unet.vector_dim is not None else "sd_v2")
+    facts = {"ss_base_model_version": version, "ss_v2": str(two), "ss_sd_model_name": base.name, "ldm.family": config.name, "ldm.tuned": tuned.name}
+    return facts | ({"ss_new_sd_model_hash": sha256_of(base)} if base.is_file() else {})

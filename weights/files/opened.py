@@ -1,0 +1,317 @@
+"""`.safetensors` and `.ckpt` files, told apart by content -> named tensors that are read when asked for."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shlex
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ldm.errors import FileError
+from weights.files import torchfiles
+from weights.files.source import CHUNK, Source
+from weights.files.torchfiles import MAX_RANK, MAX_TENSORS, Contents, Record, Spec, contiguous
+
+MAX_HEADER = 100_000_000  # bytes of a safetensors header; the format's own limit
+MAX_HEADER_PARTS = 1_000_000  # commas and brackets in it: what its parsed form may cost
+
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+
+_FOREIGN = {  # first bytes -> what the file is, and what to do
+    b"\x1f\x8b": "is gzip-compressed; unpack it with 'gunzip'",
+    b"7z\xbc\xaf\x27\x1c": "is a 7z archive; unpack it first",
+    b"Rar!": "is a RAR archive; unpack it first",
+    b"BZh": "is bzip2-compressed; unpack it with 'bunzip2'",
+    b"\xfd7zXZ": "is xz-compressed; unpack it with 'unxz'",
+    b"\x28\xb5\x2f\xfd": "is zstd-compressed; unpack it with 'unzstd'",
+    b"\x93NUMPY": "is a numpy array, not a model; name a .safetensors or .ckpt file",
+    b"\x89HDF": "is an HDF5 file (Keras?), not a torch checkpoint; convert it to .safetensors",
+    b"GGUF": "is a GGUF file; use the .safetensors or .ckpt it was made from",
+    b"\x89PNG": "is a PNG picture, not weights; name a .safetensors or .ckpt file",
+    b"\xff\xd8\xff": "is a JPEG picture, not weights; name a .safetensors or .ckpt file",
+    b"%PDF": "is a PDF document, not weights; name a .safetensors or .ckpt file",
+}
+
+
+class Weights(Mapping[str, Tensor]):
+    """The tensors of a file by name. Opening reads only names and shapes; `[key]` reads that tensor, on the CPU in its own dtype.
+
+    A tensor that is all of a well-aligned record is mapped: no copy, the same memory when asked for again, and writing to it does not
+    change the file. Others are copied.
+    """
+
+    def __init__(self, source: Source, kind: Literal["safetensors", "zip", "stream"], contents: Contents):
+        self.source, self.kind = source, kind
+        self.specs, self.metadata = contents.specs, contents.metadata
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.specs)
+
+    def __len__(self) -> int:
+        return len(self.specs)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.specs
+
+    def __getitem__(self, key: str) -> Tensor:
+        return self._tensor(key, mapped=True)
+
+    def read(
+        self, key: str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None, rows: slice | None = None, *, mapped: bool = True
+    ) -> Tensor:
+        """The tensor, or a run of its rows, on `device` in `dtype`, converted while reading: no more than one tensor exists twice.
+
+        `mapped` false: a copy, also where nothing is converted. What passes through is then given back to the system when it is let go.
+        """
+        spec = self.specs[key]
+        device, dtype = torch.device(device), dtype or spec.dtype
+        as_stored = device.type == "cpu" and dtype == spec.dtype
+        tensor = self._tensor(key, mapped=mapped and as_stored, rows=rows)
+        return tensor if as_stored else tensor.to(device).to(dtype)
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """The tensor's shape, without reading it."""
+        return self.specs[key].shape
+
+    @property
+    def path(self) -> Path:
+        """The file."""
+        return self.source.path
+
+    def error(self, what: str, key: str | None = None) -> FileError:
+        """The error to raise about this file."""
+        return self.source.error(what, key)
+
+    def require_unchanged(self) -> None:
+        """Refuse a file that was written to since it was opened."""
+        self.source.require_unchanged()
+
+    @contextlib.contextmanager
+    def read_ahead(self) -> Iterator[Callable[[], None]]:
+        """All of the file will be read soon: it is fetched, and its checksums are checked, while the block does other things.
+
+        Gives the function that waits for the checksums. It raises FileError where one is wrong.
+        """
+        self.source.prefetch()
+        records = {id(spec.record): (spec.record, key) for key, spec in self.specs.items() if spec.record.crc is not None and not spec.record.verified}
+        in_order = sorted(records.values(), key=lambda found: found[0].start)
+        turns = iter(in_order)
+
+        def check() -> None:
+            room = bytearray(CHUNK)
+            for record, key in turns:  # each thread takes the next that none has taken
+                self._verify(key, record, partial(self.source.crc32, record.start, record.size, room))
+
+        helpers = min(4, os.cpu_count() or 1) - 1 if in_order else 0
+        with ThreadPoolExecutor(max(helpers, 1)) as pool:
+            checks = [pool.submit(check) for _ in range(helpers)]
+
+            def wait() -> None:
+                check()
+                for helped in checks:
+                    helped.result()
+
+            try:
+                yield wait
+            finally:
+                in_order.clear()  # ends every turn
+
+    def close(self) -> None:
+        """Give the file back; tensors already read stay valid."""
+        self.source.close()
+
+    def __enter__(self) -> Weights:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _tensor(self, key: str, mapped: bool, rows: slice | None = None) -> Tensor:
+        spec = self.specs[key]
+        if spec.numel == 0:
+            return torch.empty(spec.shape, dtype=spec.dtype)[rows or ...]
+        if rows is not None:
+            return self._rows(key, spec, mapped, rows)
+        record, whole = spec.record, spec.whole
+        if record.start % spec.dtype.itemsize == 0 and (mapped or not whole):
+            flat = self.source.mapped(record.start, record.size, spec.dtype)
+            self._verify(key, record, lambda: self.source.crc32(record.start, record.size))
+        else:
+            buffer = self.source.copied(record.start, record.size)
+            self._verify(key, record, lambda: zlib.crc32(memoryview(buffer.numpy())))
+            flat = buffer.view(spec.dtype)
+        if whole:
+            return flat.view(spec.shape)
+        return flat.as_strided(spec.shape, spec.stride, spec.offset).clone(memory_format=torch.contiguous_format)
+
+    def _rows(self, key: str, spec: Spec, mapped: bool, rows: slice) -> Tensor:
+        """Rows alone: their bytes are read and no others, unless the tensor is strewn over its record."""
+        first, last, _ = rows.indices(spec.shape[0])
+        if not spec.whole:
+            return self._tensor(key, mapped)[first:last].clone()
+        record, row = spec.record, spec.record.size // spec.shape[0]
+        start, count = record.start + first * row, (last - first) * row
+        self._verify(key, record, lambda: self.source.crc32(record.start, record.size))
+        in_place = mapped and start % spec.dtype.itemsize == 0
+        flat = self.source.mapped(start, count, spec.dtype) if in_place else self.source.copied(start, count).view(spec.dtype)
+        return flat.view(last - first, *spec.shape[1:])
+
+    def _verify(self, key: str, record: Record, checksum: Callable[[], int]) -> None:
+        if record.crc is None or record.verified:
+            return
+        if checksum() != record.crc:
+            raise self.error(f"is damaged: the checksum of {key} is wrong; download it again", key)
+        record.verified = True
+
+
+def open_file(path: str | PathLike[str]) -> Weights:
+    """Open a file of weights by its content, whatever its extension. Raises FileError for anything that is not one."""
+    source = Source(path)
+    try:
+        kind = kind_of(source)
+        if kind == "safetensors":
+            return Weights(source, kind, _safetensors(source))
+        if source.path.suffix.lower() == ".safetensors":  # who chose safetensors did not choose pickle
+            raise source.error("is a torch pickle file, not safetensors as its name says; rename it to .ckpt to read it as what it is")
+        return Weights(source, kind, torchfiles.read_zip(source) if kind == "zip" else torchfiles.read_stream(source))
+    except BaseException:
+        source.close()
+        raise
+
+
+def kind_of(source: Source) -> Literal["safetensors", "zip", "stream"]:
+    """What the first 4 KiB say the file is; refused by name when that is no file of weights."""
+    if source.size == 0:
+        raise source.error("is empty (0 bytes); download it again")
+    head = source.read(0, min(source.size, 4096))
+    if head.startswith(b"version https://git-lfs.github.com/spec/"):
+        raise source.error("is a Git LFS pointer, not the weights; run 'git lfs pull' or download the file")
+    text = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    if text.startswith((b"<!doctype html", b"<html", b"<head", b"<body")):
+        raise source.error("is a web page (HTML), not the weights; download the file itself, not the page about it")
+    if text.startswith((b"<?xml", b"<error", b"<!--")):
+        raise source.error("is an XML text, perhaps a server's error message; download the weights again")
+    if source.size < 8:
+        raise source.error(f"is only {source.size} bytes long; download it again")
+    if head.startswith(b"PK\x03\x04") or head.startswith(b"PK\x05\x06"):
+        return "zip"
+    for start, what in _FOREIGN.items():
+        if head.startswith(start):
+            raise source.error(what)
+    if head[257:262] == b"ustar":
+        raise source.error("is a tar archive; unpack it, or save it again with a current torch if torch before 0.1.10 wrote it")
+    if head[:1] == b"\x80" and torchfiles.legacy_magic(source, head):
+        return "stream"
+    length = int.from_bytes(head[:8], "little")
+    if head[8:9] == b"{" and length <= max(MAX_HEADER, source.size):
+        return "safetensors"
+    if head[:1] == b"\x80" and 2 <= head[1] <= 5:
+        raise source.error("is a pickle, but not one that torch.save wrote; use a .safetensors of this model")
+    if not any(head):
+        raise source.error("is all zeros: the download did not finish; download it again")
+    if text[:1] in (b"{", b"["):
+        raise source.error("is JSON text, perhaps a server's error message; download the weights again")
+    if all(byte in b"\t\n\r" or 32 <= byte < 127 for byte in head[:512]):
+        raise source.error("is plain text, not weights; download the file itself")
+    raise source.error(f"is neither .safetensors nor a torch checkpoint (it begins with {head[:8].hex(' ')}); download it again")
+
+
+def _safetensors(source: Source) -> Contents:
+    """What the header says, of a file that ends with its last tensor."""
+    contents, end = read_header(source)
+    if end < source.size:
+        name = shlex.quote(source.path.name) if len(source.path.name) <= 60 else "FILE"
+        raise source.error(f"has {source.size - end} extra bytes after the last tensor; run 'ldm repair {name}'")
+    return contents
+
+
+def read_header(source: Source) -> tuple[Contents, int]:
+    """What a safetensors header says, every number compared with the file before it is believed, and where the last tensor ends.
+
+    The tensors must tile the file up to there.
+    """
+    length = int.from_bytes(source.read(0, 8), "little")
+    if not 2 <= length <= MAX_HEADER:
+        raise source.error(f"has a header of {length} bytes, above the limit of {MAX_HEADER}; download it again")
+    if 8 + length > source.size:
+        raise source.error(f"is truncated: its header alone is {8 + length} bytes, {source.size} are there; download it again")
+    raw = source.read(8, length)
+    if sum(map(raw.count, (b",", b"[", b"{"))) > MAX_HEADER_PARTS:
+        raise source.error("has a header of too many parts for a model; download it again")
+    try:
+        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:  # includes what is not UTF-8
+        reason = str(error) if isinstance(error, _HeaderError) else "it is not JSON"
+        raise source.error(f"has a damaged header: {reason}; download it again") from None
+    if not isinstance(header, dict):
+        raise source.error("has a damaged header: it is not an object; download it again")
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or any(not isinstance(value, str) for value in metadata.values()):
+        raise source.error("has a damaged header: its metadata are not text; download it again", "__metadata__")
+    if not header:
+        raise source.error("holds no tensors; download it again")
+    if len(header) > MAX_TENSORS:
+        raise source.error(f"has {len(header)} tensors, above the limit of {MAX_TENSORS}; download it again")
+    base = 8 + length
+    specs = {key: _spec(source, key, entry, base) for key, entry in header.items()}
+    position = base
+    for key, spec in sorted(specs.items(), key=lambda item: (item[1].record.start, item[1].record.size)):
+        if spec.record.start != position:
+            fault = "overlaps another tensor" if spec.record.start < position else "has unused bytes before it"
+            raise source.error(f"{key} {fault}; download it again", key)
+        position += spec.record.size
+    if position > source.size:
+        raise source.error(f"is truncated: {source.size} bytes of {position}; download it again")
+    return Contents(specs, metadata), position
+
+
+def _spec(source: Source, key: str, entry: Any, base: int) -> Spec:
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise source.error(f"has a damaged header: {key} is not a dtype, a shape and two offsets; download it again", key)
+    name, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    dtype = DTYPES.get(name) if isinstance(name, str) else None
+    if dtype is None:
+        raise source.error(f"{key} has the dtype {str(name)[:20]}, which this version does not read; convert it to F16, BF16 or F32", key)
+    if not isinstance(shape, list) or len(shape) > MAX_RANK or any(type(n) is not int or not 0 <= n < 2**63 for n in shape):
+        raise source.error(f"{key} has no valid shape; download it again", key)
+    if not isinstance(offsets, list) or len(offsets) != 2 or any(type(n) is not int or n < 0 for n in offsets):
+        raise source.error(f"{key} has no valid offsets; download it again", key)
+    record = Record(base + offsets[0], offsets[1] - offsets[0], users=1)
+    spec = Spec(dtype, tuple(shape), contiguous(tuple(shape)), 0, record)
+    if not spec.is_possible:
+        raise source.error(f"{key} has an absurd size; download it again", key)
+    if spec.numel * dtype.itemsize != record.size:
+        raise source.error(f"{key} is {spec.numel} numbers of {dtype.itemsize} bytes by its shape, {record.size} bytes by its place; download it again", key)
+    return spec
+
+
+class _HeaderError(ValueError):
+    """Valid JSON that a header must not hold."""
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        keys = [key for key, _ in pairs]
+        (twice, *_) = {key for key in keys if keys.count(key) > 1} if len(keys) < 5000 else {"a key"}
+        raise _HeaderError(f"{twice[:80]} appears twice")
+    return found
+
+
+def _refuse_constant(name: str) -> None:
+    raise _HeaderError(f"it holds {name}")

@@ -1,0 +1,236 @@
+"""torch.save files, zip and pre-1.6 stream -> named tensors, each with the place of its bytes."""
+
+from __future__ import annotations
+
+import math
+import re
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ldm.errors import FileError
+from weights.files import zips
+from weights.files.pickles import MAX_BYTES, Machine
+from weights.files.rebuild import Inert, Storage, TensorRef
+from weights.files.source import Source
+
+MAX_RANK = 16
+MAX_TENSORS = 50_000
+MAX_FACT = 100_000  # characters of what is noted beside the tensors
+MAX_EXPANSION = 4  # elements of a view per element of its storage
+MAGIC = 0x1950A86A20F9469CFC6C  # opens the pre-1.6 stream
+PROTOCOL = 1001
+
+_NAME = re.compile(r"([^/\\]+)/(data\.pkl|version|byteorder|\.format_version|\.storage_alignment|\.data/serialization_id|data/[0-9]{1,20})")
+_WRAPPERS = ("state_dict", "module", "model")  # keys under which trainers put the tensors
+
+
+@dataclass
+class Record:
+    """A run of bytes in the file, and its CRC-32 where the file states one."""
+
+    start: int
+    size: int
+    crc: int | None = None
+    users: int = 0  # tensors that are views of it
+    verified: bool = False
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A tensor that has not been read: offset and strides in elements of its record."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+    record: Record
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def is_possible(self) -> bool:
+        """Does torch have strides for the shape? An empty tensor can be of a size and yet be none."""
+        return math.prod(n or 1 for n in self.shape) * self.dtype.itemsize < 2**63
+
+    @property
+    def whole(self) -> bool:
+        """Contiguous, and all of its record, which is nobody else's."""
+        return (
+            self.offset == 0
+            and self.record.users == 1
+            and self.numel * self.dtype.itemsize == self.record.size
+            and self.stride == contiguous(self.shape)
+        )
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a file of weights holds: tensors by name, and the plain facts noted beside them (global_step, epoch, ...)."""
+
+    specs: Mapping[str, Spec]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+
+def contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides of a contiguous tensor, in elements; a dimension of one element or none steps as if it were 1 long."""
+    strides, step = [], 1
+    for n in reversed(shape):
+        strides.append(step)
+        step *= max(n, 1)
+    return tuple(reversed(strides))
+
+
+def read_zip(source: Source) -> Contents:
+    """The contents of a torch zip archive. Raises FileError for a zip that torch.save did not write."""
+    entries = zips.entries(source)
+    files: dict[str, zips.Entry] = {}
+    tops = set()
+    for name, entry in entries.items():
+        match = _NAME.fullmatch(name)
+        if match is None or match[1] in (".", ".."):
+            if re.search(r"/(code/|constants\.pkl)", name):
+                raise source.error("is a TorchScript program, not weights; save its state_dict() instead")
+            raise source.error(f"is a zip with {name} in it, which is no part of a torch checkpoint; unpack it first", name)
+        tops.add(match[1])
+        files[match[2]] = entry
+    if len(tops) != 1 or "data.pkl" not in files:
+        raise source.error("is a zip, but not one that torch.save wrote: it has no data.pkl, or two top folders; download it again")
+    if "byteorder" in files and zips.contents(source, files["byteorder"], 16).strip() != b"little":
+        raise source.error("holds big-endian numbers; save it again on a little-endian machine")
+    data = zips.contents(source, files["data.pkl"], MAX_BYTES)
+    storages: dict[str, Storage] = {}
+    machine = Machine(data, 0, source.error, storages)
+    top = machine.run()
+    if machine.at != len(data):
+        raise source.error("has bytes after the end of its pickle; use a .safetensors of this model")
+    records = {name.removeprefix("data/"): Record(e.start, e.size, e.crc) for name, e in files.items() if name.startswith("data/")}
+    return _contents(source, top, storages, records)
+
+
+def read_stream(source: Source) -> Contents:
+    """The contents of a pre-1.6 torch.save stream: five pickles, then every storage as a count and its numbers."""
+    data = source.read(0, min(source.size, MAX_BYTES))
+    storages: dict[str, Storage] = {}
+    at = 0
+
+    def following() -> Any:
+        nonlocal at
+        machine = Machine(data, at, source.error, storages)
+        value = machine.run()
+        at = machine.at
+        return value
+
+    magic = following()
+    if type(magic) is not int or magic != MAGIC:
+        raise source.error("is a pickle, but not one that torch.save wrote; use a .safetensors of this model")
+    protocol, system = following(), following()
+    if type(protocol) is not int or protocol != PROTOCOL:
+        raise source.error("is a torch stream of an unknown version; save it again with a current torch")
+    if type(system) is not dict or system.get("little_endian") is not True:
+        raise source.error("holds big-endian numbers; save it again on a little-endian machine")
+    top, keys = following(), following()
+    if type(keys) is not list or any(type(key) is not str for key in keys) or len(set(keys)) != len(keys) or set(keys) != set(storages):
+        raise source.error("lists other storages than its tensors use; download it again")
+    records = {}
+    for key in keys:
+        (count,) = struct.unpack("<q", source.read(at, 8))
+        if count != storages[key].numel:  # of bytes, where the storage has no type
+            raise source.error(f"storage {key} has {count} numbers where its tensors expect {storages[key].numel}; download it again")
+        size = storages[key].size
+        at += 8
+        if at + size > source.size:
+            raise source.error(f"is truncated: {source.size} bytes, at least {at + size} are needed; download it again")
+        records[key] = Record(at, size)
+        at += size
+    if at != source.size:
+        raise source.error(f"has {source.size - at} extra bytes after the last tensor; download it again")
+    return _contents(source, top, storages, records)
+
+
+def _contents(source: Source, top: Any, storages: Mapping[str, Storage], records: Mapping[str, Record]) -> Contents:
+    refs, facts = _named(source, top)
+    for key in sorted(set(storages) ^ set(records), key=lambda key: key in records):  # the missing ones first
+        raise source.error(f"storage {key} is {'missing' if key in storages else 'used by no tensor'}; download it again")
+    for key, storage in storages.items():
+        if storage.size != records[key].size:
+            raise source.error(f"storage {key} has {records[key].size} bytes where {storage.numel} numbers are expected; download it again")
+    for ref in refs.values():
+        records[ref.storage.key].users += 1
+    return Contents({key: _checked(source, key, ref, records) for key, ref in refs.items()}, facts)
+
+
+def _checked(source: Source, key: str, ref: TensorRef, records: Mapping[str, Record]) -> Spec:
+    """The tensor, if it lies within its storage. All in Python's integers, which do not overflow."""
+    capacity = ref.storage.size // ref.dtype.itemsize
+    if len(ref.shape) > MAX_RANK or len(ref.shape) != len(ref.stride):
+        raise source.error(f"{key} has {len(ref.shape)} dimensions and {len(ref.stride)} strides; download it again", key)
+    if ref.offset < 0 or any(n < 0 for n in ref.shape) or any(n < 0 for n in ref.stride):
+        raise source.error(f"{key} has a negative size, stride or offset; download it again", key)
+    spec = Spec(ref.dtype, ref.shape, ref.stride, ref.offset, records[ref.storage.key])
+    if any(n >= 2**63 for n in (*ref.stride, ref.offset)) or (not spec.numel and not spec.is_possible):
+        raise source.error(f"{key} has an absurd size, stride or offset; download it again", key)
+    last = ref.offset + sum((n - 1) * step for n, step in zip(ref.shape, ref.stride, strict=True))
+    if (spec.numel and last >= capacity) or (not spec.numel and ref.offset > capacity):
+        raise source.error(f"{key} reaches beyond its storage of {capacity} numbers; download it again", key)
+    if spec.numel > MAX_EXPANSION * capacity:
+        raise source.error(f"{key} claims {spec.numel} numbers and stores {capacity}; download it again", key)
+    # a dimension of one never steps: torch writes any stride there
+    normal = tuple(own if n != 1 else usual for n, own, usual in zip(ref.shape, ref.stride, contiguous(ref.shape), strict=True))
+    return Spec(spec.dtype, spec.shape, normal, spec.offset, spec.record)
+
+
+def _named(source: Source, top: Any) -> tuple[dict[str, TensorRef], dict[str, str]]:
+    """Tensors by name, nested names joined by dots, and the numbers and words beside the wrappers."""
+    if type(top) is TensorRef:
+        if len(top.shape) <= 2:  # old embeddings are no more than that
+            return {"tensor": top}, {}
+        raise source.error("holds one tensor without a name, not a model; save the model's state_dict() instead")
+    facts: dict[str, str] = {}
+    for _ in range(8):
+        if not isinstance(top, dict):
+            raise source.error(f"holds {_kind(top)}, not named tensors; save the model's state_dict() instead")
+        has_tensors = any(type(value) is TensorRef for value in top.values())
+        for key, value in top.items():
+            if type(key) is str and type(value) in (int, float, bool, str) and len(str(value)) <= MAX_FACT:
+                facts.setdefault(key, str(value))
+        inside = [name for name in _WRAPPERS if isinstance(top.get(name), dict) and (name == "state_dict" or not has_tensors)]
+        if not inside:
+            break
+        top = top[inside[0]]
+    found: dict[str, TensorRef] = {}
+    rooms = [("", top, 0)]
+    seen = 0  # one dictionary may stand in many places
+    while rooms:
+        prefix, room, depth = rooms.pop()
+        seen += 1 + len(room)
+        if seen > 10 * MAX_TENSORS:
+            raise source.error(f"names more than {10 * MAX_TENSORS} things, far more than a model needs; use a .safetensors of this model")
+        for name, value in room.items():
+            key = f"{prefix}{name}"
+            if type(value) is TensorRef:
+                if key in found or len(found) >= MAX_TENSORS:
+                    raise source.error(f"names {key} twice, or has more than {MAX_TENSORS} tensors; use a .safetensors of this model", key)
+                found[key] = value
+            elif isinstance(value, dict) and depth < 3:
+                rooms.append((f"{key}.", value, depth + 1))
+    if not found:
+        raise source.error("holds no tensors; save the model's state_dict() instead")
+    return found, facts
+
+
+def _kind(value: Any) -> str:
+    return value.type_name if isinstance(value, Inert) else type(value).__name__
+
+
+def legacy_magic(source: Source, head: bytes) -> bool:
+    """Does the file open with torch's magic number, in any protocol?"""
+    try:
+        return Machine(head[:64], 0, source.error, {}).run() == MAGIC
+    except FileError:
+        return False

@@ -1,0 +1,1 @@
+"""Whose name is whose, and which family it is."""

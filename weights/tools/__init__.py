@@ -1,0 +1,1 @@
+"""A verb each: inspect, diff, convert, merge, repair."""

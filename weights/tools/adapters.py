@@ -1,0 +1,183 @@
+"""What there is to know about LoRAs and embeddings from their names and shapes; of their numbers only alphas are read."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldm.changes.lora import Change, Decomposed, Full, Generalised, Hadamard, Kronecker, LowRank, rank, require_fit
+from ldm.config import FAMILIES, ModelConfig
+from ldm.errors import ArgumentError
+from weights.adapters import names as lora_names
+from weights.adapters.embedding import MAX_VECTORS, PARAMETERS, vector_keys
+from weights.adapters.read import KIN, fitting, spelled_changes
+from weights.files.opened import Weights
+from weights.files.torchfiles import Spec
+from weights.tools.evidence import TOWERS
+from weights.tools.facts import EmbeddingFacts, LoraFacts
+
+LETTERS = {"clip_l": "CLIP-L", "clip_g": "OpenCLIP-bigG"}
+
+
+# --- LoRA -----------------------------------------------------------------------------------------------------------
+
+
+class _Outline(Mapping[str, Tensor]):
+    """A file whose tensors have their shapes and no numbers, single numbers excepted: what `weights.lora` reads without reading the file."""
+
+    def __init__(self, file: Weights):
+        self.source, self.specs, self.metadata, self.error, self.shape = file.source, file.specs, file.metadata, file.error, file.shape
+        self._file = file
+
+    def __getitem__(self, key: str) -> Tensor:
+        spec: Spec = self.specs[key]
+        return self._file.read(key, mapped=False) if spec.numel == 1 else torch.empty(spec.shape, dtype=spec.dtype, device="meta")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.specs)
+
+    def __len__(self) -> int:
+        return len(self.specs)
+
+
+def lora_facts(file: Weights, config: ModelConfig | None = None) -> tuple[LoraFacts, tuple[str, ...], tuple[str, ...]]:
+    """What a LoRA is, the names in it that belong to nothing, and what its family was decided by. Raises FileError for one that lacks a part.
+
+    config  the model that it is for; None: one of KIN
+    """
+    spelled, strays = spelled_changes(_Outline(file))
+    configs = {name: FAMILIES[name] for name in _candidates(spelled)} if config is None else {config.name: config}
+    families, fitting = _families(spelled, configs)
+    table = lora_names.spellings(configs[families[0]]) if families else {}
+    unmatched = [*dict.fromkeys(spelling for spelling, _ in spelled if spelling not in table)] if families else []
+    modules = {table.get(spelling, _component(spelling)) for spelling, _ in spelled}
+    changes = [*spelled.values()]
+    facts = LoraFacts(
+        kinds=_counted(kind_of(change) for change in changes),
+        spellings=_counted(spelling_of(spelling, file) for spelling in {spelling for spelling, _ in spelled}),
+        ranks=_counted(r for change in changes if (r := rank(change)) is not None),
+        alphas=_counted(alpha for change in changes if (alpha := _alpha(change)) is not None),
+        families=families,
+        fitting=fitting,
+        weights=len(spelled),
+        modules=_counted(re.match(r"text\.\d+|[^.]+", module)[0] for module in modules),
+    )
+    evidence = [f"{fitting} of {len(spelled)} weights fit {' and '.join(families)} by name and shape" if families else "no weight fits any known family"]
+    evidence += [f"{key}: {file.metadata[key][:60]}" for key in ("ss_base_model_version", "modelspec.architecture", "ss_network_module") if key in file.metadata]
+    return facts, (*strays, *unmatched), tuple(evidence)
+
+
+def kind_of(change: Change) -> str:
+    """The name that a kind of change goes by."""
+    if isinstance(change, Decomposed):
+        inner = kind_of(change.inner)
+        return "DoRA" if inner == "LoRA" else f"DoRA of {inner}"
+    if isinstance(change, LowRank):
+        return "LoCon" if change.mid is not None or max(change.down.shape[2:], default=1) > 1 else "LoRA"
+    return {Hadamard: "LoHa", Kronecker: "LoKr", Generalised: "GLoRA", Full: "full difference"}[type(change)]
+
+
+def spelling_of(spelling: str, keys: Mapping[str, object]) -> str:
+    """Whose spelling of a module this is: kohya's has underscores; peft's and diffusers' differ in what follows."""
+    if spelling.startswith("lora_"):
+        return "kohya"
+    return "peft" if any(f"{spelling}.{end}" in keys for end in ("lora_A.weight", "lora_A.default.weight")) else "diffusers"
+
+
+def _alpha(change: Change) -> float | None:
+    return _alpha(change.inner) if isinstance(change, Decomposed) else getattr(change, "alpha", None)
+
+
+def _counted(values: Iterable[Any]) -> dict[Any, int]:
+    """{value: how often}, the most frequent first."""
+    return dict(Counter(values).most_common())
+
+
+def _component(spelling: str) -> str:
+    """The network of a module that no family has, by how its name begins."""
+    return "unet" if re.match(r"lora_unet_|(base_model\.model\.)?unet\.", spelling) else "unknown"
+
+
+def _families(spelled: Mapping[tuple[str, str], Change], configs: Mapping[str, ModelConfig]) -> tuple[tuple[str, ...], int]:
+    """Those of `configs` that most of the changes fit, and how many do. Of SDXL and SSD-1B, which is a part of it, the one that is changed whole."""
+    counts = {name: fitting(spelled, config) for name, config in configs.items()}
+    best = max(counts.values())
+    families = [name for name in counts if counts[name] == best] if best else []
+    if {"ssd-1b", "sdxl-base"} <= {*families} and (only := next((name for name in ("ssd-1b", "sdxl-base") if _whole(spelled, FAMILIES[name])), None)):
+        families = [name for name in families if name == only or name not in ("ssd-1b", "sdxl-base")]
+    return tuple(families), best
+
+
+def _candidates(spelled: Mapping[tuple[str, str], Change]) -> list[str]:
+    """The families that come into question, by the first cross-attention's shape; comparing with all of them would take seconds."""
+    cross = next((change for (name, _), change in spelled.items() if re.search(r"attn2[_.](processor\.)?to_[kv](_lora)?$", name)), None)
+    names = [*KIN] if cross is None else [name for name in KIN if _crosses(cross, FAMILIES[name])]
+    middle = any(re.search(r"mid_block[_.]attentions|middle_block[_.]1[_.]", name) for name, _ in spelled)
+    if not any("unet" in name or "attn1" in name or "block" in name for name, _ in spelled):  # text alone: one family of each kind of tower
+        names = ["sd1", "sd2-base", "sdxl-base", "sdxl-refiner"]
+    return [name for name in names if not (middle and FAMILIES[name].unet.mid_depth is None)] or [*KIN]
+
+
+def _crosses(change: Change, config: ModelConfig) -> bool:
+    """Can this change the key or value projection of a cross-attention of this family?"""
+    shapes = [(config.unet.model_channels * m, config.unet.context_dim) for m in config.unet.channel_mult]
+    return any(_fits(change, shape) for shape in shapes)
+
+
+def _fits(change: Change, shape: tuple[int, ...]) -> bool:
+    try:
+        require_fit(change, shape)
+    except ArgumentError:
+        return False
+    return True
+
+
+def _whole(spelled: Mapping[tuple[str, str], Change], config: ModelConfig) -> bool:
+    """Does this change every module of the UNet of the kinds that it changes at all?"""
+
+    def kind(module: str) -> str:
+        return re.sub(r"^.*\.\d+\.(?=\D)", "", module)
+
+    table = lora_names.spellings(config)
+    changed = {table[name] for name, _ in spelled if table.get(name, "").startswith("unet.")}
+    kinds = {kind(module) for module in changed}
+    return bool(changed) and {module for module in {*table.values()} if module.startswith("unet.") and kind(module) in kinds} == changed
+
+
+# --- embeddings -----------------------------------------------------------------------------------------------------
+
+
+def embedding_facts(file: Weights) -> EmbeddingFacts:
+    """What a textual inversion is. Raises FileError for vectors that no embedding has."""
+    keys = vector_keys(file)
+    towers: dict[str, int] = {}
+    counts = set()
+    for key in sorted(keys, key=lambda key: file.shape(key)[-1:]):
+        shape = file.shape(key)
+        n, width = (1, *shape)[-2:] if shape else (0, 0)
+        if len(shape) not in (1, 2) or not 1 <= n <= MAX_VECTORS or not width:
+            raise file.error(f"has the shape {list(shape)[:6]}; an embedding is [width] or [n, width] with n up to {MAX_VECTORS}", key)
+        counts.add(n)
+        towers[LETTERS.get(key) or TOWERS.get(width, "a text tower")] = width
+    if len(counts) > 1:
+        raise file.error("has another number of vectors for each text tower; an embedding has the same")
+    form, word = _form(file, keys[0])
+    return EmbeddingFacts(form, word, counts.pop(), towers)
+
+
+def _form(file: Weights, key: str) -> tuple[str, str | None]:
+    """Who writes such files, and the word in it."""
+    if key.startswith(PARAMETERS):
+        return "A1111's web UI or the original trainer", key.removeprefix(PARAMETERS)
+    if key in LETTERS:
+        return "SDXL, of kohya or ComfyUI", None
+    if key == "emb_params":
+        return "kohya", None
+    if key == "tensor" and file.kind != "safetensors":
+        return "a bare tensor", None
+    return "diffusers", key
