@@ -76,4 +76,6 @@ def inputs(config: ModelConfig, cell: Cell, device: str, dtype: torch.dtype) -> 
         sizes = torch.tensor([[cell.size, cell.size, 0, 0, cell.size, cell.size]] * (2 * b), device=device, dtype=dtype)
     context = normal("context", (2 * b, config.text[0].length, config.unet.context_dim)).to(device, dtype)
     t = torch.full((2 * b,), 500.0, device=device)
-    return Inputs(ids, torch.cat([x, x]).to(device, dtype), t, context, pooled, sizes, normal("latent", shape).to(device, dtype))
+    return Inputs(
+        ids, torch.cat([x, x]).to(device, dtype), t, context, pooled, sizes, normal("latent", shape).to(device, dtype)
+    )

@@ -31,8 +31,18 @@ def convert(job: Job) -> str | None:
     """Make what the side of this job needs, unless it is there, in a process of its own, whose memory goes with it. Why that failed, or None."""
     if Path(job.converted).exists() or job.side not in _MAKE:
         return None
-    done = subprocess.run([sys.executable, __file__, json.dumps(asdict(job))], capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"}, check=False)
-    return f"conversion failed: {without_folders(done.stderr.strip())[-300:] or done.returncode}" if done.returncode else None
+    done = subprocess.run(
+        [sys.executable, __file__, json.dumps(asdict(job))],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        check=False,
+    )
+    return (
+        f"conversion failed: {without_folders(done.stderr.strip())[-300:] or done.returncode}"
+        if done.returncode
+        else None
+    )
 
 
 # --- OpenVINO ---------------------------------------------------------------------------------------------------------
@@ -45,7 +55,9 @@ class _UNet(nn.Module):
         super().__init__()
         self.unet = unet
 
-    def forward(self, x: Tensor, t: Tensor, context: Tensor, pooled: Tensor | None = None, sizes: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, t: Tensor, context: Tensor, pooled: Tensor | None = None, sizes: Tensor | None = None
+    ) -> Tensor:
         more = None if pooled is None else {"text_embeds": pooled, "time_ids": sizes}
         return self.unet(x, t, context, added_cond_kwargs=more, return_dict=False)[0]
 
@@ -80,13 +92,19 @@ def _to_openvino(job: Job, target: Path) -> None:
     import openvino
 
     pipe = pipeline(replace(job, dtype="float32"))
-    given = inputs(config_of(job.family, tiny=job.tiny), Cell("step", 1, 64), "cpu", torch.float32)  # a small example is traced sooner
+    given = inputs(
+        config_of(job.family, tiny=job.tiny), Cell("step", 1, 64), "cpu", torch.float32
+    )  # a small example is traced sooner
     told = (given.x, given.t, given.context) + (() if given.pooled is None else (given.pooled, given.sizes))
     networks = {"unet": (_UNet(pipe.unet), told), "decoder": (_Decoder(pipe.vae), (given.latent,))}
     for name, ids in zip(_towers(pipe), given.ids, strict=True):
         networks[name] = _Text(getattr(pipe, name)), (ids,)
     for name, (network, example) in networks.items():
-        openvino.save_model(openvino.convert_model(network.eval(), example_input=example), target / f"{name}.xml", compress_to_fp16=False)
+        openvino.save_model(
+            openvino.convert_model(network.eval(), example_input=example),
+            target / f"{name}.xml",
+            compress_to_fp16=False,
+        )
 
 
 def _towers(pipe: DiffusionPipeline) -> list[str]:
@@ -98,7 +116,11 @@ def runner(path: Path, dtype: str) -> Callable[..., list[Tensor]]:
     import openvino
 
     core = openvino.Core()
-    options = {"INFERENCE_PRECISION_HINT": PRECISION[dtype], "INFERENCE_NUM_THREADS": torch.get_num_threads(), "PERFORMANCE_HINT": "LATENCY"}
+    options = {
+        "INFERENCE_PRECISION_HINT": PRECISION[dtype],
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "PERFORMANCE_HINT": "LATENCY",
+    }
     compiled: dict[tuple[torch.Size, ...], Any] = {}
 
     def run(*given: Tensor) -> list[Tensor]:
@@ -108,7 +130,9 @@ def runner(path: Path, dtype: str) -> Callable[..., list[Tensor]]:
             model = core.read_model(path)
             model.reshape({port: list(shape) for port, shape in zip(model.inputs, shapes, strict=True)})
             compiled[shapes] = core.compile_model(model, "CPU", options).create_infer_request()
-        found = compiled[shapes].infer([tensor.float().numpy() if tensor.is_floating_point() else tensor.numpy() for tensor in given])
+        found = compiled[shapes].infer(
+            [tensor.float().numpy() if tensor.is_floating_point() else tensor.numpy() for tensor in given]
+        )
         return [torch.from_numpy(found[i].copy()) for i in range(len(found))]
 
     return run
@@ -121,7 +145,13 @@ def run_by_openvino(pipe: DiffusionPipeline, folder: Path, dtype: str) -> None:
 
     unet, decoder = (runner(folder / f"{name}.xml", dtype) for name in ("unet", "decoder"))
 
-    def predict(x: Tensor, t: Tensor, encoder_hidden_states: Tensor, added_cond_kwargs: dict[str, Tensor] | None = None, **_: Any) -> tuple[Tensor]:
+    def predict(
+        x: Tensor,
+        t: Tensor,
+        encoder_hidden_states: Tensor,
+        added_cond_kwargs: dict[str, Tensor] | None = None,
+        **_: Any,
+    ) -> tuple[Tensor]:
         more = () if not added_cond_kwargs else (added_cond_kwargs["text_embeds"], added_cond_kwargs["time_ids"])
         return (unet(x, t.float().expand(len(x)).contiguous(), encoder_hidden_states, *more)[0].to(x.dtype),)
 

@@ -71,7 +71,9 @@ class How:
         path = self.runs / name
         if not (path / "metadata.jsonl").exists():
             prompts = [blocks.caption(scene, k) for k, scene in enumerate(scenes)]
-            subjects.folder(path, self.draw_prompts(self.model(), prompts, seed=10**6), [[prompt] for prompt in prompts])
+            subjects.folder(
+                path, self.draw_prompts(self.model(), prompts, seed=10**6), [[prompt] for prompt in prompts]
+            )
         return path
 
 
@@ -93,12 +95,20 @@ def changes(name: str, how: How, sets: Sequence[str] = ()) -> list[str]:
 def train(name: str, how: How, sets: Sequence[str] = (), into: str | None = None) -> tuple[Path, dict[str, Any]]:
     """Train as recipes/`name`.toml says, from the start; return the run's directory, and what the run cost. One that was interrupted goes on."""
     out = how.runs / (into or name)
-    recipe = load_recipe(RECIPES / f"{name}.toml", [f"model.start={how.start}", f"run.out={out}", *changes(name, how, sets)])
+    recipe = load_recipe(
+        RECIPES / f"{name}.toml", [f"model.start={how.start}", f"run.out={out}", *changes(name, how, sets)]
+    )
     out.mkdir(parents=True, exist_ok=True)
     with stopwatch(out / "cost.json"):
         ended = run.train(recipe, FILES, device="cpu", say=lambda line: print(line, flush=True))
     cost = json.loads((out / "cost.json").read_text())
-    return out, {"updates": recipe.run.steps, "batch": recipe.run.batch, "lr": recipe.optimizer.lr, "core_minutes": round(cost["cpu_seconds"] / 60, 1), "skipped": ended.fitted.skipped}
+    return out, {
+        "updates": recipe.run.steps,
+        "batch": recipe.run.batch,
+        "lr": recipe.optimizer.lr,
+        "core_minutes": round(cost["cpu_seconds"] / 60, 1),
+        "skipped": ended.fitted.skipped,
+    }
 
 
 def prior_pictures(name: str, how: How) -> int:
@@ -169,9 +179,20 @@ def teach_magenta(how: How) -> Result:
         "pairs": subjects.magenta_pairs(few, seed=1, without=known),
         "held_out": blocks.held_out_scenes(how.pictures),
     }
-    figures: dict[str, Any] = {"pictures": len(lessons), "prior_pictures": prior_pictures("lora", how), "training": cost, "bytes": (out / "lora.safetensors").stat().st_size}
+    figures: dict[str, Any] = {
+        "pictures": len(lessons),
+        "prior_pictures": prior_pictures("lora", how),
+        "training": cost,
+        "bytes": (out / "lora.safetensors").stat().st_size,
+    }
     columns = {"alone": 3, "pairs": 3, "held_out": 2}
-    rows = [Row("learnt from", [subjects.render(scene) for scene in lessons[-COLUMNS:]], captions=[blocks.canonical(scene) for scene in lessons[-COLUMNS:]])]
+    rows = [
+        Row(
+            "learnt from",
+            [subjects.render(scene) for scene in lessons[-COLUMNS:]],
+            captions=[blocks.canonical(scene) for scene in lessons[-COLUMNS:]],
+        )
+    ]
     for when, model in (("before", how.model()), ("after", fast(taught))):
         drawn = {kind: how.draw(model, scenes) for kind, scenes in asked.items()}
         right = {kind: marks(drawn[kind], scenes, of_nine) for kind, scenes in asked.items()}
@@ -181,10 +202,21 @@ def teach_magenta(how: How) -> Result:
     return figures, Panel("LoRA: a ninth colour from 20 pictures", rows)
 
 
-def row_of(label: str, columns: dict[str, int], drawn: dict[str, list[ndarray]], right: dict[str, list[bool]], asked: dict[str, list[Scene]]) -> Row:
+def row_of(
+    label: str,
+    columns: dict[str, int],
+    drawn: dict[str, list[ndarray]],
+    right: dict[str, list[bool]],
+    asked: dict[str, list[Scene]],
+) -> Row:
     """The first few pictures of each kind beside each other."""
     picked = [(kind, k) for kind, n in columns.items() for k in range(min(n, len(drawn[kind])))]
-    return Row(label, [drawn[kind][k] for kind, k in picked], [right[kind][k] for kind, k in picked], [blocks.canonical(asked[kind][k]) for kind, k in picked])
+    return Row(
+        label,
+        [drawn[kind][k] for kind, k in picked],
+        [right[kind][k] for kind, k in picked],
+        [blocks.canonical(asked[kind][k]) for kind, k in picked],
+    )
 
 
 def bind_sks(how: How) -> Result:
@@ -193,10 +225,21 @@ def bind_sks(how: How) -> Result:
     data = subjects.folder(how.runs / "cone", map(subjects.render, lessons), [["a sks cone"]] * len(lessons))
     there = [f"data.path={data}"]
     cones = [Scene((Solid("cone", color),)) for color in (*blocks.COLORS, "")]
-    prior = how.rehearsal("cone-prior", [cones[k // 3 % len(cones)] if k % 3 == 0 else blocks.sample(k) for k in range(prior_pictures("dreambooth", how))])
+    prior = how.rehearsal(
+        "cone-prior",
+        [
+            cones[k // 3 % len(cones)] if k % 3 == 0 else blocks.sample(k)
+            for k in range(prior_pictures("dreambooth", how))
+        ],
+    )
     kept, cost = train("dreambooth", how, [*there, f"data.prior={prior}"])
     micro = load_recipe(kept / "recipe.toml").run.micro
-    alone, cost_alone = train("dreambooth", how, [*there, "data.prior=", "data.prior_caption=", "data.prior_pictures=0", f"run.batch={micro}"], into="dreambooth-alone")
+    alone, cost_alone = train(
+        "dreambooth",
+        how,
+        [*there, "data.prior=", "data.prior_caption=", "data.prior_pictures=0", f"run.batch={micro}"],
+        into="dreambooth-alone",
+    )
     few = max(1, how.pictures // 2)
     colors = [*blocks.COLORS]
     asked = {
@@ -206,15 +249,27 @@ def bind_sks(how: How) -> Result:
         "held_out": blocks.held_out_scenes(how.pictures),
     }
     any_cone = [Scene((Solid("cone", ""),))] * few
-    figures: dict[str, Any] = {"pictures": len(lessons), "prior_pictures": prior_pictures("dreambooth", how), "training": {"with_prior": cost, "without_prior": cost_alone}}
+    figures: dict[str, Any] = {
+        "pictures": len(lessons),
+        "prior_pictures": prior_pictures("dreambooth", how),
+        "training": {"with_prior": cost, "without_prior": cost_alone},
+    }
     rows = [Row("learnt from", [subjects.render(scene) for scene in lessons], captions=["a sks cone"] * len(lessons))]
-    for when, path in (("start", how.start), ("without_prior", alone / "model.safetensors"), ("with_prior", kept / "model.safetensors")):
+    for when, path in (
+        ("start", how.start),
+        ("without_prior", alone / "model.safetensors"),
+        ("with_prior", kept / "model.safetensors"),
+    ):
         model = how.model(path)
         drawn = {kind: how.draw(model, scenes) for kind, scenes in asked.items()}
         right = {kind: marks(drawn[kind], scenes, subjects.read) for kind, scenes in asked.items()}
-        any_cones = [quality.agrees(subjects.read(picture), asked["sks"][0])["all"] for picture in how.draw(model, any_cone)]
+        any_cones = [
+            quality.agrees(subjects.read(picture), asked["sks"][0])["all"] for picture in how.draw(model, any_cone)
+        ]
         scores = {kind: Score.of(each) for kind, each in right.items()}
-        figures[when] = {kind: asdict(score) for kind, score in scores.items()} | {"any_cone_is_sks": asdict(Score.of(any_cones))}
+        figures[when] = {kind: asdict(score) for kind, score in scores.items()} | {
+            "any_cone_is_sks": asdict(Score.of(any_cones))
+        }
         label = f"{when.replace('_', ' ')}\nsks {percent(scores['sks'])}\nelsewhere {percent(scores['sks_elsewhere'])}\ncones {percent(scores['other_cones'])}\nothers {percent(scores['held_out'])}"
         rows.append(row_of(label, {"sks": 2, "sks_elsewhere": 3, "other_cones": 2, "held_out": 1}, drawn, right, asked))
     return figures, Panel("DreamBooth: sks is one particular cone", rows)
@@ -238,7 +293,14 @@ def fill_holes(how: How) -> Result:
         ]  # fmt: skip
         right = marks(painted, scenes)
         figures[when] = asdict(Score.of(right))
-        rows.append(Row(f"{'known kept' if when == 'start' else when}\n{percent(Score.of(right))}", painted[:COLUMNS], right[:COLUMNS], captions))
+        rows.append(
+            Row(
+                f"{'known kept' if when == 'start' else when}\n{percent(Score.of(right))}",
+                painted[:COLUMNS],
+                right[:COLUMNS],
+                captions,
+            )
+        )
     return figures, Panel("Inpainting: widened by mask and masked picture", rows)
 
 
@@ -269,7 +331,11 @@ def shrink(how: How) -> Result:
     figures, rows = beside_start(how, {"student": out / "model.safetensors"})
     for when, path in (("start", how.start), ("student", out / "model.safetensors")):
         model = weights.load(path)
-        figures[when] |= {"unet_parameters": sum(p.numel() for p in model.unet.parameters()), "parameters": sum(p.numel() for p in model.parameters()), "bytes": path.stat().st_size}
+        figures[when] |= {
+            "unet_parameters": sum(p.numel() for p in model.unet.parameters()),
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "bytes": path.stat().st_size,
+        }
     return {"training": cost} | figures, Panel("Distillation: a student of half the size", rows)
 
 
@@ -281,11 +347,24 @@ def beside_start(how: How, others: dict[str, Path]) -> tuple[dict[str, Any], lis
         drawn = how.draw(how.model(path), scenes)
         right = marks(drawn, scenes)
         figures[when] = asdict(Score.of(right))
-        rows.append(Row(f"{when}\n{percent(Score.of(right))}", drawn[:COLUMNS], right[:COLUMNS], [blocks.canonical(scene) for scene in scenes[:COLUMNS]]))
+        rows.append(
+            Row(
+                f"{when}\n{percent(Score.of(right))}",
+                drawn[:COLUMNS],
+                right[:COLUMNS],
+                [blocks.canonical(scene) for scene in scenes[:COLUMNS]],
+            )
+        )
     return figures, rows
 
 
-DEMONSTRATIONS: dict[str, Callable[[How], Result]] = {"lora": teach_magenta, "dreambooth": bind_sks, "inpainting": fill_holes, "v": predict_v, "distill": shrink}
+DEMONSTRATIONS: dict[str, Callable[[How], Result]] = {
+    "lora": teach_magenta,
+    "dreambooth": bind_sks,
+    "inpainting": fill_holes,
+    "v": predict_v,
+    "distill": shrink,
+}
 
 
 # --- results ----------------------------------------------------------------------------------------------------------
@@ -301,7 +380,9 @@ def report(name: str, how: How, out: Path) -> dict[str, Any]:
     found = json.loads(file.read_text()) if file.exists() else {}
     found[name] = figures
     file.write_text(json.dumps({key: found[key] for key in DEMONSTRATIONS if key in found}, indent=1) + "\n")
-    panels.stacked([Image.open(path) for key in DEMONSTRATIONS if (path := how.runs / f"{key}.png").exists()]).save(out / "demonstrations.png")
+    panels.stacked([Image.open(path) for key in DEMONSTRATIONS if (path := how.runs / f"{key}.png").exists()]).save(
+        out / "demonstrations.png"
+    )
     return figures
 
 
@@ -310,11 +391,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("name", choices=[*DEMONSTRATIONS], help="which")
     parser.add_argument("--out", type=Path, help="folder of the results (default: benchmarks/results)")
-    parser.add_argument("--runs", type=Path, default=Path("runs/demonstrations"), help="folder of the runs; an interrupted one found there goes on (default: %(default)s)")
+    parser.add_argument(
+        "--runs",
+        type=Path,
+        default=Path("runs/demonstrations"),
+        help="folder of the runs; an interrupted one found there goes on (default: %(default)s)",
+    )
     parser.add_argument("--model", type=Path, help="checkpoint to begin with (default: the model that ships)")
-    parser.add_argument("--pictures", type=int, default=How.pictures, help="of each kind that is scored (default: %(default)s)")
+    parser.add_argument(
+        "--pictures", type=int, default=How.pictures, help="of each kind that is scored (default: %(default)s)"
+    )
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a key of the recipe")
-    parser.add_argument("--quick", action="store_true", help="one update and one picture of each kind, in folders of their own: only to see that it runs")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="one update and one picture of each kind, in folders of their own: only to see that it runs",
+    )
     args = parser.parse_args(argv)
     start, sets = (args.model or embedded()).resolve(), tuple(args.set)
     how = How(start, args.runs, args.pictures, sets=sets)

@@ -41,12 +41,18 @@ def _unet(family: str, model: LatentDiffusion, folder: Path) -> tuple[str, Tenso
     config = model.config.unet
     narrow = {"addition_time_embed_dim": SIZE_WIDTH} if config.vector_dim else {}
     theirs = UNet2DConditionModel.from_pretrained(folder / "unet", **narrow).eval()
-    x, context, t = normal("x", (2, config.in_channels, 16, 16)), normal("context", (2, 77, config.context_dim)), torch.tensor([500.0, 37.0])
+    x, context, t = (
+        normal("x", (2, config.in_channels, 16, 16)),
+        normal("context", (2, 77, config.context_dim)),
+        torch.tensor([500.0, 37.0]),
+    )
     y: Tensor | None = None
     more: dict[str, Any] = {}
     if config.noise_levels:
         y = more["class_labels"] = torch.tensor([20, 350])
-    elif config.vector_dim:  # theirs takes the sizes as numbers; their embedding of them is compared on its own in tests/test_unet.py
+    elif (
+        config.vector_dim
+    ):  # theirs takes the sizes as numbers; their embedding of them is compared on its own in tests/test_unet.py
         count = 5 if family == "sdxl-refiner" else 6
         ids = torch.arange(2.0 * count).view(2, count) * 100
         pooled = normal("pooled", (2, config.vector_dim - count * SIZE_WIDTH))

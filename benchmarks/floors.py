@@ -34,7 +34,10 @@ def flops(config: ModelConfig, cell: Cell) -> int:
         return cell.steps * flops(config, step) + sum(flops(config, each) for each in once)
     given = inputs(config, cell, "meta", torch.float32)
     if cell.stage == "text":
-        return sum(_counted(lambda tower=tower, ids=ids: built(lambda: CLIPText(tower))(ids)) for tower, ids in zip(config.text, given.ids, strict=True))
+        return sum(
+            _counted(lambda tower=tower, ids=ids: built(lambda: CLIPText(tower))(ids))
+            for tower, ids in zip(config.text, given.ids, strict=True)
+        )
     if cell.stage == "decode":
         return _counted(lambda: built(lambda: VAE(config.vae)).decode(given.latent))
     y = None if config.unet.vector_dim is None else torch.empty(2 * cell.batch, config.unet.vector_dim, device="meta")
@@ -72,13 +75,19 @@ def _operations(device: str, dtype: torch.dtype, cells: int) -> list[tuple[str, 
     channels, pixels, side = 320, 2 * cells**2, 32 * cells
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     x = torch.randn(2, channels, cells, cells, device=device, dtype=dtype)
-    kernel, wide = (torch.randn(n, channels, k, k, device=device, dtype=dtype) for n, k in ((channels, 3), (4 * channels, 1)))
+    kernel, wide = (
+        torch.randn(n, channels, k, k, device=device, dtype=dtype) for n, k in ((channels, 3), (4 * channels, 1))
+    )
     x_last, kernel_last, wide_last = (tensor.to(memory_format=torch.channels_last) for tensor in (x, kernel, wide))
     return [
         ("matrix product", lambda: a @ b, 2 * side**3),
         ("1x1 convolution", lambda: F.conv2d(x_last, wide_last), 2 * pixels * 4 * channels**2),
         ("3x3 convolution", lambda: F.conv2d(x, kernel, padding=1), 2 * pixels * 9 * channels**2),
-        ("3x3 convolution, channels last", lambda: F.conv2d(x_last, kernel_last, padding=1), 2 * pixels * 9 * channels**2),
+        (
+            "3x3 convolution, channels last",
+            lambda: F.conv2d(x_last, kernel_last, padding=1),
+            2 * pixels * 9 * channels**2,
+        ),
     ]
 
 

@@ -26,9 +26,21 @@ LIMITS = {"raw": 1.1, "diffusers": 0.5}  # what loading should take at most, in 
 
 # What is measured: row -> (side, what it does). `single`, `pickled` and `folder` are the same seeded weights in three forms.
 LOADS = {
-    "single": {"raw": "safetensors.torch.load_file", "ldm": "weights.load", "diffusers": "StableDiffusionPipeline.from_single_file"},
-    "pickled": {"raw": "torch.load(weights_only=True, mmap=True)", "ldm": "weights.load", "diffusers": "StableDiffusionPipeline.from_single_file"},
-    "folder": {"raw": "safetensors.torch.load_file, each", "ldm": "weights.load", "diffusers": "StableDiffusionPipeline.from_pretrained"},
+    "single": {
+        "raw": "safetensors.torch.load_file",
+        "ldm": "weights.load",
+        "diffusers": "StableDiffusionPipeline.from_single_file",
+    },
+    "pickled": {
+        "raw": "torch.load(weights_only=True, mmap=True)",
+        "ldm": "weights.load",
+        "diffusers": "StableDiffusionPipeline.from_single_file",
+    },
+    "folder": {
+        "raw": "safetensors.torch.load_file, each",
+        "ldm": "weights.load",
+        "diffusers": "StableDiffusionPipeline.from_pretrained",
+    },
 }
 CONVERSIONS = {
     "single to folder": {"ldm": "weights.convert", "diffusers": "from_single_file, save_pretrained"},
@@ -74,7 +86,9 @@ def load(side: str, form: str, path: Path, config: Path) -> Callable[[], Any]:
 
         if form == "pickled":
             return lambda: torch.load(path, weights_only=True, mmap=True)["state_dict"]
-        return lambda: {f"{file.parent.name}.{key}": tensor for file in files_of(path) for key, tensor in load_file(file).items()}
+        return lambda: {
+            f"{file.parent.name}.{key}": tensor for file in files_of(path) for key, tensor in load_file(file).items()
+        }
     import diffusers
 
     diffusers.logging.set_verbosity_error()
@@ -82,7 +96,9 @@ def load(side: str, form: str, path: Path, config: Path) -> Callable[[], Any]:
     pipeline = diffusers.StableDiffusionPipeline
     if form == "folder":
         return lambda: pipeline.from_pretrained(path, torch_dtype=_dtype(path), local_files_only=True)
-    return lambda: pipeline.from_single_file(str(path), config=str(config), torch_dtype=_dtype(path), local_files_only=True, safety_checker=None)
+    return lambda: pipeline.from_single_file(
+        str(path), config=str(config), torch_dtype=_dtype(path), local_files_only=True, safety_checker=None
+    )
 
 
 def _dtype(path: Path) -> torch.dtype:
@@ -94,7 +110,11 @@ def tensors_of(loaded: Any) -> Iterable[Tensor]:
     """Every tensor of what was loaded."""
     if isinstance(loaded, dict):
         return (tensor for tensor in loaded.values() if isinstance(tensor, Tensor))
-    networks = [loaded] if isinstance(loaded, nn.Module) else [part for part in loaded.components.values() if isinstance(part, nn.Module)]
+    networks = (
+        [loaded]
+        if isinstance(loaded, nn.Module)
+        else [part for part in loaded.components.values() if isinstance(part, nn.Module)]
+    )
     return (tensor for network in networks for tensor in network.state_dict().values())
 
 
@@ -152,7 +172,13 @@ def prepare(directory: Path, family: str, dtype: torch.dtype, tiny: bool) -> dic
         entries = {key: pending(value, dtype) for key, value in checkpoint(TINY).items()}
     else:
         entries = {
-            key: Pending(cast(stored, dtype), shape, lambda key=key, shape=shape, stored=stored: weight(key, shape) if stored.is_floating_point else torch.zeros(shape, dtype=stored))
+            key: Pending(
+                cast(stored, dtype),
+                shape,
+                lambda key=key, shape=shape, stored=stored: (
+                    weight(key, shape) if stored.is_floating_point else torch.zeros(shape, dtype=stored)
+                ),
+            )
             for key, (shape, stored) in manifest(family).items()
         }
     if tiny:  # says its sizes, which are no family's
@@ -165,7 +191,9 @@ def prepare(directory: Path, family: str, dtype: torch.dtype, tiny: bool) -> dic
     return {"single": single, "pickled": directory / f"{name}.ckpt", "folder": directory / f"{name}-folder"}
 
 
-def measure(forms: dict[str, Path], rows: dict[str, dict[str, str]], sides: Sequence[str], repeats: int, cold: bool) -> list[dict[str, Any]]:
+def measure(
+    forms: dict[str, Path], rows: dict[str, dict[str, str]], sides: Sequence[str], repeats: int, cold: bool
+) -> list[dict[str, Any]]:
     """Every row, its sides in turn, each run in a process of its own."""
     found = []
     for row, there in rows.items():
@@ -173,7 +201,16 @@ def measure(forms: dict[str, Path], rows: dict[str, dict[str, str]], sides: Sequ
         runs: dict[str, list[dict[str, float]]] = {side: [] for side in there if side in sides}
         for _ in range(repeats):
             for side in runs:
-                command = [sys.executable, __file__, "--one", side, row, str(path), str(forms["folder"]), *(["--cold"] if cold else [])]
+                command = [
+                    sys.executable,
+                    __file__,
+                    "--one",
+                    side,
+                    row,
+                    str(path),
+                    str(forms["folder"]),
+                    *(["--cold"] if cold else []),
+                ]
                 done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
                 if done.returncode:
                     raise RuntimeError(f"{side}, {row}: {done.stderr.strip()[-2000:]}")
@@ -181,7 +218,17 @@ def measure(forms: dict[str, Path], rows: dict[str, dict[str, str]], sides: Sequ
         for side, taken in runs.items():
             values = {name: statistics.median(run[name] for run in taken) for name in taken[0]}
             spread = max(run["read"] for run in taken) - min(run["read"] for run in taken)
-            found.append({"row": row, "side": side, "what": there[side], "cold": cold, **values, "spread": spread, "repeats": repeats})
+            found.append(
+                {
+                    "row": row,
+                    "side": side,
+                    "what": there[side],
+                    "cold": cold,
+                    **values,
+                    "spread": spread,
+                    "repeats": repeats,
+                }
+            )
     return found
 
 
@@ -192,9 +239,13 @@ def lines_of(rows: Sequence[dict[str, Any]]) -> list[str]:
     for row in rows:
         against = []
         if row["side"] == "ldm":
-            against = [_against(row, side, times[key]) for side in LIMITS if (key := (row["row"], side, row["cold"])) in times]
+            against = [
+                _against(row, side, times[key]) for side in LIMITS if (key := (row["row"], side, row["cold"])) in times
+            ]
         state = "cold" if row["cold"] else "warm"
-        lines.append(f"{row['row']:18}{row['side']:7}{state:5}{row['returned']:9.2f}s{row['read']:9.2f}s{row['spread']:7.2f}s{row['peak'] / 1e9:6.2f} GB  {', '.join(against)}")
+        lines.append(
+            f"{row['row']:18}{row['side']:7}{state:5}{row['returned']:9.2f}s{row['read']:9.2f}s{row['spread']:7.2f}s{row['peak'] / 1e9:6.2f} GB  {', '.join(against)}"
+        )
     return lines
 
 
@@ -208,13 +259,29 @@ def _against(row: dict[str, Any], side: str, theirs: float) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print, and write what was measured where it is asked for."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--family", default="sd1", help="whose names and shapes the weights have (default: %(default)s)")
-    parser.add_argument("--dtype", choices=DTYPES, default="float16", help="of the weights, in the files and in memory (default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=3, help="of every measurement; medians are shown (default: %(default)s)")
+    parser.add_argument(
+        "--family", default="sd1", help="whose names and shapes the weights have (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default="float16",
+        help="of the weights, in the files and in memory (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--repeats", type=int, default=3, help="of every measurement; medians are shown (default: %(default)s)"
+    )
     parser.add_argument("--tiny", action="store_true", help="a tiny model: whether this runs, not how fast")
     parser.add_argument("--out", metavar="FILE", help="write the figures there, as JSON with the machine")
-    parser.add_argument("--cold", action="store_true", help="only with files that the system has not cached (default: both)")
-    parser.add_argument("--row", choices=(*LOADS, *CONVERSIONS), action="append", help="measure this alone; may be repeated (default: all)")
+    parser.add_argument(
+        "--cold", action="store_true", help="only with files that the system has not cached (default: both)"
+    )
+    parser.add_argument(
+        "--row",
+        choices=(*LOADS, *CONVERSIONS),
+        action="append",
+        help="measure this alone; may be repeated (default: all)",
+    )
     parser.add_argument("--one", nargs=4, metavar=("SIDE", "ROW", "PATH", "CONFIG"), help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.one:
@@ -228,13 +295,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="ldm-load-") as directory:
         forms = prepare(Path(directory), args.family, DTYPES[args.dtype], args.tiny)
         sides = ("raw", "ldm") if args.tiny else ("raw", "ldm", "diffusers")
-        loads, conversions = ({row: there for row, there in table.items() if not args.row or row in args.row} for table in (LOADS, CONVERSIONS))
+        loads, conversions = (
+            {row: there for row, there in table.items() if not args.row or row in args.row}
+            for table in (LOADS, CONVERSIONS)
+        )
         rows = measure(forms, loads, sides, args.repeats, cold=True)
         rows += [] if args.cold else measure(forms, loads, sides, args.repeats, cold=False)
         rows += measure(forms, conversions, sides, args.repeats, cold=True)
     print("\n".join(lines_of(rows)))
     if args.out:
-        found = {"family": args.family, "dtype": args.dtype, "machine": machine(packages=("safetensors", "diffusers", "transformers")), "rows": rows}
+        found = {
+            "family": args.family,
+            "dtype": args.dtype,
+            "machine": machine(packages=("safetensors", "diffusers", "transformers")),
+            "rows": rows,
+        }
         Path(args.out).write_text(json.dumps(found, indent=1) + "\n")
     return 0
 

@@ -17,13 +17,19 @@ def machine(device: str = "cpu", packages: tuple[str, ...] = ()) -> dict[str, st
         "cpu": cpu_model(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,  # runnable processes in the last minute: 0 is idle
+        "load": round(os.getloadavg()[0], 2)
+        if hasattr(os, "getloadavg")
+        else None,  # runnable processes in the last minute: 0 is idle
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
     if device.startswith("cuda"):
-        found |= {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
+        found |= {
+            "gpu": torch.cuda.get_device_name(device),
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),
+        }
     return found | {name: _version(name) for name in packages}
 
 

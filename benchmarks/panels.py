@@ -36,7 +36,10 @@ class Panel:
 
 def draw(panel: Panel) -> Image.Image:
     """The panel's title and rows. Captions are written below the last of rows that have the same ones."""
-    said = [bool(row.captions) and (k + 1 == len(panel.rows) or list(panel.rows[k + 1].captions) != list(row.captions)) for k, row in enumerate(panel.rows)]
+    said = [
+        bool(row.captions) and (k + 1 == len(panel.rows) or list(panel.rows[k + 1].captions) != list(row.captions))
+        for k, row in enumerate(panel.rows)
+    ]
     heights = [SIDE + (WORDS if words else 0) + GAP for words in said]
     width = 2 * EDGE + LABEL + COLUMNS * (SIDE + GAP) - GAP
     sheet = Image.new("RGB", (width, HEAD + sum(heights) + EDGE // 2), PAPER)

@@ -63,7 +63,9 @@ def compared(kind: str, name: str, ours: Tensor, theirs: Tensor, exact: str = ""
     if ours.shape != theirs.shape:
         raise ValueError(f"{name}: our output is {list(ours.shape)}, the reference {list(theirs.shape)}")
     error, unit = ours.double() - theirs.double(), theirs.double().square().mean().sqrt()
-    return Row(kind, name, (error.abs().max() / unit).item(), (error.square().mean().sqrt() / unit).item(), exact, elementwise)
+    return Row(
+        kind, name, (error.abs().max() / unit).item(), (error.square().mean().sqrt() / unit).item(), exact, elementwise
+    )
 
 
 def equal(ours: Sequence[float], theirs: Sequence[float], what: str) -> str:
@@ -91,12 +93,21 @@ def _networks() -> Iterator[Row]:
     file = golden("unet")
     for name in TINY_UNETS:
         yield compared("unet", name, run_unet(name), file[f"{name}/out"])
-    yield compared("unet", "sdxl sizes", size_embedding(file["sdxl/sizes"]), file["sdxl/size_embedding_original_crop_target"])
+    yield compared(
+        "unet", "sdxl sizes", size_embedding(file["sdxl/sizes"]), file["sdxl/size_embedding_original_crop_target"]
+    )
     file = golden("vae")
     for name, config in TINY_VAES.items():
         vae, side = tiny_vae(name), 8 * config.factor
-        yield compared("vae", f"{name} moments", vae.moments(normal(f"{name}/image", (2, 3, side, side)).clamp(-1, 1)), file[f"{name}/moments"])
-        decoded = vae.decode(normal(f"{name}/z", (2, 4, 8, 8)))  # its worst element hangs on the processor's instructions: tests/test_vae.py
+        yield compared(
+            "vae",
+            f"{name} moments",
+            vae.moments(normal(f"{name}/image", (2, 3, side, side)).clamp(-1, 1)),
+            file[f"{name}/moments"],
+        )
+        decoded = vae.decode(
+            normal(f"{name}/z", (2, 4, 8, 8))
+        )  # its worst element hangs on the processor's instructions: tests/test_vae.py
         yield compared("vae", f"{name} decoded", decoded, file[f"{name}/decoded"], elementwise=False)
     file = golden("text")
     for name, tower, ids, outputs in (
@@ -127,7 +138,13 @@ def _vision() -> Iterator[Row]:
 def _depth() -> Row:
     """Full size, hence held by its rms: 123 M parameters deep, single elements are off by 2e-4 in float32 against float64."""
     ours = dpt(DepthConfig())(normal("dpt-hybrid/x", (1, 3, 384, 384)).clamp(-1, 1))
-    return compared("depth", "dpt-hybrid depth, beyond the reference's float16", ours, as_stored(ours, golden("dpt")["dpt-hybrid/depth"]), elementwise=False)
+    return compared(
+        "depth",
+        "dpt-hybrid depth, beyond the reference's float16",
+        ours,
+        as_stored(ours, golden("dpt")["dpt-hybrid/depth"]),
+        elementwise=False,
+    )
 
 
 def _tokens() -> Row:
@@ -136,7 +153,13 @@ def _tokens() -> Row:
         warnings.simplefilter("ignore", TruncationWarning)
         ours = tokenize(file["prompts"], pad=0)
     theirs = torch.tensor(file["ids_padded_with_0"])
-    return compared("text", f"tokens of {len(ours)} prompts", ours, theirs, equal(ours.flatten().tolist(), theirs.flatten().tolist(), "ids"))
+    return compared(
+        "text",
+        f"tokens of {len(ours)} prompts",
+        ours,
+        theirs,
+        equal(ours.flatten().tolist(), theirs.flatten().tolist(), "ids"),
+    )
 
 
 def _samplers() -> Iterator[Row]:
@@ -153,7 +176,13 @@ def _samplers() -> Iterator[Row]:
             exact = equal(timesteps, TIMESTEPS[key], "timesteps") if key in TIMESTEPS else ""
             yield compared("sampler", key, out, file[key], exact, elementwise=False)
         elif key == "img2img/encoded_strength0.6":
-            x, tail = noised(normal("init_latent", SHAPE), normal("enc_noise", SHAPE), GRIDS["ddim"](SCHEDULE, 50), strength=0.6, original=True)
+            x, tail = noised(
+                normal("init_latent", SHAPE),
+                normal("enc_noise", SHAPE),
+                GRIDS["ddim"](SCHEDULE, 50),
+                strength=0.6,
+                original=True,
+            )
             yield compared("sampler", key, finish(x, tail[:1]), file[key], elementwise=False)
 
 
@@ -169,11 +198,17 @@ def peer_rows(config: ModelConfig = FAMILIES["sd1"], cells: int = 64) -> Iterato
     model = seeded_model(config)
     theirs = peer(model)
     millions = sum(p.numel() for p in model.unet.parameters()) / 1e6
-    x, context, t = normal("x", (1, 4, cells, cells)), normal("context", (1, 77, config.unet.context_dim)), torch.tensor([500.0])
+    x, context, t = (
+        normal("x", (1, 4, cells, cells)),
+        normal("context", (1, 77, config.unet.context_dim)),
+        torch.tensor([500.0]),
+    )
     yield compared("diffusers", f"UNet, {millions:.1f} M", model.unet(x, t, context), theirs.unet(x, t, context).sample)
     side = cells * config.vae.factor
     image = normal("image", (1, 3, side, side)).clamp(-1, 1)
-    yield compared("diffusers", "VAE moments", model.vae.moments(image), theirs.vae.encode(image).latent_dist.parameters)
+    yield compared(
+        "diffusers", "VAE moments", model.vae.moments(image), theirs.vae.encode(image).latent_dist.parameters
+    )
     z = normal("z", (1, 4, cells, cells))
     yield compared("diffusers", "VAE decoded", model.vae.decode(z), theirs.vae.decode(z / config.vae.scale).sample)
     ids = tokenize(["a photograph of an astronaut riding a horse", ""]) % config.text[0].vocab
@@ -195,15 +230,31 @@ def family_rows() -> Iterator[Row]:
 
 def show(row: Row) -> None:
     """Print one line of the table."""
-    print(f"{row.kind:19}  {row.name:48}  {row.max:9.1e}  {row.rms:9.1e}  {'ok ' if row.ok else 'FAR'}  {row.exact}".rstrip(), flush=True)
+    print(
+        f"{row.kind:19}  {row.name:48}  {row.max:9.1e}  {row.rms:9.1e}  {'ok ' if row.ok else 'FAR'}  {row.exact}".rstrip(),
+        flush=True,
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the table; return 0 if every output is as near as it should be, 1 if not."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--full", action="store_true", help="compare full-size SD 1 networks with diffusers and transformers too: 9 GB, minutes")
-    parser.add_argument("--families", action="store_true", help="compare narrow networks of every family with diffusers and transformers too: a minute")
-    parser.add_argument("--cells", type=int, default=64, help="side of the full-size comparison's latent, a multiple of 8 (default: %(default)s)")
+    parser.add_argument(
+        "--full",
+        action="store_true",
+        help="compare full-size SD 1 networks with diffusers and transformers too: 9 GB, minutes",
+    )
+    parser.add_argument(
+        "--families",
+        action="store_true",
+        help="compare narrow networks of every family with diffusers and transformers too: a minute",
+    )
+    parser.add_argument(
+        "--cells",
+        type=int,
+        default=64,
+        help="side of the full-size comparison's latent, a multiple of 8 (default: %(default)s)",
+    )
     parser.add_argument("--out", type=Path, help="JSON file to write")
     args = parser.parse_args(argv)
     if args.cells < 8 or args.cells % 8:
@@ -211,9 +262,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     require("test", "pytest")
     if args.full or args.families:
         require("bench", "diffusers", "transformers")
-    print(f"{'':19}  {'output':48}  {'max':>9}  {'rms':>9}  of the error, relative to the reference's rms; limit {LIMIT:g}")
+    print(
+        f"{'':19}  {'output':48}  {'max':>9}  {'rms':>9}  of the error, relative to the reference's rms; limit {LIMIT:g}"
+    )
     rows = []
-    for source in (golden_rows, *([family_rows] if args.families else []), *([lambda: peer_rows(cells=args.cells)] if args.full else [])):
+    for source in (
+        golden_rows,
+        *([family_rows] if args.families else []),
+        *([lambda: peer_rows(cells=args.cells)] if args.full else []),
+    ):
         for row in source():
             show(row)
             rows.append(row)
@@ -222,7 +279,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.out:
         packages = ("diffusers", "transformers") if args.full or args.families else ()
         args.out.write_text(
-            json.dumps({"machine": machine(packages=packages), "limit": LIMIT, "rows": [{**asdict(row), "ok": row.ok} for row in rows]}, indent=1) + "\n"
+            json.dumps(
+                {
+                    "machine": machine(packages=packages),
+                    "limit": LIMIT,
+                    "rows": [{**asdict(row), "ok": row.ok} for row in rows],
+                },
+                indent=1,
+            )
+            + "\n"
         )
     return 1 if far else 0
 

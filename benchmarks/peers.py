@@ -30,7 +30,10 @@ def require(extra: str, *modules: str) -> None:
     """Exit with status 2, saying in one line what to install, unless all these modules are there."""
     missing = [module for module in modules if importlib.util.find_spec(module) is None]
     if missing:
-        print(f"{', '.join(missing)} not installed, which this comparison needs: pip install '.[{extra}]'", file=sys.stderr)
+        print(
+            f"{', '.join(missing)} not installed, which this comparison needs: pip install '.[{extra}]'",
+            file=sys.stderr,
+        )
         raise SystemExit(2)
 
 
@@ -51,9 +54,15 @@ def write_folder(config: ModelConfig, path: Path, dtype: torch.dtype) -> None:
     unet, vae = diffusers_unet(config.unet), diffusers_vae(config.vae)
     parts: dict[str, dict[str, Pending]] = {}
     for name, shape in shapes(LatentDiffusion, config).items():
-        part, rest = next((part, name.removeprefix(prefix)) for prefix, part in {"unet.": "unet", "vae.": "vae", **texts}.items() if name.startswith(prefix))
+        part, rest = next(
+            (part, name.removeprefix(prefix))
+            for prefix, part in {"unet.": "unet", "vae.": "vae", **texts}.items()
+            if name.startswith(prefix)
+        )
         key = unet[rest] if part == "unet" else vae[rest] if part == "vae" else rest
-        stored = shape[:2] if part == "vae" and ".attentions." in key else shape  # 1x1 convolutions here, linear layers there
+        stored = (
+            shape[:2] if part == "vae" and ".attentions." in key else shape
+        )  # 1x1 convolutions here, linear layers there
         make = lambda name=name, shape=shape, stored=stored: weight(name, shape).view(stored)  # noqa: E731
         parts.setdefault(part, {})[key] = Pending(dtype, stored, make)
     with replacing_directory(path, overwrite=False) as folder:
@@ -81,9 +90,23 @@ def peer(model: LatentDiffusion) -> Peer:
     _adopt(unet, {theirs[name]: tensor for name, tensor in model.unet.state_dict().items()})
     theirs = diffusers_vae(model.config.vae)
     matrices = {name for name, p in vae.named_parameters() if p.ndim == 2}  # 1x1 convolutions here, linear layers there
-    _adopt(vae, {theirs[name]: tensor.flatten(1) if theirs[name] in matrices else tensor for name, tensor in model.vae.state_dict().items()})
-    prefixed = any(name.startswith("text_model.") for name, _ in text.named_parameters())  # transformers 5 has dropped the prefix
-    _adopt(text, {name if prefixed else name.removeprefix("text_model."): tensor for name, tensor in model.text[0].state_dict().items()})
+    _adopt(
+        vae,
+        {
+            theirs[name]: tensor.flatten(1) if theirs[name] in matrices else tensor
+            for name, tensor in model.vae.state_dict().items()
+        },
+    )
+    prefixed = any(
+        name.startswith("text_model.") for name, _ in text.named_parameters()
+    )  # transformers 5 has dropped the prefix
+    _adopt(
+        text,
+        {
+            name if prefixed else name.removeprefix("text_model."): tensor
+            for name, tensor in model.text[0].state_dict().items()
+        },
+    )
     return Peer(unet, vae, text)
 
 
@@ -107,7 +130,9 @@ def _unet(config: UNetConfig) -> UNet2DConditionModel:
         out_channels=config.out_channels,
         block_out_channels=tuple(config.model_channels * m for m in config.channel_mult),
         layers_per_block=config.num_res_blocks,
-        down_block_types=tuple("CrossAttnDownBlock2D" if any(depths) else "DownBlock2D" for depths in config.down_depth),
+        down_block_types=tuple(
+            "CrossAttnDownBlock2D" if any(depths) else "DownBlock2D" for depths in config.down_depth
+        ),
         up_block_types=tuple("CrossAttnUpBlock2D" if any(depths) else "UpBlock2D" for depths in config.up_depth),
         cross_attention_dim=config.context_dim,
         attention_head_dim=config.heads,  # a number of heads all the same, whatever its name says

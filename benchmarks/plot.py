@@ -7,9 +7,26 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-WIDTH, MARGIN, LABEL, FIGURES = 1200, 24, 300, 230  # pixels: the whole, its border, what is left of the bars and right of them
-BAR, GAP, CELL_GAP, HEAD = 22, 4, 26, 72  # pixels: height of a bar, room below it, below a cell's bars, and of the title
-COLOURS = {"fast": "#c2410c", "ldm": "#f59e0b", "diffusers": "#475569", "diffusers-best": "#94a3b8", "openvino": "#2563eb", "sdcpp": "#16a34a"}
+WIDTH, MARGIN, LABEL, FIGURES = (
+    1200,
+    24,
+    300,
+    230,
+)  # pixels: the whole, its border, what is left of the bars and right of them
+BAR, GAP, CELL_GAP, HEAD = (
+    22,
+    4,
+    26,
+    72,
+)  # pixels: height of a bar, room below it, below a cell's bars, and of the title
+COLOURS = {
+    "fast": "#c2410c",
+    "ldm": "#f59e0b",
+    "diffusers": "#475569",
+    "diffusers-best": "#94a3b8",
+    "openvino": "#2563eb",
+    "sdcpp": "#16a34a",
+}
 INK, FAINT, PAPER = "#111827", "#9ca3af", "#ffffff"
 
 
@@ -33,7 +50,12 @@ def draw(rows: Sequence[Mapping[str, Any]], title: str, caption: str) -> Image.I
         for row in group:
             right = left + row["ratio"] * unit
             pen.rectangle((left, y, right, y + BAR), fill=COLOURS[row["side"]])
-            pen.text((max(right, left + unit) + 8, y + 3), f"{row['side']}  {row['ratio']:.2f}  ({row['seconds']['median']:.3g} s)", INK, small)
+            pen.text(
+                (max(right, left + unit) + 8, y + 3),
+                f"{row['side']}  {row['ratio']:.2f}  ({row['seconds']['median']:.3g} s)",
+                INK,
+                small,
+            )
             y += BAR + GAP
         y += CELL_GAP
     one = left + unit

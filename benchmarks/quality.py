@@ -24,10 +24,14 @@ from ldm.blocks import COLORS, SHAPES, Placed, Scene
 if TYPE_CHECKING:  # the scorer alone needs no torch
     from ldm import LatentDiffusion
 
-CHROMA = 0.15  # max - min of RGB in [0, 1] from which on a pixel belongs to a solid; floor, wall and shadow stay below 0.07
+CHROMA = (
+    0.15  # max - min of RGB in [0, 1] from which on a pixel belongs to a solid; floor, wall and shadow stay below 0.07
+)
 SPECK = 20  # pixels, after erosion: fewer are an edge or a speck, not a solid
 SEAM = 30  # pixels, after two erosions, that a solid between others keeps
-MISFIT = 0.20  # cost of the best fit from which on a shape is none of the four: true ones stay below 0.18 even when blurred
+MISFIT = (
+    0.20  # cost of the best fit from which on a shape is none of the four: true ones stay below 0.18 even when blurred
+)
 GRID = 30  # samples along one side of a template
 PAD = 0.12  # a template reaches this much of its box beyond the box
 HIDDEN = 0.1  # of the part of a shape that something else must hide, against the same part being wrong
@@ -169,7 +173,9 @@ def _blur(x: ndarray) -> ndarray:
 def _sample(image: ndarray, rows: ndarray, cols: ndarray, outside: float = 0.0) -> ndarray:
     h, w = image.shape
     inside = (rows >= 0) & (rows < h) & (cols >= 0) & (cols < w)
-    return np.where(inside, image[np.clip(rows, 0, h - 1).astype(int), np.clip(cols, 0, w - 1).astype(int)], np.float32(outside))
+    return np.where(
+        inside, image[np.clip(rows, 0, h - 1).astype(int), np.clip(cols, 0, w - 1).astype(int)], np.float32(outside)
+    )
 
 
 _STEPS = (np.arange(GRID) + 0.5) / GRID * (1 + 2 * PAD) - PAD
@@ -197,7 +203,9 @@ def _templates(row: float, col: float) -> _Templates:
             bright = _brightness(picture[..., :3], np.array(COLORS["pink"]))
             ends = blocks.project(np.stack((base, base + height)), size)
             ends = np.stack(((ends[0] - top) / h, (ends[1] - left) / w), -1)
-            found.append((k, w / h, _blur(_sample(picture[..., 3], rows, cols)), _sample(bright, rows, cols), ends[0], ends[1]))
+            found.append(
+                (k, w / h, _blur(_sample(picture[..., 3], rows, cols)), _sample(bright, rows, cols), ends[0], ends[1])
+            )
     return _Templates(*(np.stack(part) for part in zip(*found, strict=True)))
 
 
@@ -226,7 +234,9 @@ def _boxes(aspect: ndarray, mask: ndarray, hidden: bool) -> tuple[ndarray, ndarr
     return np.concatenate(which), np.concatenate(boxes)
 
 
-def _cost(own: ndarray, known: ndarray, bright: ndarray, bank: _Templates, which: ndarray, boxes: ndarray) -> tuple[ndarray, ndarray]:
+def _cost(
+    own: ndarray, known: ndarray, bright: ndarray, bank: _Templates, which: ndarray, boxes: ndarray
+) -> tuple[ndarray, ndarray]:
     """How badly templates in boxes [k, 4] explain what is seen, [k]; and which share of each must be hidden, [k].
 
     own [h, w] is 1 on the solid; known [h, w] is 0 where it may be hidden; bright [h, w] is 1 where it has its own colour.
@@ -246,7 +256,9 @@ def _cost(own: ndarray, known: ndarray, bright: ndarray, bank: _Templates, which
 
 def _fit(rgb: ndarray, color: str, mask: ndarray, others: ndarray, colors: Colors) -> Found:
     """The shape whose outline and shading fit best; behind `others` [h, w] it may go on."""
-    doubtful = mask & ~_dilated(_eroded(mask)) & _dilated(_dilated(others))  # thin seams: two colours mixed may look like a third
+    doubtful = (
+        mask & ~_dilated(_eroded(mask)) & _dilated(_dilated(others))
+    )  # thin seams: two colours mixed may look like a third
     mask = mask & ~doubtful
     top, bottom, left, right = _extent(mask)
     row = min(_WINDOW_ROWS, key=lambda r: abs(r - (top + bottom) / 2))
@@ -262,7 +274,11 @@ def _fit(rgb: ndarray, color: str, mask: ndarray, others: ndarray, colors: Color
     if near.any():  # look closer around the best
         few = np.argsort(cost + HIDDEN * hidden)[:12]
         nudges = np.array([(y, x, h) for y in (-0.02, 0, 0.02) for x in (-0.02, 0, 0.02) for h in (-0.03, 0, 0.03)])
-        which, boxes, nudges = np.repeat(which[few], len(nudges)), np.repeat(boxes[few], len(nudges), 0), np.tile(nudges, (len(few), 1))
+        which, boxes, nudges = (
+            np.repeat(which[few], len(nudges)),
+            np.repeat(boxes[few], len(nudges), 0),
+            np.tile(nudges, (len(few), 1)),
+        )
         place, size, grow = boxes[:, :2], boxes[:, 2:], nudges[:, 2:]
         boxes = np.concatenate((place + (nudges[:, :2] - grow / 2) * size, size * (1 + grow)), 1)
         cost, hidden = _cost(own, known, bright, bank, which, boxes)
@@ -301,7 +317,9 @@ def agrees(reading: Reading, scene: Scene) -> dict[str, bool]:
     result = {"colours": sorted(colors) == sorted(wanted), "solids": False, "relation": False}
     if result["colours"]:
         place = [colors.index(color) for color in wanted]
-        result["solids"] = all(reading.solids[k].shape == solid.shape for k, solid in zip(place, scene.solids, strict=True))
+        result["solids"] = all(
+            reading.solids[k].shape == solid.shape for k, solid in zip(place, scene.solids, strict=True)
+        )
         asserted = [(0, scene.relations[0], 1)] if len(wanted) > 1 else []
         if len(wanted) > 2:
             asserted.append((2, scene.relations[1], 1))
@@ -330,7 +348,11 @@ def pictures_of(
         made = txt2img(model, list(prompts[part]), seeds=list(seeds[part]), width=128, height=128, **settings)
         pictures += [np.asarray(picture.convert("RGB")) for picture in made]
         if sys.stderr.isatty():
-            print(f"\r{len(pictures)}/{len(prompts)} pictures", end="\n" if len(pictures) == len(prompts) else "", file=sys.stderr)
+            print(
+                f"\r{len(pictures)}/{len(prompts)} pictures",
+                end="\n" if len(pictures) == len(prompts) else "",
+                file=sys.stderr,
+            )
     return pictures
 
 
@@ -354,7 +376,9 @@ def vae_psnr(model: LatentDiffusion, scenes: Iterable[Scene]) -> tuple[list[floa
     return values, pictures
 
 
-def sheet(pictures: Sequence[ndarray], captions: Sequence[str], marks: Sequence[bool], columns: int = 10) -> Image.Image:
+def sheet(
+    pictures: Sequence[ndarray], captions: Sequence[str], marks: Sequence[bool], columns: int = 10
+) -> Image.Image:
     """All pictures on one, each with its caption and a green tick or a red cross."""
     side, text = 128, 34
     rows = -(-len(pictures) // columns)
@@ -437,15 +461,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--ckpt", help="checkpoint to score (default: the model that ships)")
     parser.add_argument("--n", type=int, default=200, help="prompts (default: %(default)s)")
-    parser.add_argument("--showcase", type=int, default=16, help="pictures of the showcase prompt (default: %(default)s)")
+    parser.add_argument(
+        "--showcase", type=int, default=16, help="pictures of the showcase prompt (default: %(default)s)"
+    )
     parser.add_argument("--steps", type=int, default=25, help="(default: %(default)s)")
     parser.add_argument("--sampler", default="dpmpp_2m", help="(default: %(default)s)")
     parser.add_argument("--grid", help="(default: the sampler's)")
     parser.add_argument("--cfg", type=float, default=5.0, help="guidance scale (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the prompts and of the first picture (default: %(default)s)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the prompts and of the first picture (default: %(default)s)"
+    )
     parser.add_argument("--batch", type=int, default=20, help="pictures made together (default: %(default)s)")
     parser.add_argument("--device", default="cpu", help="(default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder (default: benchmarks/results)")
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).parent / "results", help="folder (default: benchmarks/results)"
+    )
     figures = report(parser.parse_args(argv))
     print(json.dumps({key: value for key, value in figures.items() if key != "pictures"}, indent=1))
 

@@ -18,11 +18,20 @@ from benchmarks.turns import SideFailed, Turns, in_turn
 from ldm.model import LatentDiffusion
 from weights.names.blank import shapes
 
-COPIES = {"diffusers-best": 1, "openvino": 1, "sdcpp": 1}  # of the weights, at most, that a side makes besides those that all map from the same files
-PROCESS, PICTURE = 1.2e9, 4.0e9  # bytes: of a process with its libraries, and of what it makes on the way to a picture of 1024 x 1024
+COPIES = {
+    "diffusers-best": 1,
+    "openvino": 1,
+    "sdcpp": 1,
+}  # of the weights, at most, that a side makes besides those that all map from the same files
+PROCESS, PICTURE = (
+    1.2e9,
+    4.0e9,
+)  # bytes: of a process with its libraries, and of what it makes on the way to a picture of 1024 x 1024
 
 
-def rows_of(job: Job, sides: Sequence[str], cells: Sequence[Cell], repeats: int, best: float, known: list[Row]) -> Iterator[Row]:
+def rows_of(
+    job: Job, sides: Sequence[str], cells: Sequence[Cell], repeats: int, best: float, known: list[Row]
+) -> Iterator[Row]:
     """A row for each cell and side.
 
     job     of the model, whichever side
@@ -58,7 +67,9 @@ def rows_of(job: Job, sides: Sequence[str], cells: Sequence[Cell], repeats: int,
             yield from finished(job, cell, everything[cell], None, best, how)
 
 
-def started(stack: contextlib.ExitStack, jobs: Mapping[str, Job], everything: Mapping[Cell, Found], known: list[Row]) -> dict[str, Turns]:
+def started(
+    stack: contextlib.ExitStack, jobs: Mapping[str, Job], everything: Mapping[Cell, Found], known: list[Row]
+) -> dict[str, Turns]:
     """A process for every side, begun one after the other. One that fails has its reason in all its cells."""
     running = {}
     for side, job in jobs.items():
@@ -125,13 +136,19 @@ def references(job: Job, cells: Sequence[Cell]) -> dict[Cell, Tensor]:
 def fitting(job: Job, sides: Sequence[str], cells: Sequence[Cell]) -> tuple[bool, dict[str, str]]:
     """Do these sides fit into memory together; and which do not even alone, with the figures. Estimates, from the bytes of the weights."""
     config = config_of(job.family, tiny=job.tiny)
-    weights = DTYPES[job.dtype].itemsize * sum(shape.numel() for shape in map(torch.Size, shapes(LatentDiffusion, config).values()))
+    weights = DTYPES[job.dtype].itemsize * sum(
+        shape.numel() for shape in map(torch.Size, shapes(LatentDiffusion, config).values())
+    )
     making = PROCESS + PICTURE * max(cell.batch * cell.size**2 for cell in cells) / 1024**2
     on_gpu = job.device.startswith("cuda")
     room = torch.cuda.mem_get_info(job.device)[0] if on_gpu else available()
     shared = 0 if on_gpu else weights
     own = {side: making + weights * (on_gpu + COPIES.get(side, 0)) for side in sides}
-    large = {side: f"needs about {(shared + need) / 1e9:.1f} GB where {room / 1e9:.1f} are free" for side, need in own.items() if shared + need > room}
+    large = {
+        side: f"needs about {(shared + need) / 1e9:.1f} GB where {room / 1e9:.1f} are free"
+        for side, need in own.items()
+        if shared + need > room
+    }
     return shared + sum(need for side, need in own.items() if side not in large) <= room, large
 
 

@@ -22,7 +22,9 @@ FLOAT32, FLOAT32_LEVELS = 1e-5, 0.05
 HALF = 1.5  # half precision: in units of diffusers' error
 
 Row = dict[str, Any]
-Found = dict[str, dict[str, Any]]  # side -> what was measured of one cell there: `seconds` and `output`, or `why` or `failed` with a reason
+Found = dict[
+    str, dict[str, Any]
+]  # side -> what was measured of one cell there: `seconds` and `output`, or `why` or `failed` with a reason
 
 
 # --- sameness ---------------------------------------------------------------------------------------------------------
@@ -82,18 +84,41 @@ def finished(job: Job, cell: Cell, found: Found, reference: Tensor | None, best:
         reference = found.get("ldm", {}).get("output")
     checks = check({side: entry["output"] for side, entry in found.items() if "output" in entry}, reference, job.dtype)
     count = flops(config_of(job.family, tiny=job.tiny), cell)
-    medians = {side: float(np.median(entry["seconds"])) for side, entry in found.items() if "seconds" in entry and checks[side]["status"] == "same"}
+    medians = {
+        side: float(np.median(entry["seconds"]))
+        for side, entry in found.items()
+        if "seconds" in entry and checks[side]["status"] == "same"
+    }
     for side, entry in found.items():
-        row: Row = {"model": job.family, "dtype": job.dtype, "cell": str(cell), **asdict(cell), "side": side, "turns": how, "flops": count, "floor": count / best}
-        row |= dict.fromkeys(("seconds", "repeats", "first", "cold", "peak", "device_peak", "error", "ratio", "of_floor", "why"))
+        row: Row = {
+            "model": job.family,
+            "dtype": job.dtype,
+            "cell": str(cell),
+            **asdict(cell),
+            "side": side,
+            "turns": how,
+            "flops": count,
+            "floor": count / best,
+        }
+        row |= dict.fromkeys(
+            ("seconds", "repeats", "first", "cold", "peak", "device_peak", "error", "ratio", "of_floor", "why")
+        )
         if "seconds" in entry:
             p10, median, p90 = np.percentile(entry["seconds"], (10, 50, 90)).tolist()
-            row |= {"seconds": {"median": median, "p10": p10, "p90": p90}, "repeats": len(entry["seconds"]), "of_floor": median / row["floor"]}
+            row |= {
+                "seconds": {"median": median, "p10": p10, "p90": p90},
+                "repeats": len(entry["seconds"]),
+                "of_floor": median / row["floor"],
+            }
             row |= {name: entry[name] for name in ("first", "cold", "peak", "device_peak")} | checks[side]
             if side in medians and "diffusers" in medians:
                 row["ratio"] = medians["diffusers"] / median
         else:
-            row |= {"status": "failed", "why": entry["failed"]} if "failed" in entry else {"status": "absent", "why": entry["why"]}
+            row |= (
+                {"status": "failed", "why": entry["failed"]}
+                if "failed" in entry
+                else {"status": "absent", "why": entry["why"]}
+            )
         yield row
 
 
@@ -105,11 +130,17 @@ def growth(rows: Sequence[Row]) -> list[Row]:
         alike: dict[tuple[Any, ...], list[Row]] = {}
         for row in timed:
             if order(row[what]) is not None and (what != "size" or row["stage"] != "text"):
-                rest = tuple(row[name] for name in ("model", "dtype", "side", "stage", "sampler", "steps", "batch", "size") if name != what)
+                rest = tuple(
+                    row[name]
+                    for name in ("model", "dtype", "side", "stage", "sampler", "steps", "batch", "size")
+                    if name != what
+                )
                 alike.setdefault(rest, []).append(row)
         for each in alike.values():
             for less, more in pairwise(sorted(each, key=lambda row: order(row[what]))):
                 times, count = more["seconds"]["median"] / less["seconds"]["median"], more["flops"] / less["flops"]
                 named = {name: more[name] for name in ("model", "dtype", "side", "stage", "sampler", "steps")}
-                found.append({"what": what, "from": less[what], "to": more[what], **named, "times": times, "flops": count})
+                found.append(
+                    {"what": what, "from": less[what], "to": more[what], **named, "times": times, "flops": count}
+                )
     return found

@@ -73,11 +73,27 @@ def _ours(model: LatentDiffusion) -> Side:
 
     def side(cell: Cell) -> Callable[[], Tensor]:
         given = inputs(config, cell, str(model.device), model.dtype)
-        y = None if given.pooled is None else vector(given.pooled, Sizes(), (cell.size, cell.size), config.unet.vector_dim)
+        y = (
+            None
+            if given.pooled is None
+            else vector(given.pooled, Sizes(), (cell.size, cell.size), config.unet.vector_dim)
+        )
         seeds = list(range(SEED, SEED + cell.batch))
-        options: dict[str, Any] = {"negative": NEGATIVE, "height": cell.size, "width": cell.size, "sampler": cell.sampler, "grid": GRID.get(cell.sampler)}
+        options: dict[str, Any] = {
+            "negative": NEGATIVE,
+            "height": cell.size,
+            "width": cell.size,
+            "sampler": cell.sampler,
+            "grid": GRID.get(cell.sampler),
+        }
         return {
-            "text": lambda: torch.cat([tower(ids, told.skip, told.norm)[0] for tower, told, ids in zip(model.text, config.text, given.ids, strict=True)], dim=-1),
+            "text": lambda: torch.cat(
+                [
+                    tower(ids, told.skip, told.norm)[0]
+                    for tower, told, ids in zip(model.text, config.text, given.ids, strict=True)
+                ],
+                dim=-1,
+            ),
             "step": lambda: model.unet(given.x, given.t, given.context, y),
             "decode": lambda: model.vae.decode(given.latent),
             "picture": lambda: levels(txt2img(model, PROMPT, seeds=seeds, steps=cell.steps, cfg=GUIDANCE, **options)),
@@ -107,7 +123,9 @@ def diffusers_best(job: Job) -> Side:
     from torch._dynamo import config as dynamo
     from torch._inductor import config as inductor
 
-    inductor.conv_1x1_as_mm = inductor.coordinate_descent_tuning = inductor.coordinate_descent_check_all_directions = True
+    inductor.conv_1x1_as_mm = inductor.coordinate_descent_tuning = inductor.coordinate_descent_check_all_directions = (
+        True
+    )
     inductor.epilogue_fusion = False
     inductor.freezing = job.device == "cpu"
     pipe = pipeline(job)
@@ -128,7 +146,9 @@ def pipeline(job: Job) -> DiffusionPipeline:
     for each in (library.logging, logging):
         each.set_verbosity_error()
         each.disable_progress_bar()
-    pipe = library.DiffusionPipeline.from_pretrained(job.folder, torch_dtype=DTYPES[job.dtype], local_files_only=True).to(job.device)
+    pipe = library.DiffusionPipeline.from_pretrained(
+        job.folder, torch_dtype=DTYPES[job.dtype], local_files_only=True
+    ).to(job.device)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -141,10 +161,14 @@ def theirs(job: Job, pipe: DiffusionPipeline) -> Side:
 
     def text(ids: tuple[Tensor, ...]) -> Tensor:
         outputs = [tower(each, output_hidden_states=True) for tower, each in zip(towers, ids, strict=True)]
-        return torch.cat([out.hidden_states[-2] if len(towers) > 1 else out.last_hidden_state for out in outputs], dim=-1)
+        return torch.cat(
+            [out.hidden_states[-2] if len(towers) > 1 else out.last_hidden_state for out in outputs], dim=-1
+        )
 
     def decode(latent: Tensor) -> Tensor:
-        upcast = pipe.vae.dtype == torch.float16 and pipe.vae.config.get("force_upcast")  # as its pipelines do where the VAE would overflow
+        upcast = pipe.vae.dtype == torch.float16 and pipe.vae.config.get(
+            "force_upcast"
+        )  # as its pipelines do where the VAE would overflow
         if upcast:
             pipe.vae.to(torch.float32)
         picture = pipe.vae.decode(latent.to(pipe.vae.dtype) / config.vae.scale, return_dict=False)[0]
@@ -155,7 +179,9 @@ def theirs(job: Job, pipe: DiffusionPipeline) -> Side:
     def picture(cell: Cell) -> Tensor:
         pipe.scheduler = schedulers[cell.sampler]
         cells = cell.size // config.vae.factor
-        noise = seeded(list(range(SEED, SEED + cell.batch)), job.device)((cell.batch, config.vae.z_channels, cells, cells)).to(dtype)
+        noise = seeded(list(range(SEED, SEED + cell.batch)), job.device)(
+            (cell.batch, config.vae.z_channels, cells, cells)
+        ).to(dtype)
         made = pipe(
             [PROMPT] * cell.batch, negative_prompt=[NEGATIVE] * cell.batch, latents=noise, height=cell.size, width=cell.size,
             num_inference_steps=cell.steps, guidance_scale=GUIDANCE,
@@ -164,7 +190,11 @@ def theirs(job: Job, pipe: DiffusionPipeline) -> Side:
 
     def side(cell: Cell) -> Callable[[], Tensor]:
         given = inputs(config, cell, job.device, dtype)
-        more = {} if given.pooled is None else {"added_cond_kwargs": {"text_embeds": given.pooled, "time_ids": given.sizes}}
+        more = (
+            {}
+            if given.pooled is None
+            else {"added_cond_kwargs": {"text_embeds": given.pooled, "time_ids": given.sizes}}
+        )
         return {
             "text": lambda: text(given.ids),
             "step": lambda: pipe.unet(given.x, given.t, given.context, return_dict=False, **more)[0],
@@ -180,8 +210,12 @@ def scheduler(pipe: DiffusionPipeline, sampler: str) -> Any:
     from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 
     if sampler == "ddim":
-        return DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing="leading", steps_offset=1, clip_sample=False, set_alpha_to_one=False)
-    return DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing", use_karras_sigmas=False, final_sigmas_type="zero")
+        return DDIMScheduler.from_config(
+            pipe.scheduler.config, timestep_spacing="leading", steps_offset=1, clip_sample=False, set_alpha_to_one=False
+        )
+    return DPMSolverMultistepScheduler.from_config(
+        pipe.scheduler.config, timestep_spacing="trailing", use_karras_sigmas=False, final_sigmas_type="zero"
+    )
 
 
 # --- others -----------------------------------------------------------------------------------------------------------
@@ -201,7 +235,14 @@ def sdcpp(job: Job) -> Side:
     from stable_diffusion_cpp import StableDiffusion
 
     kinds = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
-    model = StableDiffusion(model_path=job.converted, wtype=kinds[job.dtype], n_threads=torch.get_num_threads(), rng_type="cpu", sampler_rng_type="cpu", verbose=False)
+    model = StableDiffusion(
+        model_path=job.converted,
+        wtype=kinds[job.dtype],
+        n_threads=torch.get_num_threads(),
+        rng_type="cpu",
+        sampler_rng_type="cpu",
+        verbose=False,
+    )
     told = config_of(job.family, tiny=job.tiny).schedule
     schedule = Schedule(told.start, told.end, told.steps)
 
@@ -209,7 +250,15 @@ def sdcpp(job: Job) -> Side:
         if cell.stage != "picture":
             raise Unmeasured("stable-diffusion.cpp gives whole pictures only")
         sigmas = ",".join(f"{sigma:.9g}" for sigma in GRIDS[GRID[cell.sampler]](schedule, cell.steps))
-        options = {"width": cell.size, "height": cell.size, "cfg_scale": GUIDANCE, "sample_steps": cell.steps, "seed": SEED, "batch_count": cell.batch, "sigmas": sigmas}
+        options = {
+            "width": cell.size,
+            "height": cell.size,
+            "cfg_scale": GUIDANCE,
+            "sample_steps": cell.steps,
+            "seed": SEED,
+            "batch_count": cell.batch,
+            "sigmas": sigmas,
+        }
         method = {"ddim": "euler", "dpmpp_2m": "dpm++2m"}[cell.sampler]
         return lambda: levels(model.generate_image(PROMPT, negative_prompt=NEGATIVE, sample_method=method, **options))
 
@@ -219,7 +268,10 @@ def sdcpp(job: Job) -> Side:
 SIDES: dict[str, Callable[[Job], Side]] = {
     "ldm": ldm, "fast": fast, "diffusers": diffusers, "diffusers-best": diffusers_best, "openvino": openvino, "sdcpp": sdcpp,
 }  # fmt: skip
-NEEDS = {"openvino": ("openvino", "openvino"), "sdcpp": ("stable_diffusion_cpp", "stable-diffusion-cpp-python")}  # module, what to install
+NEEDS = {
+    "openvino": ("openvino", "openvino"),
+    "sdcpp": ("stable_diffusion_cpp", "stable-diffusion-cpp-python"),
+}  # module, what to install
 
 
 def missing(side: str, device: str) -> str | None:
@@ -230,5 +282,7 @@ def missing(side: str, device: str) -> str | None:
     if side == "openvino" and device != "cpu":
         return f"OpenVINO does not run on {device}"
     if side == "sdcpp" and device != "cpu":
-        return "stable-diffusion.cpp runs where it was built for, which it does not say: it is measured on the CPU alone"
+        return (
+            "stable-diffusion.cpp runs where it was built for, which it does not say: it is measured on the CPU alone"
+        )
     return None

@@ -25,7 +25,10 @@ from benchmarks.rounds import rows_of
 from benchmarks.rows import Row, growth
 from benchmarks.sides import DTYPES, GRID, SIDES, Job
 
-QUICK = {"side": ("ldm", "fast", "diffusers", "openvino", "sdcpp"), "repeats": 2}  # diffusers' best recipe compiles for minutes
+QUICK = {
+    "side": ("ldm", "fast", "diffusers", "openvino", "sdcpp"),
+    "repeats": 2,
+}  # diffusers' best recipe compiles for minutes
 PACKAGES = ("diffusers", "transformers", "openvino", "stable-diffusion-cpp-python")
 
 
@@ -34,7 +37,12 @@ def plan(args: argparse.Namespace, family: str) -> list[Cell]:
     own = config_of(family, tiny=args.tiny).size
     if args.quick:
         half = max(64, own // 2)
-        return [Cell("picture", 1, half, "ddim", 2), *dict.fromkeys(Cell("step", 1, size) for size in (half, own)), Cell("text", 1, own), Cell("decode", 1, half)]
+        return [
+            Cell("picture", 1, half, "ddim", 2),
+            *dict.fromkeys(Cell("step", 1, size) for size in (half, own)),
+            Cell("text", 1, own),
+            Cell("decode", 1, half),
+        ]
     cells = []
     for batch in args.batch:
         sizes = args.size or [own]
@@ -48,7 +56,10 @@ def plan(args: argparse.Namespace, family: str) -> list[Cell]:
 def measure(args: argparse.Namespace, keep: Callable[[Mapping[str, Any]], None]) -> dict[str, Any]:
     """All figures; `keep` is told them whenever there are more."""
     found: dict[str, Any] = {"peak": peak(args.device, DTYPES[args.dtype]), "sides": [], "rows": [], "growth": []}
-    print(f"this machine was seen to reach {found['peak']['best'] / 1e9:.4g} GFLOP/s: a floor is a cell's FLOPs at that rate", flush=True)
+    print(
+        f"this machine was seen to reach {found['peak']['best'] / 1e9:.4g} GFLOP/s: a floor is a cell's FLOPs at that rate",
+        flush=True,
+    )
     print(HEAD)
     with tempfile.TemporaryDirectory() as passing:
         cache = args.cache or Path(passing)
@@ -88,8 +99,18 @@ def show(row: Row) -> None:
 def show_sides(sides: Iterable[Mapping[str, Any]], rows: Sequence[Row]) -> None:
     """Print how each side began: the seconds and the memory until it could work, and to the first picture of a new process."""
     for side in sides:
-        cold = next((row["cold"] for row in rows if row["cold"] and (row["model"], row["side"]) == (side["model"], side["side"])), None)
-        held = [f" and {part['bytes'] / 1e9:.2f} GB" if part["bytes"] is not None else "" for part in (side["imported"], side["loaded"])]
+        cold = next(
+            (
+                row["cold"]
+                for row in rows
+                if row["cold"] and (row["model"], row["side"]) == (side["model"], side["side"])
+            ),
+            None,
+        )
+        held = [
+            f" and {part['bytes'] / 1e9:.2f} GB" if part["bytes"] is not None else ""
+            for part in (side["imported"], side["loaded"])
+        ]
         line = f"{side['model']} {side['side']}: imported in {side['imported']['seconds']:.2f} s{held[0]}, loaded in {side['loaded']['seconds']:.2f} s{held[1]}"
         line += f", first picture {cold:.2f} s after the start" if cold else ""
         print("; ".join([line, *side["notes"]]))
@@ -99,7 +120,9 @@ def show_growth(found: Iterable[Mapping[str, Any]]) -> None:
     """Print how times grow beside FLOPs."""
     for each in found:
         stage = f"{each['stage']} {each['sampler']}:{each['steps']}" if each["sampler"] else each["stage"]
-        print(f"{each['what']} {each['from']} -> {each['to']}, {each['model']} {stage}, {each['side']}: {each['times']:.2f} times the time for {each['flops']:.2f} times the FLOPs")
+        print(
+            f"{each['what']} {each['from']} -> {each['to']}, {each['model']} {stage}, {each['side']}: {each['times']:.2f} times the time for {each['flops']:.2f} times the FLOPs"
+        )
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
@@ -110,24 +133,60 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", nargs="+", choices=MODELS, help="seeded weights of these (default: sd1)")
     parser.add_argument("--side", nargs="+", choices=SIDES, help="who makes pictures (default: all)")
-    parser.add_argument("--stage", nargs="+", choices=STAGES, help="; ".join(f"{name}: {what}" for name, what in STAGES.items()) + " (default: all)")
+    parser.add_argument(
+        "--stage",
+        nargs="+",
+        choices=STAGES,
+        help="; ".join(f"{name}: {what}" for name, what in STAGES.items()) + " (default: all)",
+    )
     parser.add_argument("--batch", nargs="+", type=int, help="pictures made at once (default: 1)")
-    parser.add_argument("--size", nargs="+", type=int, help="pixels along a side, multiples of 64 (default: the model's own)")
-    parser.add_argument("--sampler", nargs="+", metavar="NAME:STEPS", help=f"of pictures, {' or '.join(GRID)} (default: ddim:50 dpmpp_2m:20)")
+    parser.add_argument(
+        "--size", nargs="+", type=int, help="pixels along a side, multiples of 64 (default: the model's own)"
+    )
+    parser.add_argument(
+        "--sampler",
+        nargs="+",
+        metavar="NAME:STEPS",
+        help=f"of pictures, {' or '.join(GRID)} (default: ddim:50 dpmpp_2m:20)",
+    )
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="(default: %(default)s)")
-    parser.add_argument("--repeats", type=int, help="of every time, the sides in turn, after the first call (default: 5)")
+    parser.add_argument(
+        "--repeats", type=int, help="of every time, the sides in turn, after the first call (default: 5)"
+    )
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     parser.add_argument("--threads", type=int, help="of every side (default: torch's own choice)")
-    parser.add_argument("--quick", action="store_true", help="a short list of cells: one picture in 2 steps and decoding at half the size, steps at both, text; 2 repeats; all sides but diffusers-best")
-    parser.add_argument("--tiny", action="store_true", help="narrow networks: shows that this works, not how fast it is")
-    parser.add_argument("--cache", type=Path, metavar="DIR", help="keep weights and converted networks there for the next time (default: a passing folder)")
-    parser.add_argument("--out", type=Path, metavar="FILE.json", help="write all figures there, with the machine and the versions")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="a short list of cells: one picture in 2 steps and decoding at half the size, steps at both, text; 2 repeats; all sides but diffusers-best",
+    )
+    parser.add_argument(
+        "--tiny", action="store_true", help="narrow networks: shows that this works, not how fast it is"
+    )
+    parser.add_argument(
+        "--cache",
+        type=Path,
+        metavar="DIR",
+        help="keep weights and converted networks there for the next time (default: a passing folder)",
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE.json", help="write all figures there, with the machine and the versions"
+    )
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the ratios to diffusers there")
     args = parser.parse_args(argv)
-    fixed = [f"--{name}" for name in ("stage", "batch", "size", "sampler") if args.quick and getattr(args, name) is not None]
+    fixed = [
+        f"--{name}" for name in ("stage", "batch", "size", "sampler") if args.quick and getattr(args, name) is not None
+    ]
     if fixed:
         parser.error(f"{', '.join(fixed)}: --quick has its own; leave one of them out")
-    defaults = {"model": ["sd1"], "side": list(SIDES), "stage": list(STAGES), "batch": [1], "sampler": ["ddim:50", "dpmpp_2m:20"], "repeats": 5}
+    defaults = {
+        "model": ["sd1"],
+        "side": list(SIDES),
+        "stage": list(STAGES),
+        "batch": [1],
+        "sampler": ["ddim:50", "dpmpp_2m:20"],
+        "repeats": 5,
+    }
     for name, value in (defaults | (QUICK if args.quick else {})).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -162,15 +221,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # float32 means float32
-    settings: dict[str, Any] = {name: getattr(args, name) for name in ("side", "dtype", "repeats", "device", "threads", "quick", "tiny")}
-    settings |= {"guidance": GUIDANCE, "cells": {family: [str(cell) for cell in plan(args, family)] for family in args.model}}
+    settings: dict[str, Any] = {
+        name: getattr(args, name) for name in ("side", "dtype", "repeats", "device", "threads", "quick", "tiny")
+    }
+    settings |= {
+        "guidance": GUIDANCE,
+        "cells": {family: [str(cell) for cell in plan(args, family)] for family in args.model},
+    }
     print("\n".join(f"{name}: {value}" for name, value in settings.items()))
     here, begun = machine(args.device, PACKAGES), time.perf_counter()
     print(", ".join(f"{name} {value}" for name, value in here.items() if value is not None))
 
     def keep(found: Mapping[str, Any]) -> None:
         if args.out:
-            args.out.write_text(json.dumps({"settings": settings, "stages": STAGES, "machine": here, **found}, indent=1) + "\n")
+            args.out.write_text(
+                json.dumps({"settings": settings, "stages": STAGES, "machine": here, **found}, indent=1) + "\n"
+            )
 
     found = measure(args, keep)
     keep(found)

@@ -17,7 +17,9 @@ from ldm import blocks
 from ldm.blocks import RELATIONS, SHAPES, SIZES, Placed, Scene, Solid
 
 MAGENTA = "magenta"
-COLORS = blocks.COLORS | {MAGENTA: (0.75, 0.10, 0.70)}  # its hue, 304 degrees, is halfway between purple's 275 and pink's 328
+COLORS = blocks.COLORS | {
+    MAGENTA: (0.75, 0.10, 0.70)
+}  # its hue, 304 degrees, is halfway between purple's 275 and pink's 328
 SKS = "sks"  # DreamBooth's rare word (Ruiz et al. 2023, section 3.1), here in the place of a colour
 BODY, TIP = "blue", "yellow"  # of the particular cone: its lower half and its upper
 CUT, WIDER = 0.5, 1.04  # where the tip begins, of the cone's height; how much wider than the body it is there
@@ -48,7 +50,12 @@ def built(scene: Scene, rng: np.random.Generator) -> list[Placed]:
         if solid.color != SKS:
             placed.append(solid)
             continue
-        tip = replace(solid, color=TIP, base=solid.base + np.array([0.0, CUT * solid.height, 0.0]), scale=WIDER * (1 - CUT) * solid.scale)
+        tip = replace(
+            solid,
+            color=TIP,
+            base=solid.base + np.array([0.0, CUT * solid.height, 0.0]),
+            scale=WIDER * (1 - CUT) * solid.scale,
+        )
         placed += [replace(solid, color=BODY), tip]
     return placed
 
@@ -96,7 +103,11 @@ def cone_pairs(n: int, seed: int) -> list[Scene]:
     rng = np.random.default_rng([seed, 5])
     found: dict[str, Scene] = {}
     while len(found) < n:
-        other = Solid(_one(rng, SHAPES), _one(rng, [color for color in blocks.COLORS if color not in (BODY, TIP)]), _one(rng, SIZES))
+        other = Solid(
+            _one(rng, SHAPES),
+            _one(rng, [color for color in blocks.COLORS if color not in (BODY, TIP)]),
+            _one(rng, SIZES),
+        )
         pair = [Solid("cone", SKS), other]
         relation = _one(rng, RELATIONS)
         order = (0, 1) if relation == "on top of" or rng.random() < 0.5 else (1, 0)  # nothing stands on the tip

@@ -43,14 +43,20 @@ class Case:
     rate: float  # of learning
 
 
-CASES = {"sd1-full": Case("sd1", "full", 1e-5), "sd1-lora": Case("sd1", "lora", 1e-4), "sdxl-lora": Case("sdxl-base", "lora", 1e-4)}
+CASES = {
+    "sd1-full": Case("sd1", "full", 1e-5),
+    "sd1-lora": Case("sd1", "lora", 1e-4),
+    "sdxl-lora": Case("sdxl-base", "lora", 1e-4),
+}
 QUICK = {"size": 256, "repeats": 2}
 PACKAGES = ("diffusers", "accelerate", "peft")
 
 # What passes as the same step: by how much the first update's loss and norm of the gradient may differ, relative to diffusers'. In half precision
 # four roundings for the loss (of weights, inputs, activations and output), and ten times that for the norm, as in float32.
 HALF = {"bfloat16": 2**-8, "float16": 2**-11}
-LIMITS = {"float32": {"loss": 1e-4, "grad_norm": 1e-3}} | {dtype: {"loss": 4 * u, "grad_norm": 40 * u} for dtype, u in HALF.items()}
+LIMITS = {"float32": {"loss": 1e-4, "grad_norm": 1e-3}} | {
+    dtype: {"loss": 4 * u, "grad_norm": 40 * u} for dtype, u in HALF.items()
+}
 
 # Bytes: of a process with its libraries, and of the activations that SD 1 keeps of 512 x 512 pixels (4.8e9 as autograd counts them; SDXL has
 # less), to which what is passing is added.
@@ -76,7 +82,9 @@ def training(job: Job) -> Iterator[tuple[Row, Callable[[], Row]]]:
             if not line:
                 status = process.wait()
                 errors.seek(0)
-                raise SideFailed(f"its process ended with status {status}: {without_folders(errors.read().strip())[-300:]}")
+                raise SideFailed(
+                    f"its process ended with status {status}: {without_folders(errors.read().strip())[-300:]}"
+                )
             told = json.loads(line)
             if "failed" in told:
                 raise SideFailed(told["failed"])
@@ -104,7 +112,9 @@ def measured(jobs: Mapping[str, Job], repeats: int) -> tuple[Found, str]:
     rest = {side: job for side, job in jobs.items() if side not in large}
     for group in [rest] if together else [{side: job} for side, job in rest.items()]:
         found |= _in_turn(group, repeats)
-    return {side: found[side] for side in jobs}, "in turn" if together else "one side after the other: together they do not fit into memory"
+    return {
+        side: found[side] for side in jobs
+    }, "in turn" if together else "one side after the other: together they do not fit into memory"
 
 
 def _in_turn(jobs: Mapping[str, Job], repeats: int) -> Found:
@@ -133,10 +143,18 @@ def fitting(jobs: Mapping[str, Job]) -> tuple[bool, dict[str, str]]:
         on_gpu, lora = job.device.startswith("cuda"), job.method == "lora"
         held = 4 * sum(math.prod(shape) for shape in shapes(UNet, config_of(job.family, tiny=job.tiny).unet).values())
         shared = held if lora and not on_gpu else 0.0  # of the files that both map ...
-        copies = COPIES if not lora else 0 if shared and job.dtype == "float32" else 1  # ... and read as they are, unless they are rounded
-        own[side] = PROCESS + copies * held + (0.1 if job.checkpointing else 1) * KEPT * job.batch * (job.size / 512) ** 2
+        copies = (
+            COPIES if not lora else 0 if shared and job.dtype == "float32" else 1
+        )  # ... and read as they are, unless they are rounded
+        own[side] = (
+            PROCESS + copies * held + (0.1 if job.checkpointing else 1) * KEPT * job.batch * (job.size / 512) ** 2
+        )
         room = torch.cuda.mem_get_info(job.device)[0] if on_gpu else available()
-    large = {side: f"needs about {(shared + need) / 1e9:.1f} GB where {room / 1e9:.1f} are free" for side, need in own.items() if shared + need > room}
+    large = {
+        side: f"needs about {(shared + need) / 1e9:.1f} GB where {room / 1e9:.1f} are free"
+        for side, need in own.items()
+        if shared + need > room
+    }
     return shared + sum(need for side, need in own.items() if side not in large) <= room, large
 
 
@@ -153,15 +171,41 @@ def rows_of(name: str, job: Job, found: Found, how: str) -> Iterator[Row]:
     told = {side: _figures(entry) for side, entry in found.items() if "updates" in entry}
     theirs = told.get("diffusers")
     for side, entry in found.items():
-        row: Row = {"case": name, **{key: getattr(job, key) for key in ("family", "method", "checkpointing", "size", "batch", "dtype")}, "side": side, "turns": how}
-        row |= dict.fromkeys(("seconds", "repeats", "first", "peak", "between", "device_peak", "load", "trained", "losses", "grad_norms", "error", "ratio", "memory", "why"))
+        row: Row = {
+            "case": name,
+            **{key: getattr(job, key) for key in ("family", "method", "checkpointing", "size", "batch", "dtype")},
+            "side": side,
+            "turns": how,
+        }
+        row |= dict.fromkeys(
+            (
+                "seconds",
+                "repeats",
+                "first",
+                "peak",
+                "between",
+                "device_peak",
+                "load",
+                "trained",
+                "losses",
+                "grad_norms",
+                "error",
+                "ratio",
+                "memory",
+                "why",
+            )
+        )
         if side in told:
             row |= told[side] | status
             if status["status"] == "same":
                 row["ratio"] = theirs["seconds"]["median"] / row["seconds"]["median"]
                 row["memory"] = most(row) / most(theirs)
         else:
-            row |= {"status": "failed", "why": entry["failed"]} if "failed" in entry else {"status": "absent", "why": entry["why"]}
+            row |= (
+                {"status": "failed", "why": entry["failed"]}
+                if "failed" in entry
+                else {"status": "absent", "why": entry["why"]}
+            )
         yield row
 
 
@@ -195,11 +239,19 @@ def compared(found: Found, dtype: str) -> Row:
         return {"status": "not compared", "why": f"no update of {' or '.join(missing)}", "error": None}
     ours, theirs = found["ldm"], found["diffusers"]
     if ours["load"]["trained"] != theirs["load"]["trained"]:
-        return {"status": "void", "why": f"ldm trains {ours['load']['trained']} numbers, diffusers {theirs['load']['trained']}", "error": None}
+        return {
+            "status": "void",
+            "why": f"ldm trains {ours['load']['trained']} numbers, diffusers {theirs['load']['trained']}",
+            "error": None,
+        }
     for a, b in zip(ours["updates"], theirs["updates"], strict=True):
         if all(_finite(each[name]) is not None for each in (a, b) for name in LIMITS[dtype]):
             error = {name: abs(a[name] - b[name]) / abs(b[name]) for name in LIMITS[dtype]}
-            far = [f"{name}: {a[name]:.6g} and {b[name]:.6g}" for name, limit in LIMITS[dtype].items() if error[name] > limit]
+            far = [
+                f"{name}: {a[name]:.6g} and {b[name]:.6g}"
+                for name, limit in LIMITS[dtype].items()
+                if error[name] > limit
+            ]
             return {"status": "void" if far else "same", "why": "; ".join(far) or None, "error": error}
     return {"status": "void", "why": "no update with a finite loss and gradient", "error": None}
 
@@ -211,7 +263,9 @@ HEAD = f"{'':34}{'side':11}{'median (p10 to p90), s':32}{'ratio':>6}{'first, s':
 
 def show(row: Row) -> None:
     """Print one line of the table."""
-    line = f"{row['case']}, {row['size']}, {'' if row['checkpointing'] else 'no '}checkpointing".ljust(34) + row["side"].ljust(11)
+    line = f"{row['case']}, {row['size']}, {'' if row['checkpointing'] else 'no '}checkpointing".ljust(34) + row[
+        "side"
+    ].ljust(11)
     if row["seconds"]:
         times = row["seconds"]
         line += f"{times['median']:.4g} ({times['p10']:.4g} to {times['p90']:.4g})".ljust(32)
@@ -230,7 +284,12 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line, checked. Exits with status 2 where it cannot be honoured."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--case", nargs="+", choices=CASES, default=list(CASES), help="what is trained (default: all)")
-    parser.add_argument("--checkpointing", choices=("both", "on", "off"), default="both", help="compute activations again instead of keeping them (default: %(default)s)")
+    parser.add_argument(
+        "--checkpointing",
+        choices=("both", "on", "off"),
+        default="both",
+        help="compute activations again instead of keeping them (default: %(default)s)",
+    )
     parser.add_argument("--side", nargs="+", choices=SIDES, default=list(SIDES), help="who trains (default: both)")
     parser.add_argument("--size", type=int, help="pixels along a side, a multiple of 64 (default: the model's own)")
     parser.add_argument("--batch", type=int, default=1, help="examples per update (default: %(default)s)")
@@ -239,9 +298,15 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     parser.add_argument("--threads", type=int, help="of every side (default: torch's own choice)")
     parser.add_argument("--quick", action="store_true", help="at 256 x 256, 2 repeats")
-    parser.add_argument("--tiny", action="store_true", help="narrow networks: shows that this works, not how fast it is")
-    parser.add_argument("--cache", type=Path, metavar="DIR", help="keep weights there for the next time (default: a passing folder)")
-    parser.add_argument("--out", type=Path, metavar="FILE.json", help="write all figures there, with the machine and the versions")
+    parser.add_argument(
+        "--tiny", action="store_true", help="narrow networks: shows that this works, not how fast it is"
+    )
+    parser.add_argument(
+        "--cache", type=Path, metavar="DIR", help="keep weights there for the next time (default: a passing folder)"
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE.json", help="write all figures there, with the machine and the versions"
+    )
     args = parser.parse_args(argv)
     for name, value in (QUICK if args.quick else {"repeats": 5}).items():
         if getattr(args, name) is None:
@@ -291,9 +356,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = arguments(argv)
     if "diffusers" in args.side:
         require("bench", *PACKAGES)
-    settings = {name: getattr(args, name) for name in ("case", "checkpointing", "side", "size", "batch", "dtype", "repeats", "device", "threads", "quick", "tiny")}
+    settings = {
+        name: getattr(args, name)
+        for name in (
+            "case",
+            "checkpointing",
+            "side",
+            "size",
+            "batch",
+            "dtype",
+            "repeats",
+            "device",
+            "threads",
+            "quick",
+            "tiny",
+        )
+    }
     print("\n".join(f"{name}: {value}" for name, value in settings.items()))
-    here, begun = machine(args.device, PACKAGES) | ({"threads": args.threads} if args.threads else {}), time.perf_counter()
+    here, begun = (
+        machine(args.device, PACKAGES) | ({"threads": args.threads} if args.threads else {}),
+        time.perf_counter(),
+    )
     print(", ".join(f"{name} {value}" for name, value in here.items() if value is not None))
 
     def keep(rows: list[Row]) -> None:

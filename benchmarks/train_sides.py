@@ -79,7 +79,9 @@ class Ended(Exception):
 def config_of(family: str, *, tiny: bool) -> ModelConfig:
     """The family with its UNet, beside a narrow autoencoder and text towers of one block, which no step asks: latents and text are given."""
     own = cells.config_of(family, tiny=tiny)
-    return replace(own, vae=replace(own.vae, channels=32), text=tuple(replace(tower, layers=tower.skip + 1) for tower in own.text))
+    return replace(
+        own, vae=replace(own.vae, channels=32), text=tuple(replace(tower, layers=tower.skip + 1) for tower in own.text)
+    )
 
 
 @dataclass(frozen=True)
@@ -139,14 +141,31 @@ def ldm(job: Job, pace: Pace) -> None:
         moments = torch.cat([mean, torch.full_like(mean, NO_SPREAD)], dim=1)
         pace.wait()  # the loop has just forgotten the last update's gradients
         size, ones = (job.size, job.size), torch.ones(job.batch)
-        return Batch(one.index, ("",) * job.batch, size, (Sizes(),) * job.batch, ones, moments=moments, context=one.context, pooled=one.pooled)
+        return Batch(
+            one.index,
+            ("",) * job.batch,
+            size,
+            (Sizes(),) * job.batch,
+            ones,
+            moments=moments,
+            context=one.context,
+            pooled=one.pooled,
+        )
 
     def log(record: Record) -> None:
         pace.note(loss=record["loss"], grad_norm=record["grad_norm"])
 
     pace.note(trained=sum(p.numel() for p in made.parameters.values()))
     with checkpoint_blocks(made.task) if job.checkpointing else nullcontext():
-        fit(made.task, made.parameters, micro, recipe, Path(job.folder), ranks=Ranks(device=job.device), watchers=Watchers(log=log))
+        fit(
+            made.task,
+            made.parameters,
+            micro,
+            recipe,
+            Path(job.folder),
+            ranks=Ranks(device=job.device),
+            watchers=Watchers(log=log),
+        )
 
 
 # --- diffusers --------------------------------------------------------------------------------------------------------
@@ -172,10 +191,14 @@ def diffusers(job: Job, pace: Pace) -> None:
     while True:
         one = given(job, number)
         pace.wait()
-        latent, noise, context = (tensor.to(accelerator.device, kind) for tensor in (one.latent, one.noise, one.context))
+        latent, noise, context = (
+            tensor.to(accelerator.device, kind) for tensor in (one.latent, one.noise, one.context)
+        )
         t, more = one.t.to(accelerator.device), {}
         if one.pooled is not None:
-            sizes = torch.tensor([[job.size, job.size, 0, 0, job.size, job.size]] * job.batch, device=accelerator.device, dtype=kind)
+            sizes = torch.tensor(
+                [[job.size, job.size, 0, 0, job.size, job.size]] * job.batch, device=accelerator.device, dtype=kind
+            )
             more["added_cond_kwargs"] = {"text_embeds": one.pooled.to(accelerator.device, kind), "time_ids": sizes}
         with accelerator.accumulate(unet):
             said = unet(noising.add_noise(latent, noise, t), t, context, return_dict=False, **more)[0]
@@ -245,7 +268,9 @@ class Asked:
             torch.cuda.synchronize(self.device)
         seconds = time.perf_counter() - self.since
         most = torch.cuda.max_memory_reserved(self.device) if on_gpu else None
-        self.answer({"seconds": seconds, **self.noted, "between": resident("VmRSS"), "peak": peak_memory(), "device_peak": most})
+        self.answer(
+            {"seconds": seconds, **self.noted, "between": resident("VmRSS"), "peak": peak_memory(), "device_peak": most}
+        )
         if not self.loaded:
             forget_peak(self.device)
             self.loaded = True

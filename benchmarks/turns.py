@@ -46,7 +46,9 @@ class Turns:
         begun = time.perf_counter()
         environment = os.environ | {"HF_HUB_OFFLINE": "1"}
         command = [sys.executable, __file__, json.dumps(asdict(job))]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True, env=environment)
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True, env=environment
+        )
         try:
             self.imported = self._answer()
             self.imported["seconds"] = time.perf_counter() - begun
@@ -67,7 +69,9 @@ class Turns:
         if not line:
             status = self.process.wait()
             self.errors.seek(0)
-            raise SideFailed(f"its process ended with status {status}: {without_folders(self.errors.read().strip())[-300:]}")
+            raise SideFailed(
+                f"its process ended with status {status}: {without_folders(self.errors.read().strip())[-300:]}"
+            )
         answer = json.loads(line)
         if "unmeasured" in answer:
             raise Unmeasured(answer["unmeasured"])
@@ -118,7 +122,11 @@ def in_turn(calls: Mapping[str, Callable[[], float]], repeats: int) -> dict[str,
 def resident(field: str) -> int | None:
     """Bytes of this process in memory: now ("VmRSS") or at their peak ("VmHWM"). None where the system does not say."""
     try:
-        return next(int(line.split()[1]) * 1024 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+        return next(
+            int(line.split()[1]) * 1024
+            for line in Path("/proc/self/status").read_text().splitlines()
+            if line.startswith(field)
+        )
     except (OSError, StopIteration):
         return None
 
@@ -197,7 +205,10 @@ def serve(job: Job, answer: Callable[[dict[str, Any]], None]) -> None:
                 begun = time.perf_counter()
                 with warnings.catch_warnings(record=True) as said:
                     prepared = _Prepared(SIDES[job.side](job), job.device)
-                seconds, warned = time.perf_counter() - begun, [without_folders(str(each.message)) for each in said if each.category is UserWarning]
+                seconds, warned = (
+                    time.perf_counter() - begun,
+                    [without_folders(str(each.message)) for each in said if each.category is UserWarning],
+                )
                 answer({"seconds": seconds, "bytes": resident("VmRSS"), "warned": warned})
             else:
                 cell = Cell(**request["cell"])
@@ -223,7 +234,11 @@ def _import(side: str) -> None:
         import diffusers
         import transformers
 
-        _ = diffusers.StableDiffusionPipeline, diffusers.StableDiffusionXLPipeline, transformers.CLIPTextModel  # they import when used
+        _ = (
+            diffusers.StableDiffusionPipeline,
+            diffusers.StableDiffusionXLPipeline,
+            transformers.CLIPTextModel,
+        )  # they import when used
 
 
 def main(argv: list[str]) -> None:

@@ -21,18 +21,39 @@ class UNetConfig:
     heads: int | None = 8  # heads of every attention, whatever its width; or None and ...
     head_dim: int | None = None  # ... the width of one head, the number of heads following from the width
     linear_proj: bool = False  # proj_in/proj_out of a SpatialTransformer stored as matrices, not as 1x1 convolutions
-    down_depth: tuple[tuple[int, ...], ...] = ((1, 1), (1, 1), (1, 1), (0, 0))  # transformer blocks after each ResBlock, finest level first; 0: none
-    up_depth: tuple[tuple[int, ...], ...] = ((0, 0, 0), (1, 1, 1), (1, 1, 1), (1, 1, 1))  # the same coming up, coarsest level first
+    down_depth: tuple[tuple[int, ...], ...] = (
+        (1, 1),
+        (1, 1),
+        (1, 1),
+        (0, 0),
+    )  # transformer blocks after each ResBlock, finest level first; 0: none
+    up_depth: tuple[tuple[int, ...], ...] = (
+        (0, 0, 0),
+        (1, 1, 1),
+        (1, 1, 1),
+        (1, 1, 1),
+    )  # the same coming up, coarsest level first
     mid_depth: int | None = 1  # transformer blocks in the middle; None: the middle is one lone ResBlock
-    cross_only: tuple[bool, ...] = (False, False, False, False)  # per level: attn1 attends to the context instead of the picture
+    cross_only: tuple[bool, ...] = (
+        False,
+        False,
+        False,
+        False,
+    )  # per level: attn1 attends to the context instead of the picture
     vector_dim: int | None = None  # width of the conditioning vector that joins the time embedding; None: no such input
     noise_levels: int | None = None  # entries of the noise-level embedding (x4 upscaler); None: no such input
 
     def __post_init__(self) -> None:
         levels = len(self.channel_mult)
         down, up = (self.num_res_blocks,) * levels, (self.num_res_blocks + 1,) * levels
-        if tuple(map(len, self.down_depth)) != down or tuple(map(len, self.up_depth)) != up or len(self.cross_only) != levels:
-            raise ArgumentError(f"UNetConfig: {levels} levels of {self.num_res_blocks} blocks need as many entries in down_depth, one more per level in up_depth, and {levels} in cross_only")
+        if (
+            tuple(map(len, self.down_depth)) != down
+            or tuple(map(len, self.up_depth)) != up
+            or len(self.cross_only) != levels
+        ):
+            raise ArgumentError(
+                f"UNetConfig: {levels} levels of {self.num_res_blocks} blocks need as many entries in down_depth, one more per level in up_depth, and {levels} in cross_only"
+            )
         if (self.heads is None) == (self.head_dim is None):
             raise ArgumentError("UNetConfig: give either heads or head_dim; the other is None")
 
@@ -68,7 +89,9 @@ class TextConfig:
     layers: int = 12  # blocks, counting those that are skipped
     heads: int = 12  # attention heads
     mlp: int = 3072  # hidden width of the feed-forward part
-    activation: Literal["quick_gelu", "gelu"] = "quick_gelu"  # as trained: OpenAI's towers have quick_gelu, OpenCLIP's gelu
+    activation: Literal["quick_gelu", "gelu"] = (
+        "quick_gelu"  # as trained: OpenAI's towers have quick_gelu, OpenCLIP's gelu
+    )
     projection: int | None = None  # width of the projected pooled embedding; None: the tower has no projection
     pad: int = 49407  # id that fills a prompt up to `length`: 49407 (end of text) or 0
     skip: int = 0  # last blocks left out of the tokens: 1 is "penultimate"
@@ -105,7 +128,9 @@ class DepthConfig:
 
     def __post_init__(self) -> None:
         if len(self.blocks) != 3 or len(self.hooks) != 2 or not 0 <= self.hooks[0] < self.hooks[1] < self.layers:
-            raise ArgumentError(f"DepthConfig: three entries in blocks, and two rising hooks below {self.layers} layers; not {self.blocks} and {self.hooks}")
+            raise ArgumentError(
+                f"DepthConfig: three entries in blocks, and two rising hooks below {self.layers} layers; not {self.blocks} and {self.hooks}"
+            )
 
     @property
     def patch(self) -> int:
@@ -130,23 +155,36 @@ class ModelConfig:
     name: str  # key in FAMILIES
     unet: UNetConfig = field(default_factory=UNetConfig)
     vae: VAEConfig = field(default_factory=VAEConfig)
-    text: tuple[TextConfig, ...] = (TextConfig(),)  # towers whose tokens are concatenated along their width; empty: no text
+    text: tuple[TextConfig, ...] = (
+        TextConfig(),
+    )  # towers whose tokens are concatenated along their width; empty: no text
     vision: VisionConfig | None = None  # tower whose image embedding is the context (image variations)
-    depth: DepthConfig | None = None  # network that guesses the depth of a picture, where the family comes with one (sd2-depth)
+    depth: DepthConfig | None = (
+        None  # network that guesses the depth of a picture, where the family comes with one (sd2-depth)
+    )
     prediction: Literal["eps", "v"] = "eps"  # what the UNet was trained to predict
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     size: int = 512  # pixels along a side of the training pictures: the default size
-    concat: tuple[str, ...] = ()  # what joins the latent at the UNet's input, in order: mask, masked_image, depth, low_res
-    zero_empty: bool = False  # guidance steers away from zeros, not from the empty prompt, where no negative prompt is given
+    concat: tuple[
+        str, ...
+    ] = ()  # what joins the latent at the UNet's input, in order: mask, masked_image, depth, low_res
+    zero_empty: bool = (
+        False  # guidance steers away from zeros, not from the empty prompt, where no negative prompt is given
+    )
 
     def __post_init__(self) -> None:
         if self.schedule.zero_snr and self.prediction == "eps":
-            raise ArgumentError("ModelConfig: zero_snr with prediction 'eps': of pure noise it says nothing of the picture; set prediction='v'", key="zero_snr")
+            raise ArgumentError(
+                "ModelConfig: zero_snr with prediction 'eps': of pure noise it says nothing of the picture; set prediction='v'",
+                key="zero_snr",
+            )
 
 
 CLIP_L = TextConfig()
 OPENCLIP_H = TextConfig(width=1024, layers=24, heads=16, mlp=4096, activation="gelu", projection=1024, pad=0, skip=1)
-OPENCLIP_BIGG = TextConfig(width=1280, layers=32, heads=20, mlp=5120, activation="gelu", projection=1280, pad=0, skip=1, norm=False)
+OPENCLIP_BIGG = TextConfig(
+    width=1280, layers=32, heads=20, mlp=5120, activation="gelu", projection=1280, pad=0, skip=1, norm=False
+)
 
 SD1 = UNetConfig()
 SD2 = replace(SD1, context_dim=1024, heads=None, head_dim=64, linear_proj=True)
@@ -172,7 +210,12 @@ VAE_SDXL = VAEConfig(scale=0.13025)
 _sd1 = ModelConfig("sd1")
 _sd2 = ModelConfig("sd2-base", unet=SD2, text=(OPENCLIP_H,))
 _sdxl = ModelConfig(
-    "sdxl-base", unet=SDXL, vae=VAE_SDXL, text=(replace(CLIP_L, skip=1, norm=False), OPENCLIP_BIGG), size=1024, zero_empty=True
+    "sdxl-base",
+    unet=SDXL,
+    vae=VAE_SDXL,
+    text=(replace(CLIP_L, skip=1, norm=False), OPENCLIP_BIGG),
+    size=1024,
+    zero_empty=True,
 )
 
 FAMILIES: dict[str, ModelConfig] = {
@@ -186,7 +229,13 @@ FAMILIES: dict[str, ModelConfig] = {
         replace(_sd2, name="sd2-inpainting", unet=replace(SD2, in_channels=9), concat=("mask", "masked_image")),
         replace(_sd2, name="sd2-depth", unet=replace(SD2, in_channels=5), depth=DepthConfig(), concat=("depth",)),
         replace(
-            _sd2, name="x4-upscaler", unet=X4, vae=VAE_F4, prediction="v", schedule=ScheduleConfig(0.0001, 0.02), concat=("low_res",)
+            _sd2,
+            name="x4-upscaler",
+            unet=X4,
+            vae=VAE_F4,
+            prediction="v",
+            schedule=ScheduleConfig(0.0001, 0.02),
+            concat=("low_res",),
         ),
         _sdxl,
         replace(_sdxl, name="sdxl-inpainting", unet=replace(SDXL, in_channels=9), concat=("mask", "masked_image")),

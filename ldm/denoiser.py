@@ -46,7 +46,9 @@ def predictor(model: LatentDiffusion) -> Callable[[Tensor, float, Cond], Tensor]
     """
     taken: UNet | None = None  # a wider copy, once the model's own has failed
     most: int | None = None  # pictures at once, once there was no room for more
-    told: tuple[Tensor, int | None, torch.dtype] | None = None  # the last context, its state, and the type of the network
+    told: tuple[Tensor, int | None, torch.dtype] | None = (
+        None  # the last context, its state, and the type of the network
+    )
     said: Tensor | None = None  # that context in that type: the same tensor in every step
 
     def in_parts(unet: UNet, inputs: Sequence[Tensor | None]) -> Tensor:
@@ -62,9 +64,14 @@ def predictor(model: LatentDiffusion) -> Callable[[Tensor, float, Cond], Tensor]
             torch.cuda.empty_cache()
             if size == 1:
                 side = "x".join(str(cells * model.config.vae.factor) for cells in reversed(inputs[0].shape[2:]))
-                raise MemoryLimit(f"UNet: the GPU's memory does not suffice for {side}, one picture and condition at a time; use a smaller size, or --offload")
+                raise MemoryLimit(
+                    f"UNet: the GPU's memory does not suffice for {side}, one picture and condition at a time; use a smaller size, or --offload"
+                )
             if most is None:
-                warnings.warn(f"UNet: the GPU's memory does not suffice for a batch of {size}: it is computed in parts from here on", stacklevel=6)
+                warnings.warn(
+                    f"UNet: the GPU's memory does not suffice for a batch of {size}: it is computed in parts from here on",
+                    stacklevel=6,
+                )
             size = most = (size + 1) // 2
 
     def out_of(unet: UNet, x: Tensor, sigma: float, cond: Cond) -> Tensor:
@@ -97,8 +104,12 @@ def _again(unet: UNet, run: Callable[[UNet], Tensor], x: Tensor, sigma: float, c
     """A finite output, and the wider copy that gave it. Raises NonFinite where there is none."""
     for what, given in (("x", x), ("the context", cond.context), ("y", cond.y), ("what is concatenated", cond.concat)):
         if given is not None and not is_finite(given):
-            raise NonFinite(f"UNet: at sigma {sigma:.4g}, {what} has NaN or infinity before the UNet has seen it; use bfloat16 or float32, or check the weights")
-    out, wide, wrong, how = again(unet, run, lambda how, where: f"UNet: NaN or infinity at sigma {sigma:.4g} {how}, {where}")
+            raise NonFinite(
+                f"UNet: at sigma {sigma:.4g}, {what} has NaN or infinity before the UNet has seen it; use bfloat16 or float32, or check the weights"
+            )
+    out, wide, wrong, how = again(
+        unet, run, lambda how, where: f"UNet: NaN or infinity at sigma {sigma:.4g} {how}, {where}"
+    )
     warnings.warn(f"{wrong}; computed {how} from here on", stacklevel=5)
     return out, wide
 

@@ -19,7 +19,9 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
 
     Raises OutputError for what the system refuses.
     """
-    temporary = path.with_name(f".{path.name}.ldm-{os.getpid()}-{secrets.token_hex(4)}.tmp")  # machines that share a disk share no numbers
+    temporary = path.with_name(
+        f".{path.name}.ldm-{os.getpid()}-{secrets.token_hex(4)}.tmp"
+    )  # machines that share a disk share no numbers
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
@@ -27,7 +29,10 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
-        raise OutputError(f"could not be written: {getattr(error, 'strerror', None) or str(error)[:80]}; free space, or choose another directory", path=path) from None
+        raise OutputError(
+            f"could not be written: {getattr(error, 'strerror', None) or str(error)[:80]}; free space, or choose another directory",
+            path=path,
+        ) from None
     finally:
         with contextlib.suppress(OSError):
             os.unlink(temporary)

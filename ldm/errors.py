@@ -10,7 +10,9 @@ LIMIT = 200  # characters in a message: it must fit on a line or two of a termin
 
 def printable(text: str) -> str:
     """`text` with control, bidirectional and unpaired-surrogate characters escaped, so that no file can write to a terminal."""
-    return "".join(c if unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Zl", "Zp") else f"\\u{ord(c):04x}" for c in text)
+    return "".join(
+        c if unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Zl", "Zp") else f"\\u{ord(c):04x}" for c in text
+    )
 
 
 class LdmError(Exception):

@@ -41,7 +41,10 @@ def from_pil(images: Image.Image | Sequence[Image.Image]) -> Tensor:
     sizes = {picture.size for picture in pictures}
     if len(sizes) != 1:
         raise ArgumentError(f"pictures of one batch must have one size; these have {sorted(sizes) or 'none'}")
-    return torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures])).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return (
+        torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures])).permute(0, 3, 1, 2).float() / 127.5
+        - 1
+    )
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -67,9 +70,13 @@ def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
         image = image.convert("L" if image.mode == "1" else "RGB")
     if profile:
         try:
-            return ImageCms.profileToProfile(image, ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB"), outputMode="RGB")
+            return ImageCms.profileToProfile(
+                image, ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB"), outputMode="RGB"
+            )
         except (ImageCms.PyCMSError, OSError):
-            warnings.warn(f"a colour profile that does not suit its {image.mode} picture was left out", ImageWarning, stacklevel=4)
+            warnings.warn(
+                f"a colour profile that does not suit its {image.mode} picture was left out", ImageWarning, stacklevel=4
+            )
     return image.convert("RGB")
 
 

@@ -50,13 +50,25 @@ class LatentDiffusion(nn.Module):
 
     @torch.no_grad()
     def condition(
-        self, prompts: Sequence[str | None], size: tuple[int, int], *, sizes: Sizes | None = None, noise_level: int | None = None, **text: Any
+        self,
+        prompts: Sequence[str | None],
+        size: tuple[int, int],
+        *,
+        sizes: Sizes | None = None,
+        noise_level: int | None = None,
+        **text: Any,
     ) -> Cond:
         """`tell` without gradients."""
         return self.tell(prompts, size, sizes=sizes, noise_level=noise_level, **text)
 
     def tell(
-        self, prompts: Sequence[str | None], size: tuple[int, int], *, sizes: Sizes | None = None, noise_level: int | None = None, **text: Any
+        self,
+        prompts: Sequence[str | None],
+        size: tuple[int, int],
+        *,
+        sizes: Sizes | None = None,
+        noise_level: int | None = None,
+        **text: Any,
     ) -> Cond:
         """What the UNet is told for these prompts, with gradients to towers and embeddings; what a family concatenates to the latent is added by its task.
 
@@ -70,7 +82,9 @@ class LatentDiffusion(nn.Module):
         self.latent_shape(len(prompts), *size)
         unet = self.config.unet
         if not self.config.text:
-            raise ArgumentError(f"a model of family {self.config.name} is told an image instead of text: use condition_image")
+            raise ArgumentError(
+                f"a model of family {self.config.name} is told an image instead of text: use condition_image"
+            )
         if sizes is not None and unet.vector_dim is None:
             raise ArgumentError(f"a model of family {self.config.name} is told no sizes; SDXL models are")
         context, pooled = encode_text(self.text, ["" if prompt is None else prompt for prompt in prompts], **text)
@@ -88,7 +102,10 @@ class LatentDiffusion(nn.Module):
     def _noise_level(self, level: int | None) -> int:
         level = NOISE_LEVEL if level is None else level
         if not (isinstance(level, Integral) and 0 <= level <= min(MAX_NOISE_LEVEL, self.config.unet.noise_levels - 1)):
-            raise ArgumentError(f"noise_level: {level!r}; give a whole number from 0 to {min(MAX_NOISE_LEVEL, self.config.unet.noise_levels - 1)}", key="noise_level")
+            raise ArgumentError(
+                f"noise_level: {level!r}; give a whole number from 0 to {min(MAX_NOISE_LEVEL, self.config.unet.noise_levels - 1)}",
+                key="noise_level",
+            )
         return int(level)
 
     def latent_shape(self, n: int, height: int, width: int) -> tuple[int, int, int, int]:

@@ -30,7 +30,12 @@ SAMPLERS: dict[str, Sampler] = {
 
 # The grid each sampler is used with unless another is asked for. The originals keep the spacing they were published with; a consistency
 # model starts at the noisiest level, which `trailing` has for any count; the k-diffusion family has Karras' levels, the least error at 10 to 30 steps.
-DEFAULT_GRID: dict[str, str] = dict.fromkeys(SAMPLERS, "karras") | {"ddim": "ddim", "ddpm": "ddim", "plms": "ddim", "lcm": "trailing"}
+DEFAULT_GRID: dict[str, str] = dict.fromkeys(SAMPLERS, "karras") | {
+    "ddim": "ddim",
+    "ddpm": "ddim",
+    "plms": "ddim",
+    "lcm": "trailing",
+}
 
 
 def calls(name: str, sigmas: Sequence[float]) -> int:

@@ -22,7 +22,13 @@ def weights(nodes: Sequence[float], start: float, end: float) -> list[float]:
 
 
 def lms(
-    denoise: Denoiser, x: Tensor, sigmas: Sequence[float], *, order: int = 4, noise: Noise | None = None, on_step: OnStep | None = None
+    denoise: Denoiser,
+    x: Tensor,
+    sigmas: Sequence[float],
+    *,
+    order: int = 4,
+    noise: Noise | None = None,
+    on_step: OnStep | None = None,
 ) -> Tensor:
     """Linear multistep: the slopes (x - x0) / sigma of the last `order` steps, interpolated and integrated exactly over sigma.
 
@@ -52,7 +58,9 @@ def lms(
 ADAMS_BASHFORTH = ((1.0,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
 
 
-def plms(denoise: Denoiser, x: Tensor, sigmas: Sequence[float], *, noise: Noise | None = None, on_step: OnStep | None = None) -> Tensor:
+def plms(
+    denoise: Denoiser, x: Tensor, sigmas: Sequence[float], *, noise: Noise | None = None, on_step: OnStep | None = None
+) -> Tensor:
     """PLMS, i.e. pseudo linear multistep (Liu et al. 2022, S-PNDM start and eq. 12), on the slope eps = (x - x0) / sigma.
 
     The first step is a trapezoid with two network calls, the next two are Adams-Bashforth of order 2 and 3, then order 4: one call more
@@ -71,7 +79,9 @@ def plms(denoise: Denoiser, x: Tensor, sigmas: Sequence[float], *, noise: Noise 
         slopes = [(x - x0) / sigma, *slopes[:3]]
         if i == 0 and sigma_next > 0:
             ahead = denoise(toward(x0, x, sigma_next / sigma), sigma_next)
-            x = toward(x0 + (ahead - x0) * (sigma / (2 * sigma_next)), x, sigma_next / sigma)  # Heun's step, as in `heun`
+            x = toward(
+                x0 + (ahead - x0) * (sigma / (2 * sigma_next)), x, sigma_next / sigma
+            )  # Heun's step, as in `heun`
         else:
             for w, slope in zip(ADAMS_BASHFORTH[len(slopes) - 1], slopes, strict=True):
                 x = x + slope * (w * (sigma_next - sigma))

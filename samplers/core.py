@@ -19,12 +19,18 @@ def pairs(sigmas: Sequence[float]) -> list[tuple[float, float]]:
     """
     sigmas = [float(sigma) for sigma in sigmas]
     if len(sigmas) < 2:
-        raise ValueError(f"a grid of {len(sigmas)} sigmas has no step: give at least two, the level of x and the level wanted")
+        raise ValueError(
+            f"a grid of {len(sigmas)} sigmas has no step: give at least two, the level of x and the level wanted"
+        )
     steps = list(pairwise(sigmas))
     if not all(math.isfinite(sigma) for sigma in sigmas) or min(sigmas[:-1]) <= 0 or sigmas[-1] < 0:
-        raise ValueError("every sigma must be finite and positive, except that the last may be 0: drop the 0 that begins a reversed grid")
+        raise ValueError(
+            "every sigma must be finite and positive, except that the last may be 0: drop the 0 that begins a reversed grid"
+        )
     if not (all(a > b for a, b in steps) or all(a < b for a, b in steps)):
-        raise ValueError("sigmas must fall (sampling) or rise (inversion) at every step: remove repeated or unordered values")
+        raise ValueError(
+            "sigmas must fall (sampling) or rise (inversion) at every step: remove repeated or unordered values"
+        )
     return steps
 
 
@@ -38,7 +44,9 @@ def check_eta(eta: float, sigma: float, sigma_next: float) -> None:
     if not eta >= 0:
         raise ValueError(f"eta is {eta}: it must be 0 (deterministic) or positive (1: as noisy as DDPM)")
     if eta > 0 and sigma_next > sigma:
-        raise ValueError(f"sigmas rise from {sigma:.4g} to {sigma_next:.4g} with eta {eta}: inversion adds no noise, set eta=0")
+        raise ValueError(
+            f"sigmas rise from {sigma:.4g} to {sigma_next:.4g} with eta {eta}: inversion adds no noise, set eta=0"
+        )
 
 
 def split(sigma: float, sigma_next: float, eta: float) -> tuple[float, float]:
@@ -63,7 +71,9 @@ def draw(noise: Noise | None, x: Tensor) -> Tensor:
     return noise(x.shape)
 
 
-Denoiser = Callable[[Tensor, float], Tensor]  # (x at noise level sigma, sigma) -> estimate of x0, where x = x0 + sigma * noise
+Denoiser = Callable[
+    [Tensor, float], Tensor
+]  # (x at noise level sigma, sigma) -> estimate of x0, where x = x0 + sigma * noise
 Noise = Callable[[Sequence[int]], Tensor]  # shape [b, ...] -> N(0, 1) float32; image k drawn from generator k
 
 

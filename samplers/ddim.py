@@ -10,7 +10,13 @@ from samplers.core import Denoiser, Noise, OnStep, Step, draw, pairs, split, tow
 
 
 def ddim(
-    denoise: Denoiser, x: Tensor, sigmas: Sequence[float], *, eta: float = 0.0, noise: Noise | None = None, on_step: OnStep | None = None
+    denoise: Denoiser,
+    x: Tensor,
+    sigmas: Sequence[float],
+    *,
+    eta: float = 0.0,
+    noise: Noise | None = None,
+    on_step: OnStep | None = None,
 ) -> Tensor:
     """DDIM (Song et al. 2021, eq. 12), written for x = x0 + sigma * noise.
 
@@ -31,7 +37,9 @@ def ddim(
     return x
 
 
-def ddpm(denoise: Denoiser, x: Tensor, sigmas: Sequence[float], *, noise: Noise | None = None, on_step: OnStep | None = None) -> Tensor:
+def ddpm(
+    denoise: Denoiser, x: Tensor, sigmas: Sequence[float], *, noise: Noise | None = None, on_step: OnStep | None = None
+) -> Tensor:
     """DDPM (Ho et al. 2020, eq. 6-7, the smaller of the two variances): draws from q(x_next | x, x0) with x0 as estimated.
 
     x       [b, c, h, w] float32 at noise level sigmas[0]
@@ -45,14 +53,18 @@ def ddpm(denoise: Denoiser, x: Tensor, sigmas: Sequence[float], *, noise: Noise 
         x0 = denoise(x, sigma)
         if on_step:
             on_step(Step(i, len(steps), sigma, x, x0))
-        keep = (sigma_next / sigma) ** 2  # the posterior mean lies between x0 and x, the closer to x the shorter the step
+        keep = (
+            sigma_next / sigma
+        ) ** 2  # the posterior mean lies between x0 and x, the closer to x the shorter the step
         x = toward(x0, x, keep)
         if sigma_next > 0:
             x = x + draw(noise, x) * (sigma_next * (1 - keep) ** 0.5)
     return x
 
 
-def lcm(denoise: Denoiser, x: Tensor, sigmas: Sequence[float], *, noise: Noise | None = None, on_step: OnStep | None = None) -> Tensor:
+def lcm(
+    denoise: Denoiser, x: Tensor, sigmas: Sequence[float], *, noise: Noise | None = None, on_step: OnStep | None = None
+) -> Tensor:
     """Multistep consistency sampling (Song et al. 2023, alg. 1; Luo et al. 2023, alg. 3): jump to x0, add fresh noise, repeat.
 
     Only for consistency models (LCM checkpoints and LoRAs), in 1 to 8 steps. Their skip weight c_skip = 0.25 / ((10 t)^2 + 0.25), below

@@ -199,7 +199,9 @@ def dpmpp_3m_sde(
     return x
 
 
-def renewed(x: Tensor, x0: Tensor, sigma_next: float, h: float, eta: float, s_noise: float, noise: Noise | None) -> Tensor:
+def renewed(
+    x: Tensor, x0: Tensor, sigma_next: float, h: float, eta: float, s_noise: float, noise: Noise | None
+) -> Tensor:
     """The exact step to sigma_next for a constant x0, with noise at rate eta."""
     x = toward(x0, x, math.exp(-(1 + eta) * h))
     return x + draw(noise, x) * (s_noise * sigma_next * math.sqrt(-math.expm1(-2 * eta * h))) if eta > 0 else x

@@ -14,7 +14,9 @@ from torch import Tensor
 from samplers.core import Denoiser, Noise, OnStep, Step, draw, pairs, split, toward
 
 
-def euler(denoise: Denoiser, x: Tensor, sigmas: Sequence[float], *, noise: Noise | None = None, on_step: OnStep | None = None) -> Tensor:
+def euler(
+    denoise: Denoiser, x: Tensor, sigmas: Sequence[float], *, noise: Noise | None = None, on_step: OnStep | None = None
+) -> Tensor:
     """Euler's method on the probability flow (Karras et al. 2022, eq. 1 and 3; alg. 1 without its correction).
 
     x       [b, c, h, w] float32 at noise level sigmas[0]
@@ -59,7 +61,9 @@ def euler_ancestral(
     return x
 
 
-def heun(denoise: Denoiser, x: Tensor, sigmas: Sequence[float], *, noise: Noise | None = None, on_step: OnStep | None = None) -> Tensor:
+def heun(
+    denoise: Denoiser, x: Tensor, sigmas: Sequence[float], *, noise: Noise | None = None, on_step: OnStep | None = None
+) -> Tensor:
     """Heun's second-order method (Karras et al. 2022, alg. 1): the mean of the slopes at both ends of the step.
 
     x       [b, c, h, w] float32 at noise level sigmas[0]
@@ -78,7 +82,9 @@ def heun(denoise: Denoiser, x: Tensor, sigmas: Sequence[float], *, noise: Noise 
     return x
 
 
-def dpm_2(denoise: Denoiser, x: Tensor, sigmas: Sequence[float], *, noise: Noise | None = None, on_step: OnStep | None = None) -> Tensor:
+def dpm_2(
+    denoise: Denoiser, x: Tensor, sigmas: Sequence[float], *, noise: Noise | None = None, on_step: OnStep | None = None
+) -> Tensor:
     """The midpoint method with its midpoint in log sigma, the time of DPM-Solver-2 (Lu et al. 2022, alg. 1, r = 1/2).
 
     x       [b, c, h, w] float32 at noise level sigmas[0]

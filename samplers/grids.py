@@ -18,7 +18,9 @@ def checked(schedule: Schedule, steps: int) -> int:
     if isinstance(steps, bool) or not hasattr(steps, "__index__") or steps < 1:
         raise ValueError(f"steps is {steps!r}: give a whole number from 1 to {schedule.steps}")
     if steps > schedule.steps:
-        raise ValueError(f"{steps} steps: give at most {schedule.steps} (the model has {schedule.steps} training steps)")
+        raise ValueError(
+            f"{steps} steps: give at most {schedule.steps} (the model has {schedule.steps} training steps)"
+        )
     return int(steps)
 
 
@@ -52,7 +54,14 @@ def ddim_original(schedule: Schedule, steps: int) -> list[float]:
 
     if timesteps(steps)[-1] >= last:
         good = [n for n in range(1, last + 1) if timesteps(n)[-1] < last]
-        near = [str(n) for n in (max((n for n in good if n < steps), default=None), min((n for n in good if n > steps), default=None)) if n]
+        near = [
+            str(n)
+            for n in (
+                max((n for n in good if n < steps), default=None),
+                min((n for n in good if n > steps), default=None),
+            )
+            if n
+        ]
         raise ValueError(
             f"ddim_original has no {steps} steps, its first timestep would be {last}: use {' or '.join(near)}, or the grid ddim"
         )

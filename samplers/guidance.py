@@ -38,7 +38,9 @@ class Guidance:
         if not 0 <= self.rescale <= 1:
             raise ValueError(f"guidance rescale is {self.rescale}: give 0 (off) to 1; 0.7 is the authors' choice")
         if self.interval is not None and not 0 <= self.interval[0] < self.interval[1]:
-            raise ValueError(f"guidance interval {self.interval} is empty: give (low, high) sigmas with 0 <= low < high")
+            raise ValueError(
+                f"guidance interval {self.interval} is empty: give (low, high) sigmas with 0 <= low < high"
+            )
 
     def needs(self, sigma: float) -> tuple[int, ...]:
         """Indices into (uncond, cond): both, or the one that alone decides."""
@@ -53,7 +55,9 @@ class Guidance:
         if len(x0s) == len(needed) == 1:
             return x0s[0]
         if len(x0s) != 2:
-            raise ValueError(f"guidance got {len(x0s)} predictions at sigma {sigma:.4g}: it combines two, [uncond, cond]")
+            raise ValueError(
+                f"guidance got {len(x0s)} predictions at sigma {sigma:.4g}: it combines two, [uncond, cond]"
+            )
         if len(needed) == 1:
             return x0s[needed[0]]
         uncond, cond = x0s

@@ -31,7 +31,9 @@ class Schedule:
 
     def __post_init__(self) -> None:
         if not (0 < self.start <= self.end < 1) or self.steps < 1:
-            raise ValueError(f"betas from {self.start} to {self.end} in {self.steps} steps: need 0 < start <= end < 1 and steps >= 1")
+            raise ValueError(
+                f"betas from {self.start} to {self.end} in {self.steps} steps: need 0 < start <= end < 1 and steps >= 1"
+            )
 
     @cached_property
     def alphas_cumprod(self) -> tuple[float, ...]:
@@ -126,6 +128,8 @@ def noised(
     if len(part) == len(sigmas):
         part = part[1:]
         if len(part) < 2:
-            raise ValueError("one step at strength 1 has no noisier level to take the original's noise from: use original=False")
+            raise ValueError(
+                "one step at strength 1 has no noisier level to take the original's noise from: use original=False"
+            )
     before = sigmas[len(sigmas) - len(part) - 1]
     return (x0 + noise * before) * math.sqrt((1 + part[0] ** 2) / (1 + before**2)), part

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from samplers.core import Denoiser, Noise, OnStep, Step, pairs
 
-POINTS, WEIGHTS = np.polynomial.legendre.leggauss(24)  # on [-1, 1]: exact to rounding for every step between two trained levels
+POINTS, WEIGHTS = np.polynomial.legendre.leggauss(
+    24
+)  # on [-1, 1]: exact to rounding for every step between two trained levels
 
 
 def moments(h: float, count: int) -> list[float]:

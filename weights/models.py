@@ -72,18 +72,31 @@ def open_any(path: str | PathLike[str], variant: str | None = None) -> Weights |
     if is_folder(path):
         return open_folder(path, variant)
     if variant is not None:
-        raise ArgumentError(f"variant: {variant[:40]!r} is one of a diffusers folder's, and {Path(path).name[-60:]} is a file; leave it out", key="variant")
+        raise ArgumentError(
+            f"variant: {variant[:40]!r} is one of a diffusers folder's, and {Path(path).name[-60:]} is a file; leave it out",
+            key="variant",
+        )
     return open_file(path)
 
 
-def recognise(file: Weights | Folder, config: ModelConfig | str | None = None, prediction: Prediction | None = None) -> tuple[Finding, Layout]:
+def recognise(
+    file: Weights | Folder, config: ModelConfig | str | None = None, prediction: Prediction | None = None
+) -> tuple[Finding, Layout]:
     """Which model an open file or folder holds, and where its tensors lie in it. `config` and `prediction` overrule the file as in `load`.
 
     Reads headers and, of SD 2's text models, one small tensor. Raises FileError for what is no model of a family that this version knows.
     """
     found, layout = described(file, config)
     explicit = config is not None or CONFIG_KEY in file.metadata
-    return settle(found, file.specs, file.metadata, lambda: statistic(file, layout), file.error, prediction=prediction, explicit=explicit), layout
+    return settle(
+        found,
+        file.specs,
+        file.metadata,
+        lambda: statistic(file, layout),
+        file.error,
+        prediction=prediction,
+        explicit=explicit,
+    ), layout
 
 
 def described(file: Weights | Folder, config: ModelConfig | str | None = None) -> tuple[ModelConfig, Layout]:
@@ -103,17 +116,28 @@ def embedded() -> Path:
     """The file of the small model that ships with the package."""
     files = sorted(EMBEDDED.glob("*.safetensors"))
     if len(files) != 1:
-        raise FileError(f"{len(files)} models ship with this installation, one is expected; name a checkpoint", path=EMBEDDED)
+        raise FileError(
+            f"{len(files)} models ship with this installation, one is expected; name a checkpoint", path=EMBEDDED
+        )
     return files[0]
 
 
 def require_dtype(dtype: torch.dtype) -> None:
     """Refuse a type that parameters cannot have."""
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or dtype.itemsize < 2:
-        raise ArgumentError(f"dtype {dtype} cannot hold weights; use torch.float32, torch.bfloat16 or torch.float16", key="dtype")
+        raise ArgumentError(
+            f"dtype {dtype} cannot hold weights; use torch.float32, torch.bfloat16 or torch.float16", key="dtype"
+        )
 
 
-def fill(network: nn.Module, file: Weights | Folder, layout: Layout, device: torch.device, dtype: torch.dtype, ema: bool = False) -> None:
+def fill(
+    network: nn.Module,
+    file: Weights | Folder,
+    layout: Layout,
+    device: torch.device,
+    dtype: torch.dtype,
+    ema: bool = False,
+) -> None:
     """Put a file's tensors in the place of all parameters of a network on the meta device, and make it ready for inference."""
     owners, wanted = {}, {}
     for path, module in network.named_modules():
@@ -123,8 +147,14 @@ def fill(network: nn.Module, file: Weights | Folder, layout: Layout, device: tor
     sources = plan(layout, wanted, {key: file.shape(key) for key in file}, file.error, ema=ema).sources
     integers = [key for place in sources.values() for key in place.keys if not file.specs[key].dtype.is_floating_point]
     if integers:
-        raise file.error(f"{integers[0]} holds {file.specs[integers[0]].dtype} numbers, not floating-point ones: quantised weights are not read", integers[0])
-    for ours, (module, name) in owners.items():  # load_state_dict would account for every key again, which takes longer than to read them
+        raise file.error(
+            f"{integers[0]} holds {file.specs[integers[0]].dtype} numbers, not floating-point ones: quantised weights are not read",
+            integers[0],
+        )
+    for ours, (
+        module,
+        name,
+    ) in owners.items():  # load_state_dict would account for every key again, which takes longer than to read them
         tensor = _read(file, sources[ours], wanted[ours], device, dtype)
         assert tensor.shape == wanted[ours], ours
         module.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
@@ -132,13 +162,21 @@ def fill(network: nn.Module, file: Weights | Folder, layout: Layout, device: tor
     network.eval()
 
 
-def _read(file: Weights | Folder, place: Place, ours: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+def _read(
+    file: Weights | Folder, place: Place, ours: tuple[int, ...], device: torch.device, dtype: torch.dtype
+) -> Tensor:
     if place.more:
         return torch.cat([file.read(key, device, dtype) for key in place.keys])
     return place.turned(file.read(place.key, device, dtype, place.rows(file.shape(place.key))), ours)
 
 
-def load_vae(path: str | PathLike[str], config: VAEConfig, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> VAE:
+def load_vae(
+    path: str | PathLike[str],
+    config: VAEConfig,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> VAE:
     """A VAE that was published alone, ready for inference.
 
     path    .safetensors or .ckpt with bare names, under `first_stage_model.` or with diffusers' names; or a diffusers folder of one VAE
@@ -152,14 +190,20 @@ def load_vae(path: str | PathLike[str], config: VAEConfig, *, device: torch.devi
         if isinstance(file, Folder) and (file.path / "config.json").exists():
             told = read_vae_config(component(file.path, "", "AutoencoderKL"), config)
             if told != config:
-                odd = f"another scale ({told.scale})" if replace(told, scale=config.scale) == config else f"other sizes ({told.channels}, {told.channel_mult})"
+                odd = (
+                    f"another scale ({told.scale})"
+                    if replace(told, scale=config.scale) == config
+                    else f"other sizes ({told.channels}, {told.channel_mult})"
+                )
                 raise file.error(f"is a VAE of {odd}, not for this model; use its own")
         vae = built(lambda: VAE(config))
         fill(vae, file, layout, torch.device(device), dtype)
     return vae
 
 
-def load_safety(path: str | PathLike[str], *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> SafetyChecker:
+def load_safety(
+    path: str | PathLike[str], *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> SafetyChecker:
     """The safety checker, ready for inference.
 
     path  .safetensors or .bin, or its diffusers folder. A file alone must have the published sizes, since shapes do not show heads
@@ -171,12 +215,16 @@ def load_safety(path: str | PathLike[str], *, device: torch.device | str = "cpu"
         if "special_care_embeds" not in shapes:
             raise file.error(_other(shapes, "a safety checker"))
         layout = Layout((Part("", "", names.doubled_vision),), ALONE)
-        there = read_vision(lambda name: next((shapes[p.key] for p in names.doubled_vision(_inside(name)) if p.key in shapes), None))
+        there = read_vision(
+            lambda name: next((shapes[p.key] for p in names.doubled_vision(_inside(name)) if p.key in shapes), None)
+        )
         config = VisionConfig()
         if isinstance(file, Folder):
             config = read_vision_config(component(file.path, "", ("StableDiffusionSafetyChecker", "SafetyChecker")))
         if there != visible(config):
-            raise file.error("is a safety checker of other sizes than the published one's, or than its config.json says; shapes do not show heads")
+            raise file.error(
+                "is a safety checker of other sizes than the published one's, or than its config.json says; shapes do not show heads"
+            )
         checker = built(lambda: SafetyChecker(config))
         fill(checker, file, layout, torch.device(device), dtype)
     return checker
@@ -194,7 +242,9 @@ def _open(path: str | PathLike[str], name: str) -> Weights | Folder:
     inside = path / name if (path / name).is_dir() else path
     folder = Folder(inside)
     try:
-        add_component(folder, inside, ("diffusion_pytorch_model",) * 2 if name == "vae" else ("model", "pytorch_model"), "")
+        add_component(
+            folder, inside, ("diffusion_pytorch_model",) * 2 if name == "vae" else ("model", "pytorch_model"), ""
+        )
     except BaseException:
         folder.close()
         raise
@@ -216,17 +266,26 @@ def _other(shapes: Mapping[str, Shape], wanted: str) -> str:
     if f"{UNET}input_blocks.0.0.weight" in shapes:
         return f"is a whole model, not {wanted}; give it as the model"
     what = not_a_model(shapes).split(", not a model")[0].split(";")[0]
-    return f"begins with {next(iter(shapes))[:40]}: that is not {wanted}" if what.startswith("has no UNet") else f"{what}, not {wanted}"
+    return (
+        f"begins with {next(iter(shapes))[:40]}: that is not {wanted}"
+        if what.startswith("has no UNet")
+        else f"{what}, not {wanted}"
+    )
 
 
 VISUAL = "cond_stage_model.model.visual."  # where the published image-variations checkpoints have it
-IN_MODEL = Layout((Part("", VISUAL, names.openai_vision),), ((r"(?!cond_stage_model\.model\.visual\.).+", "not of the vision tower, which alone was asked for"),))
+IN_MODEL = Layout(
+    (Part("", VISUAL, names.openai_vision),),
+    ((r"(?!cond_stage_model\.model\.visual\.).+", "not of the vision tower, which alone was asked for"),),
+)
 IN_CLIP = Layout(
     (Part("", "", names.hugging_face_vision),), (*ALONE, (r"text_model\..+|text_projection\.weight|logit_scale", "text half of CLIP, or its temperature"))
 )  # fmt: skip
 
 
-def load_vision(path: str | PathLike[str], *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> CLIPVision:
+def load_vision(
+    path: str | PathLike[str], *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> CLIPVision:
     """A CLIP vision tower with its projection, ready for inference: what `ldm.surgery.swap_conditioner` takes.
 
     path  an image-variations model, as one file or a diffusers folder; or a CLIP of Hugging Face, or its vision half, as a folder or a file.
@@ -239,9 +298,13 @@ def load_vision(path: str | PathLike[str], *, device: torch.device | str = "cpu"
         layout = _layout(shapes, file)
         there, config = read_vision(lookup(layout, shapes, "")), _config(file)
         if there is None:
-            raise file.error("holds no whole vision tower: tensors are missing, such as visual_projection.weight; use a CLIP with its projection")
+            raise file.error(
+                "holds no whole vision tower: tensors are missing, such as visual_projection.weight; use a CLIP with its projection"
+            )
         if there != visible(config):
-            raise file.error("holds a vision tower of other sizes than ViT-L/14's, or than its config says; give its folder, with the config.json that tells its heads")
+            raise file.error(
+                "holds a vision tower of other sizes than ViT-L/14's, or than its config says; give its folder, with the config.json that tells its heads"
+            )
         tower = built(lambda: CLIPVision(config))
         fill(tower, file, layout, torch.device(device), dtype)
     return tower
@@ -263,9 +326,14 @@ def _open_vision(path: Path) -> Weights | Folder:
 def _layout(shapes: Shapes, file: Weights | Folder) -> Layout:
     if VISUAL + "proj" in shapes:
         return IN_MODEL
-    if any(name in shapes for name in ("vision_model.embeddings.patch_embedding.weight", "embeddings.patch_embedding.weight")):
+    if any(
+        name in shapes
+        for name in ("vision_model.embeddings.patch_embedding.weight", "embeddings.patch_embedding.weight")
+    ):
         return IN_CLIP
-    raise file.error(f"holds no CLIP vision tower, it begins with {next(iter(shapes))[:40]}; use an image-variations model, or a CLIP of Hugging Face")
+    raise file.error(
+        f"holds no CLIP vision tower, it begins with {next(iter(shapes))[:40]}; use an image-variations model, or a CLIP of Hugging Face"
+    )
 
 
 def _config(file: Weights | Folder) -> VisionConfig:
@@ -313,4 +381,6 @@ def save(
     """
     tensors = {name: pending(tensor, dtype) for name, tensor in original_state(model).items()}
     tensors |= {mark: pending(torch.zeros(0)) for mark in marks(model.config)}
-    return write(tensors, path, {"format": "pt", CONFIG_KEY: to_json(model.config), **(metadata or {})}, overwrite=overwrite)
+    return write(
+        tensors, path, {"format": "pt", CONFIG_KEY: to_json(model.config), **(metadata or {})}, overwrite=overwrite
+    )

@@ -25,7 +25,9 @@ class Plan:
     ignored: Mapping[str, str]  # key in the file -> reason
 
 
-def plan(layout: Layout, wanted: Mapping[str, Shape], found: Mapping[str, Shape], error: Refuse, *, ema: bool = False) -> Plan:
+def plan(
+    layout: Layout, wanted: Mapping[str, Shape], found: Mapping[str, Shape], error: Refuse, *, ema: bool = False
+) -> Plan:
     """Account for every key of a file whose shapes are `found`: loaded, ignored for a reason, or an error.
 
     `wanted` are the parameters of the model. `error` makes the FileError: missing, unknown and misshapen tensors are counted,
@@ -34,7 +36,9 @@ def plan(layout: Layout, wanted: Mapping[str, Shape], found: Mapping[str, Shape]
     sources, missing = _sources(layout, wanted, found, error)
     reasons: dict[str, str] = {}
     if layout.averaged is not None:
-        averages = {ours: names.ema(place.key) for ours, place in sources.items() if place.key.startswith(layout.averaged)}
+        averages = {
+            ours: names.ema(place.key) for ours, place in sources.items() if place.key.startswith(layout.averaged)
+        }
         reasons = dict.fromkeys(averages.values(), RAW)
         if ema:
             _require_ema(averages, found, error)
@@ -44,7 +48,10 @@ def plan(layout: Layout, wanted: Mapping[str, Shape], found: Mapping[str, Shape]
         raise error("has no moving average: this layout never holds one; load it with ema=False", None)
 
     misshapen = [
-        (key, place.stored(wanted[ours]), found[key]) for ours, place in sources.items() for key in place.keys if not place.fits(found[key], wanted[ours])
+        (key, place.stored(wanted[ours]), found[key])
+        for ours, place in sources.items()
+        for key in place.keys
+        if not place.fits(found[key], wanted[ours])
     ]
     used, ignored, unknown = {key for place in sources.values() for key in place.keys}, {}, []
     for key in found:
@@ -60,7 +67,9 @@ def plan(layout: Layout, wanted: Mapping[str, Shape], found: Mapping[str, Shape]
     return Plan(sources, ignored)
 
 
-def _sources(layout: Layout, wanted: Mapping[str, Shape], found: Mapping[str, Shape], error: Refuse) -> tuple[dict[str, Place], list[str]]:
+def _sources(
+    layout: Layout, wanted: Mapping[str, Shape], found: Mapping[str, Shape], error: Refuse
+) -> tuple[dict[str, Place], list[str]]:
     """The place of every parameter that the file has, and the keys that it lacks. A network that is not there at all is an error."""
     sources: dict[str, Place] = {}
     missing: dict[str, list[str]] = {}  # keys, by the network they belong to
@@ -68,7 +77,10 @@ def _sources(layout: Layout, wanted: Mapping[str, Shape], found: Mapping[str, Sh
         places = layout.places(ours)
         there = [place for place in places if all(key in found for key in place.keys)]
         if len(there) > 1:
-            raise error(f"has {short(there[0].key)} twice, also as {short(there[1].key)}; which is right cannot be known", there[1].key)
+            raise error(
+                f"has {short(there[0].key)} twice, also as {short(there[1].key)}; which is right cannot be known",
+                there[1].key,
+            )
         if there:
             sources[ours] = there[0]
         else:
@@ -77,7 +89,10 @@ def _sources(layout: Layout, wanted: Mapping[str, Shape], found: Mapping[str, Sh
     for network in missing.keys() - {_network(ours) for ours in sources}:
         what = next((what for prefix, what in WHAT.items() if network.startswith(prefix)), network.strip("."))
         theirs = next((part.theirs for part in layout.parts if part.ours == network), None)
-        raise error(f"has no {what}{f' (no {theirs}* of the names it should have)' if theirs else ''}; use a complete checkpoint", None)
+        raise error(
+            f"has no {what}{f' (no {theirs}* of the names it should have)' if theirs else ''}; use a complete checkpoint",
+            None,
+        )
     return sources, [*dict.fromkeys(key for keys in missing.values() for key in keys)]
 
 
@@ -90,14 +105,23 @@ def _network(ours: str) -> str:
 def _require_ema(averages: Mapping[str, str], found: Mapping[str, Shape], error: Refuse) -> None:
     there = sum(average in found for average in averages.values())
     if there == 0:
-        leftover = "only its decay and num_updates: the average is already in the weights" if "model_ema.decay" in found else "no model_ema.* at all"
+        leftover = (
+            "only its decay and num_updates: the average is already in the weights"
+            if "model_ema.decay" in found
+            else "no model_ema.* at all"
+        )
         raise error(f"has no moving average ({leftover}); load it with ema=False", None)
     if there < len(averages):
         first = next(average for average in averages.values() if average not in found)
-        raise error(f"has a moving average of {there} of {len(averages)} tensors, {short(first)} is missing; load it with ema=False", first)
+        raise error(
+            f"has a moving average of {there} of {len(averages)} tensors, {short(first)} is missing; load it with ema=False",
+            first,
+        )
 
 
-def _unaccounted(missing: list[str], unknown: list[str], misshapen: list[tuple[str, Shape, Shape]], error: Refuse) -> FileError:
+def _unaccounted(
+    missing: list[str], unknown: list[str], misshapen: list[tuple[str, Shape, Shape]], error: Refuse
+) -> FileError:
     parts, first = [], None
     if misshapen:
         misshapen = [*dict.fromkeys(misshapen)]

@@ -154,7 +154,9 @@ def layout(scene: Scene, rng: np.random.Generator) -> list[Placed]:
             base[:, 2] -= 0.35 * unit  # a tall pile stands nearer and so lower in the picture
         base[ground, 2] += rng.uniform(-0.07, 0.07, ground.sum())
     turns = np.deg2rad(rng.uniform(24.0, 48.0, len(base)))
-    return [Placed(solid.shape, solid.color, base[i], scales[i], float(turns[i])) for i, solid in enumerate(scene.solids)]
+    return [
+        Placed(solid.shape, solid.color, base[i], scales[i], float(turns[i])) for i, solid in enumerate(scene.solids)
+    ]
 
 
 Build = Callable[[Scene, np.random.Generator], list[Placed]]
@@ -199,7 +201,11 @@ def cast(solid: Placed, origin: ndarray, rays: ndarray) -> tuple[ndarray, tuple[
             leave = np.stack(((-sx * r - ox) / dx, -oy / dy, (-sz * r - oz) / dz))
         enter, leave = np.minimum(enter, leave), np.maximum(enter, leave)
         t = enter.max(0)
-        normal = (np.where(t == enter[0], sx, zero), np.where(t == enter[1], np.float32(1), zero), np.where(t == enter[2], sz, zero))
+        normal = (
+            np.where(t == enter[0], sx, zero),
+            np.where(t == enter[1], np.float32(1), zero),
+            np.where(t == enter[2], sz, zero),
+        )
         return np.where(t <= leave.min(0), t, np.inf), normal
     if solid.shape == "cylinder":
         t, _ = _roots(dx * dx + dz * dz, ox * dx + oz * dz, ox * ox + oz * oz - r * r)
@@ -243,7 +249,9 @@ def _shaded(solid: Placed, points: ndarray, light: ndarray) -> ndarray:
     if solid.shape == "cylinder":
         near, far = _roots(lx * lx + lz * lz, px * lx + pz * lz, px * px + pz * pz - r * r)
         return ((np.maximum(low, near) <= np.minimum(high, far)) & (high > 0)).astype(np.float32)
-    base = (px + low * lx) ** 2 + (pz + low * lz) ** 2 <= r * r  # cone: through its base, or in and out through its side
+    base = (px + low * lx) ** 2 + (
+        pz + low * lz
+    ) ** 2 <= r * r  # cone: through its base, or in and out through its side
     k = (r / h) ** 2
     g = h - py
     near, far = _roots(lx * lx + lz * lz - k * ly * ly, px * lx + pz * lz + k * g * ly, px * px + pz * pz - k * g * g)
@@ -280,7 +288,9 @@ def paint(placed: Sequence[Placed], light: ndarray, size: int = 128, colors: Map
             toward = sum(n * np.float32(v) for n, v in zip(normal, _local(light, turn), strict=True))
             shine = sum(n * np.float32(v) for n, v in zip(normal, _local(halfway, turn), strict=True))
         value = np.ones((*t.shape, 4), np.float32)
-        value[..., :3] = (_AMBIENT + _DIFFUSE * np.maximum(toward, 0))[..., None] * np.array(colors[solid.color], np.float32)
+        value[..., :3] = (_AMBIENT + _DIFFUSE * np.maximum(toward, 0))[..., None] * np.array(
+            colors[solid.color], np.float32
+        )
         if solid.shape != "cube":
             shine = np.clip(shine, 0, 1) ** 2
             shine = shine * shine

@@ -23,7 +23,12 @@ COLORS = {  # RGB in [0, 1], spread over the hue circle so that shading, which k
 }
 SIZES = {"small": 0.74, "large": 1.0}
 RELATIONS = ("on top of", "to the left of", "to the right of", "in front of", "behind")
-INVERSE = {"to the left of": "to the right of", "to the right of": "to the left of", "in front of": "behind", "behind": "in front of"}
+INVERSE = {
+    "to the left of": "to the right of",
+    "to the right of": "to the left of",
+    "in front of": "behind",
+    "behind": "in front of",
+}
 
 
 @dataclass(frozen=True)
@@ -76,7 +81,9 @@ def held_out(scene: Scene) -> bool:
 
 def _draw(rng: np.random.Generator, n: int) -> Scene:
     colors = rng.permutation(list(COLORS))[:n]
-    solids = tuple(Solid(str(rng.choice(SHAPES)), str(color), "large" if rng.random() < 0.6 else "small") for color in colors)
+    solids = tuple(
+        Solid(str(rng.choice(SHAPES)), str(color), "large" if rng.random() < 0.6 else "small") for color in colors
+    )
     relations: tuple[str, ...] = ()
     if n > 1:
         relations = (str(rng.choice(RELATIONS, p=(0.28, 0.18, 0.18, 0.18, 0.18))),)

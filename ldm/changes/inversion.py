@@ -24,18 +24,28 @@ def new_token(model: LatentDiffusion, word: str, like: str, vectors: int = 1) ->
     """
     towers = {tower.config.width: tower for tower in model.text}
     if not towers:
-        raise ArgumentError(f"a model of family {model.config.name} is told an image instead of text, and can learn no word")
+        raise ArgumentError(
+            f"a model of family {model.config.name} is told an image instead of text, and can learn no word"
+        )
     if len(towers) < len(model.text):
-        raise ArgumentError("two text towers of this model have one width, and a word has one set of vectors for each width")
+        raise ArgumentError(
+            "two text towers of this model have one width, and a word has one set of vectors for each width"
+        )
     room = min(tower.config.length for tower in model.text) - 2
     if isinstance(vectors, bool) or not isinstance(vectors, Integral) or not 1 <= vectors <= room:
         raise ArgumentError(f"vectors: {vectors!r}; give a whole number from 1 to {room}", key="vectors")
     ids = encode(like)
     if not 1 <= len(ids) <= vectors:
-        raise ArgumentError(f"like: {like[:60]!r} is {len(ids)} tokens, the new word has {vectors}: give one to {vectors} tokens, or more vectors", key="like")
+        raise ArgumentError(
+            f"like: {like[:60]!r} is {len(ids)} tokens, the new word has {vectors}: give one to {vectors} tokens, or more vectors",
+            key="like",
+        )
     ids = [ids[i % len(ids)] for i in range(vectors)]
     tables = {width: tower.text_model.embeddings.token_embedding.weight for width, tower in towers.items()}
-    parameters = {f"{word}.{width}": nn.Parameter(table.detach()[ids].to(torch.float32, copy=True)) for width, table in tables.items()}
+    parameters = {
+        f"{word}.{width}": nn.Parameter(table.detach()[ids].to(torch.float32, copy=True))
+        for width, table in tables.items()
+    }
     as_embedding(word, parameters)
     return parameters
 

@@ -49,7 +49,9 @@ class Kronecker:
     """LoKr (LyCORIS, Yeh et al. 2023): kron(w1, w2), each whole or a pair of factors. Only a pair has a rank, so without one alpha says nothing."""
 
     w1: Tensor | tuple[Tensor, Tensor]  # [a, b], or [a, r] and [r, b]
-    w2: Tensor | tuple[Tensor, Tensor]  # [out/a, in/b(, k, k)], or [out/a, r] and [r, in/b * k * k]; with t2 [r, out/a] and [r, in/b]
+    w2: (
+        Tensor | tuple[Tensor, Tensor]
+    )  # [out/a, in/b(, k, k)], or [out/a, r] and [r, in/b * k * k]; with t2 [r, out/a] and [r, in/b]
     alpha: float | None = None
     t2: Tensor | None = None  # [r, r, k, k]
 
@@ -121,7 +123,9 @@ def require_fit(change: Change, shape: Shape) -> None:
     if isinstance(change, Decomposed):
         require_fit(change.inner, shape)
         if len(shape) < 2 or tuple(change.magnitude.shape) not in ((1, shape[1]), (shape[0], 1)):
-            raise ArgumentError(f"its magnitudes are {list(change.magnitude.shape)}, the weight is {list(shape)}: they need one per input or per output")
+            raise ArgumentError(
+                f"its magnitudes are {list(change.magnitude.shape)}, the weight is {list(shape)}: they need one per input or per output"
+            )
         return
     made = _made(change, shape)
     if rank(change) == 0:
@@ -169,7 +173,9 @@ def _delta(change: Change, weight: Tensor) -> Tensor:
     magnitude = to32(change.magnitude)
     axis = 1 if magnitude.shape[0] == 1 and magnitude.shape[1] == weight.shape[1] else 0
     lengths = torch.linalg.vector_norm(changed, dim=[i for i in range(weight.ndim) if i != axis], keepdim=True)
-    directions = changed / lengths.clamp_min(torch.finfo(torch.float32).tiny)  # a column of zeros has none, and stays zero
+    directions = changed / lengths.clamp_min(
+        torch.finfo(torch.float32).tiny
+    )  # a column of zeros has none, and stays zero
     return directions * magnitude.reshape(magnitude.shape + (1,) * (weight.ndim - 2)) - weight
 
 
@@ -208,12 +214,23 @@ def _made(change: Change, weight: Shape) -> Shape:
             _require(down[0] == up[1], "the ranks of down and up", down, up)
             return (up[0], *down[1:])
         mid = tuple(change.mid.shape)
-        _require(math.prod(down[2:]) == 1 and len(mid) > 2 and mid[:2] == (up[1], down[0]), "the ranks of mid, up and down", mid, up, down)
+        _require(
+            math.prod(down[2:]) == 1 and len(mid) > 2 and mid[:2] == (up[1], down[0]),
+            "the ranks of mid, up and down",
+            mid,
+            up,
+            down,
+        )
         return (up[0], down[1], *mid[2:])
     if isinstance(change, Hadamard):
         one, two = _made_pair(change.w1_a, change.w1_b, change.t1), _made_pair(change.w2_a, change.w2_b, change.t2)
         _require(one == two, "the two products", one, two)
-        _require(change.w1_b.shape[0] == change.w2_b.shape[0], "the ranks of w1_b and w2_b", tuple(change.w1_b.shape), tuple(change.w2_b.shape))
+        _require(
+            change.w1_b.shape[0] == change.w2_b.shape[0],
+            "the ranks of w1_b and w2_b",
+            tuple(change.w1_b.shape),
+            tuple(change.w2_b.shape),
+        )
         return one
     if isinstance(change, Kronecker):
         w1 = tuple(change.w1.shape) if isinstance(change.w1, Tensor) else _made_pair(*change.w1, None)
@@ -222,7 +239,14 @@ def _made(change: Change, weight: Shape) -> Shape:
         return (w1[0] * w2[0], w1[1] * w2[1], *w2[2:])
     assert isinstance(change, Generalised)
     a1, a2, b1, b2 = (tuple(factor.shape) for factor in (change.a1, change.a2, change.b1, change.b2))
-    _require(min(map(len, (a1, a2, b1, b2))) >= 2 and math.prod(a1[2:] + a2[2:] + b1[2:]) == 1, "a1, a2, b1, b2", a1, a2, b1, b2)
+    _require(
+        min(map(len, (a1, a2, b1, b2))) >= 2 and math.prod(a1[2:] + a2[2:] + b1[2:]) == 1,
+        "a1, a2, b1, b2",
+        a1,
+        a2,
+        b1,
+        b2,
+    )
     _require(a1[1] == a2[0] and b1[1] == b2[0], "the ranks of a1, a2, b1, b2", a1, a2, b1, b2)
     _require(len(weight) >= 2 and a1[0] == a2[1] == weight[1], "a1, a2 and the weight", a1, a2, weight)
     return (b1[0], *b2[1:])
@@ -231,10 +255,18 @@ def _made(change: Change, weight: Shape) -> Shape:
 def _made_pair(a: Tensor, b: Tensor, core: Tensor | None) -> Shape:
     left, right = tuple(a.shape), tuple(b.shape)
     if core is None:
-        _require(len(left) == 2 and len(right) >= 2 and left[1] == right[0], "the ranks of a pair of factors", left, right)
+        _require(
+            len(left) == 2 and len(right) >= 2 and left[1] == right[0], "the ranks of a pair of factors", left, right
+        )
         return (left[0], *right[1:]) if len(right) == 2 else (left[0], math.prod(right[1:]))
     middle = tuple(core.shape)
-    _require(len(left) == len(right) == 2 and len(middle) >= 2 and middle[:2] == (left[0], right[0]), "the ranks of a Tucker core and its factors", middle, left, right)
+    _require(
+        len(left) == len(right) == 2 and len(middle) >= 2 and middle[:2] == (left[0], right[0]),
+        "the ranks of a Tucker core and its factors",
+        middle,
+        left,
+        right,
+    )
     return (left[1], right[1], *middle[2:])
 
 
@@ -277,7 +309,9 @@ def merge(model: LatentDiffusion, loras: Sequence[tuple[Changes, float]]) -> Mer
             raise ArgumentError(f"{changes.name}: scale {scale!r} is no finite number", key="scale")
         for name, change in changes.items():
             if name not in parameters:
-                raise ArgumentError(f"{changes.name}: this model has no parameter {name}; use a LoRA made for its family", key=name)
+                raise ArgumentError(
+                    f"{changes.name}: this model has no parameter {name}; use a LoRA made for its family", key=name
+                )
             try:
                 require_fit(change, tuple(parameters[name].shape))
             except ArgumentError as fault:

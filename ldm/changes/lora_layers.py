@@ -32,11 +32,15 @@ class Spec:
     """Which layers of a model learn a low-rank change, and of which rank."""
 
     rank: int = 16  # of matrices, SD 1's 1x1 projections among them
-    alpha: float | None = None  # the change is alpha / rank times the product, so that it also scales the steps; None: the rank
+    alpha: float | None = (
+        None  # the change is alpha / rank times the product, so that it also scales the steps; None: the rank
+    )
     conv_rank: int = 0  # of convolutions; 0: they stay
     conv_alpha: float | None = None  # None: conv_rank
     dora: bool = False  # lengths of the weights' rows learn apart from their directions
-    targets: str = ""  # regular expression that the modules' names contain, such as unet.middle_block.1.proj_in; empty: USUAL
+    targets: str = (
+        ""  # regular expression that the modules' names contain, such as unet.middle_block.1.proj_in; empty: USUAL
+    )
     unet: bool = True  # look for them in the UNet
     text: bool = False  # and in the text towers
 
@@ -45,12 +49,16 @@ class Spec:
             if isinstance(rank, bool) or not isinstance(rank, Integral) or rank < least:
                 raise ArgumentError(f"{name}: {rank!r}; give a whole number from {least}", key=name)
         for name, alpha in (("alpha", self.alpha), ("conv_alpha", self.conv_alpha)):
-            if alpha is not None and (isinstance(alpha, bool) or not isinstance(alpha, Real) or not 0 < alpha < math.inf):
+            if alpha is not None and (
+                isinstance(alpha, bool) or not isinstance(alpha, Real) or not 0 < alpha < math.inf
+            ):
                 raise ArgumentError(f"{name}: {alpha!r}; give a positive number, or None for the rank", key=name)
         try:
             re.compile(self.targets)
         except re.error as fault:
-            raise ArgumentError(f"targets: {self.targets[:80]!r} is no regular expression: {fault}", key="targets") from None
+            raise ArgumentError(
+                f"targets: {self.targets[:80]!r} is no regular expression: {fault}", key="targets"
+            ) from None
         if not (self.unet or self.text):
             raise ArgumentError("neither the UNet nor the text towers are to learn: set unet or text", key="unet")
 
@@ -63,7 +71,10 @@ class Factors(nn.Module):
 
     def __init__(self, change: LowRank):
         super().__init__()
-        self.down, self.up = nn.Parameter(change.down), nn.Parameter(change.up)  # [r, in(, k, k)] and [out, r(, 1, 1)], float32
+        self.down, self.up = (
+            nn.Parameter(change.down),
+            nn.Parameter(change.up),
+        )  # [r, in(, k, k)] and [out, r(, 1, 1)], float32
         self.alpha = float(len(change.down) if change.alpha is None else change.alpha)
 
     @property
@@ -108,7 +119,9 @@ class DecomposedFactors(Factors):
 
 def lengths(weight: Tensor) -> Tensor:
     """[out, 1] float32: the length of what reaches each output, never 0."""
-    return torch.linalg.vector_norm(weight.float().flatten(1), dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    return torch.linalg.vector_norm(weight.float().flatten(1), dim=1, keepdim=True).clamp_min(
+        torch.finfo(torch.float32).tiny
+    )
 
 
 class AdaptedLinear(nn.Linear):
@@ -159,7 +172,11 @@ class AdaptedConv2d(nn.Conv2d):
 
 
 Adapted = AdaptedLinear | AdaptedProjection | AdaptedConv2d
-ADAPTED: dict[type[nn.Module], type[Adapted]] = {nn.Linear: AdaptedLinear, TokenProjection: AdaptedProjection, nn.Conv2d: AdaptedConv2d}
+ADAPTED: dict[type[nn.Module], type[Adapted]] = {
+    nn.Linear: AdaptedLinear,
+    TokenProjection: AdaptedProjection,
+    nn.Conv2d: AdaptedConv2d,
+}
 PLAIN = {adapted: plain for plain, adapted in ADAPTED.items()}
 
 
@@ -202,7 +219,10 @@ def load_into(model: LatentDiffusion, changes: Changes) -> dict[str, nn.Paramete
     for parameter, change in changes.items():
         name, _, leaf = parameter.rpartition(".")
         if name not in layers or leaf != "weight":
-            raise ArgumentError(f"{changes.name}: {parameter} is no weight of a linear layer or convolution here; it can be merged, not trained", key=parameter)
+            raise ArgumentError(
+                f"{changes.name}: {parameter} is no weight of a linear layer or convolution here; it can be merged, not trained",
+                key=parameter,
+            )
         try:
             made[name] = _factors(change, layers[name].weight)
         except ArgumentError as fault:
@@ -210,7 +230,11 @@ def load_into(model: LatentDiffusion, changes: Changes) -> dict[str, nn.Paramete
     for name, factors in made.items():
         layers[name].__class__ = ADAPTED[type(layers[name])]
         layers[name].lora = factors
-    return {f"{name}.lora.{leaf}": parameter for name, factors in made.items() for leaf, parameter in factors.named_parameters()}
+    return {
+        f"{name}.lora.{leaf}": parameter
+        for name, factors in made.items()
+        for leaf, parameter in factors.named_parameters()
+    }
 
 
 def detach(model: LatentDiffusion) -> None:
@@ -254,7 +278,9 @@ def _factors(change: Change, weight: Tensor) -> Factors:
     if not isinstance(change, Decomposed):
         return Factors(plain)
     if change.magnitude.shape[1] != 1:
-        raise ArgumentError("it is a DoRA with a magnitude per input, and only one per output can be trained; merge it instead")
+        raise ArgumentError(
+            "it is a DoRA with a magnitude per input, and only one per output can be trained; merge it instead"
+        )
     return DecomposedFactors(Decomposed(plain, own(change.magnitude, len(weight), 1)))
 
 
@@ -264,7 +290,12 @@ def _factors(change: Change, weight: Tensor) -> Factors:
 def _layers(model: LatentDiffusion) -> dict[str, nn.Module]:
     """All that can have factors, by name."""
     networks = (("unet", model.unet), *((f"text.{i}", tower) for i, tower in enumerate(model.text)))
-    return {f"{network}.{name}": module for network, root in networks for name, module in root.named_modules() if type(module) in ADAPTED}
+    return {
+        f"{network}.{name}": module
+        for network, root in networks
+        for name, module in root.named_modules()
+        if type(module) in ADAPTED
+    }
 
 
 def _adapted(model: LatentDiffusion) -> dict[str, Adapted]:
@@ -287,12 +318,18 @@ def _targets(model: LatentDiffusion, spec: Spec) -> dict[str, nn.Module]:
             continue
         there = {name: layer for name, layer in layers.items() if name.startswith(f"{network}.")}
         if not there:
-            raise ArgumentError(f"{network}: a model of family {model.config.name} has no text towers; set text to false", key=network)
+            raise ArgumentError(
+                f"{network}: a model of family {model.config.name} has no text towers; set text to false", key=network
+            )
         named = {name: layer for name, layer in there.items() if re.search(spec.targets or USUAL, name)}
         hit = {name: layer for name, layer in named.items() if spec.conv_rank or not isinstance(layer, nn.Conv2d)}
         if not hit:
             fault = f"targets: {(spec.targets or USUAL)[:40]!r} is in the name of "
-            fault += "convolutions alone; set conv_rank" if named else f"no layer of {network}; try {' or '.join(_nearest(spec.targets, there))}"
+            fault += (
+                "convolutions alone; set conv_rank"
+                if named
+                else f"no layer of {network}; try {' or '.join(_nearest(spec.targets, there))}"
+            )
             raise ArgumentError(fault, key="targets")
         found |= hit
     return found
@@ -311,7 +348,9 @@ def _unheard(config: ModelConfig) -> tuple[str, ...]:
 def _nearest(wanted: str, names: Iterable[str]) -> list[str]:
     """The two pieces of names, as long as what was wanted in dotted parts, that are most like it."""
     n = wanted.count(".") + 1
-    pieces = {".".join(parts[i : i + n]) for parts in (name.split(".") for name in names) for i in range(len(parts) - n + 1)}
+    pieces = {
+        ".".join(parts[i : i + n]) for parts in (name.split(".") for name in names) for i in range(len(parts) - n + 1)
+    }
     return difflib.get_close_matches(wanted, sorted(pieces), n=2, cutoff=0)
 
 

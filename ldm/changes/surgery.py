@@ -15,7 +15,11 @@ from ldm.model import LatentDiffusion
 from ldm.networks.unet import UNet
 from ldm.networks.vision import CLIPVision
 
-WIDENINGS = ("mask", "masked_image", "depth")  # what conv_in can get room for, in the order in which published models have it
+WIDENINGS = (
+    "mask",
+    "masked_image",
+    "depth",
+)  # what conv_in can get room for, in the order in which published models have it
 GROUPS = 32  # of every GroupNorm in a UNet
 
 
@@ -24,7 +28,9 @@ def _assembled(model: LatentDiffusion, config: ModelConfig, changed: Mapping[str
     with torch.device("meta"):
         made = LatentDiffusion(config)
     kept = model.state_dict()
-    made.load_state_dict({name: changed[name] if name in changed else kept[name] for name in made.state_dict()}, assign=True)
+    made.load_state_dict(
+        {name: changed[name] if name in changed else kept[name] for name in made.state_dict()}, assign=True
+    )
     made.schedule = model.schedule
     return made.eval().requires_grad_(False)
 
@@ -43,16 +49,26 @@ def widen(model: LatentDiffusion, concat: tuple[str, ...]) -> LatentDiffusion:
     """
     old = model.config
     if not concat or list(concat) != [name for name in WIDENINGS if name in concat]:
-        raise ArgumentError(f"widen: {', '.join(map(str, concat))[:60] or 'nothing'}; give some of {', '.join(WIDENINGS)}, in this order", key="widen")
+        raise ArgumentError(
+            f"widen: {', '.join(map(str, concat))[:60] or 'nothing'}; give some of {', '.join(WIDENINGS)}, in this order",
+            key="widen",
+        )
     if old.concat:
-        raise ArgumentError(f"widen: this model ({old.name}) is told {', '.join(old.concat)} already; widen one that is told text alone", key="widen")
+        raise ArgumentError(
+            f"widen: this model ({old.name}) is told {', '.join(old.concat)} already; widen one that is told text alone",
+            key="widen",
+        )
     channels = {"mask": 1, "masked_image": old.vae.z_channels, "depth": 1}
     weight = model.unet.input_blocks[0][0].weight.detach()
-    wide = torch.cat([weight, weight.new_zeros(len(weight), sum(channels[name] for name in concat), *weight.shape[2:])], dim=1)
+    wide = torch.cat(
+        [weight, weight.new_zeros(len(weight), sum(channels[name] for name in concat), *weight.shape[2:])], dim=1
+    )
     kind = {("mask", "masked_image"): "inpainting", ("depth",): "depth"}.get(concat)
     family = f"{old.name.removesuffix('-base')}-{kind}"
     published = family in FAMILIES and FAMILIES[family].prediction == old.prediction
-    config = replace(old, name=family if published else old.name, unet=replace(old.unet, in_channels=wide.shape[1]), concat=concat)
+    config = replace(
+        old, name=family if published else old.name, unet=replace(old.unet, in_channels=wide.shape[1]), concat=concat
+    )
     return _assembled(model, config, {"unet.input_blocks.0.0.weight": wide})
 
 
@@ -68,10 +84,22 @@ def swap_conditioner(model: LatentDiffusion, vision: CLIPVision) -> LatentDiffus
     """
     old = model.config
     if old.unet.vector_dim is not None or old.unet.noise_levels is not None:
-        raise ArgumentError(f"vision: a model of family {old.name} is told more than a context; swap the conditioner of an SD 1 or SD 2 model", key="vision")
+        raise ArgumentError(
+            f"vision: a model of family {old.name} is told more than a context; swap the conditioner of an SD 1 or SD 2 model",
+            key="vision",
+        )
     if vision.config.projection != old.unet.context_dim:
-        raise ArgumentError(f"vision: its embedding has {vision.config.projection} numbers, the UNet's context {old.unet.context_dim}; use a tower that fits", key="vision")
-    config = replace(old, name="sd-image-variations" if old.name == "sd1" else old.name, text=(), vision=vision.config, zero_empty=False)
+        raise ArgumentError(
+            f"vision: its embedding has {vision.config.projection} numbers, the UNet's context {old.unet.context_dim}; use a tower that fits",
+            key="vision",
+        )
+    config = replace(
+        old,
+        name="sd-image-variations" if old.name == "sd1" else old.name,
+        text=(),
+        vision=vision.config,
+        zero_empty=False,
+    )
     return _assembled(model, config, {f"vision.{name}": tensor for name, tensor in vision.state_dict().items()})
 
 
@@ -91,7 +119,10 @@ def prune(model: LatentDiffusion, plan: str) -> LatentDiffusion:
     with torch.device("meta"):
         wanted = {name: tuple(tensor.shape) for name, tensor in UNet(config.unet).state_dict().items()}
     large, small, state = model.config.unet, config.unet, model.unet.state_dict()
-    changed = {f"unet.{name}": _kept(name, state[_source(name, large, small)], shape, large, small) for name, shape in wanted.items()}
+    changed = {
+        f"unet.{name}": _kept(name, state[_source(name, large, small)], shape, large, small)
+        for name, shape in wanted.items()
+    }
     return _assembled(model, config, changed)
 
 
@@ -106,8 +137,14 @@ def ssd_1b(config: ModelConfig) -> ModelConfig:
     Raises ArgumentError for another UNet than SDXL base's.
     """
     unet = config.unet
-    if (unet.down_depth, unet.up_depth, unet.mid_depth) != (SDXL.down_depth, SDXL.up_depth, SDXL.mid_depth) or config.concat:
-        raise ArgumentError(f"plan: 'ssd-1b' is for SDXL base, this is a model of family {config.name}; use 'half'", key="plan")
+    if (unet.down_depth, unet.up_depth, unet.mid_depth) != (
+        SDXL.down_depth,
+        SDXL.up_depth,
+        SDXL.mid_depth,
+    ) or config.concat:
+        raise ArgumentError(
+            f"plan: 'ssd-1b' is for SDXL base, this is a model of family {config.name}; use 'half'", key="plan"
+        )
     smaller = replace(unet, mid_depth=SSD1B.mid_depth, down_depth=SSD1B.down_depth, up_depth=SSD1B.up_depth)
     return replace(config, name="ssd-1b", unet=smaller)
 
@@ -138,11 +175,17 @@ def half(config: ModelConfig) -> ModelConfig:
     elif len(unet.channel_mult) > 1 and unet.channel_mult[-1] > unet.channel_mult[-2]:
         smaller = replace(unet, channel_mult=(*unet.channel_mult[:-1], unet.channel_mult[-2]))
     else:
-        raise ArgumentError(f"plan: 'half' finds nothing to halve in a UNet of one block a level and widths {unet.channel_mult}; train a smaller one", key="plan")
+        raise ArgumentError(
+            f"plan: 'half' finds nothing to halve in a UNet of one block a level and widths {unet.channel_mult}; train a smaller one",
+            key="plan",
+        )
     return replace(config, unet=replace(smaller, mid_depth=None))
 
 
-PLANS: Mapping[str, Callable[[ModelConfig], ModelConfig]] = {"ssd-1b": ssd_1b, "half": half}  # config of the model -> that of the smaller one
+PLANS: Mapping[str, Callable[[ModelConfig], ModelConfig]] = {
+    "ssd-1b": ssd_1b,
+    "half": half,
+}  # config of the model -> that of the smaller one
 
 
 def kept_channels(large: int, small: int, groups: int = GROUPS) -> Tensor:
@@ -169,12 +212,20 @@ def _source(name: str, large: UNetConfig, small: UNetConfig) -> str:
         return name
     theirs, ours = large.mid_depth, small.mid_depth
     if part != "middle_block":
-        n, m, first = large.num_res_blocks, small.num_res_blocks, int(part == "input_blocks")  # conv_in is block 0 going down
+        n, m, first = (
+            large.num_res_blocks,
+            small.num_res_blocks,
+            int(part == "input_blocks"),
+        )  # conv_in is block 0 going down
         level, i = divmod(int(rest[0]) - first, m + 1)
         kept = ([*range(m), n] if first else _kept_ups(n, m))[i]  # a level ends in its Downsample going down
         rest[0] = str(first + level * (n + 1) + kept)
         if "transformer_blocks" in rest:
-            theirs, ours = (large.down_depth[level][kept], small.down_depth[level][i]) if first else (large.up_depth[level][kept], small.up_depth[level][i])
+            theirs, ours = (
+                (large.down_depth[level][kept], small.down_depth[level][i])
+                if first
+                else (large.up_depth[level][kept], small.up_depth[level][i])
+            )
     if "transformer_blocks" in rest:
         place = rest.index("transformer_blocks") + 1
         rest[place] = str(_kept_layers(theirs, ours)[int(rest[place])])
@@ -193,12 +244,16 @@ def _kept(name: str, tensor: Tensor, shape: tuple[int, ...], large: UNetConfig, 
 def _kept_places(name: str, axis: int, theirs: int, ours: int, large: UNetConfig, small: UNetConfig) -> Tensor:
     """Which rows or columns of a parameter of that name are kept."""
     if (axis == 0 and re.search(r"\.to_[qkv]\.weight$", name)) or (axis == 1 and name.endswith("to_out.0.weight")):
-        return kept_channels(theirs, ours, large.heads or 1)  # of heads of a fixed width the first; of a fixed number the first part of each
+        return kept_channels(
+            theirs, ours, large.heads or 1
+        )  # of heads of a fixed width the first; of a fixed number the first part of each
     if ".ff.net.0.proj." in name and axis == 0:
         return kept_channels(theirs, ours, 2)  # of the values, and of their gates
     if name.endswith("ff.net.2.weight") and axis == 1:
         return kept_channels(theirs, ours, 1)
-    joined = re.fullmatch(r"output_blocks\.(\d+)\.0\.(in_layers\.0\.(weight|bias)|in_layers\.2\.weight|skip_connection\.weight)", name)
+    joined = re.fullmatch(
+        r"output_blocks\.(\d+)\.0\.(in_layers\.0\.(weight|bias)|in_layers\.2\.weight|skip_connection\.weight)", name
+    )
     if joined and (axis == 1 or ".in_layers.0." in name):  # of what comes up, and of the skip behind it
         (up, skip), (our_up, our_skip) = _joined(large)[int(joined[1])], _joined(small)[int(joined[1])]
         return torch.cat([kept_channels(up, our_up), up + kept_channels(skip, our_skip)])

@@ -61,7 +61,12 @@ def cells_of(axes: Sequence[Axis]) -> Iterator[dict[str, Any]]:
 
 def _axis(text: str, parser: argparse.ArgumentParser) -> Axis:
     key, equals, values = text.partition("=")
-    actions = {string.removeprefix("--"): action for action in parser._actions if action.dest in VARIABLE for string in action.option_strings}
+    actions = {
+        string.removeprefix("--"): action
+        for action in parser._actions
+        if action.dest in VARIABLE
+        for string in action.option_strings
+    }
     name = key.strip().removeprefix("--").replace("_", "-")
     name = next((typed for typed, action in actions.items() if action.dest == key.strip()), name)
     if not equals:
@@ -124,7 +129,9 @@ def every(text: str) -> int:
     try:
         return int(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a whole number; write the prompt before --preview") from None
+        raise argparse.ArgumentTypeError(
+            f"{text[:40]!r} is not a whole number; write the prompt before --preview"
+        ) from None
 
 
 def times(text: str) -> float:
@@ -203,10 +210,19 @@ def build_parser(table: Mapping[str, Command]) -> tuple[Parser, dict[str, argpar
         epilog=f"start with:\n  ldm txt2img \"a red cube on top of a blue sphere\"\n\n'ldm COMMAND --help' lists the options of a command, with examples.\n\n{EXIT_CODES}",
     )  # fmt: skip
     parser.add_argument("--version", action="version", version=f"ldm {version()}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=Parser, help="one of these")
+    commands = parser.add_subparsers(
+        dest="command", metavar="COMMAND", required=True, parser_class=Parser, help="one of these"
+    )
     parsers = {}
     for name, command in table.items():
-        parsers[name] = commands.add_parser(name, prog=f"ldm {name}", description=command.run.__doc__, formatter_class=shape, allow_abbrev=False, epilog=f"examples:{command.examples}\n\n{EXIT_CODES}")
+        parsers[name] = commands.add_parser(
+            name,
+            prog=f"ldm {name}",
+            description=command.run.__doc__,
+            formatter_class=shape,
+            allow_abbrev=False,
+            epilog=f"examples:{command.examples}\n\n{EXIT_CODES}",
+        )
         command.add_arguments(parsers[name])
     return parser, parsers
 
@@ -218,7 +234,13 @@ def parse(table: Mapping[str, Command], argv: Sequence[str] | None) -> argparse.
     if unknown:
         word = next((word for word in unknown if word.startswith("-")), unknown[0])
         near = difflib.get_close_matches(word.split("=")[0], parsers[args.command]._option_string_actions, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"see 'ldm {args.command} --help'" if word.startswith("-") else "put the prompt in quotes"
+        hint = (
+            f"did you mean {near[0]}?"
+            if near
+            else f"see 'ldm {args.command} --help'"
+            if word.startswith("-")
+            else "put the prompt in quotes"
+        )
         raise ArgumentError(f"{word[:60]}: unknown to ldm {args.command}; {hint}")
     args.axes = axes_of(getattr(args, "grid_of", None) or [], parsers[args.command])
     return args

@@ -42,18 +42,24 @@ def txt2img(args: argparse.Namespace, inputs: Inputs, sampling: Sampling) -> Dra
     if args.scale is None:
         for option in ("enlarge", "strength"):
             if getattr(args, option) is not None:
-                raise ArgumentError(f"--{option}: says how --hires redraws, which is not given; add --hires 2x, or leave it out")
+                raise ArgumentError(
+                    f"--{option}: says how --hires redraws, which is not given; add --hires 2x, or leave it out"
+                )
     if args.refiner is None:
         for option in ("refine_from", "refine_strength"):
             if getattr(args, option) is not None:
-                raise ArgumentError(f"--{option.replace('_', '-')}: says when --refiner takes over, which is not given; leave it out")
+                raise ArgumentError(
+                    f"--{option.replace('_', '-')}: says when --refiner takes over, which is not given; leave it out"
+                )
     elif args.scale is not None:
         raise ArgumentError("--refiner: does not go together with --hires; use one of them")
     if args.scale is not None:
         return _hires(args, sampling, width, height)
     handing = {} if args.refine_from is None else {"refine_from": args.refine_from}
     if args.refine_from is not None and args.refine_strength is not None:
-        raise ArgumentError("--refine-strength: the refiner redraws the finished picture, or takes over at --refine-from; give one of them")
+        raise ArgumentError(
+            "--refine-strength: the refiner redraws the finished picture, or takes over at --refine-from; give one of them"
+        )
     if args.refine_from is not None:
         require_number("refine_from", args.refine_from, 0, 1)
     if args.refine_strength is not None:
@@ -70,13 +76,19 @@ def _hires(args: argparse.Namespace, sampling: Sampling, width: int | None, heig
     """Write large pictures: made small, enlarged, and redrawn at their size."""
     strength, enlarge = 0.6 if args.strength is None else args.strength, args.enlarge or "pixel"
     if not 1 < args.scale <= 8:
-        raise ArgumentError(f"--{'hires' if args.command == 'txt2img' else 'scale'}: {args.scale:g}; give more than 1 and at most 8")
+        raise ArgumentError(
+            f"--{'hires' if args.command == 'txt2img' else 'scale'}: {args.scale:g}; give more than 1 and at most 8"
+        )
     _require_some(strength, sampling, "would only enlarge")
 
     def draw(model: LatentDiffusion, prompts: list[str], **common: Any) -> list[Image.Image]:
-        return tasks.hires(model, prompts, scale=args.scale, enlarge=enlarge, strength=strength, width=width, height=height, **common)
+        return tasks.hires(
+            model, prompts, scale=args.scale, enlarge=enlarge, strength=strength, width=width, height=height, **common
+        )
 
-    return Drawing(draw, (width, height), args.scale, {"scale": repr(args.scale), "enlarge": enlarge, "strength": repr(strength)})
+    return Drawing(
+        draw, (width, height), args.scale, {"scale": repr(args.scale), "enlarge": enlarge, "strength": repr(strength)}
+    )
 
 
 def img2img(args: argparse.Namespace, inputs: Inputs, sampling: Sampling) -> Drawing:
@@ -93,14 +105,18 @@ def img2img(args: argparse.Namespace, inputs: Inputs, sampling: Sampling) -> Dra
 def inpaint(args: argparse.Namespace, inputs: Inputs, sampling: Sampling) -> Drawing:
     """Write a picture in which what a mask covers is painted anew; all its other pixels stay as they are."""
     if inputs.mask is None:
-        raise ArgumentError("--mask: none given; name a picture that is white where to repaint, or say --mask-from alpha")
+        raise ArgumentError(
+            "--mask: none given; name a picture that is white where to repaint, or say --mask-from alpha"
+        )
     mask = masks.mask_of(inputs.mask, inputs.init.size, args.mask_from)
     keywords, size = _inpainting(args, sampling, inputs.init)
 
     def draw(model: LatentDiffusion, prompts: list[str], **common: Any) -> list[Image.Image]:
         return tasks.inpaint(model, inputs.init, mask, prompts, **keywords, **common)
 
-    return Drawing(draw, size, facts=_facts(args, "strength", "feather", "init", "mask") | {"mask_from": args.mask_from})
+    return Drawing(
+        draw, size, facts=_facts(args, "strength", "feather", "init", "mask") | {"mask_from": args.mask_from}
+    )
 
 
 def outpaint(args: argparse.Namespace, inputs: Inputs, sampling: Sampling) -> Drawing:
@@ -114,7 +130,12 @@ def outpaint(args: argparse.Namespace, inputs: Inputs, sampling: Sampling) -> Dr
     def draw(model: LatentDiffusion, prompts: list[str], **common: Any) -> list[Image.Image]:
         return tasks.outpaint(model, inputs.init, sides, prompts, **keywords, **common)
 
-    return Drawing(draw, size, facts=_facts(args, "strength", "feather", "init") | {"extend": " ".join(f"{side}={count}" for side, count in sides.items())})
+    return Drawing(
+        draw,
+        size,
+        facts=_facts(args, "strength", "feather", "init")
+        | {"extend": " ".join(f"{side}={count}" for side, count in sides.items())},
+    )
 
 
 def depth2img(args: argparse.Namespace, inputs: Inputs, sampling: Sampling) -> Drawing:
@@ -125,7 +146,16 @@ def depth2img(args: argparse.Namespace, inputs: Inputs, sampling: Sampling) -> D
         given_depth(inputs.depth, torch.empty(1, 3, height, width, device="meta"), [height // 8, width // 8])
 
     def draw(model: LatentDiffusion, prompts: list[str], **common: Any) -> list[Image.Image]:
-        return tasks.depth2img(model, inputs.init, prompts, depth=inputs.depth, strength=args.strength, width=width, height=height, **common)
+        return tasks.depth2img(
+            model,
+            inputs.init,
+            prompts,
+            depth=inputs.depth,
+            strength=args.strength,
+            width=width,
+            height=height,
+            **common,
+        )
 
     return Drawing(draw, (width, height), facts=_facts(args, "strength", "init", "depth"))
 
@@ -141,7 +171,12 @@ def upscale(args: argparse.Namespace, inputs: Inputs, sampling: Sampling) -> Dra
     def draw(model: LatentDiffusion, prompts: list[str], **common: Any) -> list[Image.Image]:
         return tasks.upscale(model, inputs.init, prompts, noise_level=args.noise_level, window=args.window, **common)
 
-    return Drawing(draw, (4 * inputs.init.width, 4 * inputs.init.height), anew=False, facts=_facts(args, "noise_level", "window", "init"))
+    return Drawing(
+        draw,
+        (4 * inputs.init.width, 4 * inputs.init.height),
+        anew=False,
+        facts=_facts(args, "noise_level", "window", "init"),
+    )
 
 
 def variations(args: argparse.Namespace, inputs: Inputs, sampling: Sampling) -> Drawing:
@@ -149,7 +184,9 @@ def variations(args: argparse.Namespace, inputs: Inputs, sampling: Sampling) -> 
     width, height = settings.size(args)
 
     def draw(model: LatentDiffusion, prompts: list[str], **common: Any) -> list[Image.Image]:
-        return tasks.variations(model, inputs.init, preprocessing=args.preprocessing, width=width, height=height, **common)
+        return tasks.variations(
+            model, inputs.init, preprocessing=args.preprocessing, width=width, height=height, **common
+        )
 
     return Drawing(draw, (width, height), facts=_facts(args, "preprocessing", "init"))
 
@@ -165,7 +202,9 @@ def _following(args: argparse.Namespace, init: Image.Image) -> tuple[int, int]:
     return width, height
 
 
-def _inpainting(args: argparse.Namespace, sampling: Sampling, image: Image.Image) -> tuple[dict[str, Any], tuple[int, int]]:
+def _inpainting(
+    args: argparse.Namespace, sampling: Sampling, image: Image.Image
+) -> tuple[dict[str, Any], tuple[int, int]]:
     """The keywords that inpaint and outpaint have in common, and the size of the picture."""
     _require_some(args.strength, sampling, "would paint nothing")
     require_whole("feather", args.feather, 0, masks.MAX_FEATHER)

@@ -24,25 +24,35 @@ def add_diff(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("a", metavar="A", help=".safetensors, .ckpt or a diffusers folder")
     parser.add_argument("b", metavar="B", help="what is compared with it, in the same layout or another")
     parser.add_argument("--third", metavar="C", help="estimate w of B = (1 - w) A + w C for each network")
-    parser.add_argument("--quick", action="store_true", help="compare names, shapes and types of all tensors, but the numbers of a few of each network")
-    parser.add_argument("--config", metavar="NAME", help="family of models that lack tensors, whose structure cannot be seen")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="compare names, shapes and types of all tensors, but the numbers of a few of each network",
+    )
+    parser.add_argument(
+        "--config", metavar="NAME", help="family of models that lack tensors, whose structure cannot be seen"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON document")
-    parser.add_argument("--fail-on-difference", action="store_true", help=f"exit with {DIFFERENT} unless B is the same as A")
+    parser.add_argument(
+        "--fail-on-difference", action="store_true", help=f"exit with {DIFFERENT} unless B is the same as A"
+    )
     parser.add_argument("--debug", action="store_true", help="show where an error comes from")
 
 
 def diff(args: argparse.Namespace, readers: Readers) -> None:
     """Compare two files of weights and say what B is to A: the same in another container, layout or type, a pruned copy, its moving average,
-a fine-tune, with a LoRA merged into it, with another VAE, a merge with C, or unrelated.
+    a fine-tune, with a LoRA merged into it, with another VAE, a merge with C, or unrelated.
 
-Models are compared network by network, whatever the layout. Files that differ are a result, not an error: the exit code is 0. With
---fail-on-difference it is 6, unless the networks are the same bit by bit; the container, the layout and leftovers that nothing reads
-may differ."""
+    Models are compared network by network, whatever the layout. Files that differ are a result, not an error: the exit code is 0. With
+    --fail-on-difference it is 6, unless the networks are the same bit by bit; the container, the layout and leftovers that nothing reads
+    may differ."""
     for option, path in (("A", args.a), ("B", args.b), ("--third", args.third)):
         if path is not None:
             require_weights(option, path, readers)
     with terminal.writing("diff") as on_read:
-        found = readers.package.diff(args.a, args.b, third=args.third, quick=args.quick, config=args.config, on_read=on_read)
+        found = readers.package.diff(
+            args.a, args.b, third=args.third, quick=args.quick, config=args.config, on_read=on_read
+        )
     told = found.as_dict()
     if args.json:
         terminal.show(json.dumps(told, indent=2, allow_nan=False))
@@ -75,20 +85,38 @@ def text(told: Mapping[str, Any]) -> Iterator[str]:
     if told["different"]:
         yield f"differ most, of {len(told['different'])}:"
         width = max(len(one["name"]) for one in told["different"][:LISTED])
-        yield from (f"  {one['name']:{width}}  {_share(one['relative']):>8}  at most {one['largest']:.3g}" for one in told["different"][:LISTED])
+        yield from (
+            f"  {one['name']:{width}}  {_share(one['relative']):>8}  at most {one['largest']:.3g}"
+            for one in told["different"][:LISTED]
+        )
     if told["quick"] is not None:
-        yield from textwrap.wrap(f"compared, because of --quick, only: {', '.join(told['quick'])}", WIDTH, subsequent_indent="  ", break_long_words=False)
+        yield from textwrap.wrap(
+            f"compared, because of --quick, only: {', '.join(told['quick'])}",
+            WIDTH,
+            subsequent_indent="  ",
+            break_long_words=False,
+        )
 
 
 def _table(told: Mapping[str, Any]) -> Iterator[str]:
     rows = [("", "in both", "equal", "rounded", "different", "largest", "relative", "type")]
     for one in told["components"]:
-        numbers = [str(one[part]) for part in ("shared", "equal", "rounded", "different")] if one["shared"] else ["0", "", "", ""]
+        numbers = (
+            [str(one[part]) for part in ("shared", "equal", "rounded", "different")]
+            if one["shared"]
+            else ["0", "", "", ""]
+        )
         distance = [f"{one['largest']:.3g}", _share(one["relative"])] if one["shared"] else ["", ""]
         rows.append((one["name"], *numbers, *distance, ", ".join(one["dtypes"])))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     for row in rows:
-        yield "  ".join([f"{row[0]:{widths[0]}}", *(f"{cell:>{width}}" for cell, width in zip(row[1:-1], widths[1:-1], strict=True)), row[-1]]).rstrip()
+        yield "  ".join(
+            [
+                f"{row[0]:{widths[0]}}",
+                *(f"{cell:>{width}}" for cell, width in zip(row[1:-1], widths[1:-1], strict=True)),
+                row[-1],
+            ]
+        ).rstrip()
     yield "(tensors; the largest absolute difference; the norm of the difference as a share of that of A's)"
 
 

@@ -85,7 +85,9 @@ def require_weights(option: str, path: str, readers: Readers) -> None:
     """Raises FileError or ArgumentError unless there is a file of weights, by its header, or a directory that may hold a diffusers folder."""
     if os.path.isdir(path):
         if not any((Path(path) / name).exists() for name in ("model_index.json", "config.json", "unet")):
-            raise ArgumentError(f"{option}: {printable(path)[-80:]} is a directory without model_index.json or config.json; name a file, or a diffusers folder")
+            raise ArgumentError(
+                f"{option}: {printable(path)[-80:]} is a directory without model_index.json or config.json; name a file, or a diffusers folder"
+            )
         return
     readers.open_file(path).close()
 
@@ -96,7 +98,9 @@ def file_hash(path: Path) -> str:
     A 4 GB file takes about 3 seconds.
     """
     digest = hashlib.sha256()
-    files = sorted(file for file in path.rglob("*") if file.suffix in (".safetensors", ".bin")) if path.is_dir() else [path]
+    files = (
+        sorted(file for file in path.rglob("*") if file.suffix in (".safetensors", ".bin")) if path.is_dir() else [path]
+    )
     for each in files:
         with open(each, "rb") as file:
             while block := file.read(2**20):

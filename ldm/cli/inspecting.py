@@ -13,7 +13,19 @@ from ldm.cli import arguments, terminal
 from ldm.cli.files import Readers
 from ldm.errors import ArgumentError, LdmError, printable
 
-NETWORKS = {"unet", "vae", "text.0", "text.1", "vision", "depth", "safety", "controlnet", "lora", "embedding", "unknown"}  # the other groups are told in passing
+NETWORKS = {
+    "unet",
+    "vae",
+    "text.0",
+    "text.1",
+    "vision",
+    "depth",
+    "safety",
+    "controlnet",
+    "lora",
+    "embedding",
+    "unknown",
+}  # the other groups are told in passing
 USE = {"model": "--ckpt", "lora": "--lora", "embedding": "--embedding", "vae": "--vae", "safety checker": "--safety"}
 LISTED, ENTRIES, WIDTH = 5, 16, 100  # names of tensors, entries of metadata and characters of each that the text shows
 
@@ -22,11 +34,26 @@ Lines = Iterator[tuple[str, str]]  # (what a line is about, or "" where it goes 
 
 def add_inspect(parser: argparse.ArgumentParser) -> None:
     """The arguments of `ldm inspect`."""
-    parser.add_argument("files", nargs="*", metavar="FILE", help="a file of weights or a diffusers folder (default: the model that ships)")
+    parser.add_argument(
+        "files",
+        nargs="*",
+        metavar="FILE",
+        help="a file of weights or a diffusers folder (default: the model that ships)",
+    )
     parser.add_argument("--json", action="store_true", help="a line of JSON for each file, with all that is known")
-    parser.add_argument("--hash", action="store_true", help="the SHA-256 too, and which published file has it; this reads everything")
-    parser.add_argument("--config", metavar="NAME", help="the family, where the file does not tell: sd1, sd2-v, sdxl-base, ...")
-    parser.add_argument("--keys", nargs="?", const="*", metavar="PATTERN", help="the tensors too: all, those whose names match '*.attn1.*', or /a regular expression/")
+    parser.add_argument(
+        "--hash", action="store_true", help="the SHA-256 too, and which published file has it; this reads everything"
+    )
+    parser.add_argument(
+        "--config", metavar="NAME", help="the family, where the file does not tell: sd1, sd2-v, sdxl-base, ..."
+    )
+    parser.add_argument(
+        "--keys",
+        nargs="?",
+        const="*",
+        metavar="PATTERN",
+        help="the tensors too: all, those whose names match '*.attn1.*', or /a regular expression/",
+    )
     parser.add_argument("--debug", action="store_true", help="show where an error comes from")
 
 
@@ -115,9 +142,21 @@ def _lines(report: Any) -> Lines:
         epoch = "" if report.training.epoch is None else f", epoch {report.training.epoch}"
         yield "trained", f"step {report.training.step}{epoch} ({report.training.source})"
     yield from _labelled("metadata", _metadata(report.metadata))
-    yield from _labelled("hash", [line for file in report.files for line in _hashes(file, len(report.files) > 1, report.what in ("model", "vae"))])
+    yield from _labelled(
+        "hash",
+        [
+            line
+            for file in report.files
+            for line in _hashes(file, len(report.files) > 1, report.what in ("model", "vae"))
+        ],
+    )
     if report.problem:
-        yield "not loaded", "until the conflict is settled" if report.prediction and report.problem == report.prediction.conflict else report.problem
+        yield (
+            "not loaded",
+            "until the conflict is settled"
+            if report.prediction and report.problem == report.prediction.conflict
+            else report.problem,
+        )
     elif report.what in USE:
         yield "use it with", f"{USE[report.what]} {report.path}"
 
@@ -129,8 +168,14 @@ def _labelled(label: str, lines: Any) -> Lines:
 
 def _file(report: Any) -> Iterator[str]:
     count = f" of {len(report.files)} files" if len(report.files) > 1 else ""
-    notes = [note for note in ("sharded" if report.sharded else "", f"variant {report.variant}" if report.variant else "") if note]
-    yield ", ".join([f"{report.kind}{count}", arguments.shown_bytes(report.bytes), _number(len(report.tensors), "tensor"), *notes])
+    notes = [
+        note
+        for note in ("sharded" if report.sharded else "", f"variant {report.variant}" if report.variant else "")
+        if note
+    ]
+    yield ", ".join(
+        [f"{report.kind}{count}", arguments.shown_bytes(report.bytes), _number(len(report.tensors), "tensor"), *notes]
+    )
     for file in report.files:
         where = f"{file.name}: " if len(report.files) > 1 else ""
         if file.published:
@@ -158,7 +203,11 @@ def _lora(lora: Any) -> Lines:
 
 def _embedding(embedding: Any) -> Lines:
     yield "form", embedding.form + ("" if embedding.word is None else f", for {embedding.word!r}")
-    yield "vectors", f"{embedding.vectors}, for " + " and ".join(f"{tower} (width {width})" for tower, width in embedding.towers.items())
+    yield (
+        "vectors",
+        f"{embedding.vectors}, for "
+        + " and ".join(f"{tower} (width {width})" for tower, width in embedding.towers.items()),
+    )
 
 
 def _components(report: Any) -> Iterator[str]:
@@ -166,7 +215,9 @@ def _components(report: Any) -> Iterator[str]:
     width = max((len(each.title) for each in shown), default=0)
     for each in shown:
         yield f"{each.title:{width}}  {_number(each.tensors, 'tensor'):>12}  {_count(each.parameters):>7} parameters  {_types(each.dtypes)}"
-    rest = [f"{each.title} ({_number(each.tensors, 'tensor')})" for each in report.components if each.name not in NETWORKS]
+    rest = [
+        f"{each.title} ({_number(each.tensors, 'tensor')})" for each in report.components if each.name not in NETWORKS
+    ]
     if rest:
         yield "and " + ", ".join(rest)
 
@@ -174,7 +225,9 @@ def _components(report: Any) -> Iterator[str]:
 def _average(ema: Any) -> str:
     if ema.kind == "leftover":
         return "its bookkeeping alone: the average is in the weights already"
-    return f"{ema.kind}, {ema.tensors} tensors" + (f" of {ema.expected}" if ema.kind == "partial" and ema.expected else "; --ema loads it")
+    return f"{ema.kind}, {ema.tensors} tensors" + (
+        f" of {ema.expected}" if ema.kind == "partial" and ema.expected else "; --ema loads it"
+    )
 
 
 def _metadata(metadata: Mapping[str, str]) -> Iterator[str]:
@@ -203,7 +256,9 @@ def _counts(counts: Mapping[Any, int], form: str = "") -> str:
     """How often each value occurs; of a number that is the only one, how often does not matter."""
     if len(counts) == 1 and isinstance(value := next(iter(counts)), (int, float)):
         return f"{value:{form}}"
-    return ", ".join(f"{value:{form}} ({count})" for value, count in [*counts.items()][:LISTED]) + (", ..." if len(counts) > LISTED else "")
+    return ", ".join(f"{value:{form}} ({count})" for value, count in [*counts.items()][:LISTED]) + (
+        ", ..." if len(counts) > LISTED else ""
+    )
 
 
 def _some(keys: tuple[str, ...], what: str) -> str:

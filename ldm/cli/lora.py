@@ -18,42 +18,96 @@ FORMATS = ("kohya", "diffusers", "peft")
 def add_lora(parser: argparse.ArgumentParser) -> None:
     """The arguments of `ldm lora`."""
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True, parser_class=arguments.Parser)
-    extract = _action(actions, "extract", "the difference of two checkpoints, by singular value decomposition, in kohya's names")
-    extract.add_argument("base", metavar="BASE", help="the checkpoint that the LoRA will be used with: a file or a diffusers folder")
+    extract = _action(
+        actions, "extract", "the difference of two checkpoints, by singular value decomposition, in kohya's names"
+    )
+    extract.add_argument(
+        "base", metavar="BASE", help="the checkpoint that the LoRA will be used with: a file or a diffusers folder"
+    )
     extract.add_argument("tuned", metavar="TUNED", help="the checkpoint that BASE becomes by it, of the same family")
     _add_rank(extract)
-    extract.add_argument("--conv-rank", type=arguments.whole, metavar="N", help="ResBlocks and resamplers too, at this rank; with --variance at this at most")
+    extract.add_argument(
+        "--conv-rank",
+        type=arguments.whole,
+        metavar="N",
+        help="ResBlocks and resamplers too, at this rank; with --variance at this at most",
+    )
     extract.add_argument("--no-text", action="store_true", help="leave the text towers out")
-    extract.add_argument("--full-rest", action="store_true", help="keep what low rank cannot carry (norms, biases, embeddings, other layers) as full differences")
-    extract.add_argument("--dtype", type=arguments.stored_type, default="fp16", metavar="TYPE", help="of the factors: fp32, fp16 or bf16 (default: %(default)s)")
+    extract.add_argument(
+        "--full-rest",
+        action="store_true",
+        help="keep what low rank cannot carry (norms, biases, embeddings, other layers) as full differences",
+    )
+    extract.add_argument(
+        "--dtype",
+        type=arguments.stored_type,
+        default="fp16",
+        metavar="TYPE",
+        help="of the factors: fp32, fp16 or bf16 (default: %(default)s)",
+    )
 
     merge = _action(actions, "merge", "a checkpoint with LoRAs merged into it")
     merge.add_argument("checkpoint", metavar="CKPT", help=".safetensors or .ckpt; every key keeps its name and place")
     merge.add_argument(
-        "loras", nargs="+", type=scaled_lora, metavar="LORA[:SCALE]", help="LoRA and its scale (default: 1), or UNET:TEXT, one of the UNet and one of the text towers"
+        "loras",
+        nargs="+",
+        type=scaled_lora,
+        metavar="LORA[:SCALE]",
+        help="LoRA and its scale (default: 1), or UNET:TEXT, one of the UNet and one of the text towers",
     )
-    merge.add_argument("--dtype", type=arguments.stored_type, metavar="TYPE", help="of the networks: fp32, fp16 or bf16 (default: as they are)")
+    merge.add_argument(
+        "--dtype",
+        type=arguments.stored_type,
+        metavar="TYPE",
+        help="of the networks: fp32, fp16 or bf16 (default: as they are)",
+    )
 
     resize = _action(actions, "resize", "the same LoRA, of another rank")
     convert = _action(actions, "convert", "the same LoRA, in the names of another tool")
     for action in (resize, convert):
         action.add_argument("lora", metavar="LORA", help="a file, or a folder of diffusers or peft")
     _add_rank(resize)
-    convert.add_argument("--to", required=True, choices=FORMATS, help="whose names; peft's are a directory with a folder for each network")
+    convert.add_argument(
+        "--to",
+        required=True,
+        choices=FORMATS,
+        help="whose names; peft's are a directory with a folder for each network",
+    )
     resize.add_argument("--to", choices=FORMATS, help="whose names (default: those of LORA)")
-    convert.add_argument("--as-lora", type=arguments.whole, metavar="RANK", help="re-express what --to cannot hold (LoHa, LoKr, cores, full differences) as products of this rank")
+    convert.add_argument(
+        "--as-lora",
+        type=arguments.whole,
+        metavar="RANK",
+        help="re-express what --to cannot hold (LoHa, LoKr, cores, full differences) as products of this rank",
+    )
     for action in (resize, convert):
         family = action.add_mutually_exclusive_group()
-        family.add_argument("--family", metavar="NAME", help="of the models that it is for (default: the one whose layers it names)")
+        family.add_argument(
+            "--family", metavar="NAME", help="of the models that it is for (default: the one whose layers it names)"
+        )
         family.add_argument("--ckpt", metavar="FILE", help="a model that it is for, where it is of no published size")
-        action.add_argument("--dtype", type=arguments.stored_type, metavar="TYPE", help="of the factors: fp32, fp16 or bf16 (default: as they are)")
+        action.add_argument(
+            "--dtype",
+            type=arguments.stored_type,
+            metavar="TYPE",
+            help="of the factors: fp32, fp16 or bf16 (default: as they are)",
+        )
     for action in (extract, resize):
-        action.add_argument("--list", action="store_true", help="a line for each module: its rank and the share of its energy that is kept")
+        action.add_argument(
+            "--list",
+            action="store_true",
+            help="a line for each module: its rank and the share of its energy that is kept",
+        )
 
 
 def _action(actions: Any, name: str, what: str) -> argparse.ArgumentParser:
     parser = actions.add_parser(name, help=what, description=f"Write {what}.", allow_abbrev=False)
-    parser.add_argument("--out", required=True, metavar="PATH", help="where to write; .ckpt, .pt and .bin are written as torch does, all else as .safetensors")
+    parser.add_argument(
+        "--out",
+        required=True,
+        metavar="PATH",
+        help="where to write; .ckpt, .pt and .bin are written as torch does, all else as .safetensors",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace PATH if it is there")
     parser.add_argument("--debug", action="store_true", help="show where an error comes from")
     return parser
@@ -62,7 +116,12 @@ def _action(actions: Any, name: str, what: str) -> argparse.ArgumentParser:
 def _add_rank(parser: argparse.ArgumentParser) -> None:
     group = parser.add_mutually_exclusive_group(required=True)
     group.add_argument("--rank", type=arguments.whole, metavar="N", help="of every module")
-    group.add_argument("--variance", type=arguments.number, metavar="SHARE", help="instead, for each module the least rank that keeps this share of its energy, 0.95 for example")
+    group.add_argument(
+        "--variance",
+        type=arguments.number,
+        metavar="SHARE",
+        help="instead, for each module the least rank that keeps this share of its energy, 0.95 for example",
+    )
     parser.add_argument("--max-rank", type=arguments.whole, metavar="N", help="with --variance: no more than this")
 
 
@@ -88,19 +147,27 @@ def _extract(args: argparse.Namespace, weights: Any) -> None:
             full_rest=args.full_rest, dtype=args.dtype, overwrite=args.overwrite, on_module=_counter(), on_write=on_write,
         )  # fmt: skip
     _show_modules(made.modules, args)
-    terminal.show(f"{len(made.modules)} modules of {made.family}{_energy(made.energy, made.modules)}; {made.unchanged} parameters do not differ")
+    terminal.show(
+        f"{len(made.modules)} modules of {made.family}{_energy(made.energy, made.modules)}; {made.unchanged} parameters do not differ"
+    )
     for kept, what in ((True, "kept as full differences"), (False, "not in the LoRA, which cannot carry them")):
         rest = [one for one in made.rest if one.kept == kept]
         if rest:
-            terminal.show(f"{len(rest)} parameters ({arguments.shown_bytes(sum(one.size for one in rest))}) {what}: {_first([one.parameter for one in rest])}")
+            terminal.show(
+                f"{len(rest)} parameters ({arguments.shown_bytes(sum(one.size for one in rest))}) {what}: {_first([one.parameter for one in rest])}"
+            )
     if made.unpaired:
-        terminal.show(f"{len(made.unpaired)} parameters are in one of the two alone and were left out: {_first(made.unpaired)}")
+        terminal.show(
+            f"{len(made.unpaired)} parameters are in one of the two alone and were left out: {_first(made.unpaired)}"
+        )
     _done(made.path)
 
 
 def _merge(args: argparse.Namespace, weights: Any) -> None:
     with terminal.writing("merging") as on_write:
-        made = weights.merge_lora(args.checkpoint, args.loras, args.out, dtype=args.dtype, overwrite=args.overwrite, on_write=on_write)
+        made = weights.merge_lora(
+            args.checkpoint, args.loras, args.out, dtype=args.dtype, overwrite=args.overwrite, on_write=on_write
+        )
     for line in made.lines:
         terminal.show(printable(line))
     if made.dropped:
@@ -124,7 +191,14 @@ def _resize(args: argparse.Namespace, weights: Any) -> None:
 def _convert(args: argparse.Namespace, weights: Any) -> None:
     with terminal.writing("converting") as on_write:
         made = weights.convert_lora(
-            args.lora, args.out, args.to, _config(args, weights), as_lora=args.as_lora, dtype=args.dtype, overwrite=args.overwrite, on_write=on_write
+            args.lora,
+            args.out,
+            args.to,
+            _config(args, weights),
+            as_lora=args.as_lora,
+            dtype=args.dtype,
+            overwrite=args.overwrite,
+            on_write=on_write,
         )
     terminal.show(f"{made.modules} modules of {made.family}, as {made.dialect} has them")
     if made.kept:

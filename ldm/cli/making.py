@@ -60,14 +60,23 @@ def make(args: argparse.Namespace, plan: Plan, readers: Readers) -> None:
     cells = [_cell(args, changed, plan, inputs) for changed in cells_of(axes)]
     items = [Item(prompt, offset) for prompt in prompts for offset in range(args.n)]
     if len(cells) * len(items) > settings.MAX_PICTURES:
-        raise ArgumentError(f"{len(cells)} combinations of {len(items)} pictures are {len(cells) * len(items)}; the limit is {settings.MAX_PICTURES}")
+        raise ArgumentError(
+            f"{len(cells)} combinations of {len(items)} pictures are {len(cells) * len(items)}; the limit is {settings.MAX_PICTURES}"
+        )
     embeddings = models.check(args, device, readers)
-    place = Place.checked(args.out, mkdir=args.mkdir, overwrite=args.overwrite, pixels=sum(_pixels(cell.drawing) for cell in cells) * len(items))
+    place = Place.checked(
+        args.out,
+        mkdir=args.mkdir,
+        overwrite=args.overwrite,
+        pixels=sum(_pixels(cell.drawing) for cell in cells) * len(items),
+    )
     if random:
         terminal.say(f"ldm: seed {args.seed}")  # without it the picture could not be made again
     loaded = models.load(args, device, dtype, readers)
     for cell in cells:
-        models.check_size(loaded.model, _size(cell.drawing, loaded, enlarged=True), min(args.batch, len(items)), args.tile)
+        models.check_size(
+            loaded.model, _size(cell.drawing, loaded, enlarged=True), min(args.batch, len(items)), args.tile
+        )
         if cell.drawing.anew:
             models.warn_of_size(loaded.model, _size(cell.drawing, loaded, enlarged=False))
 
@@ -79,7 +88,10 @@ def make(args: argparse.Namespace, plan: Plan, readers: Readers) -> None:
         kept.append([picture if args.sheet or axes else None for picture in pictures])
     if args.sheet or axes:
         for sheet, item in _sheets(kept, items, cells, axes):
-            facts = describe(cells[0], cells[0].sampling, loaded) | {"prompt": "\n".join(dict.fromkeys(each.prompt for each in item)), "seed": str(cells[0].seeds[item[0].offset])}
+            facts = describe(cells[0], cells[0].sampling, loaded) | {
+                "prompt": "\n".join(dict.fromkeys(each.prompt for each in item)),
+                "seed": str(cells[0].seeds[item[0].offset]),
+            }
             if len(item) > 1:
                 facts["seeds"] = " ".join(dict.fromkeys(str(cells[0].seeds[each.offset]) for each in item))
             for axis in axes:  # the value of the first picture is not that of the sheet
@@ -96,7 +108,9 @@ def _cell(args: argparse.Namespace, changed: dict[str, Any], plan: Plan, inputs:
     return Cell(args, sampling, plan(args, inputs, sampling), settings.seeds_of(args.seed, args.n))
 
 
-def _pictures(cell: Cell, sampling: Sampling, items: Sequence[Item], loaded: Models, place: Place, done: int, total: int) -> Iterator[Image.Image]:
+def _pictures(
+    cell: Cell, sampling: Sampling, items: Sequence[Item], loaded: Models, place: Place, done: int, total: int
+) -> Iterator[Image.Image]:
     """Draw one combination batch by batch, write every picture, and give it."""
     args = cell.args
     facts = describe(cell, sampling, loaded)
@@ -123,7 +137,9 @@ def judged(loaded: Models, pictures: Sequence[Image.Image]) -> list[bool | None]
     return [None] * len(pictures) if loaded.checker is None else loaded.checker(pictures)
 
 
-def save(picture: Image.Image, flag: bool | None, facts: dict[str, str], args: argparse.Namespace, place: Place) -> Image.Image:
+def save(
+    picture: Image.Image, flag: bool | None, facts: dict[str, str], args: argparse.Namespace, place: Place
+) -> Image.Image:
     """Write a picture, black if it is flagged and flagged ones are not kept, and say so. Returns what was written."""
     if flag is not None:
         facts = facts | {"flagged": "false" if not flag else "true, kept" if args.keep_flagged else "true, blacked"}
@@ -132,14 +148,19 @@ def save(picture: Image.Image, flag: bool | None, facts: dict[str, str], args: a
     path = printable(str(place.save(picture, facts)))
     terminal.show(path)
     if flag:
-        terminal.say(f"ldm: {path}: flagged by the safety checker" + ("" if args.keep_flagged else " and blacked; --keep-flagged keeps such pictures"))
+        terminal.say(
+            f"ldm: {path}: flagged by the safety checker"
+            + ("" if args.keep_flagged else " and blacked; --keep-flagged keeps such pictures")
+        )
     return picture
 
 
 # --- sheets ---------------------------------------------------------------------------------------------------------
 
 
-def _sheets(kept: Sequence[Sequence[Image.Image]], items: Sequence[Item], cells: Sequence[Cell], axes: Sequence[Axis]) -> Iterator[tuple[Image.Image, Sequence[Item]]]:
+def _sheets(
+    kept: Sequence[Sequence[Image.Image]], items: Sequence[Item], cells: Sequence[Cell], axes: Sequence[Axis]
+) -> Iterator[tuple[Image.Image, Sequence[Item]]]:
     """Each sheet with the items on it: one of all pictures; with one axis a row for each item; with two axes one for each item."""
     labels = _labels(items, cells[0].seeds)
     if not axes:
@@ -150,7 +171,9 @@ def _sheets(kept: Sequence[Sequence[Image.Image]], items: Sequence[Item], cells:
     else:
         across, down = axes
         for i, item in enumerate(items):
-            rows = [[kept[x * len(down.values) + y][i] for x in range(len(across.values))] for y in range(len(down.values))]
+            rows = [
+                [kept[x * len(down.values) + y][i] for x in range(len(across.values))] for y in range(len(down.values))
+            ]
             yield sheets.table(rows, across.labels, down.labels), [item]
 
 
@@ -185,11 +208,23 @@ def describe(cell: Cell, sampling: Sampling, loaded: Models) -> dict[str, str]:
     facts = {"task": args.command}
     if getattr(args, "negative", None) is not None:
         facts["negative_prompt"] = args.negative
-    facts |= {"sampler": sampling.sampler, "grid": sampling.grid_name(loaded.model.schedule), "steps": str(sampling.steps), "cfg": repr(sampling.cfg), "size": f"{width}x{height}"}
+    facts |= {
+        "sampler": sampling.sampler,
+        "grid": sampling.grid_name(loaded.model.schedule),
+        "steps": str(sampling.steps),
+        "cfg": repr(sampling.cfg),
+        "size": f"{width}x{height}",
+    }
     facts |= {"version": arguments.version()} | loaded.facts
     if sampling.interval:
         facts["cfg_interval"] = " ".join(map(repr, sampling.interval))
-    for name, key in (("rescale", "cfg_rescale"), ("eta", "eta"), ("clip_skip", "clip_skip"), ("truncate", "truncate"), ("tile", "tile")):
+    for name, key in (
+        ("rescale", "cfg_rescale"),
+        ("eta", "eta"),
+        ("clip_skip", "clip_skip"),
+        ("truncate", "truncate"),
+        ("tile", "tile"),
+    ):
         if getattr(sampling, name) != getattr(plain, name):
             facts[key] = str(getattr(sampling, name)).lower()
     if hasattr(args, "weighting"):
@@ -251,6 +286,8 @@ def _require_stations(prompts: int, seeds: int) -> None:
     """Raises ArgumentError unless there is a way to go, with as many seeds as prompts or one of either."""
     stations = max(prompts, seeds)
     if stations < 2:
-        raise ArgumentError("--seeds: one prompt and one seed are no way; give several prompts, or several seeds: --seeds 1,2")
+        raise ArgumentError(
+            "--seeds: one prompt and one seed are no way; give several prompts, or several seeds: --seeds 1,2"
+        )
     if not {prompts, seeds} <= {1, stations}:
         raise ArgumentError(f"--seeds: {seeds} with {prompts} prompts; give one, or {prompts}")

@@ -45,7 +45,9 @@ def check(args: argparse.Namespace, device: torch.device, readers: Readers) -> l
     if args.offload and device.type == "cpu":
         raise ArgumentError("--offload: the device is the CPU, where every network rests already; leave it out")
     if args.offload and args.fast:
-        raise ArgumentError("--fast: with --offload weights come and go, and the readable networks run; leave one of them out")
+        raise ArgumentError(
+            "--fast: with --offload weights come and go, and the readable networks run; leave one of them out"
+        )
     if args.ckpt is not None:
         require_weights("--ckpt", args.ckpt, readers)
     for option in ("vae", "refiner", "safety"):
@@ -58,17 +60,24 @@ def check(args: argparse.Namespace, device: torch.device, readers: Readers) -> l
         embeddings.append(readers.load_embedding(path, name))
     for one, other in itertools.combinations(embeddings, 2):
         if one.name.casefold() == other.name.casefold():
-            raise ArgumentError(f"--embedding: two are called {printable(one.name)[:60]}; give one of them another name, NAME=FILE")
+            raise ArgumentError(
+                f"--embedding: two are called {printable(one.name)[:60]}; give one of them another name, NAME=FILE"
+            )
     return embeddings
 
 
 def load(args: argparse.Namespace, device: torch.device, dtype: torch.dtype, readers: Readers) -> Models:
     """The model, changed as the arguments say. Each LoRA is reported on stderr."""
-    model = readers.load(args.ckpt, args.config, dtype=dtype, ema=args.ema, prediction=args.prediction, variant=args.variant)
+    model = readers.load(
+        args.ckpt, args.config, dtype=dtype, ema=args.ema, prediction=args.prediction, variant=args.variant
+    )
     if args.vae is not None:
         model.vae = readers.load_vae(args.vae, model.config.vae, dtype=dtype)
     if args.lora:
-        changes = [(readers.load_lora(path, model.config, allow_unmatched=args.allow_unmatched), scale) for path, scale in args.lora]
+        changes = [
+            (readers.load_lora(path, model.config, allow_unmatched=args.allow_unmatched), scale)
+            for path, scale in args.lora
+        ]
         for line in lora.merge(model, changes).lines:
             terminal.say(f"ldm: {line}")
     refiner = None
@@ -95,16 +104,26 @@ def bring(models: Sequence[LatentDiffusion], device: torch.device, *, one_at_a_t
         offload(models, device)
         return
     free = free_memory(device)
-    encoders = [network for model in models for network in (*model.text, model.vision, model.depth) if network is not None]
-    needed, rest = sum(map(_size, models)), sum(map(_size, models)) - sum(map(_size, encoders)) + max(map(_size, encoders), default=0)
+    encoders = [
+        network for model in models for network in (*model.text, model.vision, model.depth) if network is not None
+    ]
+    needed, rest = (
+        sum(map(_size, models)),
+        sum(map(_size, models)) - sum(map(_size, encoders)) + max(map(_size, encoders), default=0),
+    )
     if free is None or needed <= WEIGHTS * free:
         for model in models:
             model.to(device)
     elif rest <= WEIGHTS * free:
-        warnings.warn(f"{needed / 1e9:.3g} GB of weights and {free / 1e9:.3g} GB free on the GPU: text towers leave it after encoding", stacklevel=2)
+        warnings.warn(
+            f"{needed / 1e9:.3g} GB of weights and {free / 1e9:.3g} GB free on the GPU: text towers leave it after encoding",
+            stacklevel=2,
+        )
         offload(models, device, ENCODERS)
     else:
-        raise MemoryLimit(f"{needed / 1e9:.3g} GB of weights and {free / 1e9:.3g} GB free on the GPU; use --offload or --device cpu")
+        raise MemoryLimit(
+            f"{needed / 1e9:.3g} GB of weights and {free / 1e9:.3g} GB free on the GPU; use --offload or --device cpu"
+        )
 
 
 def _size(network: nn.Module) -> int:
@@ -115,7 +134,13 @@ def _size(network: nn.Module) -> int:
 def _facts(args: argparse.Namespace, model: LatentDiffusion, readers: Readers) -> dict[str, str]:
     """Names without their directories, and hashes, so that the same command gives the same bytes wherever the files lie."""
     path = Path(args.ckpt) if args.ckpt else readers.embedded()
-    facts = {"model": path.name, "model_hash": file_hash(path), "family": model.config.name, "prediction": model.config.prediction, "dtype": str(model.dtype).removeprefix("torch.")}
+    facts = {
+        "model": path.name,
+        "model_hash": file_hash(path),
+        "family": model.config.name,
+        "prediction": model.config.prediction,
+        "dtype": str(model.dtype).removeprefix("torch."),
+    }
     if args.ema:
         facts["ema"] = "true"
     if args.variant is not None:
@@ -126,7 +151,9 @@ def _facts(args: argparse.Namespace, model: LatentDiffusion, readers: Readers) -
     if args.lora:
         facts["loras"] = " ".join(f"{Path(path).name}:{scale:g}:{file_hash(Path(path))}" for path, scale in args.lora)
     if getattr(args, "embedding", []):
-        facts["embeddings"] = " ".join(f"{name or Path(path).stem}={Path(path).name}:{file_hash(Path(path))}" for name, path in args.embedding)
+        facts["embeddings"] = " ".join(
+            f"{name or Path(path).stem}={Path(path).name}:{file_hash(Path(path))}" for name, path in args.embedding
+        )
     return facts
 
 
@@ -144,7 +171,9 @@ def device_of(name: str) -> torch.device:
         found = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (device.index or 0) >= found:
             build = f"torch {torch.__version__}" + ("" if torch.version.cuda else ", built without CUDA")
-            raise DeviceError(f"--device: there is no {name}, {found} CUDA devices were found ({build}); use --device cpu")
+            raise DeviceError(
+                f"--device: there is no {name}, {found} CUDA devices were found ({build}); use --device cpu"
+            )
     return device
 
 
@@ -152,9 +181,13 @@ def dtype_of(name: str, device: torch.device) -> torch.dtype:
     """The type to compute in. auto: float16 on CUDA; on the CPU bfloat16 where the processor multiplies it in hardware, else float32."""
     if name != "auto" and name not in DTYPES:
         raise ArgumentError(f"--dtype: {name[:40]!r} is unknown; use auto, {', '.join(DTYPES)}")
-    dtype = DTYPES.get(name) or (torch.float16 if device.type == "cuda" else torch.bfloat16 if has_bfloat16() else torch.float32)
+    dtype = DTYPES.get(name) or (
+        torch.float16 if device.type == "cuda" else torch.bfloat16 if has_bfloat16() else torch.float32
+    )
     if dtype == torch.float16 and device.type == "cpu":
-        warnings.warn("--dtype: float16 on the CPU is slow and may overflow; bfloat16 or float32 are made for it", stacklevel=2)
+        warnings.warn(
+            "--dtype: float16 on the CPU is slow and may overflow; bfloat16 or float32 are made for it", stacklevel=2
+        )
     if dtype == torch.float32 and device.type == "cuda":
         torch.backends.cudnn.allow_tf32 = False  # who asks for float32 here wants its precision
     return dtype
@@ -173,18 +206,32 @@ def check_size(model: LatentDiffusion, size: tuple[int, int], batch: int, tile: 
     """Raises MemoryLimit for pictures that cannot fit. `tile` as in `ldm.precision.decode`: strips need half as much."""
     width, height = size
     config = model.config.vae
-    widest = max(config.channel_mult[:2]) * config.channels  # what the decoder holds at full resolution, as input, output and between
-    needed = (4 if tiles.side_for(tile, height, width) is None else 2) * widest * width * height * batch * model.dtype.itemsize
+    widest = (
+        max(config.channel_mult[:2]) * config.channels
+    )  # what the decoder holds at full resolution, as input, output and between
+    needed = (
+        (4 if tiles.side_for(tile, height, width) is None else 2)
+        * widest
+        * width
+        * height
+        * batch
+        * model.dtype.itemsize
+    )
     free = free_memory(model.device)
     if free is not None and needed > free:
-        raise MemoryLimit(f"{width}x{height} in batches of {batch} needs about {needed / 1e9:.3g} GB, {free / 1e9:.3g} GB are free; use a smaller --width and --height, or --batch 1")
+        raise MemoryLimit(
+            f"{width}x{height} in batches of {batch} needs about {needed / 1e9:.3g} GB, {free / 1e9:.3g} GB are free; use a smaller --width and --height, or --batch 1"
+        )
 
 
 def warn_of_size(model: LatentDiffusion, size: tuple[int, int]) -> None:
     """Warns of a size that the model was not trained for, of what it draws from noise alone."""
     width, height = size
     if max(size) > 2 * model.config.size:
-        warnings.warn(f"{width}x{height} from a model trained at {model.config.size}x{model.config.size}: things may appear twice; --width and --height set the size", stacklevel=2)
+        warnings.warn(
+            f"{width}x{height} from a model trained at {model.config.size}x{model.config.size}: things may appear twice; --width and --height set the size",
+            stacklevel=2,
+        )
 
 
 def free_memory(device: torch.device) -> int | None:

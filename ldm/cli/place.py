@@ -38,7 +38,9 @@ class Place:
         if not is_file and path.suffix.lower() in (".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"):
             raise ArgumentError(f"--out: {path.name[-60:]}: pictures are written as PNG; name a .png or a directory")
         if overwrite and not is_file:
-            raise ArgumentError("--overwrite: only with a --out that names a .png; in a directory every picture gets a number of its own")
+            raise ArgumentError(
+                "--overwrite: only with a --out that names a .png; in a directory every picture gets a number of its own"
+            )
         if overwrite and os.path.lexists(path) and (os.path.islink(path) or not os.path.isfile(path)):
             raise ArgumentError(f"--out: {path.name[-60:]} is there and is not a regular file")
         if not os.path.isdir(folder):
@@ -56,7 +58,9 @@ class Place:
             raise OutputError(f"--out: cannot write into {str(folder)[-80:]}: {error.strerror}") from None
         needed = int(1.1 * pixels * 3) + 2**16
         if needed > free:
-            raise OutputError(f"--out: about {needed / 1e6:.3g} MB needed in {str(folder)[-80:]}, {free / 1e6:.3g} MB free; make room or choose another place")
+            raise OutputError(
+                f"--out: about {needed / 1e6:.3g} MB needed in {str(folder)[-80:]}, {free / 1e6:.3g} MB free; make room or choose another place"
+            )
         return Place(path, is_file, overwrite)
 
     def save(self, picture: Image.Image, facts: dict[str, str], suffix: str = "") -> Path:
@@ -67,7 +71,9 @@ class Place:
             return write.save(picture, write.numbered(self.path, suffix), facts)
         names = write.spare(self.path.with_name(f"{self.path.stem}{suffix}{self.path.suffix}"))
         if self.overwrite:
-            return write.save(picture, next(itertools.islice(names, 0 if suffix else self.saved - 1, None)), facts, overwrite=True)
+            return write.save(
+                picture, next(itertools.islice(names, 0 if suffix else self.saved - 1, None)), facts, overwrite=True
+            )
         return write.save(picture, names, facts)
 
     def save_animation(self, frames: Sequence[Image.Image], kind: str, fps: float) -> Path:
@@ -75,7 +81,9 @@ class Place:
         if not self.is_file:
             return write.save_animation(frames, write.numbered(self.path, "-animation", kind), kind=kind, fps=fps)
         names = write.spare(self.path.with_name(f"{self.path.stem}-animation.{kind}"))
-        return write.save_animation(frames, next(names) if self.overwrite else names, kind=kind, fps=fps, overwrite=self.overwrite)
+        return write.save_animation(
+            frames, next(names) if self.overwrite else names, kind=kind, fps=fps, overwrite=self.overwrite
+        )
 
     def previewing(self, model: LatentDiffusion, every: int, watch: OnStep) -> OnStep:
         """`watch`, and every few steps the current x0 of the batch in a file, the same all through the run."""
@@ -85,9 +93,15 @@ class Place:
             if (step.index + 1) % every == 0:
                 try:
                     pictures = images.to_pil(precision.decode(model, step.x0))
-                except NonFinite:  # an early estimate may be too wild for half precision; the picture itself is still checked
+                except (
+                    NonFinite
+                ):  # an early estimate may be too wild for half precision; the picture itself is still checked
                     return
                 picture = pictures[0] if len(pictures) == 1 else sheets.sheet(pictures)
-                self.preview = write.save(picture, self.preview, overwrite=True) if self.preview else self.save(picture, {}, "-preview")
+                self.preview = (
+                    write.save(picture, self.preview, overwrite=True)
+                    if self.preview
+                    else self.save(picture, {}, "-preview")
+                )
 
         return on_step

@@ -24,7 +24,10 @@ MAX_PICTURES = 10**6
 def sampling(args: argparse.Namespace, embeddings: Sequence[Embedding] = ()) -> Sampling:
     """The options of how to sample and to read prompts. Raises ArgumentError."""
     given = {field.name: getattr(args, field.name) for field in fields(Sampling) if hasattr(args, field.name)}
-    return Sampling(**given | {"interval": args.interval and tuple(args.interval), "embeddings": tuple(embeddings), "sizes": _sizes(args)})
+    return Sampling(
+        **given
+        | {"interval": args.interval and tuple(args.interval), "embeddings": tuple(embeddings), "sizes": _sizes(args)}
+    )
 
 
 def _sizes(args: argparse.Namespace) -> Sizes | None:
@@ -40,12 +43,16 @@ def check(args: argparse.Namespace) -> None:
     if args.preview is not None and args.preview < 1:
         raise ArgumentError(f"--preview: {args.preview}; give 1 or more steps")
     if args.preview and args.safety and not args.keep_flagged:
-        raise ArgumentError("--preview: would show pictures before --safety has seen them; leave it out, or add --keep-flagged")
+        raise ArgumentError(
+            "--preview: would show pictures before --safety has seen them; leave it out, or add --keep-flagged"
+        )
     if args.config is not None:
         require_known("config", args.config, FAMILIES)
     for option, needed in (("keep_flagged", "safety"), ("allow_unmatched", "lora")):
         if getattr(args, option) and not getattr(args, needed):
-            raise ArgumentError(f"--{option.replace('_', '-')}: says something of --{needed}, which is not given; leave it out")
+            raise ArgumentError(
+                f"--{option.replace('_', '-')}: says something of --{needed}, which is not given; leave it out"
+            )
     for path, scale in args.lora:
         if not -100 <= scale <= 100:
             raise ArgumentError(f"--lora: {path[-80:]}: scale {scale:g}; give a number from -100 to 100")
@@ -62,7 +69,9 @@ def prompts_of(args: argparse.Namespace) -> list[str]:
             _check_prompt(prompt, f"--prompts: number {number}")
         return prompts
     if typed is None or typed == []:
-        raise ArgumentError(f"PROMPT: none given; write it in quotes, or name a file with --prompts; see 'ldm {args.command} --help'")
+        raise ArgumentError(
+            f"PROMPT: none given; write it in quotes, or name a file with --prompts; see 'ldm {args.command} --help'"
+        )
     prompts = typed if isinstance(typed, list) else [typed]
     for prompt in prompts:
         _check_prompt(prompt, "PROMPT")
@@ -115,5 +124,8 @@ def checked_seeds(seeds: Sequence[int], option: str = "seed") -> list[int]:
     for seed in (seeds[0], seeds[-1]) if option == "seed" else seeds:
         require_whole(option, seed, 0, 2**64 - 1)
     if max(seeds) >= 2**32:
-        warnings.warn(f"--{option}: torch uses the low 32 bits, so {max(seeds)} gives the same picture as {max(seeds) % 2**32}", stacklevel=2)
+        warnings.warn(
+            f"--{option}: torch uses the low 32 bits, so {max(seeds)} gives the same picture as {max(seeds) % 2**32}",
+            stacklevel=2,
+        )
     return [*seeds]

@@ -120,7 +120,9 @@ def option_of(error: LdmError) -> str:
     if error.key in OPTIONS and text.startswith(f"{error.key}: "):
         text = f"--{names.get(error.key, error.key.replace('_', '-'))}{text[len(error.key) :]}"
     text = text.replace("ema=False", "--raw")
-    return re.sub(r"\b([a-z_]+)=True\b", lambda match: f"--{match[1].replace('_', '-')}", text)  # the API's overwrite=True is --overwrite here
+    return re.sub(
+        r"\b([a-z_]+)=True\b", lambda match: f"--{match[1].replace('_', '-')}", text
+    )  # the API's overwrite=True is --overwrite here
 
 
 def explain(error: Exception) -> tuple[str, int]:

@@ -21,12 +21,39 @@ from ldm.train.watch.card import training_section
 
 def add_train(parser: argparse.ArgumentParser) -> None:
     """The arguments of `ldm train`."""
-    parser.add_argument("recipe", metavar="RECIPE", nargs="?", help="the name of one that ships, or a .toml file; without it the ones that ship are listed")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a key of the recipe, such as data.path=photos or optimizer.lr=1e-5; may be given several times")
-    parser.add_argument("--out", metavar="DIR", help="directory of the run, as --set run.out=DIR; an interrupted run found there goes on (default: runs/NAME)")
-    parser.add_argument("--show", action="store_true", help="print the recipe, every key, and the training section of its card; train nothing")
-    parser.add_argument("--allow-data-change", action="store_true", help="go on with a run although its pictures or captions have changed")
-    parser.add_argument("--no-save-on-interrupt", action="store_true", help="at Ctrl-C or SIGTERM stop at once, with the last state that was saved")
+    parser.add_argument(
+        "recipe",
+        metavar="RECIPE",
+        nargs="?",
+        help="the name of one that ships, or a .toml file; without it the ones that ship are listed",
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="change a key of the recipe, such as data.path=photos or optimizer.lr=1e-5; may be given several times",
+    )
+    parser.add_argument(
+        "--out",
+        metavar="DIR",
+        help="directory of the run, as --set run.out=DIR; an interrupted run found there goes on (default: runs/NAME)",
+    )
+    parser.add_argument(
+        "--show",
+        action="store_true",
+        help="print the recipe, every key, and the training section of its card; train nothing",
+    )
+    parser.add_argument(
+        "--allow-data-change",
+        action="store_true",
+        help="go on with a run although its pictures or captions have changed",
+    )
+    parser.add_argument(
+        "--no-save-on-interrupt",
+        action="store_true",
+        help="at Ctrl-C or SIGTERM stop at once, with the last state that was saved",
+    )
     parser.add_argument("--debug", action="store_true", help="show where an error comes from")
 
 

@@ -39,7 +39,9 @@ class Cond:
 class Sizes:
     """What SDXL and its refiner are told of a picture besides text (Podell et al. 2023, section 2.2 and 2.5). Pixels, heights before widths."""
 
-    original: tuple[int, int] | None = None  # of the picture before it was scaled; small ones were blurred. None: the size that is made
+    original: tuple[int, int] | None = (
+        None  # of the picture before it was scaled; small ones were blurred. None: the size that is made
+    )
     crop: tuple[int, int] = (0, 0)  # top and left of what was cut out; 0, 0 keeps things in the middle
     target: tuple[int, int] | None = None  # what it was cut to. None: the size that is made
     aesthetic: float = 6.0  # score of its beauty, for the refiner
@@ -47,8 +49,12 @@ class Sizes:
 
     def __post_init__(self) -> None:
         for name, pair, least in (("original", self.original, 1), ("crop", self.crop, 0), ("target", self.target, 1)):
-            if pair is not None and (len(pair) != 2 or not all(isinstance(n, Integral) and least <= n <= 2**20 for n in pair)):
-                raise ArgumentError(f"{name}: {pair!r}; give two whole numbers of pixels from {least}, height before width", key=name)
+            if pair is not None and (
+                len(pair) != 2 or not all(isinstance(n, Integral) and least <= n <= 2**20 for n in pair)
+            ):
+                raise ArgumentError(
+                    f"{name}: {pair!r}; give two whole numbers of pixels from {least}, height before width", key=name
+                )
         for name, score in (("aesthetic", self.aesthetic), ("negative_aesthetic", self.negative_aesthetic)):
             if not (isinstance(score, Real) and 0 <= score <= 100):
                 raise ArgumentError(f"{name}: {score!r}; give a score from 0 to 100", key=name)
@@ -79,4 +85,6 @@ def vector(pooled: Tensor, sizes: Sizes, size: tuple[int, int], dim: int) -> Ten
     Raises ArgumentError where dim leaves room for neither 6 nor 5 numbers.
     """
     numbers = sizes.numbers(size, (dim - pooled.shape[1]) // 256)
-    return torch.cat([pooled, size_embedding(torch.tensor([numbers] * len(pooled), device=pooled.device)).to(pooled)], dim=1)
+    return torch.cat(
+        [pooled, size_embedding(torch.tensor([numbers] * len(pooled), device=pooled.device)).to(pooled)], dim=1
+    )

@@ -44,7 +44,11 @@ def warn(faults: Sequence[Fault]) -> None:
         mark, what = min(faults, key=lambda fault: fault[0].start())
         where = f"{mark[0][-1]!r} at character {mark.start() + 1}"
         more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
-        warnings.warn(f"prompt: {where} {what}{more}: taken as text; write \\( \\) \\[ \\] for brackets that are", PromptWarning, stacklevel=4)
+        warnings.warn(
+            f"prompt: {where} {what}{more}: taken as text; write \\( \\) \\[ \\] for brackets that are",
+            PromptWarning,
+            stacklevel=4,
+        )
 
 
 def parse_marks(prompt: str) -> tuple[list[list[tuple[str, float]]], list[Fault]]:
@@ -68,7 +72,14 @@ def parse_marks(prompt: str) -> tuple[list[list[tuple[str, float]]], list[Fault]
                 weights.append(weight)
                 closing.add(end)
             else:
-                faults.append((mark, "is more than 100 deep" if len(weights) > MAX_DEPTH else f"is a weight of {weight:g}, beyond {MAX_WEIGHT:g}"))
+                faults.append(
+                    (
+                        mark,
+                        "is more than 100 deep"
+                        if len(weights) > MAX_DEPTH
+                        else f"is a weight of {weight:g}, beyond {MAX_WEIGHT:g}",
+                    )
+                )
                 pieces.append((mark[0], weights[-1]))
         else:
             pieces.append((mark[0][1:] if mark[0].startswith("\\") else mark[0], weights[-1]))

@@ -36,9 +36,15 @@ class Embedding:
             raise ArgumentError("embedding: it has no name; give one with NAME=FILE", key="embedding")
         shapes = {width: tuple(tensor.shape) for width, tensor in self.vectors.items()}
         if not shapes or any(len(shape) != 2 or shape[0] < 1 or shape[1] != width for width, shape in shapes.items()):
-            raise ArgumentError(f"embedding {self.name[:40]}: shapes {shapes}; give [n, width] for each width of a text tower", key="embedding")
+            raise ArgumentError(
+                f"embedding {self.name[:40]}: shapes {shapes}; give [n, width] for each width of a text tower",
+                key="embedding",
+            )
         if len({n for n, _ in shapes.values()}) > 1:
-            raise ArgumentError(f"embedding {self.name[:40]}: {shapes} vectors; all text towers must have the same number of them", key="embedding")
+            raise ArgumentError(
+                f"embedding {self.name[:40]}: {shapes} vectors; all text towers must have the same number of them",
+                key="embedding",
+            )
 
     @property
     def n(self) -> int:
@@ -58,7 +64,9 @@ class _Unit(NamedTuple):
     embedding: Embedding | None
 
 
-def chunks_needed(towers: Sequence[CLIPText], prompts: Sequence[str], *, weighting: bool = False, embeddings: Sequence[Embedding] = ()) -> int:
+def chunks_needed(
+    towers: Sequence[CLIPText], prompts: Sequence[str], *, weighting: bool = False, embeddings: Sequence[Embedding] = ()
+) -> int:
     """In how many pieces the longest of these prompts is read: what `encode_text` must be told as `chunks` to give all the same length."""
     _require_fit(towers, embeddings)
     room = _room(towers)
@@ -79,7 +87,9 @@ def _room(towers: Sequence[CLIPText]) -> int:
 def _units(prompt: str, weighting: bool, embeddings: Sequence[Embedding]) -> tuple[list[list[_Unit]], list[Fault]]:
     """The units of each section, and what is wrong with the brackets."""
     sections, faults = parse_marks(prompt) if weighting else ([[(readable(prompt), 1.0)]], [])
-    return [[unit for text, weight in section for unit in _text_units(text, weight, embeddings)] for section in sections], faults
+    return [
+        [unit for text, weight in section for unit in _text_units(text, weight, embeddings)] for section in sections
+    ], faults
 
 
 def _text_units(text: str, weight: float, embeddings: Sequence[Embedding]) -> list[_Unit]:
@@ -97,7 +107,9 @@ def _text_units(text: str, weight: float, embeddings: Sequence[Embedding]) -> li
 
 def _as_word(name: str) -> str:
     """A pattern for the name where it is not a part of a longer word."""
-    return (r"(?<!\w)" if re.match(r"\w", name) else "") + re.escape(name) + (r"(?!\w)" if re.search(r"\w$", name) else "")
+    return (
+        (r"(?<!\w)" if re.match(r"\w", name) else "") + re.escape(name) + (r"(?!\w)" if re.search(r"\w$", name) else "")
+    )
 
 
 def _layout(sections: Sequence[Sequence[_Unit]], room: int, limit: int | None = None) -> list[Sequence[_Unit]]:
@@ -121,7 +133,9 @@ def _layout(sections: Sequence[Sequence[_Unit]], room: int, limit: int | None = 
             if at == len(section):
                 break
     if len(chunks) > MAX_CHUNKS:
-        raise ArgumentError(f"prompt: it would be read in {len(chunks)} pieces; the limit is {MAX_CHUNKS}, shorten it", key="prompt")
+        raise ArgumentError(
+            f"prompt: it would be read in {len(chunks)} pieces; the limit is {MAX_CHUNKS}, shorten it", key="prompt"
+        )
     return chunks
 
 
@@ -137,7 +151,11 @@ def _cut(chunks: list[Sequence[_Unit]], limit: int) -> list[Sequence[_Unit]]:
             end = next((i for i in range(k, len(everything)) if everything[i].embedding), len(everything))
             word = first_dropped([u.id for u in everything[begin:end]], k - begin)
         total, read = (sum(u.n for u in units) for units in (everything, kept))
-        warnings.warn(f"prompt: {total} tokens, {read} are read; dropped from '{printable(word)[:60]}' on", TruncationWarning, stacklevel=4)
+        warnings.warn(
+            f"prompt: {total} tokens, {read} are read; dropped from '{printable(word)[:60]}' on",
+            TruncationWarning,
+            stacklevel=4,
+        )
     return chunks[:limit]
 
 
@@ -164,8 +182,12 @@ def encode_text(
     for tower in towers:
         config: TextConfig = tower.config
         if not 1 <= clip_skip <= config.layers - config.skip:
-            raise ArgumentError(f"clip skip is {clip_skip}: this text tower gives layers 1 to {config.layers - config.skip} from the end")
-    if chunks is not None and (isinstance(chunks, bool) or not isinstance(chunks, Integral) or not 1 <= chunks <= MAX_CHUNKS):
+            raise ArgumentError(
+                f"clip skip is {clip_skip}: this text tower gives layers 1 to {config.layers - config.skip} from the end"
+            )
+    if chunks is not None and (
+        isinstance(chunks, bool) or not isinstance(chunks, Integral) or not 1 <= chunks <= MAX_CHUNKS
+    ):
         raise ArgumentError(f"chunks: {chunks!r}; give a whole number from 1 to {MAX_CHUNKS}", key="chunks")
     _require_fit(towers, embeddings)
     laid: dict[str, list[Sequence[_Unit]]] = {}
@@ -186,7 +208,12 @@ def _encode(tower: CLIPText, rows: Sequence[Sequence[_Unit]], skip: int) -> tupl
     """Pieces -> weighted tokens [b k, length, width] and pooled [b k, d]."""
     config, device = tower.config, tower.text_model.final_layer_norm.weight.device
     ids = [framed([u.id for u in row for _ in range(u.n)], config.length, config.pad) for row in rows]
-    tokens, pooled = tower(torch.tensor(ids, dtype=torch.long, device=device).view(len(ids), config.length), skip, config.norm, _given(rows, config.width, device))
+    tokens, pooled = tower(
+        torch.tensor(ids, dtype=torch.long, device=device).view(len(ids), config.length),
+        skip,
+        config.norm,
+        _given(rows, config.width, device),
+    )
     weights = torch.ones(len(rows), config.length)
     for k, row in enumerate(rows):
         of_tokens = [u.weight for u in row for _ in range(u.n)]
@@ -224,8 +251,16 @@ def _require_fit(towers: Sequence[CLIPText], embeddings: Sequence[Embedding]) ->
     for e in embeddings:
         if sorted(e.vectors) != widths:
             mine, theirs = (" and ".join(map(str, each)) for each in (sorted(e.vectors), widths))
-            raise ArgumentError(f"embedding {e.name[:40]}: made for text of width {mine}; this model's is {theirs}: use one made for it", key="embedding")
+            raise ArgumentError(
+                f"embedding {e.name[:40]}: made for text of width {mine}; this model's is {theirs}: use one made for it",
+                key="embedding",
+            )
         if e.n > room:
-            raise ArgumentError(f"embedding {e.name[:40]}: {e.n} vectors; this model reads {room} tokens at once: use one with fewer", key="embedding")
+            raise ArgumentError(
+                f"embedding {e.name[:40]}: {e.n} vectors; this model reads {room} tokens at once: use one with fewer",
+                key="embedding",
+            )
         if names.count(e.name.lower()) > 1:
-            raise ArgumentError(f"embedding {e.name[:40]}: two have this name; give one another with NAME=FILE", key="embedding")
+            raise ArgumentError(
+                f"embedding {e.name[:40]}: two have this name; give one another with NAME=FILE", key="embedding"
+            )

@@ -30,11 +30,15 @@ def _bpe() -> Any:  # open_clip's SimpleTokenizer
     """open_clip's tokenizer, from its own file: importing the package would pull in torchvision and timm, for 3 s."""
     package = importlib.util.find_spec("open_clip")
     if package is None or not package.submodule_search_locations:
-        raise ArgumentError("the tokenizer's vocabulary comes with open_clip_torch, which is not installed: pip install open_clip_torch")
+        raise ArgumentError(
+            "the tokenizer's vocabulary comes with open_clip_torch, which is not installed: pip install open_clip_torch"
+        )
     if "open_clip.tokenizer" in sys.modules:
         module: ModuleType = sys.modules["open_clip.tokenizer"]
     else:
-        spec = importlib.util.spec_from_file_location("_open_clip_tokenizer", Path(package.submodule_search_locations[0]) / "tokenizer.py")
+        spec = importlib.util.spec_from_file_location(
+            "_open_clip_tokenizer", Path(package.submodule_search_locations[0]) / "tokenizer.py"
+        )
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
     return module.SimpleTokenizer()
@@ -57,7 +61,9 @@ def encode(prompt: str) -> list[int]:
     prompt = readable(prompt)
     longest = max(map(len, prompt.split()), default=0)
     if longest > MAX_WORD:
-        raise ArgumentError(f"prompt: a word of {longest} characters; the limit is {MAX_WORD}, shorten it or add spaces")
+        raise ArgumentError(
+            f"prompt: a word of {longest} characters; the limit is {MAX_WORD}, shorten it or add spaces"
+        )
     return _bpe().encode(prompt)
 
 
@@ -86,7 +92,11 @@ def tokenize(prompts: Sequence[str], length: int = 77, pad: int = END) -> Tensor
         ids = encode(prompt)
         if len(ids) > length - 2:
             dropped = first_dropped(ids, length - 2)
-            warnings.warn(f"prompt: {len(ids)} tokens, {length - 2} are read; dropped from '{printable(dropped)[:60]}' on", TruncationWarning, stacklevel=2)
+            warnings.warn(
+                f"prompt: {len(ids)} tokens, {length - 2} are read; dropped from '{printable(dropped)[:60]}' on",
+                TruncationWarning,
+                stacklevel=2,
+            )
             ids = ids[: length - 2]
         rows.append(framed(ids, length, pad))
     return torch.tensor(rows, dtype=torch.long).reshape(len(rows), length)

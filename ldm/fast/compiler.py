@@ -41,7 +41,9 @@ def _made(name: str, *extra: str) -> ctypes.CDLL | CannotCompile:
         return CannotCompile(f"no C++ compiler: {', '.join(COMPILERS)} not found, $CXX not set")
     command = [*compiler, *FLAGS, *extra]
     try:
-        key = hashlib.sha256(repr((source.read_bytes(), command, _first_line([*compiler, "--version"]), _processor())).encode()).hexdigest()[:16]
+        key = hashlib.sha256(
+            repr((source.read_bytes(), command, _first_line([*compiler, "--version"]), _processor())).encode()
+        ).hexdigest()[:16]
         kept = _cache() / f"{source.stem}-{key}.so"
         if not kept.exists():
             _compile([*command, str(source)], kept)
@@ -63,7 +65,9 @@ def _compile(command: list[str], kept: Path) -> None:
             made = Path(folder) / kept.name
             done = subprocess.run([*command, "-o", str(made)], capture_output=True, text=True, timeout=120, check=False)
             if done.returncode:
-                lines = [line for line in done.stderr.splitlines() if "error" in line] or [f"exit status {done.returncode}"]
+                lines = [line for line in done.stderr.splitlines() if "error" in line] or [
+                    f"exit status {done.returncode}"
+                ]
                 raise CannotCompile(f"{Path(command[0]).name} failed: {lines[0].strip()}")
             made.replace(kept)
     except subprocess.TimeoutExpired as error:
@@ -78,7 +82,9 @@ def _cache() -> Path:
 
 def _first_line(command: list[str]) -> str:
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=False).stdout.partition("\n")[0]
+        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=False).stdout.partition("\n")[
+            0
+        ]
     except (OSError, subprocess.TimeoutExpired) as error:
         raise CannotCompile(f"{command[0]}: {error}") from None
 

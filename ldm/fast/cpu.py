@@ -108,5 +108,7 @@ def _run(name: str, tensors: Sequence[Tensor | None], *numbers: float) -> None:
     for tensor in held:
         if tensor is not None and (tensor.dtype != torch.float32 or tensor.device.type != "cpu"):
             raise TypeError(f"{name}: {tensor.dtype} on {tensor.device}; these operations are for float32 on the CPU")
-    if getattr(library(), name)(*(None if tensor is None else tensor.data_ptr() for tensor in held), *numbers, torch.get_num_threads()):
+    if getattr(library(), name)(
+        *(None if tensor is None else tensor.data_ptr() for tensor in held), *numbers, torch.get_num_threads()
+    ):
         raise MemoryError(f"{name}: no memory for its working space")

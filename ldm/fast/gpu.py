@@ -18,7 +18,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 def available(device: torch.device) -> bool:
     """Whether these operations run there: a CUDA device that Triton compiles for (compute capability 8.0, Ampere), and Triton installed."""
-    return device.type == "cuda" and importlib.util.find_spec("triton") is not None and torch.cuda.get_device_capability(device) >= (8, 0)
+    return (
+        device.type == "cuda"
+        and importlib.util.find_spec("triton") is not None
+        and torch.cuda.get_device_capability(device) >= (8, 0)
+    )
 
 
 @functools.cache
@@ -119,7 +123,9 @@ def _backend(q: Tensor, k: Tensor, v: Tensor) -> SDPBackend:
     key = (q.device, q.dtype, *((t.shape, t.stride()) for t in (q, k, v)))
     if key not in _fastest:
         with sdpa_kernel([*BACKENDS]):  # whatever somebody has allowed around this call
-            able = [backend for backend, can in BACKENDS.items() if can(cuda.SDPAParams(q, k, v, None, 0.0, False, False))] or [SDPBackend.MATH]
+            able = [
+                backend for backend, can in BACKENDS.items() if can(cuda.SDPAParams(q, k, v, None, 0.0, False, False))
+            ] or [SDPBackend.MATH]
         if len(able) > 1 and torch.cuda.is_current_stream_capturing():
             return able[0]
         _fastest[key] = able[0] if len(able) == 1 else min(able, key=lambda backend: _milliseconds(backend, q, k, v))

@@ -31,11 +31,17 @@ class GraphedUNet(FastUNet):
 
     def forward(self, x: Tensor, t: Tensor, context: Tensor, y: Tensor | None = None) -> Tensor:
         """As `UNet.forward`. A replay is queued first: while the GPU computes, Python sees to it that it was the right one."""
-        none = torch.is_grad_enabled() or context.is_inference() or self._graphs is None  # keys and values of inference mode are never those of before
+        none = (
+            torch.is_grad_enabled() or context.is_inference() or self._graphs is None
+        )  # keys and values of inference mode are never those of before
         graph = None if none else self._graphs.find(_key(x, t, context, y))
         if graph is not None:
             out = graph.replayed(x, t, y)
-            if runs(self, x, t, context, y) and self._graphs.read(self.parameters()) and self.keys_values(context) is graph.told:
+            if (
+                runs(self, x, t, context, y)
+                and self._graphs.read(self.parameters())
+                and self.keys_values(context) is graph.told
+            ):
                 return out
         return super().forward(x, t, context, y)
 
@@ -71,7 +77,13 @@ class Graphs:
         return list(map(Tensor.data_ptr, parameters)) == self.places
 
     def run(
-        self, predict: Callable[..., Tensor], parameters: Iterable[Tensor], x: Tensor, t: Tensor, keys_values: KeysValues, y: Tensor | None
+        self,
+        predict: Callable[..., Tensor],
+        parameters: Iterable[Tensor],
+        x: Tensor,
+        t: Tensor,
+        keys_values: KeysValues,
+        y: Tensor | None,
     ) -> Tensor:
         """`predict(x, t, keys_values, y)`: called for the first time with these shapes, captured at the second, replayed after."""
         parameters = list(parameters)
@@ -82,7 +94,9 @@ class Graphs:
         first, graph = key not in self.kept, self.kept.pop(key, None)
         if graph is None and not first:
             try:
-                graph = _captured(predict, x, t, keys_values, y, [other.graph for other in self.kept.values() if other is not None])
+                graph = _captured(
+                    predict, x, t, keys_values, y, [other.graph for other in self.kept.values() if other is not None]
+                )
             except torch.OutOfMemoryError:
                 self.kept.clear()  # their memory is for whoever does with less
                 raise
@@ -131,7 +145,12 @@ def _copy(held: Iterable[Tensor | None], given: Iterable[Tensor | None]) -> None
 
 
 def _captured(
-    predict: Callable[..., Tensor], x: Tensor, t: Tensor, keys_values: KeysValues, y: Tensor | None, others: Sequence[torch.cuda.CUDAGraph]
+    predict: Callable[..., Tensor],
+    x: Tensor,
+    t: Tensor,
+    keys_values: KeysValues,
+    y: Tensor | None,
+    others: Sequence[torch.cuda.CUDAGraph],
 ) -> Graph:
     """The call as a graph. It shares its memory with the others, of which none runs at the same time and nothing but its output is kept."""
     with torch.inference_mode(False):  # else they could be written in that mode only
@@ -151,7 +170,9 @@ def _stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-def capture(run: Callable[[], Tensor], device: torch.device, pool: tuple[int, int] | None) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+def capture(
+    run: Callable[[], Tensor], device: torch.device, pool: tuple[int, int] | None
+) -> tuple[torch.cuda.CUDAGraph, Tensor]:
     """What `run` queues on the GPU, as a graph, and the tensor that every replay of it writes.
 
     It runs once before, on the stream of the capture: libraries set themselves up at their first call, which cannot be captured.

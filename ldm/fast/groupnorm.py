@@ -14,7 +14,9 @@ class _GroupNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:  # x [b, c, h, w]
         b, c, h, w = x.shape
-        y, mean, rstd = torch.native_group_norm(x.contiguous(), weight.to(x.dtype), bias.to(x.dtype), b, c, h * w, groups, eps)
+        y, mean, rstd = torch.native_group_norm(
+            x.contiguous(), weight.to(x.dtype), bias.to(x.dtype), b, c, h * w, groups, eps
+        )
         ctx.save_for_backward(x, weight, mean, rstd)
         return y
 

@@ -19,7 +19,9 @@ CHUNK = 1024  # parts of one group that are joined at once
 # --- GroupNorm ------------------------------------------------------------------------------------------------------
 
 
-def group_norm(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, *, silu: bool, unit: float = 1.0) -> Tensor:
+def group_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, *, silu: bool, unit: float = 1.0
+) -> Tensor:
     """GroupNorm of x [b, ..., c], contiguous, then SiLU if asked.
 
     unit  x is this many times its value, and so is what is returned: unit * silu(group_norm(x / unit))
@@ -40,7 +42,9 @@ def group_norm(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float,
     y = torch.empty_like(x)
     with torch.cuda.device_of(x):
         _moments[parts, blocks, b](x, mean, squares, n, c, length, ROWS, COLS)
-        _fold[groups, b](mean, squares, weight, bias, factor, summand, n, c, c // groups, parts, length, eps * unit**2, CHUNK)
+        _fold[groups, b](
+            mean, squares, weight, bias, factor, summand, n, c, c // groups, parts, length, eps * unit**2, CHUNK
+        )
         _affine[tiles, blocks, b](x, factor, summand, y, n, c, unit, silu, ROWS, COLS)
     return y
 
@@ -86,7 +90,9 @@ def _moments(x, mean, squares, n, c, length, ROWS: tl.constexpr, COLS: tl.conste
 
 
 @triton.jit(do_not_specialize=["n", "c", "width", "parts", "length"])
-def _fold(mean, squares, weight, bias, factor, summand, n, c, width, parts, length, eps: tl.constexpr, CHUNK: tl.constexpr):
+def _fold(
+    mean, squares, weight, bias, factor, summand, n, c, width, parts, length, eps: tl.constexpr, CHUNK: tl.constexpr
+):
     """The norm of a group of `width` channels as factor and summand of each, from the moments of its channels' parts.
 
     Chan, Golub & LeVeque 1983, eq. 2.1 for many parts: deviations within parts, and of the parts' means from the whole mean.
@@ -113,7 +119,11 @@ def _fold(mean, squares, weight, bias, factor, summand, n, c, width, parts, leng
         inside = start + i < width
         a = _wide(tl.load(weight + channel, mask=inside, other=0.0)) * scale
         tl.store(factor + picture * c + channel, a, mask=inside)
-        tl.store(summand + picture * c + channel, _wide(tl.load(bias + channel, mask=inside, other=0.0)) - centre * a, mask=inside)
+        tl.store(
+            summand + picture * c + channel,
+            _wide(tl.load(bias + channel, mask=inside, other=0.0)) - centre * a,
+            mask=inside,
+        )
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -184,7 +194,9 @@ def _gated(x, y, n, h, ROWS: tl.constexpr, COLS: tl.constexpr):
     at = _at(row, col, 2 * h)
     value = _wide(tl.load(x + at, mask=inside, other=0.0))
     gate = _wide(tl.load(x + at + h, mask=inside, other=0.0))
-    tl.store(y + _at(row, col, h), value * 0.5 * gate * (1 + tl.erf(gate * 0.7071067811865476)), mask=inside)  # 1 / sqrt(2)
+    tl.store(
+        y + _at(row, col, h), value * 0.5 * gate * (1 + tl.erf(gate * 0.7071067811865476)), mask=inside
+    )  # 1 / sqrt(2)
 
 
 def plus(x: Tensor, bias: Tensor, add: Tensor) -> Tensor:

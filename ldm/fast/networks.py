@@ -35,26 +35,44 @@ class FastUNet(Fast, unet.UNet):
     """
 
     shares: bool = True  # look for equal halves: a comparison, for which a GPU would have to be waited for
-    _kept: tuple[Sequence[Tensor], list[tuple[object, ...]], KeysValues] | None = None  # what was read for it, in which state, and the result
+    _kept: tuple[Sequence[Tensor], list[tuple[object, ...]], KeysValues] | None = (
+        None  # what was read for it, in which state, and the result
+    )
 
     def forward(self, x: Tensor, t: Tensor, context: Tensor, y: Tensor | None = None) -> Tensor:
         """As `UNet.forward`."""
         if not runs(self, x, t, context, y):
             return super().forward(x, t, context, y)
         half = len(x) // 2
-        if self.shares and y is None and len(x) % 2 == 0 and torch.equal(x[:half], x[half:]) and torch.equal(t[:half], t[half:]):
+        if (
+            self.shares
+            and y is None
+            and len(x) % 2 == 0
+            and torch.equal(x[:half], x[half:])
+            and torch.equal(t[:half], t[half:])
+        ):
             x, t = x[:half], t[:half]
         return self.predict(x, t, self.keys_values(context), y)
 
     def keys_values(self, context: Tensor) -> KeysValues:
         """What cross-attention asks of a context, computed when the context or the weights are not those of the last call."""
         layers = _told(self)
-        read = (context, *(to.weight for layer in layers for to in (layer.to_k, layer.to_v)))  # held, so that no other tensor can come to lie where one of them does
+        read = (
+            context,
+            *(to.weight for layer in layers for to in (layer.to_k, layer.to_v)),
+        )  # held, so that no other tensor can come to lie where one of them does
         state = [(tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), _version(tensor)) for tensor in read]
         kept = self._kept  # read once: another thread may put its own there
         if kept is None or kept[1] != state or any(tensor.is_inference() for tensor in read):
             context = context.contiguous()
-            kept = read, state, [(self.ops.linear(context, layer.to_k.weight), self.ops.linear(context, layer.to_v.weight)) for layer in layers]
+            kept = (
+                read,
+                state,
+                [
+                    (self.ops.linear(context, layer.to_k.weight), self.ops.linear(context, layer.to_v.weight))
+                    for layer in layers
+                ],
+            )
             self._kept = kept
         return kept[2]
 
@@ -121,7 +139,9 @@ class FastEncoder(Fast, vae.Encoder):
                 x = _resnet_block(self.ops, block, x)
             if hasattr(level, "downsample"):
                 x = self.ops.conv(F.pad(x, (0, 0, 0, 1, 0, 1)), level.downsample.conv)
-        return _channels_first(self.ops.conv(self.ops.norm(_middle(self.ops, self.mid, x), self.norm_out, silu=True), self.conv_out))
+        return _channels_first(
+            self.ops.conv(self.ops.norm(_middle(self.ops, self.mid, x), self.norm_out, silu=True), self.conv_out)
+        )
 
 
 def _channels_last(x: Tensor) -> Tensor:
@@ -135,7 +155,9 @@ def _channels_first(x: Tensor) -> Tensor:
 # --- the parts of the UNet ------------------------------------------------------------------------------------------
 
 
-def _res_block(ops: ModuleType, block: unet.ResBlock, x: Tensor, emb: Tensor) -> Tensor:  # x [b, h, w, c], emb [b, e] after its SiLU
+def _res_block(
+    ops: ModuleType, block: unet.ResBlock, x: Tensor, emb: Tensor
+) -> Tensor:  # x [b, h, w, c], emb [b, e] after its SiLU
     norm1, _, conv1 = block.in_layers
     norm2, _, _, conv2 = block.out_layers
     _, project = block.emb_layers
@@ -143,7 +165,9 @@ def _res_block(ops: ModuleType, block: unet.ResBlock, x: Tensor, emb: Tensor) ->
     return ops.conv(ops.norm(h, norm2, silu=True), conv2, add=_shortcut(ops, block.skip_connection, x))
 
 
-def _transformer(ops: ModuleType, layer: attention.SpatialTransformer, x: Tensor, told: dict[nn.Module, tuple[Tensor, Tensor]]) -> Tensor:
+def _transformer(
+    ops: ModuleType, layer: attention.SpatialTransformer, x: Tensor, told: dict[nn.Module, tuple[Tensor, Tensor]]
+) -> Tensor:
     tokens = ops.linear(ops.norm(x, layer.norm).flatten(1, 2), layer.proj_in.weight.flatten(1), layer.proj_in.bias)
     for block in layer.transformer_blocks:
         h = ops.layer_norm(tokens, block.norm1)
@@ -162,11 +186,18 @@ def _transformer(ops: ModuleType, layer: attention.SpatialTransformer, x: Tensor
     return y.view(x.shape)
 
 
-def _cross_attention(ops: ModuleType, layer: attention.CrossAttention, h: Tensor, told: tuple[Tensor, Tensor], tokens: Tensor) -> Tensor:
+def _cross_attention(
+    ops: ModuleType, layer: attention.CrossAttention, h: Tensor, told: tuple[Tensor, Tensor], tokens: Tensor
+) -> Tensor:
     """tokens + attention of h to what was told: from here on every row of the batch has its own."""
     keys, values = told
     q = _repeated(ops.linear(h, layer.to_q.weight), len(keys))
-    return ops.linear(ops.attend(q, keys, values, layer.heads), layer.to_out[0].weight, layer.to_out[0].bias, add=_repeated(tokens, len(keys)))
+    return ops.linear(
+        ops.attend(q, keys, values, layer.heads),
+        layer.to_out[0].weight,
+        layer.to_out[0].bias,
+        add=_repeated(tokens, len(keys)),
+    )
 
 
 def _repeated(x: Tensor, batch: int) -> Tensor:
@@ -208,7 +239,11 @@ PARTS = {
 def runs(network: nn.Module, x: Tensor, *others: Tensor | None) -> bool:
     """Whether the inputs are what the operations are for and nobody looks inside or changes it: no gradient, trace or hook, no part of another kind."""
     given = [tensor for tensor in (x, *others) if tensor is not None]
-    if len(x) == 0 or any(len(tensor) != len(x) for tensor in given) or network.made_for not in (None, (x.device.type, x.dtype)):
+    if (
+        len(x) == 0
+        or any(len(tensor) != len(x) for tensor in given)
+        or network.made_for not in (None, (x.device.type, x.dtype))
+    ):
         return False
     if torch.jit.is_tracing() or torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
         return False
@@ -218,8 +253,13 @@ def runs(network: nn.Module, x: Tensor, *others: Tensor | None) -> bool:
         return False
     if nn.modules.module._has_any_global_hook():
         return False
-    shortcuts = {id(module._modules.get(name)) for module in network.modules() for name in ("skip_connection", "nin_shortcut")}
-    return all(_readable(module) and (type(module) is not nn.Identity or id(module) in shortcuts) for module in network.modules())
+    shortcuts = {
+        id(module._modules.get(name)) for module in network.modules() for name in ("skip_connection", "nin_shortcut")
+    }
+    return all(
+        _readable(module) and (type(module) is not nn.Identity or id(module) in shortcuts)
+        for module in network.modules()
+    )
 
 
 def _readable(module: nn.Module) -> bool:

@@ -38,7 +38,11 @@ def optimize(model: LatentDiffusion) -> LatentDiffusion:
     def with_ops(fast: type[nn.Module], ops: ModuleType) -> type[nn.Module]:
         return type(fast.__name__, (fast,), {"__doc__": fast.__doc__, "ops": ops, "made_for": made_for})
 
-    classes = {unet.UNet: with_ops(unet_class, ops), vae.Decoder: with_ops(FastDecoder, decoding), vae.Encoder: with_ops(FastEncoder, decoding)}
+    classes = {
+        unet.UNet: with_ops(unet_class, ops),
+        vae.Decoder: with_ops(FastDecoder, decoding),
+        vae.Encoder: with_ops(FastEncoder, decoding),
+    }
     fast = shared(model, classes)
     for kept in ("_kept", "_graphs"):  # of a fast model that is optimised again: it has its own
         fast.unet.__dict__.pop(kept, None)
@@ -55,7 +59,10 @@ def _chosen(device: torch.device, dtype: torch.dtype) -> tuple[ModuleType, Modul
     if device.type == "cuda" and gpu.available(device):
         return gpu, vae_scale if dtype == torch.float16 else gpu, GraphedUNet
     if device.type == "cuda":
-        warnings.warn("fast: no Triton, or a GPU before Ampere; plain PyTorch instead, which is slower; install triton", stacklevel=3)
+        warnings.warn(
+            "fast: no Triton, or a GPU before Ampere; plain PyTorch instead, which is slower; install triton",
+            stacklevel=3,
+        )
         return plain, plain, FastUNet
     ops = _on_cpu(dtype) if device.type == "cpu" else plain
     return ops, ops, FastUNet

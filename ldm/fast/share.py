@@ -27,9 +27,15 @@ def _copy(network: nn.Module, classes: Mapping[type[nn.Module], type[nn.Module]]
     if not inside and not any(map(exchanged, network.modules())):
         return network
     if inside and (network._forward_hooks or network._forward_pre_hooks):
-        raise ArgumentError("this model has hooks in its networks, which a faster one would not: remove them, or undo its offloading, and add them after")
+        raise ArgumentError(
+            "this model has hooks in its networks, which a faster one would not: remove them, or undo its offloading, and add them after"
+        )
     twin = copy.copy(network)
     twin.__class__ = exchanged(network) or type(network)
-    twin.__dict__.update({name: value.__class__() for name, value in network.__dict__.items() if name.endswith("_hooks")})
-    twin._modules = {name: None if child is None else _copy(child, classes, inside) for name, child in network._modules.items()}
+    twin.__dict__.update(
+        {name: value.__class__() for name, value in network.__dict__.items() if name.endswith("_hooks")}
+    )
+    twin._modules = {
+        name: None if child is None else _copy(child, classes, inside) for name, child in network._modules.items()
+    }
     return twin

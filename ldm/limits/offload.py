@@ -14,7 +14,9 @@ from ldm.model import LatentDiffusion
 NETWORKS = ("text", "vision", "depth", "unet", "vae")
 
 
-def offload(models: LatentDiffusion | Sequence[LatentDiffusion], device: torch.device, networks: Collection[str] = NETWORKS) -> Callable[[], None]:
+def offload(
+    models: LatentDiffusion | Sequence[LatentDiffusion], device: torch.device, networks: Collection[str] = NETWORKS
+) -> Callable[[], None]:
     """Let networks rest where they are and have each brought to `device` when it runs, until another of them runs.
 
     models    for one picture: of all their networks only one at a time is there. On the CPU, not yet offloaded
@@ -27,7 +29,9 @@ def offload(models: LatentDiffusion | Sequence[LatentDiffusion], device: torch.d
         raise ArgumentError(f"networks: {sorted(unknown)} unknown; all: {' '.join(NETWORKS)}", key="networks")
     if any(model.runs_on is not None for model in models):
         raise ArgumentError("this model is offloaded already: undo that first")
-    resting: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {}  # network -> its tensors, and their values where they rest
+    resting: dict[
+        nn.Module, list[tuple[Tensor, Tensor]]
+    ] = {}  # network -> its tensors, and their values where they rest
     hooks = []
     there: nn.Module | None = None  # the network on the device
 
@@ -60,8 +64,14 @@ def offload(models: LatentDiffusion | Sequence[LatentDiffusion], device: torch.d
     def watch(network: nn.Module) -> None:
         resting[network] = [(tensor, tensor.data) for tensor in (*network.parameters(), *network.buffers())]
         # all its modules, as they are called without the whole: VAE.decode calls the decoder
-        hooks.extend([module.register_forward_pre_hook(lambda module, args: bring(network)) for module in network.modules()])
-        hooks.append(network.register_forward_pre_hook(lambda module, args, kwargs: _moved((args, kwargs), device), with_kwargs=True))
+        hooks.extend(
+            [module.register_forward_pre_hook(lambda module, args: bring(network)) for module in network.modules()]
+        )
+        hooks.append(
+            network.register_forward_pre_hook(
+                lambda module, args, kwargs: _moved((args, kwargs), device), with_kwargs=True
+            )
+        )
 
     for model in models:
         for name in NETWORKS:

@@ -48,7 +48,9 @@ def encode(model: LatentDiffusion, image: Tensor, noise: Tensor | None = None, *
         x = image.to(dtype_of(vae))
         return vae.moments(x) if side is None else tiles.moments(vae, x, side, rest)
 
-    return model.vae.latent(_surely(model.vae, run, tiles.side_for(tile, height, width), f"encode {width}x{height}"), noise)
+    return model.vae.latent(
+        _surely(model.vae, run, tiles.side_for(tile, height, width), f"encode {width}x{height}"), noise
+    )
 
 
 def _require_finite(x: Tensor, what: str, remedy: str) -> None:
@@ -57,7 +59,9 @@ def _require_finite(x: Tensor, what: str, remedy: str) -> None:
         raise NonFinite(f"{what}: NaN or infinity in number {wrong[0]} of {len(x)} before the VAE has seen it{remedy}")
 
 
-def _surely(vae: VAE, run: Callable[[VAE, int | None, torch.device | None], Tensor], side: int | None, doing: str) -> Tensor:
+def _surely(
+    vae: VAE, run: Callable[[VAE, int | None, torch.device | None], Tensor], side: int | None, doing: str
+) -> Tensor:
     """What `run(vae, side, rest)` gives, in float32, by whatever types and memory it takes."""
 
     @torch.autocast(vae.quant_conv.weight.device.type, enabled=False)
@@ -67,11 +71,16 @@ def _surely(vae: VAE, run: Callable[[VAE, int | None, torch.device | None], Tens
         except torch.OutOfMemoryError:
             pass  # what the failed run holds is free only outside of this
         torch.cuda.empty_cache()
-        warnings.warn(f"VAE: the GPU's memory does not suffice to {doing} at once: done in strips that rest in the CPU's memory", stacklevel=5)
+        warnings.warn(
+            f"VAE: the GPU's memory does not suffice to {doing} at once: done in strips that rest in the CPU's memory",
+            stacklevel=5,
+        )
         try:
             return run(vae, side or tiles.TILE, torch.device("cpu"))
         except torch.OutOfMemoryError:
-            raise MemoryLimit(f"VAE: the GPU's memory does not suffice to {doing}, even in strips; use a smaller size or batch, or --offload") from None
+            raise MemoryLimit(
+                f"VAE: the GPU's memory does not suffice to {doing}, even in strips; use a smaller size or batch, or --offload"
+            ) from None
 
     out = fitting(vae)
     if is_finite(out):

@@ -41,7 +41,10 @@ def wider(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """
     dtype = dtype_of(network)
     if dtype == torch.float16:
-        if any(isinstance(module, CrossAttention) and not isinstance(module.attend, AttendInFloat32) for module in network.modules()):
+        if any(
+            isinstance(module, CrossAttention) and not isinstance(module.attend, AttendInFloat32)
+            for module in network.modules()
+        ):
             yield "with attention in float32", _attending_in_float32(network)
         yield "in bfloat16", converted(network, torch.bfloat16)
     if dtype in (torch.float16, torch.bfloat16):
@@ -51,7 +54,9 @@ def wider(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def converted(network: nn.Module, dtype: torch.dtype) -> nn.Module:
     """A copy with its weights in another type."""
     tensors = [*network.parameters(), *network.buffers()]
-    return _copied(network, {id(t): _like(t, t.detach().to(dtype) if t.is_floating_point() else t.detach()) for t in tensors})
+    return _copied(
+        network, {id(t): _like(t, t.detach().to(dtype) if t.is_floating_point() else t.detach()) for t in tensors}
+    )
 
 
 def _like(old: Tensor, data: Tensor) -> Tensor:
@@ -114,14 +119,19 @@ def blame(network: nn.Module, run: Callable[[], object]) -> str:
 # --- again, wider -----------------------------------------------------------------------------------------------------
 
 
-def again(network: nn.Module, run: Callable[[nn.Module], Tensor], wrong: Callable[[str, str], str]) -> tuple[Tensor, nn.Module, str, str]:
+def again(
+    network: nn.Module, run: Callable[[nn.Module], Tensor], wrong: Callable[[str, str], str]
+) -> tuple[Tensor, nn.Module, str, str]:
     """A finite output after one that was not: the output, the wider copy that gave it, what had gone wrong, and how the copy differs.
 
     run    calls the network, or a copy of it
     wrong  (in which type, where it begins) -> the words of a person who is told
     Raises NonFinite where no copy gives one, or where the weights themselves are not finite.
     """
-    said, wide = wrong(f"in {str(dtype_of(network)).removeprefix('torch.')}", blame(network, lambda: run(network))), network
+    said, wide = (
+        wrong(f"in {str(dtype_of(network)).removeprefix('torch.')}", blame(network, lambda: run(network))),
+        network,
+    )
     if not weights_not_finite(network):
         for how, wide in wider(network):
             out = run(wide)

@@ -40,7 +40,9 @@ def decode(vae: VAE, latent: Tensor, tile: int, rest: torch.device | None = None
     rest  where layers rest while they are not computed with; None: with the latent
     """
     decoder, height = vae.decoder, _height(vae, tile, latent.shape[3] * vae.config.factor)
-    x = decoder.mid(decoder.conv_in(vae.post_quant_conv(latent / vae.config.scale)))  # as small as latents: in one piece
+    x = decoder.mid(
+        decoder.conv_in(vae.post_quant_conv(latent / vae.config.scale))
+    )  # as small as latents: in one piece
     strips = Strips.of(x, height, rest)
     del x
     for level in reversed(decoder.up):
@@ -136,7 +138,9 @@ def _normed(norm: nn.GroupNorm, strips: Strips) -> Layer:
     mean = (share * each).sum(0)  # [b, g]
     variance = (share * (torch.stack(variances) + (each - mean).square())).sum(0)
     repeat = norm.num_channels // norm.num_groups
-    mean, scale = (s.repeat_interleave(repeat, dim=1)[:, :, None, None] for s in (mean, torch.rsqrt(variance + norm.eps)))
+    mean, scale = (
+        s.repeat_interleave(repeat, dim=1)[:, :, None, None] for s in (mean, torch.rsqrt(variance + norm.eps))
+    )
     scale = scale * norm.weight.float()[:, None, None]
     shift = norm.bias.float()[:, None, None] - mean * scale
     return lambda x: torch.addcmul(shift, x.float(), scale).to(x.dtype)

@@ -10,7 +10,9 @@ from torch.nn import functional as F
 class Attend(nn.Module):
     """softmax(q k^T / sqrt(d)) v, without parameters: swap this module to look at attention or to change it."""
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # [b, h, n, d], [b, h, m, d], [b, h, m, d] -> [b, h, n, d]
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor
+    ) -> Tensor:  # [b, h, n, d], [b, h, m, d], [b, h, m, d] -> [b, h, n, d]
         return F.scaled_dot_product_attention(q, k, v)
 
 
@@ -27,7 +29,10 @@ class CrossAttention(nn.Module):
         self.attend = Attend()
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:  # x [b, n, dim], context [b, m, context_dim]
-        q, k, v = (rearrange(y, "b n (h d) -> b h n d", h=self.heads) for y in (self.to_q(x), self.to_k(context), self.to_v(context)))
+        q, k, v = (
+            rearrange(y, "b n (h d) -> b h n d", h=self.heads)
+            for y in (self.to_q(x), self.to_k(context), self.to_v(context))
+        )
         return self.to_out(rearrange(self.attend(q, k, v), "b h n d -> b n (h d)"))
 
 
@@ -90,11 +95,15 @@ class TokenProjection(nn.Module):
 class SpatialTransformer(nn.Module):
     """A picture as tokens through transformer blocks, added to itself."""
 
-    def __init__(self, dim: int, context_dim: int, heads: int, depth: int, *, linear_proj: bool, cross_only: bool = False):
+    def __init__(
+        self, dim: int, context_dim: int, heads: int, depth: int, *, linear_proj: bool, cross_only: bool = False
+    ):
         super().__init__()
         self.norm = nn.GroupNorm(32, dim, eps=1e-6)  # 1e-5 in ResBlock: as trained
         self.proj_in = TokenProjection(dim, linear_proj)
-        self.transformer_blocks = nn.ModuleList(BasicTransformerBlock(dim, context_dim, heads, cross_only) for _ in range(depth))
+        self.transformer_blocks = nn.ModuleList(
+            BasicTransformerBlock(dim, context_dim, heads, cross_only) for _ in range(depth)
+        )
         self.proj_out = zero(TokenProjection(dim, linear_proj))
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:  # x [b, c, h, w], context [b, n, context_dim]

@@ -11,7 +11,9 @@ from ldm.config import TextConfig, VisionConfig
 
 END_OF_TEXT = 49407
 
-Given = tuple[Tensor, Tensor, Tensor]  # rows [k] and places [k] in a batch of ids, and the token embeddings [k, width] that belong there
+Given = tuple[
+    Tensor, Tensor, Tensor
+]  # rows [k] and places [k] in a batch of ids, and the token embeddings [k, width] that belong there
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -31,8 +33,12 @@ class SelfAttention(nn.Module):
         self.k_proj, self.v_proj, self.q_proj, self.out_proj = (nn.Linear(width, width) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:  # [b, n, width]
-        q, k, v = (rearrange(to(x), "b n (h d) -> b h n d", h=self.heads) for to in (self.q_proj, self.k_proj, self.v_proj))
-        return self.out_proj(rearrange(F.scaled_dot_product_attention(q, k, v, is_causal=self.causal), "b h n d -> b n (h d)"))
+        q, k, v = (
+            rearrange(to(x), "b n (h d) -> b h n d", h=self.heads) for to in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        return self.out_proj(
+            rearrange(F.scaled_dot_product_attention(q, k, v, is_causal=self.causal), "b h n d -> b n (h d)")
+        )
 
 
 class MLP(nn.Module):
@@ -107,7 +113,9 @@ class CLIPText(nn.Module):
         if config.projection is not None:
             self.text_projection = nn.Linear(config.width, config.projection, bias=False)
 
-    def forward(self, ids: Tensor, skip: int = 0, norm: bool = True, given: Given | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, ids: Tensor, skip: int = 0, norm: bool = True, given: Given | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Token ids [b, n] -> tokens [b, n, width] and pooled [b, projection or width].
 
         tokens  after all but the last `skip` blocks, through the final LayerNorm if `norm`

@@ -71,7 +71,10 @@ class Stage(nn.Module):
     def __init__(self, channels: int, out_channels: int, blocks: int, stride: int):
         super().__init__()
         self.blocks = nn.Sequential(
-            *(Bottleneck(out_channels if i else channels, out_channels, 1 if i else stride, first=not i) for i in range(blocks))
+            *(
+                Bottleneck(out_channels if i else channels, out_channels, 1 if i else stride, first=not i)
+                for i in range(blocks)
+            )
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -85,7 +88,9 @@ class ResNet(nn.Module):
         super().__init__()
         widths = [config.stem, *(config.stem * m for m in (4, 8, 16))]
         self.stem = ConvNorm(3, config.stem, 7, 2)
-        self.stages = nn.ModuleList(Stage(widths[i], widths[i + 1], blocks, 2 if i else 1) for i, blocks in enumerate(config.blocks))
+        self.stages = nn.ModuleList(
+            Stage(widths[i], widths[i + 1], blocks, 2 if i else 1) for i, blocks in enumerate(config.blocks)
+        )
 
     def forward(self, x: Tensor) -> list[Tensor]:
         x = F.max_pool2d(pad_same(F.relu(self.stem(x)), 3, 2), 3, 2)  # nothing is below the zeros of the padding
@@ -153,7 +158,9 @@ class VisionTransformer(nn.Module):
         x = rearrange(self.patch_embed.proj(coarse), "b c h w -> b (h w) c")
         places = rearrange(self.pos_embed[:, 1:], "b (h w) c -> b c h w", h=self.side)
         places = rearrange(F.interpolate(places, coarse.shape[2:], mode="bilinear"), "b c h w -> b (h w) c")
-        return torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + torch.cat([self.pos_embed[:, :1], places], dim=1)
+        return torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + torch.cat(
+            [self.pos_embed[:, :1], places], dim=1
+        )
 
 
 class Readout(nn.Module):
@@ -274,7 +281,9 @@ class DPT(nn.Module):
         Raises ArgumentError unless H and W are multiples of 32.
         """
         if x.shape[2] % MULTIPLE or x.shape[3] % MULTIPLE or 0 in x.shape:
-            raise ArgumentError(f"a picture of {x.shape[3]}x{x.shape[2]} for the depth network: both must be multiples of {MULTIPLE}; see depth_input")
+            raise ArgumentError(
+                f"a picture of {x.shape[3]}x{x.shape[2]} for the depth network: both must be multiples of {MULTIPLE}; see depth_input"
+            )
         return self.scratch(self.pretrained(x)).squeeze(1)
 
 
@@ -289,7 +298,9 @@ def depth_input(image: Tensor, side: int = 384) -> Tensor:
     """
     if image.ndim != 4 or image.shape[1] != 3:
         raise ArgumentError(f"pictures are tensors [b, 3, H, W]; this one is {list(image.shape)}")
-    scale = min((side / length for length in image.shape[2:]), key=lambda scale: abs(1 - scale))  # of two as near, the height's
+    scale = min(
+        (side / length for length in image.shape[2:]), key=lambda scale: abs(1 - scale)
+    )  # of two as near, the height's
     # the original's minimum is 0, at which a picture of 40 : 1 fails in it
     height, width = (max(MULTIPLE, round(scale * length / MULTIPLE) * MULTIPLE) for length in image.shape[2:])
     return F.interpolate(image.float(), (height, width), mode="bicubic", align_corners=False)

@@ -50,10 +50,15 @@ class ResBlock(nn.Module):
 
     def __init__(self, channels: int, emb_dim: int, out_channels: int):
         super().__init__()
-        self.in_layers = nn.Sequential(nn.GroupNorm(32, channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1))
+        self.in_layers = nn.Sequential(
+            nn.GroupNorm(32, channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1)
+        )
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_dim, out_channels))
         self.out_layers = nn.Sequential(
-            nn.GroupNorm(32, out_channels), nn.SiLU(), nn.Dropout(0.0), zero(nn.Conv2d(out_channels, out_channels, 3, padding=1))
+            nn.GroupNorm(32, out_channels),
+            nn.SiLU(),
+            nn.Dropout(0.0),
+            zero(nn.Conv2d(out_channels, out_channels, 3, padding=1)),
         )
         self.skip_connection = nn.Identity() if channels == out_channels else nn.Conv2d(channels, out_channels, 1)
 
@@ -93,11 +98,15 @@ class UNet(nn.Module):
 
         def transformer(channels: int, depth: int, cross_only: bool = False) -> SpatialTransformer:
             heads = config.heads or channels // config.head_dim
-            return SpatialTransformer(channels, config.context_dim, heads, depth, linear_proj=config.linear_proj, cross_only=cross_only)
+            return SpatialTransformer(
+                channels, config.context_dim, heads, depth, linear_proj=config.linear_proj, cross_only=cross_only
+            )
 
         self.time_embed = nn.Sequential(nn.Linear(width, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim))
         if config.vector_dim is not None:
-            self.label_emb = nn.Sequential(nn.Sequential(nn.Linear(config.vector_dim, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim)))
+            self.label_emb = nn.Sequential(
+                nn.Sequential(nn.Linear(config.vector_dim, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim))
+            )
         elif config.noise_levels is not None:
             self.label_emb = nn.Embedding(config.noise_levels, emb_dim)
 
@@ -130,7 +139,9 @@ class UNet(nn.Module):
                     layers.append(Upsample(channels))
                 self.output_blocks.append(Block(layers))
 
-        self.out = nn.Sequential(nn.GroupNorm(32, channels), nn.SiLU(), zero(nn.Conv2d(channels, config.out_channels, 3, padding=1)))
+        self.out = nn.Sequential(
+            nn.GroupNorm(32, channels), nn.SiLU(), zero(nn.Conv2d(channels, config.out_channels, 3, padding=1))
+        )
 
     def forward(self, x: Tensor, t: Tensor, context: Tensor, y: Tensor | None = None) -> Tensor:
         """Predict eps or v, whichever the weights were trained for.
@@ -157,12 +168,20 @@ class UNet(nn.Module):
     def describe(self) -> str:
         """The table of blocks: name here, what it is, resolution, channels, transformer depth, and its name in diffusers."""
         rows = [("block", "layers", "resolution", "channels", "depth", "diffusers")]
-        rows += [_row(f"input_blocks.{i}", block, *place) for (i, block), place in zip(enumerate(self.input_blocks), _down_places(self.config), strict=True)]
+        rows += [
+            _row(f"input_blocks.{i}", block, *place)
+            for (i, block), place in zip(enumerate(self.input_blocks), _down_places(self.config), strict=True)
+        ]
         deepest = 2 ** (len(self.config.channel_mult) - 1)
         rows.append(_row("middle_block", self.middle_block, deepest, "mid_block"))
-        rows += [_row(f"output_blocks.{i}", block, *place) for (i, block), place in zip(enumerate(self.output_blocks), _up_places(self.config), strict=True)]
+        rows += [
+            _row(f"output_blocks.{i}", block, *place)
+            for (i, block), place in zip(enumerate(self.output_blocks), _up_places(self.config), strict=True)
+        ]
         columns = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        return "\n".join("  ".join(cell.ljust(n) for cell, n in zip(row, columns, strict=True)).rstrip() for row in rows)
+        return "\n".join(
+            "  ".join(cell.ljust(n) for cell, n in zip(row, columns, strict=True)).rstrip() for row in rows
+        )
 
 
 def _down_places(config: UNetConfig) -> list[tuple[int, str]]:
@@ -178,11 +197,22 @@ def _down_places(config: UNetConfig) -> list[tuple[int, str]]:
 def _up_places(config: UNetConfig) -> list[tuple[int, str]]:
     """Downsampling factor and diffusers name of every output block."""
     levels = range(len(config.channel_mult))
-    return [(2**level, f"up_blocks.{up}.resnets.{i}") for up, level in enumerate(reversed(levels)) for i in range(config.num_res_blocks + 1)]
+    return [
+        (2**level, f"up_blocks.{up}.resnets.{i}")
+        for up, level in enumerate(reversed(levels))
+        for i in range(config.num_res_blocks + 1)
+    ]
 
 
 def _row(name: str, block: Block, factor: int, diffusers: str) -> tuple[str, ...]:
     kinds = {ResBlock: "res", SpatialTransformer: "transformer", Downsample: "down", Upsample: "up", nn.Conv2d: "conv"}
     channels = next(p.shape[0] for layer in reversed(block) for p in [*layer.parameters()][-1:])
     depth = sum(len(layer.transformer_blocks) for layer in block if isinstance(layer, SpatialTransformer))
-    return name, " ".join(kinds[type(layer)] for layer in block), f"1/{factor}", str(channels), str(depth or "-"), diffusers
+    return (
+        name,
+        " ".join(kinds[type(layer)] for layer in block),
+        f"1/{factor}",
+        str(channels),
+        str(depth or "-"),
+        diffusers,
+    )

@@ -73,7 +73,9 @@ class Level(nn.Module):
 
     def __init__(self, channels: int, out_channels: int, blocks: int, **resample: nn.Module):
         super().__init__()
-        self.block = nn.ModuleList(ResnetBlock(channels if i == 0 else out_channels, out_channels) for i in range(blocks))
+        self.block = nn.ModuleList(
+            ResnetBlock(channels if i == 0 else out_channels, out_channels) for i in range(blocks)
+        )
         for name, module in resample.items():
             self.add_module(name, module)
 
@@ -108,7 +110,12 @@ class Encoder(nn.Module):
         inner = [config.channels, *widths]
         self.conv_in = nn.Conv2d(3, config.channels, 3, padding=1)
         self.down = nn.ModuleList(
-            Level(inner[i], width, config.num_res_blocks, **({"downsample": Downsample(width)} if i < len(widths) - 1 else {}))
+            Level(
+                inner[i],
+                width,
+                config.num_res_blocks,
+                **({"downsample": Downsample(width)} if i < len(widths) - 1 else {}),
+            )
             for i, width in enumerate(widths)
         )
         self.mid = Middle(widths[-1])

@@ -11,7 +11,10 @@ from ldm.config import VisionConfig
 from ldm.errors import ArgumentError
 from ldm.networks.clip import Encoder
 
-MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of the pictures CLIP was trained on, levels in [0, 1]
+MEAN, STD = (
+    (0.48145466, 0.4578275, 0.40821073),
+    (0.26862954, 0.26130258, 0.27577711),
+)  # of the pictures CLIP was trained on, levels in [0, 1]
 
 PREPROCESSORS = ("original", "card")  # ways to make a picture of any size what the tower of image variations wants
 
@@ -27,7 +30,10 @@ class Embeddings(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         patches = rearrange(self.patch_embedding(pixels), "b c h w -> b (h w) c")
-        return torch.cat([self.class_embedding.expand(len(patches), 1, -1), patches], dim=1) + self.position_embedding.weight
+        return (
+            torch.cat([self.class_embedding.expand(len(patches), 1, -1), patches], dim=1)
+            + self.position_embedding.weight
+        )
 
 
 class VisionModel(nn.Module):
@@ -77,7 +83,9 @@ def preprocess(image: Tensor, how: str = "original", size: int = 224) -> Tensor:
     Original: FrozenCLIPImageEmbedder of justinpinkney/stable-diffusion.
     """
     if how not in PREPROCESSORS:
-        raise ArgumentError(f"how: {str(how)[:40]!r} is no preprocessing; there are {', '.join(PREPROCESSORS)}", key="how")
+        raise ArgumentError(
+            f"how: {str(how)[:40]!r} is no preprocessing; there are {', '.join(PREPROCESSORS)}", key="how"
+        )
     if image.ndim != 4 or image.shape[1] != 3:
         raise ArgumentError(f"pictures are tensors [b, 3, H, W]; this one is {list(image.shape)}")
     return normalised(F.interpolate(image.float(), (size, size), mode="bicubic", align_corners=how == "original"))

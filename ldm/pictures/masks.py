@@ -26,13 +26,17 @@ def mask_of(image: Image.Image, size: tuple[int, int], source: Literal["white", 
     """
     if source == "alpha":
         if "A" not in image.getbands() and "transparency" not in image.info:
-            raise ArgumentError("mask: the picture has no transparency; give a mask that is white where to repaint", key="mask")
+            raise ArgumentError(
+                "mask: the picture has no transparency; give a mask that is white where to repaint", key="mask"
+            )
         level = image.convert("RGBA").getchannel("A").point(lambda a: 255 if a < 128 else 0)
     else:
         level = to_rgb(image).convert("L").point(lambda v: 255 if v >= 128 else 0)
     (w, h), (width, height) = level.size, size
     if abs(w * height - h * width) > 0.01 * w * height:
-        raise ArgumentError(f"mask: it is {w}x{h} and the picture {width}x{height}; give a mask of the same shape", key="mask")
+        raise ArgumentError(
+            f"mask: it is {w}x{h} and the picture {width}x{height}; give a mask of the same shape", key="mask"
+        )
     level = level.resize(size, Image.Resampling.NEAREST)
     if not level.getbbox():
         raise ArgumentError("mask: nothing to paint: it is black all over; white is what is repainted", key="mask")

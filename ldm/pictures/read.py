@@ -16,7 +16,12 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from ldm.errors import FileError, printable
 from ldm.images import ImageWarning, to_rgb
 
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP")  # all that is read: most of what is dangerous in image libraries is in the other formats
+FORMATS = (
+    "PNG",
+    "JPEG",
+    "WEBP",
+    "BMP",
+)  # all that is read: most of what is dangerous in image libraries is in the other formats
 MAX_PIXELS = 64_000_000  # of a picture that is read, checked before it is decoded
 MAX_BYTES = 2 * 1024**3  # of a file that is read
 
@@ -32,7 +37,11 @@ def open_image(path: str | PathLike[str]) -> Image.Image:
     """
     with _opened(path, FORMATS) as image:
         if getattr(image, "n_frames", 1) > 1:
-            warnings.warn(f"{printable(str(path))[-80:]}: is animated; the first of its {image.n_frames} frames is used", ImageWarning, stacklevel=2)
+            warnings.warn(
+                f"{printable(str(path))[-80:]}: is animated; the first of its {image.n_frames} frames is used",
+                ImageWarning,
+                stacklevel=2,
+            )
         image.load()
         return to_rgb(image)
 
@@ -42,7 +51,9 @@ def open_with_alpha(path: str | PathLike[str]) -> Image.Image:
     with _opened(path, FORMATS) as image:
         image.load()
         if not image.has_transparency_data:
-            raise FileError("has no transparency to read a mask from; give a mask that is white where to repaint", path=path)
+            raise FileError(
+                "has no transparency to read a mask from; give a mask that is white where to repaint", path=path
+            )
         return ImageOps.exif_transpose(image).convert("RGBA")
 
 
@@ -74,7 +85,9 @@ def _opened(path: str | PathLike[str], formats: tuple[str, ...]) -> Iterator[Ima
                     raise Image.DecompressionBombError
                 yield image
         except UnidentifiedImageError:
-            raise FileError(f"is not a picture in a format that is read ({', '.join(formats)}); convert it to PNG", path=path) from None
+            raise FileError(
+                f"is not a picture in a format that is read ({', '.join(formats)}); convert it to PNG", path=path
+            ) from None
         except Image.DecompressionBombError:
             raise FileError(f"has more than {MAX_PIXELS // 10**6} million pixels; scale it down", path=path) from None
         except (FileError, MemoryError):
@@ -85,7 +98,9 @@ def _opened(path: str | PathLike[str], formats: tuple[str, ...]) -> Iterator[Ima
 
 def _require_readable(status: os.stat_result, path: Path) -> None:
     if not stat.S_ISREG(status.st_mode):
-        raise FileError("is a directory, not a picture" if stat.S_ISDIR(status.st_mode) else "is not a regular file", path=path)
+        raise FileError(
+            "is a directory, not a picture" if stat.S_ISDIR(status.st_mode) else "is not a regular file", path=path
+        )
     if status.st_size == 0:
         raise FileError("is empty (0 bytes)", path=path)
     if status.st_size > MAX_BYTES:

@@ -25,7 +25,9 @@ def sheet(images: Sequence[Image.Image], labels: Sequence[str] = (), columns: in
     Raises ArgumentError for no pictures, or labels that are not one for each.
     """
     if not images or len(labels) not in (0, len(images)):
-        raise ArgumentError(f"a sheet of {len(images)} pictures with {len(labels)} labels: give at least one picture, and one label for each or none")
+        raise ArgumentError(
+            f"a sheet of {len(images)} pictures with {len(labels)} labels: give at least one picture, and one label for each or none"
+        )
     columns = columns or math.ceil(math.sqrt(len(images)))
     width, height = max(image.width for image in images), max(image.height for image in images)
     font = ImageFont.load_default(max(10, min(24, width // 12)))
@@ -36,7 +38,12 @@ def sheet(images: Sequence[Image.Image], labels: Sequence[str] = (), columns: in
     for i, (image, label) in enumerate(itertools.zip_longest(images, labels, fillvalue="")):
         x, y = GAP + i % columns * (width + GAP), GAP + i // columns * (height + line + GAP)
         out.paste(image, (x, y))
-        draw.text((x, y + height + 2), _shortened(printable(label), lambda text: font.getlength(text) <= width), fill="black", font=font)
+        draw.text(
+            (x, y + height + 2),
+            _shortened(printable(label), lambda text: font.getlength(text) <= width),
+            fill="black",
+            font=font,
+        )
     return out
 
 
@@ -48,9 +55,13 @@ def table(rows: Sequence[Sequence[Image.Image]], across: Sequence[str] = (), dow
     of different lengths, or headers that are not one for each.
     """
     if not rows or not rows[0] or len({len(row) for row in rows}) != 1:
-        raise ArgumentError(f"a table of rows with {[len(row) for row in rows][:10]} pictures: give one row or more, of one length")
+        raise ArgumentError(
+            f"a table of rows with {[len(row) for row in rows][:10]} pictures: give one row or more, of one length"
+        )
     if len(across) not in (0, len(rows[0])) or len(down) not in (0, len(rows)):
-        raise ArgumentError(f"a table of {len(rows)} rows and {len(rows[0])} columns with {len(down)} and {len(across)} headers: give one for each, or none")
+        raise ArgumentError(
+            f"a table of {len(rows)} rows and {len(rows[0])} columns with {len(down)} and {len(across)} headers: give one for each, or none"
+        )
     rows = _limited(rows)
     width, height = (max(image.size[side] for row in rows for image in row) for side in (0, 1))
     font = ImageFont.load_default(max(14, min(40, min(width, height) // 12)))
@@ -74,17 +85,30 @@ def table(rows: Sequence[Sequence[Image.Image]], across: Sequence[str] = (), dow
         for k, text in enumerate(lines):
             draw.text((left, y + (high - len(lines) * line) / 2 + k * line), text, fill="black", font=font, anchor="ra")
         for i, image in enumerate(row):
-            out.paste(image, (left + GAP + i * (wide + GAP) + (wide - image.width) // 2, y + (high - image.height) // 2))
+            out.paste(
+                image, (left + GAP + i * (wide + GAP) + (wide - image.width) // 2, y + (high - image.height) // 2)
+            )
     return out
 
 
 def _limited(rows: Sequence[Sequence[Image.Image]]) -> list[list[Image.Image]]:
     """The pictures, smaller where all of them together would be too large."""
-    largest = max(len(rows[0]) * max(image.width for row in rows for image in row), len(rows) * max(image.height for row in rows for image in row))
+    largest = max(
+        len(rows[0]) * max(image.width for row in rows for image in row),
+        len(rows) * max(image.height for row in rows for image in row),
+    )
     share = MAX_SIDE * 0.9 / largest  # a tenth is left for headers and gaps
     if share >= 1:
         return [list(row) for row in rows]
-    return [[image.resize((max(1, int(image.width * share)), max(1, int(image.height * share))), Image.Resampling.LANCZOS) for image in row] for row in rows]
+    return [
+        [
+            image.resize(
+                (max(1, int(image.width * share)), max(1, int(image.height * share))), Image.Resampling.LANCZOS
+            )
+            for image in row
+        ]
+        for row in rows
+    ]
 
 
 def _line(font: Font) -> int:

@@ -27,7 +27,13 @@ MAX_FPS = 50.0  # of an animation: viewers slow down a GIF that asks for more
 _counter = itertools.count()
 
 
-def save(image: Image.Image, path: str | PathLike[str] | Iterable[Path], metadata: Mapping[str, str] | None = None, *, overwrite: bool = False) -> Path:
+def save(
+    image: Image.Image,
+    path: str | PathLike[str] | Iterable[Path],
+    metadata: Mapping[str, str] | None = None,
+    *,
+    overwrite: bool = False,
+) -> Path:
     """Write a PNG with `metadata` as text chunks; return its path. The same picture and metadata give the same bytes.
 
     path       or several of one directory, such as `numbered` and `spare` give: the first that is free is taken, also among processes
@@ -39,7 +45,14 @@ def save(image: Image.Image, path: str | PathLike[str] | Iterable[Path], metadat
     return _write(_png(image, metadata or {}), path, overwrite)
 
 
-def save_animation(frames: Sequence[Image.Image], path: str | PathLike[str] | Iterable[Path], *, kind: str = "webp", fps: float = 8, overwrite: bool = False) -> Path:
+def save_animation(
+    frames: Sequence[Image.Image],
+    path: str | PathLike[str] | Iterable[Path],
+    *,
+    kind: str = "webp",
+    fps: float = 8,
+    overwrite: bool = False,
+) -> Path:
     """Write pictures of one size one after another, for ever from the beginning; return the path. The rest as for `save`.
 
     kind  webp, or gif: 256 colours a picture, and times in hundredths of a second
@@ -50,11 +63,21 @@ def save_animation(frames: Sequence[Image.Image], path: str | PathLike[str] | It
         raise ArgumentError(f"animation: {kind[:20]!r} is unknown; use {' or '.join(ANIMATIONS)}", key="animation")
     require_fps(fps)
     if len({frame.size for frame in frames}) != 1:
-        raise ArgumentError(f"an animation is made of pictures of one size; these have {sorted({frame.size for frame in frames}) or 'none'}")
+        raise ArgumentError(
+            f"an animation is made of pictures of one size; these have {sorted({frame.size for frame in frames}) or 'none'}"
+        )
     buffer, time = io.BytesIO(), 1000 / fps
     if kind == "gif":
         frames, time = [frame.quantize(256) for frame in frames], max(20, round(time / 10) * 10)
-    frames[0].save(buffer, kind, save_all=True, append_images=frames[1:], duration=round(time), loop=0, **{"quality": 90} if kind == "webp" else {})
+    frames[0].save(
+        buffer,
+        kind,
+        save_all=True,
+        append_images=frames[1:],
+        duration=round(time),
+        loop=0,
+        **{"quality": 90} if kind == "webp" else {},
+    )
     return _write(buffer.getvalue(), path, overwrite)
 
 
@@ -79,7 +102,9 @@ def spare(path: Path) -> Iterator[Path]:
 def _png(image: Image.Image, metadata: Mapping[str, str]) -> bytes:
     info, buffer = PngInfo(), io.BytesIO()
     for key, value in metadata.items():
-        info.add_text(key, value.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))  # iTXt by itself where Latin-1 does not do
+        info.add_text(
+            key, value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        )  # iTXt by itself where Latin-1 does not do
     image.save(buffer, "PNG", pnginfo=info)
     return buffer.getvalue()
 
@@ -90,7 +115,9 @@ def _write(data: bytes, path: str | PathLike[str] | Iterable[Path], overwrite: b
     first = next(names)
     temporary = first.parent / f".{first.name[:40]}.ldm-{os.getpid()}-{next(_counter)}.tmp"
     try:
-        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666), "wb") as file:
+        with open(
+            os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666), "wb"
+        ) as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())

@@ -72,13 +72,22 @@ def given_depth(depth: Image.Image, image: Tensor, cells: Sequence[int]) -> Tens
     """
     height, width = image.shape[2:]
     if abs(depth.width * height - depth.height * width) > 0.01 * depth.width * height:
-        raise ArgumentError(f"depth: it is {depth.width}x{depth.height} and the picture {width}x{height}; give a map of the same shape", key="depth")
+        raise ArgumentError(
+            f"depth: it is {depth.width}x{depth.height} and the picture {width}x{height}; give a map of the same shape",
+            key="depth",
+        )
     return normalised_depth(from_pil(to_rgb(depth)).mean(dim=1, keepdim=True), tuple(cells)).to(image.device)
 
 
 @torch.no_grad()
 def variations(
-    model: LatentDiffusion, init: Image.Image, *, preprocessing: str = "card", height: int | None = None, width: int | None = None, **job: Any
+    model: LatentDiffusion,
+    init: Image.Image,
+    *,
+    preprocessing: str = "card",
+    height: int | None = None,
+    width: int | None = None,
+    **job: Any,
 ) -> list[Image.Image]:
     """Pictures like `init`: the image embedding of CLIP stands where the text would (Pinkney's Stable Diffusion image variations).
 
@@ -88,7 +97,9 @@ def variations(
     """
     todo = Job.of("", job)
     if model.vision is None:
-        raise ArgumentError(f"this model ({model.config.name}) is told text, not a picture: use img2img, or an image-variations model")
+        raise ArgumentError(
+            f"this model ({model.config.name}) is told text, not a picture: use img2img, or an image-variations model"
+        )
     if todo.negative is not None:
         raise ArgumentError("negative: image variations have no negative prompt", key="negative")
     require_known("preprocessing", preprocessing, PREPROCESSORS)
@@ -112,7 +123,9 @@ def scaled(model: LatentDiffusion, init: Image.Image, height: int | None, width:
     return from_pil(fit(init, width, height)).to(model.device)
 
 
-def _redrawn(model: LatentDiffusion, job: Job, image: Tensor, strength: float, concat: Tensor | None) -> list[Image.Image]:
+def _redrawn(
+    model: LatentDiffusion, job: Job, image: Tensor, strength: float, concat: Tensor | None
+) -> list[Image.Image]:
     height, width = image.shape[2:]
     images = []
     for part in job.parts(model):
@@ -125,5 +138,7 @@ def _redrawn(model: LatentDiffusion, job: Job, image: Tensor, strength: float, c
             conds = [replace(cond, concat=concat.expand(n, -1, -1, -1)) for cond in conds]
         shape = model.latent_shape(n, height, width)
         latent = precision.encode(model, image, part.noise(shape), tile=job.sampling.tile)
-        images += job.pictures(model, job.redraw(model, job.guided(model, conds), latent, strength, part.noise(shape), part.noise))
+        images += job.pictures(
+            model, job.redraw(model, job.guided(model, conds), latent, strength, part.noise(shape), part.noise)
+        )
     return images

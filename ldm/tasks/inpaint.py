@@ -52,11 +52,19 @@ def inpaint(
     images = []
     for part in todo.parts(model):
         latent = (_told_mask if model.config.concat == NATIVE else _kept)(model, todo, part, image, hole, strength)
-        images += [paste_back(picture.crop((0, 0, *init.size)), init, alpha) for picture in todo.pictures(model, latent)]
+        images += [
+            paste_back(picture.crop((0, 0, *init.size)), init, alpha) for picture in todo.pictures(model, latent)
+        ]
     return images
 
 
-def outpaint(model: LatentDiffusion, init: Image.Image, extend: Mapping[str, int], prompts: str | Sequence[str], **inpainting: Any) -> list[Image.Image]:
+def outpaint(
+    model: LatentDiffusion,
+    init: Image.Image,
+    extend: Mapping[str, int],
+    prompts: str | Sequence[str],
+    **inpainting: Any,
+) -> list[Image.Image]:
     """Pictures that go on beyond the borders of `init`, whose own pixels stay.
 
     extend      pixels to add at left, right, top, bottom

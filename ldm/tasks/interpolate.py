@@ -34,14 +34,22 @@ def interpolate(
     seeds = list(seeds)
     stations = max(len(prompts), len(seeds))
     if stations < 2 or not {len(prompts), len(seeds)} <= {1, stations}:
-        raise ArgumentError(f"prompts: {len(prompts)} with {len(seeds)} seeds; give two or more of one, and as many or one of the other", key="prompts")
+        raise ArgumentError(
+            f"prompts: {len(prompts)} with {len(seeds)} seeds; give two or more of one, and as many or one of the other",
+            key="prompts",
+        )
     require_whole("frames", frames, 2, 10_000)
     require_text_only(model)
     prompts, seeds = (given * stations if len(given) == 1 else given for given in (prompts, seeds))
     todo = Job.of(prompts, {**job, "seeds": seeds})
     size = model.config.size if height is None else height, model.config.size if width is None else width
-    chunks = max(part.chunks for part in todo.parts(model))  # of the longest: all must be of one length to go from one to another
-    conds = [todo.told(model, Part([prompt], seeded([seed], model.device), chunks), size) for prompt, seed in zip(prompts, seeds, strict=True)]
+    chunks = max(
+        part.chunks for part in todo.parts(model)
+    )  # of the longest: all must be of one length to go from one to another
+    conds = [
+        todo.told(model, Part([prompt], seeded([seed], model.device), chunks), size)
+        for prompt, seed in zip(prompts, seeds, strict=True)
+    ]
     shape = model.latent_shape(1, *size)
     noises = [seeded([seed], model.device)(shape) for seed in seeds]
     ways = [i * (stations - 1) / (frames - 1) for i in range(frames)]
@@ -50,7 +58,9 @@ def interpolate(
         part = ways[i : i + (todo.batch or frames)]
         places = [(min(int(way), stations - 2), way - min(int(way), stations - 2)) for way in part]
         first = torch.cat([slerp(noises[k].flatten(1), noises[k + 1].flatten(1), t).view(shape) for k, t in places])
-        between = [Cond.cat([_between(conds[k][which], conds[k + 1][which], t) for k, t in places]) for which in range(2)]
+        between = [
+            Cond.cat([_between(conds[k][which], conds[k + 1][which], t) for k, t in places]) for which in range(2)
+        ]
         noise = seeded([seeds[0]] * len(part), model.device)
         noise(first.shape)  # the draw that `txt2img` begins with
         images += todo.pictures(model, todo.draw(model, todo.guided(model, between), first, noise))
@@ -66,8 +76,12 @@ def slerp(a: Tensor, b: Tensor, t: float) -> Tensor:
     angle = torch.arccos(cosine.clamp(-1, 1))
     line = torch.lerp(a, b, t)
     sine = torch.sin(angle)
-    arc = torch.sin((1 - t) * angle) / sine * (a / lengths[0].clamp(min=1e-12)) + torch.sin(t * angle) / sine * (b / lengths[1].clamp(min=1e-12))
-    return torch.where((sine < 1e-4) | (cosine == 0) & (lengths[0] * lengths[1] == 0), line, arc * torch.lerp(*lengths, t))
+    arc = torch.sin((1 - t) * angle) / sine * (a / lengths[0].clamp(min=1e-12)) + torch.sin(t * angle) / sine * (
+        b / lengths[1].clamp(min=1e-12)
+    )
+    return torch.where(
+        (sine < 1e-4) | (cosine == 0) & (lengths[0] * lengths[1] == 0), line, arc * torch.lerp(*lengths, t)
+    )
 
 
 def _between(a: Cond, b: Cond, t: float) -> Cond:

@@ -33,9 +33,13 @@ class Sampling:
     """The keywords that every task takes besides its own. Raises ArgumentError."""
 
     sampler: str = "dpmpp_2m"  # a name in samplers.SAMPLERS
-    grid: str | None = None  # a name in samplers.GRIDS; None: the sampler's own, as in samplers.DEFAULT_GRID; trailing where the model has zero terminal SNR
+    grid: str | None = (
+        None  # a name in samplers.GRIDS; None: the sampler's own, as in samplers.DEFAULT_GRID; trailing where the model has zero terminal SNR
+    )
     steps: int = 25  # of the grid, 1 to 1000; more are slower and closer to what the model has learnt
-    cfg: float = 7.5  # guidance scale: 1 ignores the negative prompt at half the cost, more follows the prompt more closely
+    cfg: float = (
+        7.5  # guidance scale: 1 ignores the negative prompt at half the cost, more follows the prompt more closely
+    )
     rescale: float = 0.0  # guidance rescale, 0 to 1: takes back the contrast that guidance adds
     interval: tuple[float, float] | None = None  # (low, high) sigmas between which there is guidance; None: everywhere
     eta: float | None = None  # share of fresh noise, for samplers that have one; None: the sampler's own
@@ -44,7 +48,9 @@ class Sampling:
     truncate: bool = False  # a prompt too long for the text tower is cut; off: it is read in pieces
     embeddings: tuple[Embedding, ...] = ()  # words of a textual inversion's own
     sizes: Sizes | None = None  # what SDXL is told of the picture's past; None: that it has always had this size
-    tile: int | None = None  # side in pixels of the tiles in which the VAE works; 0: never in tiles; None: above 1024 x 1024
+    tile: int | None = (
+        None  # side in pixels of the tiles in which the VAE works; 0: never in tiles; None: above 1024 x 1024
+    )
 
     def __post_init__(self) -> None:
         require_known("sampler", self.sampler, SAMPLERS)
@@ -61,7 +67,10 @@ class Sampling:
         if self.eta is not None:
             require_number("eta", self.eta, 0, MAX_CFG)
             if not _takes_eta(self.sampler):
-                raise ArgumentError(f"eta: sampler {self.sampler} has none; leave it out, or use {', '.join(filter(_takes_eta, SAMPLERS))}", key="eta")
+                raise ArgumentError(
+                    f"eta: sampler {self.sampler} has none; leave it out, or use {', '.join(filter(_takes_eta, SAMPLERS))}",
+                    key="eta",
+                )
         self.sigmas(Schedule())  # some counts of steps do not suit every grid
 
     def grid_name(self, schedule: Schedule) -> str:
@@ -106,7 +115,9 @@ def require_known(name: str, value: Any, known: Collection[str]) -> None:
     """Raises ArgumentError, with the nearest match, for a value that is not among those known."""
     if value not in known:
         near = difflib.get_close_matches(str(value), known, n=1)
-        raise ArgumentError(f"{name}: {str(value)[:30]!r} is unknown{f'; {near[0]}?' if near else '.'} All: {' '.join(known)}", key=name)
+        raise ArgumentError(
+            f"{name}: {str(value)[:30]!r} is unknown{f'; {near[0]}?' if near else '.'} All: {' '.join(known)}", key=name
+        )
 
 
 def require_whole(name: str, value: Any, low: int, high: int, why: str = "") -> int:
@@ -148,8 +159,12 @@ class Job:
     """Which pictures to make, whatever the task: the keywords that every task takes besides its own and those of `Sampling`. Raises ArgumentError."""
 
     prompts: str | Sequence[str]  # one for each picture, or one for all
-    seeds: Sequence[int] = ()  # one for each picture, 0 to 2^64 - 1, of which torch uses the low 32 bits; a picture does not depend on its batch
-    negative: str | None = None  # what to steer away from; None: what the model was trained to steer away from when nothing is said
+    seeds: Sequence[
+        int
+    ] = ()  # one for each picture, 0 to 2^64 - 1, of which torch uses the low 32 bits; a picture does not depend on its batch
+    negative: str | None = (
+        None  # what to steer away from; None: what the model was trained to steer away from when nothing is said
+    )
     batch: int | None = None  # pictures made at once; None: all
     on_step: OnStep | None = None  # told before each update
     sampling: Sampling = field(default_factory=Sampling)
@@ -161,7 +176,11 @@ class Job:
         mine = mine[1:-1]
         for name in keywords:
             require_known("option", name, [*mine, *theirs])
-        return Job(prompts, **{k: v for k, v in keywords.items() if k in mine}, sampling=Sampling(**{k: v for k, v in keywords.items() if k in theirs}))
+        return Job(
+            prompts,
+            **{k: v for k, v in keywords.items() if k in mine},
+            sampling=Sampling(**{k: v for k, v in keywords.items() if k in theirs}),
+        )
 
     def __post_init__(self) -> None:
         for seed in self.seeds:
@@ -169,7 +188,9 @@ class Job:
         if not len(self.seeds):
             raise ArgumentError("seeds: none given; give one for each picture", key="seeds")
         if not isinstance(self.prompts, str) and len(self.prompts) != len(self.seeds):
-            raise ArgumentError(f"seeds: {len(self.seeds)} for {len(self.prompts)} prompts; give one for each picture", key="seeds")
+            raise ArgumentError(
+                f"seeds: {len(self.seeds)} for {len(self.prompts)} prompts; give one for each picture", key="seeds"
+            )
         if self.batch is not None:
             require_whole("batch", self.batch, 1, 10**6)
 
@@ -187,14 +208,20 @@ class Job:
         """Pieces in which this prompt and the negative one are read."""
         s = self.sampling
         texts = [prompt, self.negative or ""]
-        return 1 if s.truncate or not model.config.text else chunks_needed(model.text, texts, weighting=s.weighting, embeddings=s.embeddings)
+        return (
+            1
+            if s.truncate or not model.config.text
+            else chunks_needed(model.text, texts, weighting=s.weighting, embeddings=s.embeddings)
+        )
 
     def told(self, model: LatentDiffusion, part: Part, size: tuple[int, int], **told: Any) -> list[Cond]:
         """[uncond, cond] of these pictures, for `guided`. `told`: further keywords of `LatentDiffusion.condition`."""
         s = self.sampling
         sizes = s.sizes or Sizes() if model.config.unet.vector_dim is not None else s.sizes
         text = {"clip_skip": s.clip_skip, "weighting": s.weighting, "embeddings": s.embeddings, "chunks": part.chunks}
-        uncond = model.condition([self.negative] * len(part.prompts), size, sizes=sizes and sizes.negative(), **told, **text)
+        uncond = model.condition(
+            [self.negative] * len(part.prompts), size, sizes=sizes and sizes.negative(), **told, **text
+        )
         return [uncond, model.condition(part.prompts, size, sizes=sizes, **told, **text)]
 
     def guided(self, model: LatentDiffusion, conds: Sequence[Cond]) -> Denoiser:
@@ -206,7 +233,9 @@ class Job:
 
         def checked(step: Step) -> None:
             if not torch.isfinite(step.x0).all():
-                raise NonFinite(f"step {step.index + 1} of {step.total} (sigma {step.sigma:.4g}): NaN or infinity; use float32 or bfloat16, or check the weights")
+                raise NonFinite(
+                    f"step {step.index + 1} of {step.total} (sigma {step.sigma:.4g}): NaN or infinity; use float32 or bfloat16, or check the weights"
+                )
             if self.on_step:
                 self.on_step(step)
 
@@ -218,7 +247,9 @@ class Job:
         sigmas = self.sampling.sigmas(model.schedule)
         return finish(self.solve(denoise, start(first, sigmas), sigmas, noise), sigmas)
 
-    def redraw(self, model: LatentDiffusion, denoise: Denoiser, latent: Tensor, strength: float, first: Tensor, noise: Noise) -> Tensor:
+    def redraw(
+        self, model: LatentDiffusion, denoise: Denoiser, latent: Tensor, strength: float, first: Tensor, noise: Noise
+    ) -> Tensor:
         """Latents that begin as these, noised by `first` to the level where int(steps * strength) steps are left (SDEdit, Meng et al. 2022)."""
         x, rest = noised(latent, first, self.sampling.sigmas(model.schedule), strength=strength)
         return finish(self.solve(denoise, x, rest, noise), rest)

@@ -54,7 +54,16 @@ def txt2img(
     return images
 
 
-def _refined(model: LatentDiffusion, refiner: LatentDiffusion, job: Job, part: Part, conds: list[Cond], size: tuple[int, int], refine_from: float, strength: float | None) -> Tensor:
+def _refined(
+    model: LatentDiffusion,
+    refiner: LatentDiffusion,
+    job: Job,
+    part: Part,
+    conds: list[Cond],
+    size: tuple[int, int],
+    refine_from: float,
+    strength: float | None,
+) -> Tensor:
     """Latents that the model begins and the refiner finishes."""
     begin, end = job.guided(model, conds), job.guided(refiner, _for(refiner, job).told(refiner, part, size))
     first = part.noise(model.latent_shape(len(part.prompts), *size))
@@ -70,7 +79,10 @@ def _refined(model: LatentDiffusion, refiner: LatentDiffusion, job: Job, part: P
 def _for(refiner: LatentDiffusion, job: Job) -> Job:
     """The job with what of its textual inversions is for the refiner's text tower: those of SDXL are for both of the base's."""
     widths = {tower.width for tower in refiner.config.text}
-    embeddings = tuple(replace(e, vectors={width: e.vectors[width] for width in e.vectors if width in widths}) for e in job.sampling.embeddings)
+    embeddings = tuple(
+        replace(e, vectors={width: e.vectors[width] for width in e.vectors if width in widths})
+        for e in job.sampling.embeddings
+    )
     return replace(job, sampling=replace(job.sampling, embeddings=embeddings))
 
 
@@ -82,13 +94,25 @@ def handover(model: LatentDiffusion, sigmas: Sequence[float], share: float) -> i
     cutoff = round(model.schedule.steps * (1 - share))
     k = sum(model.schedule.timestep(sigma) >= cutoff for sigma in sigmas[:-1])
     if not 0 < k < len(sigmas) - 1:
-        raise ArgumentError(f"refine_from: {share:g} leaves all {len(sigmas) - 1} steps to one model; choose another share, or more steps", key="refine_from")
+        raise ArgumentError(
+            f"refine_from: {share:g} leaves all {len(sigmas) - 1} steps to one model; choose another share, or more steps",
+            key="refine_from",
+        )
     return k
 
 
-def _require_refiner(model: LatentDiffusion, refiner: LatentDiffusion, job: Job, refine_from: float, strength: float | None) -> None:
-    if model.config.vae.z_channels != refiner.config.vae.z_channels or model.config.vae.scale != refiner.config.vae.scale or model.schedule != refiner.schedule:
-        raise ArgumentError(f"refiner: a model of family {refiner.config.name} cannot go on with the latents of {model.config.name}", key="refiner")
+def _require_refiner(
+    model: LatentDiffusion, refiner: LatentDiffusion, job: Job, refine_from: float, strength: float | None
+) -> None:
+    if (
+        model.config.vae.z_channels != refiner.config.vae.z_channels
+        or model.config.vae.scale != refiner.config.vae.scale
+        or model.schedule != refiner.schedule
+    ):
+        raise ArgumentError(
+            f"refiner: a model of family {refiner.config.name} cannot go on with the latents of {model.config.name}",
+            key="refiner",
+        )
     require_text_only(refiner)
     require_number("refine_from", refine_from, 0, 1)
     if strength is None:
@@ -126,10 +150,17 @@ def hires(
         if enlarge == "latent":
             latent = F.interpolate(latent, size=shape[2:], mode="bicubic", align_corners=False)
         else:
-            resized = [picture.resize((large[1], large[0]), Image.Resampling.LANCZOS) for picture in todo.pictures(model, latent)]
-            latent = precision.encode(model, from_pil(resized).to(model.device), part.noise(shape), tile=todo.sampling.tile)
+            resized = [
+                picture.resize((large[1], large[0]), Image.Resampling.LANCZOS)
+                for picture in todo.pictures(model, latent)
+            ]
+            latent = precision.encode(
+                model, from_pil(resized).to(model.device), part.noise(shape), tile=todo.sampling.tile
+            )
         denoise = todo.guided(model, todo.told(model, part, large))
-        images += todo.pictures(model, todo.redraw(model, denoise, latent, strength, part.noise(latent.shape), part.noise))
+        images += todo.pictures(
+            model, todo.redraw(model, denoise, latent, strength, part.noise(latent.shape), part.noise)
+        )
     return images
 
 
@@ -137,5 +168,7 @@ def require_text_only(model: LatentDiffusion) -> None:
     """These tasks have text and noise to give: a model that needs more is for another task. Raises ArgumentError."""
     if not model.config.text or model.config.concat:
         needs = ", ".join(model.config.concat) or "an image instead of text"
-        task = {"mask": "inpaint", "depth": "depth2img", "low_res": "upscale"}.get(model.config.concat[0] if model.config.concat else "", "variations")
+        task = {"mask": "inpaint", "depth": "depth2img", "low_res": "upscale"}.get(
+            model.config.concat[0] if model.config.concat else "", "variations"
+        )
         raise ArgumentError(f"this model ({model.config.name}) needs {needs}: it is not for text alone; use {task}")

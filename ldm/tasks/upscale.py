@@ -26,7 +26,13 @@ WHOLE = 512 * 512  # pixels of the small picture up to which it is seen at once,
 
 @torch.no_grad()
 def upscale(
-    model: LatentDiffusion, init: Image.Image, prompts: str | Sequence[str], *, noise_level: int = NOISE_LEVEL, window: int | None = None, **job: Any
+    model: LatentDiffusion,
+    init: Image.Image,
+    prompts: str | Sequence[str],
+    *,
+    noise_level: int = NOISE_LEVEL,
+    window: int | None = None,
+    **job: Any,
 ) -> list[Image.Image]:
     """`init` four times as wide and high, with detail as the prompt says (Stable Diffusion x4 upscaler).
 
@@ -53,8 +59,12 @@ def upscale(
         alpha = model.schedule.alphas_cumprod[noise_level]
         low = math.sqrt(alpha) * image + math.sqrt(1 - alpha) * part.noise((n, 3, height, width))
         conds = [replace(cond, concat=low) for cond in conds]
-        latent = todo.draw(model, _windowed(model, todo, conds, side) if side else todo.guided(model, conds), first, part.noise)
-        images += [picture.crop((0, 0, factor * init.width, factor * init.height)) for picture in todo.pictures(model, latent)]
+        latent = todo.draw(
+            model, _windowed(model, todo, conds, side) if side else todo.guided(model, conds), first, part.noise
+        )
+        images += [
+            picture.crop((0, 0, factor * init.width, factor * init.height)) for picture in todo.pictures(model, latent)
+        ]
     return images
 
 

@@ -28,9 +28,14 @@ def checkpoint_blocks(model: nn.Module) -> Iterator[None]:
     """
     blocks = [module for module in model.modules() if isinstance(module, BLOCKS)]
     if not blocks:
-        raise ArgumentError(f"checkpointing: {type(model).__name__} has no block to compute again; train without it", key="checkpointing")
+        raise ArgumentError(
+            f"checkpointing: {type(model).__name__} has no block to compute again; train without it",
+            key="checkpointing",
+        )
     for block in blocks:
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)  # nothing is drawn inside a block
+        block.forward = partial(
+            checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False
+        )  # nothing is drawn inside a block
     try:
         yield
     finally:

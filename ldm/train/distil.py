@@ -25,7 +25,16 @@ class Distil(nn.Module):
     each transformer.
     """
 
-    def __init__(self, task: Diffusion, teachers: Sequence[UNet], *, steps: int, batch: int, output_weight: float = 1.0, feature_weight: float = 1.0):
+    def __init__(
+        self,
+        task: Diffusion,
+        teachers: Sequence[UNet],
+        *,
+        steps: int,
+        batch: int,
+        output_weight: float = 1.0,
+        feature_weight: float = 1.0,
+    ):
         """
         task      the student's
         teachers  of K teachers number k teaches updates k steps / K to (k + 1) steps / K
@@ -71,7 +80,10 @@ def stages(config: UNetConfig) -> list[str]:
 def _followed(unet: UNet, asked: Prepared) -> tuple[Tensor, list[Tensor]]:
     """What a UNet predicts, and what came out of its stages on the way."""
     seen: list[Tensor] = []
-    handles = [unet.get_submodule(name).register_forward_hook(lambda block, given, out: seen.append(out)) for name in stages(unet.config)]
+    handles = [
+        unet.get_submodule(name).register_forward_hook(lambda block, given, out: seen.append(out))
+        for name in stages(unet.config)
+    ]
     try:
         return unet(asked.x, asked.t, asked.context, asked.y), seen
     finally:
@@ -90,9 +102,17 @@ def _require_teacher(student: UNet, teacher: UNet) -> None:
     ours, theirs = student.config, teacher.config
     for what in ("in_channels", "out_channels", "context_dim", "vector_dim", "noise_levels"):
         if getattr(ours, what) != getattr(theirs, what):
-            raise ArgumentError(f"teacher: its UNet has {what} {getattr(theirs, what)}, the student's {getattr(ours, what)}; use a model of the student's family", key="method.teachers")
+            raise ArgumentError(
+                f"teacher: its UNet has {what} {getattr(theirs, what)}, the student's {getattr(ours, what)}; use a model of the student's family",
+                key="method.teachers",
+            )
     widths = [[config.model_channels * m for m in config.channel_mult] for config in (ours, theirs)]
     if len(widths[0]) != len(widths[1]) or any(a > b for a, b in zip(*widths, strict=True)):
-        raise ArgumentError(f"teacher: its levels have widths {widths[1]}, the student's {widths[0]}; use the model that the student was pruned from", key="method.teachers")
+        raise ArgumentError(
+            f"teacher: its levels have widths {widths[1]}, the student's {widths[0]}; use the model that the student was pruned from",
+            key="method.teachers",
+        )
     if {p.data_ptr() for p in student.parameters()} & {p.data_ptr() for p in teacher.parameters()}:
-        raise ArgumentError("teacher: shares parameters with the student, and would learn with it; load it anew", key="method.teachers")
+        raise ArgumentError(
+            "teacher: shares parameters with the student, and would learn with it; load it anew", key="method.teachers"
+        )

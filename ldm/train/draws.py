@@ -25,7 +25,9 @@ class Draws:
         """One for each example, on the CPU."""
         made = []
         for i in self.index:
-            digest = blake2b(f"{self.seed}/{i}/{purpose}".encode(), digest_size=4).digest()  # torch's CPU generator uses 32 bits
+            digest = blake2b(
+                f"{self.seed}/{i}/{purpose}".encode(), digest_size=4
+            ).digest()  # torch's CPU generator uses 32 bits
             made.append(torch.Generator().manual_seed(int.from_bytes(digest, "little")))
         return made
 
@@ -43,5 +45,8 @@ class Draws:
 
     def places(self, purpose: str, n: int) -> Tensor:
         """0 to n - 1, int64 [b]: where each example stands among n that are numbered one after the other, such as those of an update, in an order that is drawn for them."""
-        order = {update: torch.randperm(n, generator=Draws(self.seed, [update]).generators(purpose)[0]) for update in {i // n for i in self.index}}
+        order = {
+            update: torch.randperm(n, generator=Draws(self.seed, [update]).generators(purpose)[0])
+            for update in {i // n for i in self.index}
+        }
         return torch.stack([order[i // n][i % n] for i in self.index])

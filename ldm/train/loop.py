@@ -37,7 +37,9 @@ class Watchers:
 
     log: Callable[[Record], None] = lambda record: None  # every `log_every` updates and at the end
     event: Callable[[Record], None] = lambda event: None  # an update that was skipped, a state that was saved
-    validate: Callable[[int, Mapping[str, Tensor]], None] = lambda step, averaged: None  # after update `step`, every `watch.every`
+    validate: Callable[[int, Mapping[str, Tensor]], None] = lambda step, averaged: (
+        None
+    )  # after update `step`, every `watch.every`
     stop: Callable[[], bool] = lambda: False  # whether somebody wants the run to end: the state is saved first
     tick: Callable[[int], None] = lambda step: None  # after every update, with how many are done
 
@@ -50,7 +52,9 @@ class Fitted:
     """What a run has come to."""
 
     step: int  # updates done
-    averaged: dict[str, Tensor]  # the weights to save, by name, whole and on the CPU: averaged (EMA), or as they are where there is no average
+    averaged: dict[
+        str, Tensor
+    ]  # the weights to save, by name, whole and on the CPU: averaged (EMA), or as they are where there is no average
     skipped: int  # updates left out for NaN or infinity
     stopped: bool = False  # whether somebody wanted it to end before its last update
 
@@ -70,7 +74,10 @@ def accumulation(recipe: Recipe, world: int) -> int:
     """Micro-batches of one update on one rank. Raises ArgumentError unless batch is a multiple of micro times ranks."""
     run = recipe.run
     if run.batch % (run.micro * world):
-        raise ArgumentError(f"run.batch: {run.batch} examples cannot be shared evenly by {world} ranks with {run.micro} at once; give a multiple of {run.micro * world}", key="run.batch")
+        raise ArgumentError(
+            f"run.batch: {run.batch} examples cannot be shared evenly by {world} ranks with {run.micro} at once; give a multiple of {run.micro * world}",
+            key="run.batch",
+        )
     return run.batch // (run.micro * world)
 
 
@@ -107,7 +114,9 @@ def fit(
         kept = _Kept(state.step, state.facts["skipped"], state.step)
 
     def save() -> None:
-        tensors = {f"raw/{name}": whole(p) for name, p in parameters.items()} | {f"ema/{name}": whole(a) for name, a in averaged.items()}
+        tensors = {f"raw/{name}": whole(p) for name, p in parameters.items()} | {
+            f"ema/{name}": whole(a) for name, a in averaged.items()
+        }
         tensors |= {f"adam/{key}": tensor for key, tensor in state_tensors(adam, parameters).items()}
         if ranks.rank == 0:
             facts = {"identity": dict(identity), "skipped": kept.skipped, "scaler": scaler.state_dict()}
@@ -126,18 +135,26 @@ def fit(
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         seen = mean(torch.stack([total, norm.to(total), torch.tensor(float(watchers.stop()), device=device)]), ranks)
         value, norm_now, wants_stop = seen.tolist()
-        in_scale = scaler.is_enabled() and math.isfinite(value) and scaler.get_scale() > 1  # the scaler finds its scale so
+        in_scale = (
+            scaler.is_enabled() and math.isfinite(value) and scaler.get_scale() > 1
+        )  # the scaler finds its scale so
         if math.isfinite(value) and math.isfinite(norm_now):
             scaler.step(adam)
             if averaged:
-                torch._foreach_lerp_([*averaged.values()], [p.detach() for p in parameters.values()], 1 - ema_decay(run.ema, kept.step + 1))
+                torch._foreach_lerp_(
+                    [*averaged.values()],
+                    [p.detach() for p in parameters.values()],
+                    1 - ema_decay(run.ema, kept.step + 1),
+                )
             in_a_row = 0
             sums.updates, sums.loss, sums.grad_norm = sums.updates + 1, sums.loss + value, sums.grad_norm + norm_now
         elif not in_scale:
             kept.skipped, in_a_row = kept.skipped + 1, in_a_row + 1
             watchers.event({"event": "skipped", "step": kept.step + 1, "loss": value, "grad_norm": norm_now})
             if in_a_row == PATIENCE:
-                raise NonFinite(f"training: the loss or its gradient was NaN or infinite {PATIENCE} times in a row, at step {kept.step} last; the state of step {kept.saved} is kept: lower optimizer.lr")
+                raise NonFinite(
+                    f"training: the loss or its gradient was NaN or infinite {PATIENCE} times in a row, at step {kept.step} last; the state of step {kept.saved} is kept: lower optimizer.lr"
+                )
         scaler.update()
         kept.step += 1
         stopped = wants_stop > 0
@@ -150,10 +167,20 @@ def fit(
         if recipe.watch.every and kept.step % recipe.watch.every == 0 and kept.step < run.steps:
             watchers.validate(kept.step, averaged or {name: p.detach() for name, p in parameters.items()})
     best = averaged or {name: p.detach() for name, p in parameters.items()}
-    return Fitted(kept.step, {name: whole(best[name]) for name in names}, kept.skipped, stopped and kept.step < run.steps)
+    return Fitted(
+        kept.step, {name: whole(best[name]) for name in names}, kept.skipped, stopped and kept.step < run.steps
+    )
 
 
-def _backward(network: nn.Module, micro: Callable[[int], Batch], recipe: Recipe, ranks: Ranks, step: int, scaler: torch.amp.GradScaler, sums: _Sums) -> Tensor:
+def _backward(
+    network: nn.Module,
+    micro: Callable[[int], Batch],
+    recipe: Recipe,
+    ranks: Ranks,
+    step: int,
+    scaler: torch.amp.GradScaler,
+    sums: _Sums,
+) -> Tensor:
     """Add up the gradients of this rank's micro-batches of update `step`; return its share of the mean loss, without gradient."""
     run, device = recipe.run, torch.device(ranks.device)
     parts = accumulation(recipe, ranks.world)
@@ -184,7 +211,10 @@ def require_same(then: Mapping[str, Any], now: Mapping[str, Any], out: Path) -> 
     old, new = _flat(then), _flat(json.loads(json.dumps(dict(now))))
     for key in sorted({*old, *new}):
         if old.get(key) != new.get(key):
-            raise ArgumentError(f"{str(out)[-60:]}: holds a run with another {key} ({str(old.get(key))[:30]}, not {str(new.get(key))[:30]}); use another run.out", key=key)
+            raise ArgumentError(
+                f"{str(out)[-60:]}: holds a run with another {key} ({str(old.get(key))[:30]}, not {str(new.get(key))[:30]}); use another run.out",
+                key=key,
+            )
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -211,12 +241,21 @@ def _places(task: nn.Module, parameters: Mapping[str, nn.Parameter]) -> dict[str
 
 
 @torch.no_grad()
-def _restore(tensors: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter], averaged: Mapping[str, Tensor], adam: torch.optim.Optimizer) -> None:
+def _restore(
+    tensors: Mapping[str, Tensor],
+    parameters: Mapping[str, nn.Parameter],
+    averaged: Mapping[str, Tensor],
+    adam: torch.optim.Optimizer,
+) -> None:
     """Put a state back."""
     for prefix, places in (("raw/", parameters), ("ema/", averaged)):
         for name, place in places.items():
             put(place, tensors[prefix + name])
-    load_state_tensors(adam, parameters, {key.removeprefix("adam/"): tensor for key, tensor in tensors.items() if key.startswith("adam/")})
+    load_state_tensors(
+        adam,
+        parameters,
+        {key.removeprefix("adam/"): tensor for key, tensor in tensors.items() if key.startswith("adam/")},
+    )
 
 
 def _add_bands(bands: Tensor, loss: Loss) -> None:

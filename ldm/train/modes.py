@@ -29,12 +29,16 @@ class Trainee:
 
     model: LatentDiffusion  # as it is saved and pictured; the student, where there is a teacher
     task: nn.Module  # (batch, draws) -> Loss
-    places: Mapping[str, str]  # parameters that change: their names in the model, or in what was added to it, and in the task
+    places: Mapping[
+        str, str
+    ]  # parameters that change: their names in the model, or in what was added to it, and in the task
     embeddings: tuple[Embedding, ...] = ()  # words that are learnt, for prompts
     frozen: tuple[nn.Module, ...] = ()  # networks beside the model that do not change: teachers
 
     @classmethod
-    def of(cls, model: LatentDiffusion, task: nn.Module, parameters: Mapping[str, nn.Parameter], **more: Any) -> Trainee:
+    def of(
+        cls, model: LatentDiffusion, task: nn.Module, parameters: Mapping[str, nn.Parameter], **more: Any
+    ) -> Trainee:
         """With the parameters as the task holds them."""
         found = {id(p): place for place, p in task.named_parameters()}
         return cls(model, task, {name: found[id(p)] for name, p in parameters.items()}, **more)
@@ -66,13 +70,24 @@ def full(model: LatentDiffusion, recipe: Recipe, teachers: Sequence[LatentDiffus
     """Fine-tuning: the networks' own parameters, those whose names `targets` finds."""
     parameters = _chosen(model, recipe)
     trains_text = any(name.startswith("text.") for name in parameters)
-    return Trainee.of(model, Diffusion(model, recipe.objective, batch=recipe.run.batch, trains_text=trains_text), parameters)
+    return Trainee.of(
+        model, Diffusion(model, recipe.objective, batch=recipe.run.batch, trains_text=trains_text), parameters
+    )
 
 
 def lora(model: LatentDiffusion, recipe: Recipe, teachers: Sequence[LatentDiffusion]) -> Trainee:
     """Low-rank changes beside frozen weights (Hu et al. 2021)."""
     m = recipe.method
-    spec = Spec(rank=m.rank, alpha=m.alpha or None, conv_rank=m.conv_rank, conv_alpha=m.conv_alpha or None, dora=m.dora, targets=m.targets, unet=m.unet, text=m.text)
+    spec = Spec(
+        rank=m.rank,
+        alpha=m.alpha or None,
+        conv_rank=m.conv_rank,
+        conv_alpha=m.conv_alpha or None,
+        dora=m.dora,
+        targets=m.targets,
+        unet=m.unet,
+        text=m.text,
+    )
     parameters = attach(model, spec, seed=recipe.run.seed)
     return Trainee.of(model, Diffusion(model, recipe.objective, batch=recipe.run.batch, trains_text=m.text), parameters)
 
@@ -89,7 +104,9 @@ def inversion(model: LatentDiffusion, recipe: Recipe, teachers: Sequence[LatentD
 
 def vae(model: LatentDiffusion, recipe: Recipe, teachers: Sequence[LatentDiffusion]) -> Trainee:
     """The autoencoder."""
-    parameters = {f"vae.{name}": p for name, p in model.vae.named_parameters() if re.search(recipe.method.targets, f"vae.{name}")}
+    parameters = {
+        f"vae.{name}": p for name, p in model.vae.named_parameters() if re.search(recipe.method.targets, f"vae.{name}")
+    }
     return Trainee.of(model, Autoencoding(model.vae, recipe.objective.kl_weight), _some(parameters, recipe))
 
 
@@ -100,7 +117,10 @@ def distill(model: LatentDiffusion, recipe: Recipe, teachers: Sequence[LatentDif
     parameters = _chosen(student, recipe)
     for teacher in teachers:
         if teacher.config.prediction != student.config.prediction:
-            raise ArgumentError(f"method.teachers: one predicts {teacher.config.prediction}, the student {student.config.prediction}; give teachers that predict the same", key="method.teachers")
+            raise ArgumentError(
+                f"method.teachers: one predicts {teacher.config.prediction}, the student {student.config.prediction}; give teachers that predict the same",
+                key="method.teachers",
+            )
     unets = [teacher.unet for teacher in teachers] or [model.unet]
     task = Distil(
         Diffusion(student, recipe.objective, batch=recipe.run.batch), unets, steps=recipe.run.steps, batch=recipe.run.batch,
@@ -117,7 +137,10 @@ KINDS: Mapping[str, Callable[[LatentDiffusion, Recipe, Sequence[LatentDiffusion]
 def trainee(model: LatentDiffusion, recipe: Recipe, teachers: Sequence[LatentDiffusion] = ()) -> Trainee:
     """What the recipe's method makes of a model: everything frozen but what it trains. Raises ArgumentError."""
     if recipe.objective.whole_hole != Objective.whole_hole and not {"mask", "masked_image"} & set(model.config.concat):
-        raise ArgumentError(f"objective.whole_hole: family {model.config.name} is told of no holes; leave it out, or widen the model", key="objective.whole_hole")
+        raise ArgumentError(
+            f"objective.whole_hole: family {model.config.name} is told of no holes; leave it out, or widen the model",
+            key="objective.whole_hole",
+        )
     model.requires_grad_(False)
     return ready(KINDS[recipe.method.kind](model, recipe, teachers), recipe)
 
@@ -130,7 +153,9 @@ def ready(made: Trainee, recipe: Recipe) -> Trainee:
         p.requires_grad_(True)
     if recipe.run.dtype != "float32":
         dtype = getattr(torch, recipe.run.dtype)
-        beside = [made.model.unet, *made.model.text] if recipe.method.kind in ("lora", "inversion") else []  # not where they are saved as they are
+        beside = (
+            [made.model.unet, *made.model.text] if recipe.method.kind in ("lora", "inversion") else []
+        )  # not where they are saved as they are
         for network in (*beside, *made.frozen):
             hold_in(network, dtype)
     return made
@@ -142,7 +167,9 @@ def hold_in(network: nn.Module, dtype: torch.dtype) -> None:
     Not those of DoRA, which are changed and measured in float32 before they are rounded.
     """
     for module in network.modules():
-        if isinstance(module, (nn.Linear, nn.Conv2d)) and not isinstance(getattr(module, "lora", None), DecomposedFactors):
+        if isinstance(module, (nn.Linear, nn.Conv2d)) and not isinstance(
+            getattr(module, "lora", None), DecomposedFactors
+        ):
             for p in (module.weight, module.bias):
                 if p is not None and not p.requires_grad:
                     p.data = p.data.to(dtype)
@@ -163,11 +190,18 @@ def unused(model: LatentDiffusion) -> re.Pattern[str]:
 def _chosen(model: LatentDiffusion, recipe: Recipe) -> dict[str, nn.Parameter]:
     m, dead = recipe.method, unused(model)
     networks = [network for network, learns in (("unet.", m.unet), ("text.", m.text)) if learns]
-    found = {name: p for name, p in model.named_parameters() if name.startswith(tuple(networks)) and re.search(m.targets, name) and not dead.match(name)}
+    found = {
+        name: p
+        for name, p in model.named_parameters()
+        if name.startswith(tuple(networks)) and re.search(m.targets, name) and not dead.match(name)
+    }
     return _some(found, recipe)
 
 
 def _some(parameters: dict[str, nn.Parameter], recipe: Recipe) -> dict[str, nn.Parameter]:
     if not parameters:
-        raise ArgumentError(f"method.targets: {recipe.method.targets[:60]!r} is found in no parameter's name; leave it out for all of them", key="method.targets")
+        raise ArgumentError(
+            f"method.targets: {recipe.method.targets[:60]!r} is found in no parameter's name; leave it out for all of them",
+            key="method.targets",
+        )
     return parameters

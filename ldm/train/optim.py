@@ -42,7 +42,9 @@ def last_rate(directory: Path) -> float:
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError as error:
-        raise FileError(f"cannot be read ({error.strerror}); optimizer.lr_from is the directory of an earlier run", path=path) from None
+        raise FileError(
+            f"cannot be read ({error.strerror}); optimizer.lr_from is the directory of an earlier run", path=path
+        ) from None
     for line in reversed(lines):
         try:
             rate = json.loads(line)["lr"]
@@ -74,17 +76,24 @@ def optimizer(parameters: Mapping[str, nn.Parameter], settings: Optimizer) -> to
         parts[next((i for i, pattern in enumerate(patterns) if pattern.search(name)), -1)].append(parameter)
     for group, part in zip(settings.groups, parts[:-1], strict=True):
         if not part:
-            raise ArgumentError(f"optimizer.groups: '{group.match}' is in the name of no parameter left for it; names look like {next(iter(parameters))}", key="optimizer.groups")
+            raise ArgumentError(
+                f"optimizer.groups: '{group.match}' is in the name of no parameter left for it; names look like {next(iter(parameters))}",
+                key="optimizer.groups",
+            )
     rates = [*(group.lr for group in settings.groups), settings.lr]
     groups = [{"params": part, "lr": rate, "initial_lr": rate} for part, rate in zip(parts, rates, strict=True) if part]
-    return kind_of(settings.kind)(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay)
+    return kind_of(settings.kind)(
+        groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay
+    )
 
 
 def _pattern(expression: str) -> re.Pattern[str]:
     try:
         return re.compile(expression)
     except re.error as error:
-        raise ArgumentError(f"optimizer.groups: '{expression}' is no regular expression ({error})", key="optimizer.groups") from None
+        raise ArgumentError(
+            f"optimizer.groups: '{expression}' is no regular expression ({error})", key="optimizer.groups"
+        ) from None
 
 
 def kind_of(kind: str) -> type[torch.optim.Optimizer]:
@@ -94,17 +103,27 @@ def kind_of(kind: str) -> type[torch.optim.Optimizer]:
     try:
         import bitsandbytes
     except ImportError:
-        raise ArgumentError("optimizer.kind: adamw8bit needs bitsandbytes, which is not installed; pip install bitsandbytes, or take adamw", key="optimizer.kind") from None
+        raise ArgumentError(
+            "optimizer.kind: adamw8bit needs bitsandbytes, which is not installed; pip install bitsandbytes, or take adamw",
+            key="optimizer.kind",
+        ) from None
     return bitsandbytes.optim.AdamW8bit
 
 
 def state_tensors(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
     """What the optimiser remembers, whole and on the CPU: "exp_avg/NAME" and so on for every parameter that was updated. All ranks call it."""
-    return {f"{key}/{name}": whole(torch.as_tensor(value)) for name, p in parameters.items() for key, value in optimizer.state.get(p, {}).items() if value is not None}
+    return {
+        f"{key}/{name}": whole(torch.as_tensor(value))
+        for name, p in parameters.items()
+        for key, value in optimizer.state.get(p, {}).items()
+        if value is not None
+    }
 
 
 @torch.no_grad()
-def load_state_tensors(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor]) -> None:
+def load_state_tensors(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor]
+) -> None:
     """Put what `state_tensors` gave back; the tensors are taken, not copied. Raises FileError for tensors of a parameter that is not trained."""
     states: dict[str, dict[str, Tensor]] = {name: {} for name in parameters}
     for entry in tensors:
@@ -120,5 +139,7 @@ def load_state_tensors(optimizer: torch.optim.Optimizer, parameters: Mapping[str
 def _placed(key: str, value: Tensor, p: nn.Parameter) -> Tensor | int:
     """As the optimiser had it: counts of updates where it keeps them, what is as large as the parameter laid out as that is."""
     if value.ndim == 0:
-        return int(value) if value.dtype == torch.int64 else value.clone()  # bitsandbytes counts in Python, AdamW in a float32 on the CPU
+        return (
+            int(value) if value.dtype == torch.int64 else value.clone()
+        )  # bitsandbytes counts in Python, AdamW in a float32 on the CPU
     return like(p, value) if value.shape == p.shape else value.to(p.device)

@@ -58,7 +58,9 @@ def ranks(device: str, *, timeout: float = 30.0, join: float = 600.0) -> Iterato
         return
     if device.startswith("cuda"):
         if local >= torch.cuda.device_count():
-            raise DeviceError(f"rank {rank} of {world}: there is no CUDA device {local}, {torch.cuda.device_count()} were found; start as many ranks as there are devices")
+            raise DeviceError(
+                f"rank {rank} of {world}: there is no CUDA device {local}, {torch.cuda.device_count()} were found; start as many ranks as there are devices"
+            )
         device = f"cuda:{local}"
         torch.cuda.set_device(local)
     store = _meet(rank, world, join)
@@ -83,9 +85,13 @@ def _environment() -> tuple[int, int, int]:
         if world > 1:
             os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     except (KeyError, ValueError) as error:
-        raise ArgumentError(f"the environment has WORLD_SIZE, but not what else torchrun sets ({error}); start with torchrun, or unset WORLD_SIZE") from None
+        raise ArgumentError(
+            f"the environment has WORLD_SIZE, but not what else torchrun sets ({error}); start with torchrun, or unset WORLD_SIZE"
+        ) from None
     if not 0 <= rank < world:
-        raise ArgumentError(f"the environment says rank {rank} of {world} (RANK, WORLD_SIZE); start with torchrun, or unset WORLD_SIZE")
+        raise ArgumentError(
+            f"the environment says rank {rank} of {world} (RANK, WORLD_SIZE); start with torchrun, or unset WORLD_SIZE"
+        )
     return rank, world, local
 
 
@@ -95,7 +101,9 @@ def _meet(rank: int, world: int, join: float) -> dist.Store:
         return next(iter(dist.rendezvous("env://", rank, world, timeout=timedelta(seconds=join))))[0]
     except dist.DistError:
         place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        raise LdmError(f"rank {rank} of {world}: not all ranks came to {place} within {join:.0f} s; start all of them, with the same address") from None
+        raise LdmError(
+            f"rank {rank} of {world}: not all ranks came to {place} within {join:.0f} s; start all of them, with the same address"
+        ) from None
 
 
 class _Pulse:
@@ -112,7 +120,9 @@ class _Pulse:
         self.failure: dict[str, Any] | None = None  # what the store says of one
         self.lost = False  # the store cannot be reached any more
         self.quiet = threading.Event()  # nothing more to tell
-        self.acts = True  # a failure ends the process; once the main thread has one of its own to explain it does that itself
+        self.acts = (
+            True  # a failure ends the process; once the main thread has one of its own to explain it does that itself
+        )
         self.acting = threading.Lock()
 
     def start(self, join: float) -> None:
@@ -121,7 +131,9 @@ class _Pulse:
         try:
             self.store.wait([f"sign/{r}" for r in range(self.world)], timedelta(seconds=join))
         except dist.DistError:
-            raise LdmError(f"rank {self.rank} of {self.world}: not all ranks came within {join:.0f} s; start all of them") from None
+            raise LdmError(
+                f"rank {self.rank} of {self.world}: not all ranks came within {join:.0f} s; start all of them"
+            ) from None
         self.heard = [time.monotonic()] * self.world
         self.threads = [threading.Thread(target=target, daemon=True) for target in (self._talk, self._look)]
         for thread in self.threads:
@@ -133,7 +145,9 @@ class _Pulse:
             number += 1
             try:
                 self.store.set(f"sign/{self.rank}", f"{number} {self.phase}")
-                if self.phase == "left" and self.rank:  # rank 0, whose process may be the store, stays until it has heard that of all
+                if (
+                    self.phase == "left" and self.rank
+                ):  # rank 0, whose process may be the store, stays until it has heard that of all
                     return self.quiet.set()
                 signs = [sign.decode() for sign in self.store.multi_get([f"sign/{r}" for r in range(self.world)])]
                 failure = json.loads(self.store.get("failure")) if self.store.check(["failure"]) else None
@@ -141,7 +155,9 @@ class _Pulse:
                 self.lost = True
                 return
             now = time.monotonic()
-            self.heard = [now if new != old else then for new, old, then in zip(signs, self.signs, self.heard, strict=True)]
+            self.heard = [
+                now if new != old else then for new, old, then in zip(signs, self.signs, self.heard, strict=True)
+            ]
             self.signs, self.failure = signs, failure
             if self.phase == "ends" and all(sign.endswith(("ends", "left")) for sign in signs):
                 self.phase = "left"  # told in the next round
@@ -154,7 +170,9 @@ class _Pulse:
         looked = time.monotonic()
         while not self.quiet.wait(self.timeout / BEATS):
             now = time.monotonic()
-            if now - looked > self.timeout / 2:  # it was this process that slept: suspended with all the others, perhaps
+            if (
+                now - looked > self.timeout / 2
+            ):  # it was this process that slept: suspended with all the others, perhaps
                 self.heard = [now] * self.world
             looked = now
             found = self.failure or self._dead(self.timeout)
@@ -166,10 +184,16 @@ class _Pulse:
         """The failure to report where a rank has been silent for so many seconds."""
         now = time.monotonic()
         if self.lost or now - self.heard[self.rank] > silence:  # not even this rank's own signs arrive
-            return self._failure(0, "cannot be reached any more: killed, or its machine is gone; start again to go on from the last state")
+            return self._failure(
+                0,
+                "cannot be reached any more: killed, or its machine is gone; start again to go on from the last state",
+            )
         for r, sign in enumerate(self.signs):
             if now - self.heard[r] > silence and not sign.endswith("left"):
-                return self._failure(r, f"no sign of life for {now - self.heard[r]:.0f} s: killed, or its machine is gone; start again to go on from the last state")
+                return self._failure(
+                    r,
+                    f"no sign of life for {now - self.heard[r]:.0f} s: killed, or its machine is gone; start again to go on from the last state",
+                )
         return None
 
     def _failure(self, rank: int, what: str, code: int = 1) -> dict[str, Any]:
@@ -229,9 +253,14 @@ class _Pulse:
         if isinstance(error, LdmError):
             return self._failure(self.rank, str(error), error.exit_code)
         if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-            return self._failure(self.rank, "out of memory; use a smaller run.micro, or run.checkpointing", MemoryLimit.exit_code)
+            return self._failure(
+                self.rank, "out of memory; use a smaller run.micro, or run.checkpointing", MemoryLimit.exit_code
+            )
         if "Expected to have finished reduction in the prior iteration" in str(error):
-            return self._failure(self.rank, "a trained parameter takes no part in the loss, which DDP cannot do; narrow method.targets, or set run.parallel to fsdp")
+            return self._failure(
+                self.rank,
+                "a trained parameter takes no part in the loss, which DDP cannot do; narrow method.targets, or set run.parallel to fsdp",
+            )
         stopped = not isinstance(error, Exception)
         if stopped or isinstance(error, RuntimeError):
             with _deaf():  # torchrun stops the others as soon as one has died
@@ -243,7 +272,13 @@ class _Pulse:
                     if found:
                         return found
                     time.sleep(self.timeout / BEATS / 2)
-        return None if stopped else self._failure(self.rank, f"{type(error).__name__}: {printable(' '.join(str(error).split()))}; --debug shows where")
+        return (
+            None
+            if stopped
+            else self._failure(
+                self.rank, f"{type(error).__name__}: {printable(' '.join(str(error).split()))}; --debug shows where"
+            )
+        )
 
 
 @contextmanager

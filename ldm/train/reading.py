@@ -40,7 +40,11 @@ READ = [  # keys (a regular expression), and what another key must be for anyone
 
 def names() -> list[str]:
     """The recipes that ship."""
-    return sorted(file.name.removesuffix(".toml") for file in resources.files("ldm.recipes").iterdir() if file.name.endswith(".toml"))
+    return sorted(
+        file.name.removesuffix(".toml")
+        for file in resources.files("ldm.recipes").iterdir()
+        if file.name.endswith(".toml")
+    )
 
 
 def load_recipe(name: str | os.PathLike[str], sets: Sequence[str] = ()) -> Recipe:
@@ -77,7 +81,10 @@ def _read(name: str) -> tuple[dict[str, Any], str]:
         table = _file(Path(name))
     else:
         near = difflib.get_close_matches(name, names(), n=1)
-        raise ArgumentError(f"recipe: {name[:30]!r} is unknown; {f'{near[0]}? ' if near else ''}'ldm train' lists those that ship, or give a .toml file", key="recipe")
+        raise ArgumentError(
+            f"recipe: {name[:30]!r} is unknown; {f'{near[0]}? ' if near else ''}'ldm train' lists those that ship, or give a .toml file",
+            key="recipe",
+        )
     return {"name": Path(name).stem} | table, ""
 
 
@@ -111,7 +118,9 @@ def _table(kind: type, given: Any, place: str) -> Any:
     for field in fields(kind):
         if field.default is MISSING and field.default_factory is MISSING and field.name not in given:
             raise ArgumentError(f"{place}.{field.name}: is missing; give it", key=f"{place}.{field.name}")
-    return kind(**{name: _value(kinds[name], value, f"{place}.{name}" if place else name) for name, value in given.items()})
+    return kind(
+        **{name: _value(kinds[name], value, f"{place}.{name}" if place else name) for name, value in given.items()}
+    )
 
 
 def _value(kind: Any, given: Any, key: str) -> Any:
@@ -131,14 +140,19 @@ def _value(kind: Any, given: Any, key: str) -> Any:
     elif is_dataclass(kind):
         return _table(kind, given, key)
     elif not isinstance(given, kind):
-        raise ArgumentError(f"{key}: {str(given)[:40]!r}; give {'true or false' if kind is bool else 'a string, in quotes'}", key=key)
+        raise ArgumentError(
+            f"{key}: {str(given)[:40]!r}; give {'true or false' if kind is bool else 'a string, in quotes'}", key=key
+        )
     return given
 
 
 def _tuple(kinds: tuple[Any, ...], given: Any, key: str) -> tuple[Any, ...]:
     endless = kinds[-1] is Ellipsis
     if not isinstance(given, list) or (not endless and len(given) != len(kinds)):
-        raise ArgumentError(f"{key}: {str(given)[:40]!r}; give a list{'' if endless else f' of {len(kinds)}'}, in brackets and with commas", key=key)
+        raise ArgumentError(
+            f"{key}: {str(given)[:40]!r}; give a list{'' if endless else f' of {len(kinds)}'}, in brackets and with commas",
+            key=key,
+        )
     return tuple(_value(kinds[0] if endless else kinds[i], each, f"{key}[{i}]") for i, each in enumerate(given))
 
 
@@ -146,7 +160,9 @@ def _pattern(given: str, key: str) -> str:
     try:
         re.compile(given)
     except (re.error, RecursionError, OverflowError) as error:
-        raise ArgumentError(f"{key}: {given[:40]!r} is no regular expression ({str(error)[:60]}); correct it", key=key) from None
+        raise ArgumentError(
+            f"{key}: {given[:40]!r} is no regular expression ({str(error)[:60]}); correct it", key=key
+        ) from None
     return given
 
 
@@ -174,12 +190,17 @@ def _changed(recipe: Recipe, text: str) -> Recipe:
     keys = _keys()
     if key not in keys:
         near = [each for each in keys if each.endswith(f".{key}")] or difflib.get_close_matches(key, keys, n=1)
-        raise ArgumentError(f"--set {key[:40]}: is unknown; {f'{near[0]}?' if near else 'give SECTION.KEY=VALUE, such as run.steps=100'}", key=key)
+        raise ArgumentError(
+            f"--set {key[:40]}: is unknown; {f'{near[0]}?' if near else 'give SECTION.KEY=VALUE, such as run.steps=100'}",
+            key=key,
+        )
     if not equals:
         raise ArgumentError(f"--set {key}: has no value; give {key}=VALUE", key=key)
     value = _value(keys[key], _parsed(given, keys[key]), key)
     section, _, name = key.rpartition(".")
-    return replace(recipe, **({section: replace(getattr(recipe, section), **{name: value})} if section else {name: value}))
+    return replace(
+        recipe, **({section: replace(getattr(recipe, section), **{name: value})} if section else {name: value})
+    )
 
 
 def _parsed(text: str, kind: Any) -> Any:
@@ -199,7 +220,10 @@ def _require_consistent(recipe: Recipe) -> None:
     """Raises ArgumentError for values that each are allowed and together are not. What needs the model or the data is checked where these are."""
     model, data, method, run = recipe.model, recipe.data, recipe.method, recipe.run
     if not re.fullmatch(r"\w[\w .+-]{0,99}", recipe.name):
-        raise ArgumentError(f"name: {recipe.name[:40]!r}; give letters, digits, spaces and . + - _, for a directory is named so", key="name")
+        raise ArgumentError(
+            f"name: {recipe.name[:40]!r}; give letters, digits, spaces and . + - _, for a directory is named so",
+            key="name",
+        )
     if model.family:
         require_known("model.family", model.family, [*FAMILIES, "blocks"])
     _require_read(recipe)
@@ -251,13 +275,20 @@ def _require_read(recipe: Recipe) -> None:
         for keys, chooser, choices in READ:
             if re.fullmatch(keys, key) and told[chooser] not in choices:
                 readers = " or ".join(_written(choice) for choice in choices)
-                raise ArgumentError(f"{key}: is read where {chooser} is {readers}, not {_written(told[chooser])}; leave it out", key=key)
+                raise ArgumentError(
+                    f"{key}: is read where {chooser} is {readers}, not {_written(told[chooser])}; leave it out", key=key
+                )
 
 
 def _flat(recipe: Recipe) -> dict[str, Any]:
     """{section.key: value}"""
     sections = {f.name: getattr(recipe, f.name) for f in fields(recipe)}
-    return {f"{name}.{f.name}": getattr(section, f.name) for name, section in sections.items() if is_dataclass(section) for f in fields(section)}
+    return {
+        f"{name}.{f.name}": getattr(section, f.name)
+        for name, section in sections.items()
+        if is_dataclass(section)
+        for f in fields(section)
+    }
 
 
 # --- from values to TOML --------------------------------------------------------------------------------------------

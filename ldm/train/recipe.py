@@ -36,7 +36,9 @@ class Start:
     start: str = ""  # checkpoint or diffusers folder; empty: the model that ships
     family: str = ""  # family that the start must be of (key of `FAMILIES`, or "blocks"); empty: any
     vae: str = ""  # another autoencoder; empty: the start's own
-    widen: tuple[Literal["mask", "masked_image", "depth"], ...] = ()  # inputs that conv_in gets room for, in the order of `ModelConfig.concat`
+    widen: tuple[
+        Literal["mask", "masked_image", "depth"], ...
+    ] = ()  # inputs that conv_in gets room for, in the order of `ModelConfig.concat`
     vision: str = ""  # file with a CLIP vision tower that takes the text towers' place; empty: none does
     prediction: Literal["", "eps", "v"] = ""  # what the network is trained to predict; empty: what it predicts
     zero_snr: bool = False  # rescale the schedule to zero terminal signal (Lin et al. 2023, algorithm 1); v only
@@ -46,7 +48,9 @@ class Start:
 class Data:
     """[data]: pictures and what is said of them."""
 
-    source: Literal["folder", "shards", "scenes"] = "folder"  # pictures with captions; webdataset tar files; rendered by `ldm.blocks`
+    source: Literal["folder", "shards", "scenes"] = (
+        "folder"  # pictures with captions; webdataset tar files; rendered by `ldm.blocks`
+    )
     path: str = ""  # directory, or pattern of tar files: "shards/{000..099}.tar", "shards/*.tar"
     caption: str = ""  # said of every picture instead of its own caption (DreamBooth's instance prompt)
     scenes: Count = 16_000  # how many, where they are rendered
@@ -59,7 +63,9 @@ class Data:
     cache_text: bool = False  # encode every caption once (text towers that are not trained only)
     held_out: Annotated[float, Range(0, 0.9)] = 0.0  # share of the pictures that only the validation loss sees
     bad_limit: Share = 0.01  # share of pictures that may be unreadable before the run stops
-    prior: str = ""  # DreamBooth: directory of pictures of the class; what is missing is made by the model before training
+    prior: str = (
+        ""  # DreamBooth: directory of pictures of the class; what is missing is made by the model before training
+    )
     prior_caption: str = ""  # what they are made from, and what is said of them where they have no metadata.jsonl
     prior_pictures: Whole = 0  # how many there shall be; 0: no prior preservation
     prior_weight: Weight = 1.0  # weight of their loss
@@ -69,13 +75,17 @@ class Data:
 class Objective:
     """[objective]: what is minimised."""
 
-    min_snr: Weight = 0.0  # limit of the signal-to-noise ratio in the loss's weight (Hang et al. 2023, section 3.4); 0: no weights
+    min_snr: Weight = (
+        0.0  # limit of the signal-to-noise ratio in the loss's weight (Hang et al. 2023, section 3.4); 0: no weights
+    )
     least_snr: Weight = 0.0  # and its least, which keeps high noise levels in the game; 0: none
     noise_offset: Share = 0.0  # standard deviation of what every channel's noise is shifted by
     input_perturbation: Share = 0.0  # gamma of Ning et al. 2023, section 4: noise on the noise that the network sees
     caption_dropout: Share = 0.0  # share of examples without caption, for guidance (Ho & Salimans 2022, algorithm 1)
     whole_hole: Share = 0.25  # inpainting: share of masks that hide everything
-    timesteps: Literal["uniform", "spread"] = "uniform"  # each alone; or one in each of batch equal parts (Kingma et al. 2021, I.1)
+    timesteps: Literal["uniform", "spread"] = (
+        "uniform"  # each alone; or one in each of batch equal parts (Kingma et al. 2021, I.1)
+    )
     kl_weight: Weight = 1e-6  # VAE: weight of the KL divergence per latent value
 
 
@@ -96,7 +106,9 @@ class Method:
     token_from: str = ""  # inversion: the word that it starts as
     vectors: Annotated[int, Range(1, 75)] = 1  # inversion: tokens that the word stands for
     plan: str = ""  # distill: which blocks the student keeps: "ssd-1b", or "half"; see `ldm.surgery.PLANS`
-    teachers: tuple[str, ...] = ()  # distill: checkpoints, each for an equal part of the run, in this order; empty: the start
+    teachers: tuple[
+        str, ...
+    ] = ()  # distill: checkpoints, each for an equal part of the run, in this order; empty: the start
     output_weight: Weight = 1.0  # distill: weight of the difference to the teacher's prediction
     feature_weight: Weight = 1.0  # distill: weight of the differences after each level's blocks
 
@@ -137,14 +149,18 @@ class Run:
     seed: Seed = 0  # of everything that is drawn
     out: str = ""  # directory of the run; empty: runs/NAME
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the arithmetic (autocast; float16 with a loss scaler); weights are float32
+    dtype: Literal["float32", "bfloat16", "float16"] = (
+        "float32"  # of the arithmetic (autocast; float16 with a loss scaler); weights are float32
+    )
     checkpointing: bool = False  # compute activations again instead of keeping them
     compile: bool = False  # torch.compile of the network that learns
     parallel: Literal["ddp", "fsdp"] = "ddp"  # with several ranks (torchrun): a copy of the model each, or a share each
     ema: Decay = 0.0  # decay of the averaged weights, which are what is saved; 0: none
     save_every: Count = 500  # updates between two states: what a crash costs at most
     keep: Count = 2  # states that are kept
-    formats: tuple[Literal["original", "diffusers", "kohya"], ...] = ()  # how the result is saved; empty: original, or for a LoRA kohya and diffusers
+    formats: tuple[
+        Literal["original", "diffusers", "kohya"], ...
+    ] = ()  # how the result is saved; empty: original, or for a LoRA kohya and diffusers
     save_dtype: Literal["float32", "float16", "bfloat16"] = "float16"  # of the numbers in the result
 
 

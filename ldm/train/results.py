@@ -26,7 +26,9 @@ def result(model: LatentDiffusion, averaged: Mapping[str, Tensor]) -> LatentDiff
     return made
 
 
-def save_results(trainee: Trainee, averaged: Mapping[str, Tensor], recipe: Recipe, out: Path, files: Files, ranks: Ranks) -> list[Path]:
+def save_results(
+    trainee: Trainee, averaged: Mapping[str, Tensor], recipe: Recipe, out: Path, files: Files, ranks: Ranks
+) -> list[Path]:
     """Write what was learnt, with these values of the parameters, into directory `out`; return the files and folders. All ranks call it, the first writes.
 
     model.safetensors in the original layout, diffusers/ as a folder; of a LoRA lora.safetensors in kohya's names and lora-diffusers.safetensors;
@@ -39,7 +41,10 @@ def save_results(trainee: Trainee, averaged: Mapping[str, Tensor], recipe: Recip
     if kind == "lora":
         learnt = changes(model, averaged)
         spelled = {"kohya": out / "lora.safetensors", "diffusers": out / "lora-diffusers.safetensors"}
-        return [files.save_lora(learnt, spelled[to], model.config, to, dtype=dtype, overwrite=True) for to in recipe.run.formats or ("kohya", "diffusers")]
+        return [
+            files.save_lora(learnt, spelled[to], model.config, to, dtype=dtype, overwrite=True)
+            for to in recipe.run.formats or ("kohya", "diffusers")
+        ]
     if kind == "inversion":
         word = as_embedding(recipe.method.token, averaged)
         return [files.save_embedding(word, out / "embedding.safetensors", model.config, overwrite=True)]

@@ -55,7 +55,15 @@ def directory(recipe: Recipe) -> Path:
     return Path(recipe.run.out or Path("runs") / recipe.name)
 
 
-def train(recipe: Recipe, files: Files, *, device: str, allow_data_change: bool = False, stop: Callable[[], bool] = lambda: False, say: Callable[[str], None] = lambda line: None) -> Ended:
+def train(
+    recipe: Recipe,
+    files: Files,
+    *,
+    device: str,
+    allow_data_change: bool = False,
+    stop: Callable[[], bool] = lambda: False,
+    say: Callable[[str], None] = lambda line: None,
+) -> Ended:
     """Train as the recipe says, or go on with the run that its directory holds; write what was learnt, and the report of it.
 
     device             "cpu" or "cuda"; of several ranks (torchrun) each takes its own
@@ -66,7 +74,9 @@ def train(recipe: Recipe, files: Files, *, device: str, allow_data_change: bool 
     out = directory(recipe)
     require_there(recipe)
     if recipe.optimizer.lr_from:
-        recipe = replace(recipe, optimizer=replace(recipe.optimizer, lr=last_rate(Path(recipe.optimizer.lr_from)), lr_from=""))
+        recipe = replace(
+            recipe, optimizer=replace(recipe.optimizer, lr=last_rate(Path(recipe.optimizer.lr_from)), lr_from="")
+        )
     with ranks(device) as place, only_run(out) if place.rank == 0 else nullcontext():
         accumulation(recipe, place.world)
         say = say if place.rank == 0 else lambda line: None
@@ -79,10 +89,15 @@ def require_there(recipe: Recipe) -> None:
     kind_of(recipe.optimizer.kind)
     writers(recipe.watch)
     named = {"start": [recipe.model.start], "vae": [recipe.model.vae], "vision": [recipe.model.vision]}
-    for key, paths in [*((f"model.{key}", paths) for key, paths in named.items()), ("method.teachers", recipe.method.teachers)]:
+    for key, paths in [
+        *((f"model.{key}", paths) for key, paths in named.items()),
+        ("method.teachers", recipe.method.teachers),
+    ]:
         for path in paths:
             if path and not Path(path).exists():
-                raise ArgumentError(f"{key}: {path[-80:]} does not exist; give a file of weights or a diffusers folder", key=key)
+                raise ArgumentError(
+                    f"{key}: {path[-80:]} does not exist; give a file of weights or a diffusers folder", key=key
+                )
     if not recipe.method.kind.startswith("shipped"):
         require_path(recipe.data)
 
@@ -110,14 +125,18 @@ def _begin(recipe: Recipe, files: Files, place: Ranks, out: Path, say: Callable[
         require_said(recipe, model, examples)
     examples.encode(place.rank, place.world, told(say))
     all_agree("here", place)
-    return _Begun(trainee(model, recipe, [files.load(path) for path in recipe.method.teachers]), examples.micro, examples)
+    return _Begun(
+        trainee(model, recipe, [files.load(path) for path in recipe.method.teachers]), examples.micro, examples
+    )
 
 
 def _begin_shipped(recipe: Recipe, files: Files, place: Ranks, out: Path, say: Callable[[str], None]) -> _Begun:
     if recipe.method.kind == "shipped-vae":
         return _Begun(ready(shipped.vae_trainee(recipe), recipe), numbered(recipe), None)
     if not recipe.model.vae:
-        raise ArgumentError("model.vae: is missing; run 'ldm train blocks-vae' first and give its model.safetensors", key="model.vae")
+        raise ArgumentError(
+            "model.vae: is missing; run 'ldm train blocks-vae' first and give its model.safetensors", key="model.vae"
+        )
     vae = files.load(recipe.model.vae).vae
     say(f"encoding {recipe.data.scenes} pictures")
     made = shipped.diffusion_trainee(recipe, vae, out / "latents.safetensors", device=place.device)
@@ -129,7 +148,10 @@ def require_said(recipe: Recipe, model: LatentDiffusion, examples: Examples) -> 
     token, vectors = recipe.method.token, recipe.method.vectors
     word = Embedding(token, {tower.config.width: torch.zeros(vectors, tower.config.width) for tower in model.text})
     if without := examples.without(lambda caption: is_read(model.text, caption, word)):
-        raise ArgumentError(f"method.token: {token[:30]!r} is not in what is read of the caption of {without[-60:]}; say it in data.caption, or early in every caption", key="method.token")
+        raise ArgumentError(
+            f"method.token: {token[:30]!r} is not in what is read of the caption of {without[-60:]}; say it in data.caption, or early in every caption",
+            key="method.token",
+        )
 
 
 def told(say: Callable[[str], None], seconds: float = 10.0) -> Callable[[str, int, int], None]:
@@ -157,26 +179,53 @@ def numbered(recipe: Recipe) -> Callable[[int], Batch]:
     return micro
 
 
-def _run(begun: _Begun, recipe: Recipe, files: Files, place: Ranks, out: Path, allow_data_change: bool, stop: Callable[[], bool]) -> Ended:
+def _run(
+    begun: _Begun,
+    recipe: Recipe,
+    files: Files,
+    place: Ranks,
+    out: Path,
+    allow_data_change: bool,
+    stop: Callable[[], bool],
+) -> Ended:
     made, examples = begun.trainee, begun.examples
     made.task.to(place.device)
     same = identity(recipe, files, examples)
     state = going_on(latest_state(out / "states"), same, out, allow_data_change)
     if not all_agree([state and state.step, same], place):
-        raise FileError("the ranks see other weights, pictures or states here; give all of them the same files, on a disk that they share", path=out)
+        raise FileError(
+            "the ranks see other weights, pictures or states here; give all of them the same files, on a disk that they share",
+            path=out,
+        )
     if place.rank == 0:
         write_text(out / "recipe.toml", to_toml(recipe))
     with ExitStack() as stack:
         if recipe.run.checkpointing:
             stack.enter_context(checkpoint_blocks(made.task))
-        log = stack.enter_context(Log(out, recipe.run.steps, recipe.watch, recipe.name, done=state.step if state else 0)) if place.rank == 0 else None
-        validate = validator(made, recipe, [] if examples is None else examples.held_out(recipe.watch.pictures), out, place, log)
+        log = (
+            stack.enter_context(Log(out, recipe.run.steps, recipe.watch, recipe.name, done=state.step if state else 0))
+            if place.rank == 0
+            else None
+        )
+        validate = validator(
+            made, recipe, [] if examples is None else examples.held_out(recipe.watch.pictures), out, place, log
+        )
         if state is None and recipe.watch.every:
             validate(0, {name: p.detach() for name, p in made.parameters.items()})
         if recipe.run.compile:
             compile_what_learns(made.model, recipe.method.kind)
         told = SILENT if log is None else Watchers(log=log.write, event=log.event, tick=log.tick)
-        fitted = fit(made.task, made.parameters, begun.micro, recipe, out, identity=same, state=state, ranks=place, watchers=replace(told, validate=validate, stop=stop))
+        fitted = fit(
+            made.task,
+            made.parameters,
+            begun.micro,
+            recipe,
+            out,
+            identity=same,
+            state=state,
+            ranks=place,
+            watchers=replace(told, validate=validate, stop=stop),
+        )
         paths: list[Path] = []
         if not fitted.stopped:
             paths = save_results(made, fitted.averaged, recipe, out, files, place)
@@ -184,10 +233,17 @@ def _run(begun: _Begun, recipe: Recipe, files: Files, place: Ranks, out: Path, a
     if paths and place.rank == 0:
         paths += write_report(out, recipe)
     all_agree("here", place)
-    return Ended(fitted, tuple(paths), () if examples is None else tuple(f"{each.id}: {each.why}" for each in examples.bad), place.rank)
+    return Ended(
+        fitted,
+        tuple(paths),
+        () if examples is None else tuple(f"{each.id}: {each.why}" for each in examples.bad),
+        place.rank,
+    )
 
 
-def validator(made: Trainee, recipe: Recipe, held_out: Sequence[Batch], out: Path, place: Ranks, log: Log | None) -> Callable[[int, Mapping[str, Tensor]], None]:
+def validator(
+    made: Trainee, recipe: Recipe, held_out: Sequence[Batch], out: Path, place: Ranks, log: Log | None
+) -> Callable[[int, Mapping[str, Tensor]], None]:
     """A function of a step and weights that tells their loss on what is held out and draws the validation pictures; every rank calls it, that with a log writes.
 
     Raises ArgumentError for pictures that cannot be drawn: now, and not after the last update.
@@ -198,7 +254,13 @@ def validator(made: Trainee, recipe: Recipe, held_out: Sequence[Batch], out: Pat
         first_batch(made.model, held_out)
 
     def validate(step: int, weights: Mapping[str, Tensor]) -> None:
-        with made.wearing(weights), gathered(made.task), torch.autocast(torch.device(place.device).type, DTYPES[recipe.run.dtype], enabled=recipe.run.dtype != "float32"):
+        with (
+            made.wearing(weights),
+            gathered(made.task),
+            torch.autocast(
+                torch.device(place.device).type, DTYPES[recipe.run.dtype], enabled=recipe.run.dtype != "float32"
+            ),
+        ):
             seen = validation_loss(made.task, held_out, recipe, made.task.levels)
             pictures = validation_pictures(made.model, recipe, held_out, **words) if draws else []
         if log is not None:
@@ -222,7 +284,10 @@ def going_on(state: State | None, same: Mapping[str, Any], out: Path, allow_data
     then = state.facts["identity"]
     if then.get("pictures") != same.get("pictures"):
         if not allow_data_change:
-            raise ArgumentError(f"{str(out)[-60:]}: holds a run whose pictures or captions were others; use another run.out, or go on with --allow-data-change", key="data.path")
+            raise ArgumentError(
+                f"{str(out)[-60:]}: holds a run whose pictures or captions were others; use another run.out, or go on with --allow-data-change",
+                key="data.path",
+            )
         then = {**then, "pictures": same.get("pictures")}
         state = replace(state, facts={**state.facts, "identity": then})
     require_same(then, same, out)
@@ -237,4 +302,12 @@ def identity(recipe: Recipe, files: Files, examples: Examples | None) -> dict[st
     if not recipe.method.kind.startswith("shipped"):  # which starts from nothing
         start.append(recipe.model.start or files.embedded())
     made = {key: value for key, value in told.items() if not re.fullmatch(FREE, key)}
-    return json.loads(json.dumps(made | {"start": [files.digest(Path(path)) for path in start if path], "pictures": None if examples is None else examples.facts}))
+    return json.loads(
+        json.dumps(
+            made
+            | {
+                "start": [files.digest(Path(path)) for path in start if path],
+                "pictures": None if examples is None else examples.facts,
+            }
+        )
+    )

@@ -51,7 +51,6 @@ READING = 0.1  # weight of the reader's loss beside the UNet's
 MADE_FROM = "ldm.made_from"  # in the metadata of kept latents
 
 
-
 # --- the autoencoder ------------------------------------------------------------------------------------------------
 
 
@@ -71,7 +70,10 @@ class SceneAutoencoding(nn.Module):
 
     def forward(self, batch: Batch, draws: Draws, t: Tensor | None = None) -> Loss:
         """The loss of each scene; an example's number is its scene's seed."""
-        images = [self.views(image, i, g) for image, i, g in zip(blocks.batch(batch.index)[0], batch.index, draws.generators("crop"), strict=True)]
+        images = [
+            self.views(image, i, g)
+            for image, i, g in zip(blocks.batch(batch.index)[0], batch.index, draws.generators("crop"), strict=True)
+        ]
         picture = torch.from_numpy(np.concatenate(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
         of_each = len(picture) // len(batch.index)
         cells = picture.shape[2] // self.vae.config.factor
@@ -94,14 +96,26 @@ def vae_trainee(recipe: Recipe) -> Trainee:
     model = LatentDiffusion(BLOCKS)
     fast_group_norms(model.vae)
     whole = int((1 - recipe.optimizer.decay) * recipe.run.steps)
-    return Trainee.of(model, SceneAutoencoding(model.vae, whole * recipe.run.batch), {f"vae.{name}": p for name, p in model.vae.named_parameters()})
+    return Trainee.of(
+        model,
+        SceneAutoencoding(model.vae, whole * recipe.run.batch),
+        {f"vae.{name}": p for name, p in model.vae.named_parameters()},
+    )
 
 
 # --- the latents ----------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def encode_scenes(vae: VAE, scenes: int, cache: Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32, on_batch: Callable[[int], None] = lambda done: None) -> tuple[Tensor, Tensor]:
+def encode_scenes(
+    vae: VAE,
+    scenes: int,
+    cache: Path,
+    *,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    on_batch: Callable[[int], None] = lambda done: None,
+) -> tuple[Tensor, Tensor]:
     """Latent means [n, 4, 16, 16] float16, unscaled, and token ids [n, CAPTIONS, length] of the scenes with seeds 0 to n - 1.
 
     Kept in the file `cache`, which is made if it is not there or of another autoencoder, other scenes or another renderer.
@@ -133,20 +147,34 @@ class Reader(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
-        self.kinds, self.places = (len(blocks.COLORS), 1 + len(blocks.SHAPES)), (len(blocks.COLORS) ** 2, 2 + len(blocks.RELATIONS))
-        self.layers = nn.Sequential(nn.Linear(width, 256), nn.GELU(), nn.Linear(256, math.prod(self.kinds) + math.prod(self.places)))
+        self.kinds, self.places = (
+            (len(blocks.COLORS), 1 + len(blocks.SHAPES)),
+            (len(blocks.COLORS) ** 2, 2 + len(blocks.RELATIONS)),
+        )
+        self.layers = nn.Sequential(
+            nn.Linear(width, 256), nn.GELU(), nn.Linear(256, math.prod(self.kinds) + math.prod(self.places))
+        )
 
     def forward(self, pooled: Tensor, facts: Tensor) -> Tensor:
         """Cross-entropy per caption, in nats: pooled [b, width], `facts_of` the scenes [b, colours + colours squared]."""
         kinds, places = self.layers(pooled).float().split([math.prod(self.kinds), math.prod(self.places)], dim=1)
-        answers = torch.cat([F.pad(kinds.view(-1, *self.kinds), (0, self.places[1] - self.kinds[1]), value=-torch.inf), places.view(-1, *self.places)], dim=1)
+        answers = torch.cat(
+            [
+                F.pad(kinds.view(-1, *self.kinds), (0, self.places[1] - self.kinds[1]), value=-torch.inf),
+                places.view(-1, *self.places),
+            ],
+            dim=1,
+        )
         return F.cross_entropy(answers.flatten(0, 1), facts.flatten().long(), reduction="sum") / len(facts)
 
 
 def facts_of(scene: blocks.Scene) -> Tensor:
     """For each colour: no solid (0) or which of SHAPES; for each two colours: nothing said (0), which of RELATIONS, or under (6)."""
     colors, under = list(blocks.COLORS), 1 + len(blocks.RELATIONS)
-    kinds, places = torch.zeros(len(colors), dtype=torch.uint8), torch.zeros(len(colors), len(colors), dtype=torch.uint8)
+    kinds, places = (
+        torch.zeros(len(colors), dtype=torch.uint8),
+        torch.zeros(len(colors), len(colors), dtype=torch.uint8),
+    )
     for solid in scene.solids:
         kinds[colors.index(solid.color)] = 1 + blocks.SHAPES.index(solid.shape)
     for a, relation, b in scene.pairs():
@@ -174,13 +202,22 @@ class SceneDiffusion(nn.Module):
         facts = torch.stack([facts_of(blocks.sample(seed)) for seed in range(len(latents))])
         empty = tokenize([""], BLOCKS.text[0].length, BLOCKS.text[0].pad)
         alphas = torch.tensor(model.schedule.alphas_cumprod, dtype=torch.float64).float()
-        for name, values in (("latents", latents), ("ids", ids), ("facts", facts), ("empty", empty), ("alphas", alphas)):
+        for name, values in (
+            ("latents", latents),
+            ("ids", ids),
+            ("facts", facts),
+            ("empty", empty),
+            ("alphas", alphas),
+        ):
             self.register_buffer(name, values, persistent=False)
 
     def forward(self, batch: Batch, draws: Draws, t: Tensor | None = None) -> Loss:
         """The loss of each example: a scene, one of its captions or none, and a noise level from its part of the schedule."""
         b, device, steps = len(draws), self.latents.device, self.model.config.schedule.steps
-        rows, which = (draws.integers(purpose, n).to(device) for purpose, n in (("scene", len(self.latents)), ("caption", CAPTIONS)))
+        rows, which = (
+            draws.integers(purpose, n).to(device)
+            for purpose, n in (("scene", len(self.latents)), ("caption", CAPTIONS))
+        )
         parts = torch.tensor([i % self.batch for i in draws.index]) + draws.uniform("timestep")
         t = (parts / self.batch * steps).long().to(device)  # spread: Kingma et al. 2021, I.1
         drop = (draws.uniform("drop") < DROPOUT).to(device)
@@ -195,7 +232,9 @@ class SceneDiffusion(nn.Module):
         return Loss(told + READING * read, t, steps)
 
 
-def diffusion_trainee(recipe: Recipe, vae: VAE, cache: Path, *, device: str = "cpu", on_batch: Callable[[int], None] = lambda done: None) -> Trainee:
+def diffusion_trainee(
+    recipe: Recipe, vae: VAE, cache: Path, *, device: str = "cpu", on_batch: Callable[[int], None] = lambda done: None
+) -> Trainee:
     """The UNet and text tower of the model that ships, from nothing, on latents of `vae`; the latents are kept in the file `cache`."""
     latents, ids = encode_scenes(vae, recipe.data.scenes, cache, device=device, on_batch=on_batch)
     scale = 1 / (latents.float().std().item() if len(latents) > 1 else 1.0)

@@ -40,7 +40,10 @@ def begin(recipe: Recipe, files: Files) -> LatentDiffusion:
     wanted = recipe.model
     model = files.load(wanted.start or None)
     if wanted.family and model.config.name != wanted.family:
-        raise ArgumentError(f"model.start: is of family {model.config.name}, and the recipe {recipe.name} trains {wanted.family}; give such a model", key="model.start")
+        raise ArgumentError(
+            f"model.start: is of family {model.config.name}, and the recipe {recipe.name} trains {wanted.family}; give such a model",
+            key="model.start",
+        )
     if wanted.vae:
         model.vae = files.load_vae(wanted.vae, model.config.vae)
     if wanted.vision:
@@ -54,11 +57,16 @@ def told_to_predict(model: LatentDiffusion, wanted: Start) -> LatentDiffusion:
     """The model, in place, with the prediction and the schedule that it is going to learn. Raises ArgumentError for eps without signal."""
     config = model.config
     if wanted.prediction and wanted.prediction != config.prediction:
-        name = {"sd2-base": "sd2-v", "sd2-v": "sd2-base"}.get(config.name, config.name)  # the families that differ in this alone
+        name = {"sd2-base": "sd2-v", "sd2-v": "sd2-base"}.get(
+            config.name, config.name
+        )  # the families that differ in this alone
         config = replace(config, prediction=wanted.prediction, name=name)
     if wanted.zero_snr:
         if config.prediction != "v":
-            raise ArgumentError('model.zero_snr: this model predicts eps, which says nothing where there is no signal; set model.prediction to "v"', key="model.zero_snr")
+            raise ArgumentError(
+                'model.zero_snr: this model predicts eps, which says nothing where there is no signal; set model.prediction to "v"',
+                key="model.zero_snr",
+            )
         config = replace(config, schedule=replace(config.schedule, zero_snr=True))
         model.schedule = Schedule(config.schedule.start, config.schedule.end, config.schedule.steps, zero_snr=True)
     model.config = config
@@ -68,7 +76,9 @@ def told_to_predict(model: LatentDiffusion, wanted: Start) -> LatentDiffusion:
 def complete_prior(recipe: Recipe, files: Files, place: Ranks, say: Callable[[str], None]) -> None:
     """Make the pictures of the class that are missing, a share on each rank, with the model as it was before its inputs or its task were changed."""
     data = recipe.data
-    missing = list(islice((seed for seed in count() if not prior_path(data, seed).exists()), missing_prior(data)))  # the first seeds of which there is none yet
+    missing = list(
+        islice((seed for seed in count() if not prior_path(data, seed).exists()), missing_prior(data))
+    )  # the first seeds of which there is none yet
     all_agree("counted", place)  # before any of them makes one
     if mine := missing[place.rank :: place.world]:
         say(f"making {len(missing)} pictures of {data.prior_caption!r}")

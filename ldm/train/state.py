@@ -23,13 +23,17 @@ from ldm.disk import output_errors, sync_directory, write_all
 from ldm.errors import ArgumentError, OutputError
 
 TENSORS, FACTS, LATEST, LOCK = "tensors.safetensors", "state.json", "LATEST", "run.lock"
-LEFT = "the states before it are as they were: make room or choose another disk, and start again"  # by a write that failed
+LEFT = (
+    "the states before it are as they were: make room or choose another disk, and start again"  # by a write that failed
+)
 PIECE = 1 << 24  # bytes written, read and summed at once
 NAMES = {  # of the types of numbers in a .safetensors
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
     torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
-_STATE = re.compile(r"step-(\d{6,})(\.replaced)?")  # the second is what a newer state of the same step is about to take the place of
+_STATE = re.compile(
+    r"step-(\d{6,})(\.replaced)?"
+)  # the second is what a newer state of the same step is about to take the place of
 
 
 class Tensors(Mapping[str, Tensor]):
@@ -86,10 +90,17 @@ def save_state(directory: Path, step: int, tensors: Mapping[str, Tensor], facts:
         need = sum(tensor.numel() * tensor.itemsize for tensor in tensors.values())
         free = shutil.disk_usage(directory).free
         if free < need:
-            raise OutputError(f"cannot be written: it needs {need / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB free; make room and start again", path=path)
+            raise OutputError(
+                f"cannot be written: it needs {need / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB free; make room and start again",
+                path=path,
+            )
         try:
             temporary.mkdir()
-            told = {"step": step, "facts": dict(facts), "files": {TENSORS: _write(temporary / TENSORS, _safetensors(tensors))}}
+            told = {
+                "step": step,
+                "facts": dict(facts),
+                "files": {TENSORS: _write(temporary / TENSORS, _safetensors(tensors))},
+            }
             _write(temporary / FACTS, [_signed(told)])
             sync_directory(temporary)
             wrong = _fault(temporary, step)
@@ -111,7 +122,11 @@ def _safetensors(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
     order = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))  # widest first: all aligned
     for name in order:
         size = tensors[name].numel() * tensors[name].itemsize
-        header[name] = {"dtype": NAMES[tensors[name].dtype], "shape": list(tensors[name].shape), "data_offsets": [position, position + size]}
+        header[name] = {
+            "dtype": NAMES[tensors[name].dtype],
+            "shape": list(tensors[name].shape),
+            "data_offsets": [position, position + size],
+        }
         position += size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
@@ -265,9 +280,14 @@ def only_run(directory: Path) -> Iterator[None]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             pid = os.pread(descriptor, 20, 0).decode("ascii", "replace").strip()
-            raise ArgumentError(f"a run is under way in it (process {pid}); wait for it, stop it or choose another directory", path=directory) from None
+            raise ArgumentError(
+                f"a run is under way in it (process {pid}); wait for it, stop it or choose another directory",
+                path=directory,
+            ) from None
         except OSError as error:
-            raise OutputError(f"cannot be locked: {error.strerror}; choose a directory on another disk", path=directory) from None
+            raise OutputError(
+                f"cannot be locked: {error.strerror}; choose a directory on another disk", path=directory
+            ) from None
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
         yield

@@ -48,7 +48,15 @@ class Prepared:
 class Diffusion(nn.Module):
     """Denoising score matching of a latent diffusion model, whatever it is told (Rombach et al. 2022, eq. 3)."""
 
-    def __init__(self, model: LatentDiffusion, objective: Objective, *, batch: int = 1, trains_text: bool = False, embeddings: Sequence[Embedding] = ()):
+    def __init__(
+        self,
+        model: LatentDiffusion,
+        objective: Objective,
+        *,
+        batch: int = 1,
+        trains_text: bool = False,
+        embeddings: Sequence[Embedding] = (),
+    ):
         """
         batch        examples per update, for `timesteps = "spread"`
         trains_text  gradients flow into the text towers and `embeddings`; otherwise the towers are run without
@@ -56,11 +64,15 @@ class Diffusion(nn.Module):
         """
         super().__init__()
         if not CONCATENATED.issuperset(model.config.concat) or model.config.unet.noise_levels is not None:
-            raise ArgumentError(f"family {model.config.name}: its inputs ({', '.join(model.config.concat)}) are not trained here; use a text, inpainting, depth or image model")
+            raise ArgumentError(
+                f"family {model.config.name}: its inputs ({', '.join(model.config.concat)}) are not trained here; use a text, inpainting, depth or image model"
+            )
         self.model, self.objective, self.batch = model, objective, batch
         self.trains_text, self.embeddings = trains_text, tuple(embeddings)
         self.levels = model.config.schedule.steps
-        self.register_buffer("alphas", torch.tensor(model.schedule.alphas_cumprod, dtype=torch.float64).float(), persistent=False)
+        self.register_buffer(
+            "alphas", torch.tensor(model.schedule.alphas_cumprod, dtype=torch.float64).float(), persistent=False
+        )
 
     def forward(self, batch: Batch, draws: Draws, t: Tensor | None = None) -> Loss:
         """The loss of each example: at drawn timesteps as the objective says, or, to compare runs by, at `t` [b] as if it said nothing."""
@@ -103,7 +115,9 @@ class Diffusion(nn.Module):
             x = torch.cat([losses.noised(x0, noise, alpha), *concat], dim=1)
             weight = batch.weight.to(device)
             if objective.min_snr or objective.least_snr:
-                weight = weight * losses.snr_weight(self.model.config.prediction, alpha, objective.least_snr, objective.min_snr or torch.inf)
+                weight = weight * losses.snr_weight(
+                    self.model.config.prediction, alpha, objective.least_snr, objective.min_snr or torch.inf
+                )
         context, y = self.told(batch, draws.uniform("caption") < objective.caption_dropout)
         return Prepared(x, t, context, y, target, weight)
 
@@ -117,7 +131,9 @@ class Diffusion(nn.Module):
         """What joins the latent at the UNet's input: a mask, the picture with a grey hole where it is, depth."""
         kinds, factor, device, made = self.model.config.concat, self.model.config.vae.factor, self.alphas.device, {}
         if {"mask", "masked_image"} & set(kinds):
-            mask = torch.stack([hole(*batch.size, g, self.objective.whole_hole) for g in draws.generators("hole")]).to(device)
+            mask = torch.stack([hole(*batch.size, g, self.objective.whole_hole) for g in draws.generators("hole")]).to(
+                device
+            )
             made["mask"] = cells(mask, factor, any_pixel=False)
         if "masked_image" in kinds:
             noise = draws.normal("masked posterior", x0.shape[1:]).to(device)
@@ -150,7 +166,9 @@ class Diffusion(nn.Module):
                 context = torch.where(dropped[:, None, None], nothing, context)
                 pooled = None if pooled is None else torch.where(dropped[:, None], of_nothing, pooled)
         else:
-            context, pooled = self._text(["" if dropped else caption for caption, dropped in zip(batch.captions, drop.tolist(), strict=True)])
+            context, pooled = self._text(
+                ["" if dropped else caption for caption, dropped in zip(batch.captions, drop.tolist(), strict=True)]
+            )
         if config.zero_empty:
             said = ~drop.to(device)
             context, pooled = context * said[:, None, None], pooled * said[:, None]

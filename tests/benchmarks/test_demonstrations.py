@@ -20,7 +20,11 @@ NAMES = {"lora": "lora", "dreambooth": "full", "inpainting": "full", "v": "full"
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_demonstration_has_a_recipe(name):
-    assert set(demonstrations.DEMONSTRATIONS) == set(NAMES) == {path.stem for path in demonstrations.RECIPES.glob("*.toml")}
+    assert (
+        set(demonstrations.DEMONSTRATIONS)
+        == set(NAMES)
+        == {path.stem for path in demonstrations.RECIPES.glob("*.toml")}
+    )
     assert load_recipe(demonstrations.RECIPES / f"{name}.toml", demonstrations.QUICK).method.kind == NAMES[name]
 
 
@@ -42,7 +46,12 @@ def test_magenta_is_read_as_magenta_and_as_nothing_else():
         reading = demonstrations.of_nine(subjects.render(scene))
         assert quality.agrees(reading, scene)["all"], blocks.canonical(scene)
         for color in ("purple", "pink"):
-            other = replace(scene, solids=tuple(replace(solid, color=color) if solid.color == subjects.MAGENTA else solid for solid in scene.solids))
+            other = replace(
+                scene,
+                solids=tuple(
+                    replace(solid, color=color) if solid.color == subjects.MAGENTA else solid for solid in scene.solids
+                ),
+            )
             if len({solid.color for solid in other.solids}) == len(other.solids):
                 assert not quality.agrees(reading, other)["colours"]
                 assert not quality.agrees(demonstrations.of_nine(blocks.render(other)), scene)["colours"]
@@ -56,7 +65,11 @@ def test_the_particular_cone_is_read_as_one_thing_wherever_it_stands():
 def test_other_cones_are_not_the_particular_one():
     wanted = subjects.cone_lessons(1)[0]
     blue, yellow = Solid("cone", subjects.BODY), Solid("cone", subjects.TIP, "small")
-    for scene in (Scene((blue,)), Scene((yellow,)), *(Scene((yellow, blue), (relation,)) for relation in blocks.RELATIONS)):
+    for scene in (
+        Scene((blue,)),
+        Scene((yellow,)),
+        *(Scene((yellow, blue), (relation,)) for relation in blocks.RELATIONS),
+    ):
         reading = subjects.read(blocks.render(scene))
         assert not quality.agrees(reading, wanted)["all"], blocks.canonical(scene)
         assert quality.agrees(reading, scene)["all"], blocks.canonical(scene)
@@ -67,7 +80,9 @@ def test_a_hole_hides_all_that_tells_of_a_solid():
         which = number % 2
         hole = demonstrations.hiding(scene, which)
         assert 0 < (hole == 255).mean() < 0.7
-        alone = blocks.render(scene, build=lambda scene, rng, which=which: blocks.layout(scene, rng)[1 - which : 2 - which])
+        alone = blocks.render(
+            scene, build=lambda scene, rng, which=which: blocks.layout(scene, rng)[1 - which : 2 - which]
+        )
         assert (blocks.render(scene)[hole == 0] == alone[hole == 0]).all()
 
 
@@ -84,8 +99,18 @@ def test_a_run_that_goes_on_costs_what_both_parts_did(tmp_path):
 
 def test_figures_of_one_demonstration_leave_the_others_be(tmp_path, monkeypatch):
     picture = np.full((128, 128, 3), 90, np.uint8)
-    panel = panels.Panel("one", [panels.Row("before\n0 of 1", [picture], [False], ["a magenta cube"]), panels.Row("after\n1 of 1", [picture], [True], ["a magenta cube"])])
-    monkeypatch.setattr(demonstrations, "DEMONSTRATIONS", {name: lambda how, name=name: ({"told": name, "start": 1}, panel) for name in ("v", "lora")})
+    panel = panels.Panel(
+        "one",
+        [
+            panels.Row("before\n0 of 1", [picture], [False], ["a magenta cube"]),
+            panels.Row("after\n1 of 1", [picture], [True], ["a magenta cube"]),
+        ],
+    )
+    monkeypatch.setattr(
+        demonstrations,
+        "DEMONSTRATIONS",
+        {name: lambda how, name=name: ({"told": name, "start": 1}, panel) for name in ("v", "lora")},
+    )
     start = tmp_path / "start.safetensors"
     start.write_bytes(b"weights")
     for name in ("lora", "v", "lora"):

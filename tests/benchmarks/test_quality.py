@@ -42,7 +42,9 @@ def test_true_renders_are_right(held_out):
 
 def test_blurred_and_noisy_renders_are_right():
     scenes = [blocks.sample(2 * 10**6 + seed, held_out=seed % 2 == 0) for seed in range(70)]
-    wrong = [blocks.canonical(s) for k, s in enumerate(scenes) if not quality.right(worn(blocks.render(s), k), s)["all"]]
+    wrong = [
+        blocks.canonical(s) for k, s in enumerate(scenes) if not quality.right(worn(blocks.render(s), k), s)["all"]
+    ]
     assert len(wrong) <= 1, wrong
 
 
@@ -53,8 +55,12 @@ def altered(scene: Scene, rng: np.random.Generator) -> dict[str, Scene]:
     return {
         "colours": replace(scene, solids=(replace(a, color=b.color), replace(b, color=a.color))),
         "colour": replace(scene, solids=(replace(a, color=next(c for c in COLORS if c not in (a.color, b.color))), b)),
-        "first shape": replace(scene, solids=(replace(a, shape=str(rng.choice([s for s in SHAPES if s != a.shape]))), b)),
-        "second shape": replace(scene, solids=(a, replace(b, shape=str(rng.choice([s for s in SHAPES if s != b.shape]))))),
+        "first shape": replace(
+            scene, solids=(replace(a, shape=str(rng.choice([s for s in SHAPES if s != a.shape]))), b)
+        ),
+        "second shape": replace(
+            scene, solids=(a, replace(b, shape=str(rng.choice([s for s in SHAPES if s != b.shape]))))
+        ),
         "relation": replace(scene, relations=(str(rng.choice([r for r in RELATIONS if r != relation])),)),
         "one missing": Scene((a,), (), scene.seed),
     }
@@ -123,14 +129,19 @@ def test_the_command_writes_figures_and_sheets(tmp_path, monkeypatch, capsys):
     first = next(iter(scenes))
 
     def pictures_of(model, prompts, seeds, settings, batch):
-        return [np.zeros((128, 128, 3), np.uint8) if prompt == first else blocks.render(scenes[prompt]) for prompt in prompts]
+        return [
+            np.zeros((128, 128, 3), np.uint8) if prompt == first else blocks.render(scenes[prompt])
+            for prompt in prompts
+        ]
 
     import torch
 
     import weights
 
     model = SimpleNamespace(
-        vae=SimpleNamespace(encode=lambda image: image, decode=lambda z: z), device=torch.device("cpu"), dtype=torch.float32
+        vae=SimpleNamespace(encode=lambda image: image, decode=lambda z: z),
+        device=torch.device("cpu"),
+        dtype=torch.float32,
     )
     monkeypatch.setattr(weights, "load", lambda *_, **__: model)
     monkeypatch.setattr(quality, "pictures_of", pictures_of)

@@ -31,7 +31,9 @@ def test_parity_has_a_row_for_every_golden_output(tmp_path, capsys):
     assert all(row["ok"] for row in rows)
     samplers = {row["name"] for row in rows if row["kind"] in ("sampler", "grid")}
     assert samplers == set(golden("samplers")) - INPUTS
-    assert len(rows) - len(samplers) == 1 + sum(len(set(golden(file)) - INPUTS) for file in ("unet", "vae", "text", "vision", "dpt"))  # 1: the tokens
+    assert len(rows) - len(samplers) == 1 + sum(
+        len(set(golden(file)) - INPUTS) for file in ("unet", "vae", "text", "vision", "dpt")
+    )  # 1: the tokens
     assert sum(row["exact"].endswith("timesteps") for row in rows) > 10
     printed = capsys.readouterr().out
     assert all(row["name"] in printed for row in rows)
@@ -58,7 +60,9 @@ def test_parity_says_no_to_what_is_too_far_or_not_equal(monkeypatch, capsys):
 
 def test_without_diffusers_one_line_says_what_to_install(no_diffusers, monkeypatch, capsys):
     for command, arguments in ((parity.main, ["--full"]), (speed.main, ["--tiny"])):
-        monkeypatch.setattr(parity, "require", lambda extra, *modules: peers.require(extra, *modules) if extra == "bench" else None)
+        monkeypatch.setattr(
+            parity, "require", lambda extra, *modules: peers.require(extra, *modules) if extra == "bench" else None
+        )
         with pytest.raises(SystemExit) as left:
             command(arguments)
         assert left.value.code == 2
@@ -102,14 +106,18 @@ def measured(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(speed, "peak", lambda *_: {"rates": {"float32": {"assumed": 1e11}}, "best": 1e11})
         patch.setitem(sides.NEEDS, "sdcpp", ("stable_diffusion_cpp_that_nobody_has", "stable-diffusion-cpp-python"))
-        status = speed.main(["--tiny", "--quick", "--side", *chosen, "--threads=1", f"--cache={folder / 'cache'}", *files])
+        status = speed.main(
+            ["--tiny", "--quick", "--side", *chosen, "--threads=1", f"--cache={folder / 'cache'}", *files]
+        )
     return status, json.loads((folder / "speed.json").read_text()), Image.open(folder / "speed.png")
 
 
 def test_speed_has_a_row_for_every_cell_and_side(measured):
     status, found, _ = measured
     assert status == 0
-    assert [(row["stage"], row["side"]) for row in found["rows"]] == list(product(["picture", "step", "text", "decode"], ["ldm", "diffusers", "sdcpp"]))
+    assert [(row["stage"], row["side"]) for row in found["rows"]] == list(
+        product(["picture", "step", "text", "decode"], ["ldm", "diffusers", "sdcpp"])
+    )
     timed = [row for row in found["rows"] if row["side"] != "sdcpp"]
     for row in timed:
         assert row["status"] == "same", row
@@ -129,7 +137,9 @@ def test_speed_has_a_row_for_every_cell_and_side(measured):
 
 def test_a_peer_that_is_not_installed_has_rows_that_say_so(measured):
     absent = [row for row in measured[1]["rows"] if row["side"] == "sdcpp"]
-    assert {(row["status"], row["why"]) for row in absent} == {("absent", "stable_diffusion_cpp_that_nobody_has is not installed: pip install stable-diffusion-cpp-python")}
+    assert {(row["status"], row["why"]) for row in absent} == {
+        ("absent", "stable_diffusion_cpp_that_nobody_has is not installed: pip install stable-diffusion-cpp-python")
+    }
     assert all(row["seconds"] is None and row["ratio"] is None for row in absent)
 
 
@@ -142,11 +152,23 @@ def test_openvino_has_no_rows_on_a_gpu(monkeypatch):
 def test_ratios_are_drawn(measured):
     _, found, picture = measured
     cells = len({row["cell"] for row in found["rows"]})
-    assert picture.size == (plot.WIDTH, plot.HEAD + 2 * plot.MARGIN + cells * (2 * (plot.BAR + plot.GAP) + plot.CELL_GAP))
+    assert picture.size == (
+        plot.WIDTH,
+        plot.HEAD + 2 * plot.MARGIN + cells * (2 * (plot.BAR + plot.GAP) + plot.CELL_GAP),
+    )
     row = {"model": "sd1", "dtype": "float32", "cell": "step", "side": "fast", "seconds": {"median": 1.0}}
     drawn = plot.draw([{**row, "ratio": 2.0}, {**row, "ratio": 0.5}, {**row, "ratio": None}], "title", "caption")
-    bars = [sum(drawn.getpixel((x, plot.HEAD + plot.MARGIN + 2 + i * (plot.BAR + plot.GAP))) == ImageColor.getrgb(plot.COLOURS["fast"]) for x in range(plot.WIDTH)) for i in range(2)]
-    assert bars[0] == pytest.approx(4 * bars[1], abs=8)  # pixels: ends are rounded, and the line at 1 crosses the longer bar
+    bars = [
+        sum(
+            drawn.getpixel((x, plot.HEAD + plot.MARGIN + 2 + i * (plot.BAR + plot.GAP)))
+            == ImageColor.getrgb(plot.COLOURS["fast"])
+            for x in range(plot.WIDTH)
+        )
+        for i in range(2)
+    ]
+    assert bars[0] == pytest.approx(
+        4 * bars[1], abs=8
+    )  # pixels: ends are rounded, and the line at 1 crosses the longer bar
     assert bars[1] > 100
 
 
@@ -160,7 +182,10 @@ def test_every_family_is_the_same_on_all_sides(family, tmp_path):
     for side in ("ldm", "diffusers"):
         make = sides.SIDES[side](sides.Job(side, family, True, str(tmp_path / "folder"), "", "float32", "cpu", None))
         with torch.no_grad():
-            outputs[side] = [make(cells.Cell("picture", 2, 64, *sampler))() for sampler in (("ddim", 3), ("dpmpp_2m", 3), ("dpmpp_2m", 16))]
+            outputs[side] = [
+                make(cells.Cell("picture", 2, 64, *sampler))()
+                for sampler in (("ddim", 3), ("dpmpp_2m", 3), ("dpmpp_2m", 16))
+            ]
     for ours, theirs in zip(*outputs.values(), strict=True):
         assert ours.shape == (2, 64, 64, 3)
         assert not torch.equal(ours[0], ours[1])
@@ -173,7 +198,26 @@ def test_openvino_computes_the_same(family, tmp_path):
     pytest.importorskip("diffusers", reason="the comparison needs the extra 'bench'")
     pytest.importorskip("openvino", reason="the comparison needs the extra 'bench'")
     out = tmp_path / "speed.json"
-    assert speed.main(["--tiny", "--model", family, "--side", "ldm", "openvino", "--batch", "1", "2", "--sampler", "ddim:2", "--repeats=1", f"--out={out}"]) == 0
+    assert (
+        speed.main(
+            [
+                "--tiny",
+                "--model",
+                family,
+                "--side",
+                "ldm",
+                "openvino",
+                "--batch",
+                "1",
+                "2",
+                "--sampler",
+                "ddim:2",
+                "--repeats=1",
+                f"--out={out}",
+            ]
+        )
+        == 0
+    )
     found = json.loads(out.read_text())
     assert len(found["rows"]) == 2 * 2 * 4
     assert {row["status"] for row in found["rows"]} == {"same"}
@@ -205,11 +249,16 @@ def test_a_side_that_computes_something_else_is_void():
 def test_a_void_row_has_times_but_no_ratio():
     job = sides.Job("ldm", "sd1", True, "", "", "float32", "cpu", None)
     entry = {"first": 3.0, "cold": None, "peak": 1, "device_peak": None}
-    found = {side: {**entry, "seconds": [seconds] * 3, "output": torch.ones(4)} for side, seconds in (("ldm", 1.0), ("fast", 0.5), ("diffusers", 2.0))}
+    found = {
+        side: {**entry, "seconds": [seconds] * 3, "output": torch.ones(4)}
+        for side, seconds in (("ldm", 1.0), ("fast", 0.5), ("diffusers", 2.0))
+    }
     cell = cells.Cell("step", 1, 64)
 
     def ratios():
-        return {row["side"]: (row["status"], row["ratio"]) for row in rows.finished(job, cell, found, None, 1e9, "in turn")}
+        return {
+            row["side"]: (row["status"], row["ratio"]) for row in rows.finished(job, cell, found, None, 1e9, "in turn")
+        }
 
     assert ratios() == {"ldm": ("same", 2.0), "fast": ("same", 4.0), "diffusers": ("same", 1.0)}
     found["fast"]["output"] = torch.full((4,), 1.1)
@@ -222,7 +271,14 @@ def test_a_void_row_has_times_but_no_ratio():
 
 def test_a_void_or_failed_row_is_an_exit_status(monkeypatch, capsys):
     pytest.importorskip("diffusers", reason="the comparison needs the extra 'bench'")
-    row = {"model": "sd1", "cell": "step, 1 at 64", "side": "fast", "seconds": None, "why": "it fell over", "cold": None}
+    row = {
+        "model": "sd1",
+        "cell": "step, 1 at 64",
+        "side": "fast",
+        "seconds": None,
+        "why": "it fell over",
+        "cold": None,
+    }
     monkeypatch.setattr(speed, "write_folder", lambda *_: None)
     monkeypatch.setattr(speed, "peak", lambda *_: {"rates": {}, "best": 1e9})
     for status, code in (("failed", 1), ("void", 1), ("absent", 0)):
@@ -232,7 +288,17 @@ def test_a_void_or_failed_row_is_an_exit_status(monkeypatch, capsys):
 
 
 def test_growth_is_shown_beside_that_of_the_flops():
-    row = {"model": "sdxl-base", "dtype": "float32", "side": "fast", "stage": "step", "sampler": "", "steps": 0, "batch": 1, "size": 512, "status": "same"}
+    row = {
+        "model": "sdxl-base",
+        "dtype": "float32",
+        "side": "fast",
+        "stage": "step",
+        "sampler": "",
+        "steps": 0,
+        "batch": 1,
+        "size": 512,
+        "status": "same",
+    }
     found = rows.growth([
         {**row, "seconds": {"median": 2.0}, "flops": 10}, {**row, "seconds": {"median": 5.0}, "flops": 30, "size": 1024},
         {**row, "seconds": {"median": 3.0}, "flops": 20, "batch": 2}, {**row, "seconds": {"median": 1.0}, "flops": 5, "model": "ssd-1b"},
@@ -244,7 +310,13 @@ def test_growth_is_shown_beside_that_of_the_flops():
 
 
 @pytest.mark.parametrize(
-    ("family", "size", "step", "decode"), [("sd1", 512, 1.607, 2.515), ("sd2-v", 768, 4.298, 5.754), ("sdxl-base", 1024, 13.523, 10.470), ("ssd-1b", 1024, 8.416, 10.470)]
+    ("family", "size", "step", "decode"),
+    [
+        ("sd1", 512, 1.607, 2.515),
+        ("sd2-v", 768, 4.298, 5.754),
+        ("sdxl-base", 1024, 13.523, 10.470),
+        ("ssd-1b", 1024, 8.416, 10.470),
+    ],
 )
 def test_flops_are_those_of_the_published_networks(family, size, step, decode):
     """TFLOP of a guided step and of decoding, counted with diffusers' networks of the published configs on the meta device."""
@@ -252,7 +324,9 @@ def test_flops_are_those_of_the_published_networks(family, size, step, decode):
     for stage, tera in (("step", step), ("decode", decode)):
         assert floors.flops(config, cells.Cell(stage, 1, size)) == pytest.approx(tera * 1e12, abs=1e9)
     whole = floors.flops(config, cells.Cell("picture", 1, size, "ddim", 20))
-    assert whole == sum(n * floors.flops(config, cells.Cell(stage, 1, size)) for stage, n in (("step", 20), ("text", 1), ("decode", 1)))
+    assert whole == sum(
+        n * floors.flops(config, cells.Cell(stage, 1, size)) for stage, n in (("step", 20), ("text", 1), ("decode", 1))
+    )
 
 
 def test_the_rate_of_a_machine_is_its_best(monkeypatch):
@@ -265,7 +339,13 @@ def test_the_rate_of_a_machine_is_its_best(monkeypatch):
     monkeypatch.setattr(floors, "_operations", operations)
     monkeypatch.setattr(floors, "_best", lambda call, device: 0.125 if sizes[-1][0] == torch.float32 else 1.0)
     found = floors.peak("cpu", torch.bfloat16)
-    assert found == {"rates": {"float32": {"product": 64 * 3 * 8, "convolution": 64 * 5 * 8}, "bfloat16": {"product": 8 * 3, "convolution": 8 * 5}}, "best": 64 * 5 * 8}
+    assert found == {
+        "rates": {
+            "float32": {"product": 64 * 3 * 8, "convolution": 64 * 5 * 8},
+            "bfloat16": {"product": 8 * 3, "convolution": 8 * 5},
+        },
+        "best": 64 * 5 * 8,
+    }
     assert len(sizes) == 4 + 1  # what is slow already is not made larger
 
 
@@ -297,7 +377,10 @@ def test_where_no_side_can_be_measured_every_row_says_so_once(monkeypatch):
     job, cell = sides.Job("ldm", "sd1", True, "", "", "float32", "cpu", 1), cells.Cell("step", 1, 64)
     monkeypatch.setattr(rounds, "missing", lambda side, device: "not here")
     found = [*rounds.rows_of(job, ["openvino", "sdcpp"], [cell], 1, 1e11, [])]
-    assert [(row["side"], row["status"], row["why"]) for row in found] == [("openvino", "absent", "not here"), ("sdcpp", "absent", "not here")]
+    assert [(row["side"], row["status"], row["why"]) for row in found] == [
+        ("openvino", "absent", "not here"),
+        ("sdcpp", "absent", "not here"),
+    ]
 
 
 def test_without_a_reference_half_precision_is_not_compared(monkeypatch):
@@ -330,18 +413,51 @@ def test_sides_one_after_the_other_have_the_same_rows(measured, monkeypatch, tmp
     monkeypatch.setattr(rounds, "fitting", lambda job, sides, cells: (False, {}))
     monkeypatch.setattr(speed, "peak", lambda *_: {"rates": {}, "best": 1e11})
     out = tmp_path / "speed.json"
-    assert speed.main(["--tiny", "--side", "diffusers", "ldm", "--stage", "text", "step", "--size", "64", "128", "--repeats=1", "--threads=1", f"--out={out}"]) == 0
+    assert (
+        speed.main(
+            [
+                "--tiny",
+                "--side",
+                "diffusers",
+                "ldm",
+                "--stage",
+                "text",
+                "step",
+                "--size",
+                "64",
+                "128",
+                "--repeats=1",
+                "--threads=1",
+                f"--out={out}",
+            ]
+        )
+        == 0
+    )
     found = json.loads(out.read_text())
     assert [(row["stage"], row["size"], row["side"]) for row in found["rows"]] == [
         (*cell, side) for cell in (("step", 64), ("step", 128), ("text", 64)) for side in ("diffusers", "ldm")
     ]
-    assert all(row["status"] == "same" and row["ratio"] and row["turns"].startswith("one side after the other") for row in found["rows"])
+    assert all(
+        row["status"] == "same" and row["ratio"] and row["turns"].startswith("one side after the other")
+        for row in found["rows"]
+    )
     assert {(each["what"], each["side"]) for each in found["growth"]} == {("size", "diffusers"), ("size", "ldm")}
 
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--size=100"], ["--size=32"], ["--repeats=0"], ["--sampler=ddim:1000"], ["--sampler=plms:5"], ["--batch=0"], ["--threads=0"], ["--dtype=int8"], ["--device=mps"], ["--stage=text", "--quick"]],
+    [
+        ["--size=100"],
+        ["--size=32"],
+        ["--repeats=0"],
+        ["--sampler=ddim:1000"],
+        ["--sampler=plms:5"],
+        ["--batch=0"],
+        ["--threads=0"],
+        ["--dtype=int8"],
+        ["--device=mps"],
+        ["--stage=text", "--quick"],
+    ],
 )
 def test_what_cannot_be_measured_is_refused(arguments, capsys):
     with pytest.raises(SystemExit) as left:
@@ -360,7 +476,9 @@ def test_a_machine_is_described_but_not_named():
 
 
 def test_loading_is_timed_beside_others_with_every_tensor_read(tmp_path, capsys):
-    assert load.main(["--tiny", "--repeats", "1", "--row", "single", "--cold", "--out", str(tmp_path / "load.json")]) == 0
+    assert (
+        load.main(["--tiny", "--repeats", "1", "--row", "single", "--cold", "--out", str(tmp_path / "load.json")]) == 0
+    )
     rows = json.loads((tmp_path / "load.json").read_text())["rows"]
     assert [(row["side"], row["cold"]) for row in rows] == [("raw", True), ("ldm", True)]
     assert all(0 < row["returned"] <= row["read"] and row["peak"] > row["bytes"] > 1e6 for row in rows)
@@ -369,7 +487,10 @@ def test_loading_is_timed_beside_others_with_every_tensor_read(tmp_path, capsys)
 
 def test_every_form_can_be_loaded_and_converted_by_the_benchmark(tmp_path):
     forms = load.prepare(tmp_path, "sd1", torch.float16, tiny=True)
-    sizes = {row: load.one("ldm", row, forms[row.split(" ")[0]], forms["folder"], cold=False)["bytes"] for row in (*load.LOADS, *load.CONVERSIONS)}
+    sizes = {
+        row: load.one("ldm", row, forms[row.split(" ")[0]], forms["folder"], cold=False)["bytes"]
+        for row in (*load.LOADS, *load.CONVERSIONS)
+    }
     assert len({sizes[row] for row in load.LOADS}) == 1
     assert all(size >= sizes["single"] for size in sizes.values())
 

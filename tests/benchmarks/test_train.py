@@ -32,7 +32,9 @@ def learned(side, folder, method, checkpointing, updates, *, rate=1e-3, batch=1)
     """What a side notes: the number of trained values, then every update's loss and norm of the gradient."""
     pace = Counted(updates)
     with pytest.raises(Ended):
-        train_sides.SIDES[side](Job(side, "sd1", True, method, checkpointing, 64, batch, rate, str(folder), "float32", "cpu", None), pace)
+        train_sides.SIDES[side](
+            Job(side, "sd1", True, method, checkpointing, 64, batch, rate, str(folder), "float32", "cpu", None), pace
+        )
     return pace.noted
 
 
@@ -66,7 +68,11 @@ def test_both_sides_learn_the_same(folder, method, checkpointing, batch):
 def test_checkpointing_computes_every_attention_twice(folder, side, monkeypatch):
     needs_peers()
     attend, calls = torch.nn.functional.scaled_dot_product_attention, []
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda *given, **options: calls.append(1) or attend(*given, **options))
+    monkeypatch.setattr(
+        torch.nn.functional,
+        "scaled_dot_product_attention",
+        lambda *given, **options: calls.append(1) or attend(*given, **options),
+    )
     seen = []
     for checkpointing in (False, True):
         calls.clear()
@@ -89,7 +95,9 @@ def test_every_case_is_the_same_on_both_sides(tmp_path, dtype):
     out = tmp_path / "train.json"
     assert train.main(["--tiny", "--repeats=1", "--threads=1", f"--dtype={dtype}", f"--out={out}"]) == 0
     rows = json.loads(out.read_text())["rows"]
-    assert [(row["case"], row["checkpointing"], row["side"], row["status"]) for row in rows] == [(*each, "same") for each in product(train.CASES, (False, True), train_sides.SIDES)]
+    assert [(row["case"], row["checkpointing"], row["side"], row["status"]) for row in rows] == [
+        (*each, "same") for each in product(train.CASES, (False, True), train_sides.SIDES)
+    ]
     for ours, theirs in zip(rows[::2], rows[1::2], strict=True):
         assert ours["ratio"] == pytest.approx(theirs["seconds"]["median"] / ours["seconds"]["median"])
         assert ours["memory"] == pytest.approx(ours["peak"] / theirs["peak"])
@@ -97,7 +105,20 @@ def test_every_case_is_the_same_on_both_sides(tmp_path, dtype):
 
 def test_one_side_in_its_own_process_has_a_row(tmp_path, capsys):
     out = tmp_path / "train.json"
-    assert train.main(["--tiny", "--case=sd1-lora", "--checkpointing=on", "--side=ldm", "--repeats=1", "--threads=1", f"--out={out}"]) == 0
+    assert (
+        train.main(
+            [
+                "--tiny",
+                "--case=sd1-lora",
+                "--checkpointing=on",
+                "--side=ldm",
+                "--repeats=1",
+                "--threads=1",
+                f"--out={out}",
+            ]
+        )
+        == 0
+    )
     found = json.loads(out.read_text())
     (row,) = found["rows"]
     assert (row["status"], row["why"]) == ("not compared", "no update of diffusers")
@@ -162,7 +183,10 @@ def asked(tmp_path, monkeypatch):
 
     def measure(until=100):
         log = tmp_path / f"turns-{until}"
-        jobs = {side: Job(side, "sd1", True, "lora", False, 64, 1, until, str(log), "float32", "cpu", None) for side in ("ldm", "diffusers")}
+        jobs = {
+            side: Job(side, "sd1", True, "lora", False, 64, 1, until, str(log), "float32", "cpu", None)
+            for side in ("ldm", "diffusers")
+        }
         found, how = train.measured(jobs, 2)
         return found, how, log.read_text() if log.exists() else ""
 
@@ -172,7 +196,9 @@ def asked(tmp_path, monkeypatch):
 def test_sides_take_turns_where_they_fit_into_memory(asked, monkeypatch):
     found, how, order = asked()
     assert (how, order) == ("in turn", "ldldld")
-    ours, theirs = train.rows_of("sd1-lora", Job("ldm", "sd1", True, "lora", False, 64, 1, 0.0, "", "float32", "cpu", None), found, how)
+    ours, theirs = train.rows_of(
+        "sd1-lora", Job("ldm", "sd1", True, "lora", False, 64, 1, 0.0, "", "float32", "cpu", None), found, how
+    )
     assert ours["seconds"] == {"median": 2.5, "p10": 2.1, "p90": 2.9}  # of 2 and 3: the first is told alone
     assert ours["first"] == 1.0
     assert (ours["status"], ours["ratio"], ours["memory"], theirs["ratio"]) == ("same", 1.0, 1.0, 1.0)
@@ -187,7 +213,9 @@ def test_a_side_that_ends_has_a_row_that_says_so_and_the_other_goes_on(asked):
     found, how, order = asked(1)
     assert order == "ldldl"
     assert found["diffusers"] == {"failed": "its process ended with status 1: file.py: no more"}
-    ours, theirs = train.rows_of("sd1-lora", Job("ldm", "sd1", True, "lora", False, 64, 1, 0.0, "", "float32", "cpu", None), found, how)
+    ours, theirs = train.rows_of(
+        "sd1-lora", Job("ldm", "sd1", True, "lora", False, 64, 1, 0.0, "", "float32", "cpu", None), found, how
+    )
     assert (ours["status"], ours["why"], ours["ratio"]) == ("not compared", "no update of diffusers", None)
     assert (theirs["status"], theirs["seconds"]) == ("failed", None)
 
@@ -203,7 +231,9 @@ def test_a_side_that_cannot_begin_says_why_but_not_where(asked, tmp_path):
 def test_sides_that_do_not_do_the_same_are_void():
     def status(loss=1.0, norm=1.0, trained=5, dtype="float32", theirs=(1.0, 1.0)):
         sides = (("ldm", loss, norm, trained), ("diffusers", *theirs, 5))
-        return train.compared({side: {"load": {"trained": n}, "updates": [{"loss": a, "grad_norm": b}]} for side, a, b, n in sides}, dtype)
+        return train.compared(
+            {side: {"load": {"trained": n}, "updates": [{"loss": a, "grad_norm": b}]} for side, a, b, n in sides}, dtype
+        )
 
     assert status(1.00009, 1.0009)["status"] == "same"
     assert status(1.00011)["why"] == "loss: 1.00011 and 1"
@@ -217,7 +247,10 @@ def test_sides_that_do_not_do_the_same_are_void():
 
 def test_updates_that_the_scaler_leaves_out_are_not_compared():
     skipped, good = {"loss": 1.0, "grad_norm": float("inf")}, {"loss": 2.0, "grad_norm": 3.0}
-    found = {side: {"load": {"trained": 5}, "updates": updates} for side, updates in (("ldm", [{"loss": None, "grad_norm": None}, good]), ("diffusers", [skipped, good]))}
+    found = {
+        side: {"load": {"trained": 5}, "updates": updates}
+        for side, updates in (("ldm", [{"loss": None, "grad_norm": None}, good]), ("diffusers", [skipped, good]))
+    }
     assert train.compared(found, "float16") == {"status": "same", "why": None, "error": {"loss": 0.0, "grad_norm": 0.0}}
 
 
@@ -225,7 +258,12 @@ def test_sides_that_do_not_fit_into_memory_together_are_seen_before(monkeypatch)
     def fits(name, size, gigabytes, *, checkpointing=False):
         monkeypatch.setattr(train, "available", lambda: gigabytes * 1e9)
         case = train.CASES[name]
-        jobs = {side: Job(side, case.family, False, case.method, checkpointing, size, 1, case.rate, "", "float32", "cpu", None) for side in train_sides.SIDES}
+        jobs = {
+            side: Job(
+                side, case.family, False, case.method, checkpointing, size, 1, case.rate, "", "float32", "cpu", None
+            )
+            for side in train_sides.SIDES
+        }
         together, large = train.fitting(jobs)
         return together, sorted(large)
 

@@ -19,7 +19,13 @@ from tests.made.networks import CLIP_L_TINY, fill
 from tests.made.seeded import normal
 from tests.made.warned import caught
 
-TINY = ModelConfig("tiny", unet=replace(SD1, model_channels=32, context_dim=64), vae=VAEConfig(channels=32), text=(CLIP_L_TINY,), size=64)
+TINY = ModelConfig(
+    "tiny",
+    unet=replace(SD1, model_channels=32, context_dim=64),
+    vae=VAEConfig(channels=32),
+    text=(CLIP_L_TINY,),
+    size=64,
+)
 
 
 @pytest.fixture(scope="module")
@@ -37,12 +43,14 @@ def test_a_perfect_prediction_gives_x0_back(sigma: float) -> None:
     assert torch.allclose(to_x0("v", x, v, sigma), x0)
 
 
-def test_the_network_is_asked_at_unit_variance_and_its_own_timestep(model: LatentDiffusion, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_network_is_asked_at_unit_variance_and_its_own_timestep(
+    model: LatentDiffusion, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked = []
     monkeypatch.setattr(model.unet, "forward", lambda x, t, context, y: asked.append((x, t)) or torch.zeros_like(x))
     x, sigma = normal("x", (2, 4, 8, 8)), model.schedule.sigmas[700]
     assert torch.equal(predict_x0(model, x, sigma, Cond(normal("c", (2, 77, 64)))), x)
-    (seen, t), = asked
+    ((seen, t),) = asked
     assert torch.allclose(seen, x / math.sqrt(1 + sigma**2))
     assert t.tolist() == [700.0, 700.0]
 
@@ -69,7 +77,9 @@ def test_guidance_asks_once_for_both_conditions(model: LatentDiffusion, monkeypa
 
 
 @pytest.mark.parametrize(("scale", "which"), [(1.0, 1), (0.0, 0)])
-def test_scale_one_and_zero_are_a_single_pass_bit_for_bit(model: LatentDiffusion, monkeypatch: pytest.MonkeyPatch, scale: float, which: int) -> None:
+def test_scale_one_and_zero_are_a_single_pass_bit_for_bit(
+    model: LatentDiffusion, monkeypatch: pytest.MonkeyPatch, scale: float, which: int
+) -> None:
     sizes = counted(model, monkeypatch)
     x, conds = normal("x", (1, 4, 8, 8)), [Cond(normal(name, (1, 77, 64))) for name in ("u", "c")]
     assert torch.equal(guided(model, conds, cfg(scale))(x, 2.0), predict_x0(model, x, 2.0, conds[which]))
@@ -92,7 +102,9 @@ def test_half_precision_stays_inside_the_network(model: LatentDiffusion) -> None
     out = predict_x0(half, x, 1.0, cond)
     assert out.dtype == torch.float32
     exact = predict_x0(model, x, 1.0, cond)
-    assert (out - exact).square().mean().sqrt() < 0.1 * exact.square().mean().sqrt()  # bfloat16 has 3 digits, for about 100 layers
+    assert (
+        out - exact
+    ).square().mean().sqrt() < 0.1 * exact.square().mean().sqrt()  # bfloat16 has 3 digits, for about 100 layers
     assert not torch.equal(out, exact)
 
 
@@ -103,7 +115,9 @@ def test_conditions_that_differ_in_kind_are_no_batch() -> None:
 
 
 def test_conditions_of_one_kind_are_joined_in_order() -> None:
-    joined = Cond.cat([Cond(torch.zeros(1, 2, 3), y=torch.tensor([1])), Cond(torch.ones(2, 2, 3), y=torch.tensor([2, 3]))])
+    joined = Cond.cat(
+        [Cond(torch.zeros(1, 2, 3), y=torch.tensor([1])), Cond(torch.ones(2, 2, 3), y=torch.tensor([2, 3]))]
+    )
     assert joined.context.shape == (3, 2, 3)
     assert joined.y.tolist() == [1, 2, 3]
     assert joined.concat is None
@@ -131,7 +145,20 @@ def half() -> LatentDiffusion:
     return fill(LatentDiffusion(SMALL), lambda key: key).half()
 
 
-SMALL = replace(TINY, unet=replace(SD1, model_channels=32, channel_mult=(1, 2), num_res_blocks=1, down_depth=((1,), (0,)), up_depth=((0, 0), (1, 1)), cross_only=(False, False), context_dim=64), text=())
+SMALL = replace(
+    TINY,
+    unet=replace(
+        SD1,
+        model_channels=32,
+        channel_mult=(1, 2),
+        num_res_blocks=1,
+        down_depth=((1,), (0,)),
+        up_depth=((0, 0), (1, 1)),
+        cross_only=(False, False),
+        context_dim=64,
+    ),
+    text=(),
+)
 X, CONDS = normal("x", (1, 4, 8, 8)), [Cond(normal(name, (1, 77, 64))) for name in ("u", "c")]
 
 
@@ -158,7 +185,10 @@ def test_what_overflows_float16_is_computed_in_bfloat16_for_the_rest_of_the_run(
     denoise = guided(half, CONDS, cfg(0.0))
     out, (message,) = caught(lambda: [denoise(X, 3.0), denoise(X, 2.0)])
     assert all(torch.equal(a, b) for a, b in zip(out, expected, strict=True))
-    assert message == "UNet: NaN or infinity at sigma 3 in float16, first at input_blocks.0.0; computed in bfloat16 from here on"
+    assert (
+        message
+        == "UNet: NaN or infinity at sigma 3 in float16, first at input_blocks.0.0; computed in bfloat16 from here on"
+    )
     assert seen[-2:] == [torch.bfloat16, torch.bfloat16]
     assert seen.count(torch.bfloat16) == 2
     assert half.dtype == torch.float16
@@ -191,7 +221,10 @@ def test_where_attention_overflows_it_alone_is_computed_in_float32(half: LatentD
     enlarge(attention.to_k, 1e2)
     denoise = guided(half, CONDS, cfg(0.0))
     (first, second), (message,) = caught(lambda: (denoise(X, 3.0), denoise(X, 2.0)))
-    assert message == "UNet: NaN or infinity at sigma 3 in float16, first at input_blocks.1.1.transformer_blocks.0.attn1.attend; computed with attention in float32 from here on"
+    assert (
+        message
+        == "UNet: NaN or infinity at sigma 3 in float16, first at input_blocks.1.1.transformer_blocks.0.attn1.attend; computed with attention in float32 from here on"
+    )
     assert naive.seen[-2:] == [torch.float32, torch.float32]  # the very module that was swapped in
     assert attention.attend is naive
     for sigma, out in ((3.0, first), (2.0, second)):
@@ -206,29 +239,42 @@ def test_what_overflows_bfloat16_is_computed_in_float32(half: LatentDiffusion) -
     layer.register_forward_hook(lambda module, args, out: out if out.dtype == torch.float32 else out * math.inf)
     out, (message,) = caught(lambda: predict_x0(model, X, 1.0, CONDS[0]))
     assert torch.equal(out, expected)
-    assert message == "UNet: NaN or infinity at sigma 1 in bfloat16, first at middle_block.0; computed in float32 from here on"
+    assert (
+        message
+        == "UNet: NaN or infinity at sigma 1 in bfloat16, first at middle_block.0; computed in float32 from here on"
+    )
 
 
 def test_what_overflows_float32_is_an_error_that_names_sigma_and_module(half: LatentDiffusion) -> None:
     model = half.float()
     enlarge(model.unet.input_blocks[0][0], 1e38)
     enlarge(model.unet.input_blocks[0][0], 3e1)
-    with pytest.raises(NonFinite, match=r"UNet: NaN or infinity at sigma 14.61 in float32, first at input_blocks.0.0(; weights not finite: .*)?; use other weights"):
+    with pytest.raises(
+        NonFinite,
+        match=r"UNet: NaN or infinity at sigma 14.61 in float32, first at input_blocks.0.0(; weights not finite: .*)?; use other weights",
+    ):
         predict_x0(model, X, 14.6146, CONDS[0])
 
 
 def test_what_no_type_can_compute_is_an_error(half: LatentDiffusion) -> None:
     half.unet.out[2].register_forward_hook(lambda module, args, out: out / 0)
-    with pytest.raises(NonFinite, match=r"UNet: NaN or infinity at sigma 1 even in float32, first at out.2; use other weights"):
+    with pytest.raises(
+        NonFinite, match=r"UNet: NaN or infinity at sigma 1 even in float32, first at out.2; use other weights"
+    ):
         predict_x0(half, X, 1.0, CONDS[0])
 
 
-def test_weights_that_are_not_finite_are_named_and_nothing_is_tried_again(half: LatentDiffusion, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_that_are_not_finite_are_named_and_nothing_is_tried_again(
+    half: LatentDiffusion, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with torch.no_grad():
         half.unet.middle_block[0].in_layers[2].weight[0] = math.nan
     monkeypatch.setattr(recover, "wider", lambda unet: pytest.fail("tried again"))
     name = "middle_block.0.in_layers.2"
-    with pytest.raises(NonFinite, match=rf"at sigma 1 in float16, first at {name}; weights not finite: {name}.weight; use other weights"):
+    with pytest.raises(
+        NonFinite,
+        match=rf"at sigma 1 in float16, first at {name}; weights not finite: {name}.weight; use other weights",
+    ):
         predict_x0(half, X, 1.0, CONDS[0])
 
 
@@ -267,5 +313,8 @@ def test_without_memory_for_a_batch_it_is_computed_in_parts_from_then_on(half: L
 
 def test_without_memory_for_a_single_picture_it_is_an_error(half: LatentDiffusion) -> None:
     short_of_memory(half, 0)
-    with pytest.raises(MemoryLimit, match=r"does not suffice for 80x64, one picture and condition at a time; use a smaller size, or --offload"):
+    with pytest.raises(
+        MemoryLimit,
+        match=r"does not suffice for 80x64, one picture and condition at a time; use a smaller size, or --offload",
+    ):
         caught(lambda: guided(half, CONDS, cfg(5.0))(normal("x", (1, 4, 8, 10)), 2.0))

@@ -80,7 +80,9 @@ def checkpoint(
 ) -> dict[str, Tensor]:
     """An SD 1 checkpoint of this size, as published files have it or with the damage that is seen in the wild."""
     with torch.device("meta"):
-        names = {original_name(name): tuple(tensor.shape) for name, tensor in LatentDiffusion(config).state_dict().items()}
+        names = {
+            original_name(name): tuple(tensor.shape) for name, tensor in LatentDiffusion(config).state_dict().items()
+        }
     state = seeded({key: (shape, dtype) for key, shape in names.items()})
     if position_ids:
         ids = torch.arange(config.text[0].length)[None]
@@ -89,9 +91,16 @@ def checkpoint(
         betas = [(key, entry) for key, entry in manifest("sd1").items() if "." not in key]
         state = {**seeded(dict(betas)), **state}
     if ema:
-        state["model_ema.decay"], state["model_ema.num_updates"] = torch.tensor(0.9999), torch.tensor(470_000, dtype=torch.int32)
+        state["model_ema.decay"], state["model_ema.num_updates"] = (
+            torch.tensor(0.9999),
+            torch.tensor(470_000, dtype=torch.int32),
+        )
     if ema == "full":
-        state |= {ema_name(key): weight("ema " + key, shape).to(dtype) for key, shape in names.items() if key.startswith("model.")}
+        state |= {
+            ema_name(key): weight("ema " + key, shape).to(dtype)
+            for key, shape in names.items()
+            if key.startswith("model.")
+        }
     if not text_model:
         state = {key.replace(".text_model.", "."): value for key, value in state.items()}
     return state
@@ -135,7 +144,11 @@ class _Scalar:
 @contextlib.contextmanager
 def lightning(state: Mapping[str, Tensor], numpy: str = "numpy.core") -> Iterator[dict[str, Any]]:
     """What PyTorch Lightning would save beside the weights: callbacks by class, numpy scalars, configs, optimiser states."""
-    names = ("pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint", "omegaconf.dictconfig.DictConfig", f"{numpy}.multiarray.scalar")
+    names = (
+        "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
+        "omegaconf.dictconfig.DictConfig",
+        f"{numpy}.multiarray.scalar",
+    )
     with pretended(*names) as (callback, config, scalar):
         settings = config()
         settings.__dict__.update(_content={"base_learning_rate": 1e-4}, _parent=None)
@@ -152,7 +165,9 @@ def lightning(state: Mapping[str, Tensor], numpy: str = "numpy.core") -> Iterato
                     "current_score": torch.tensor(0.15),
                 }
             },
-            "optimizer_states": [{"state": {0: {"step": 7, "exp_avg": torch.ones(3)}}, "param_groups": [{"lr": 1e-4, "params": [0]}]}],
+            "optimizer_states": [
+                {"state": {0: {"step": 7, "exp_avg": torch.ones(3)}}, "param_groups": [{"lr": 1e-4, "params": [0]}]}
+            ],
             "lr_schedulers": [],
             "hparams": argparse.Namespace(scale_lr=True),
             "config": settings,
@@ -254,7 +269,9 @@ def storage(key: str = "0", numel: Any = 6, kind: Any = FLOAT) -> Persistent:
     return Persistent("storage", kind, key, "cpu", numel)
 
 
-def tensor(where: Any = None, offset: Any = 0, shape: Any = (2, 3), stride: Any = (3, 1), hooks: Any = HOOKS, *rest: Any) -> Call:
+def tensor(
+    where: Any = None, offset: Any = 0, shape: Any = (2, 3), stride: Any = (3, 1), hooks: Any = HOOKS, *rest: Any
+) -> Call:
     """A description of a tensor."""
     return Call(REBUILD, where if where is not None else storage(), offset, shape, stride, False, hooks, *rest)
 
@@ -277,7 +294,10 @@ FILES: dict[str, str | None] = {  # manifest -> the family that its shapes show 
     "sd21-unclip-h": None, "vae-standalone": None,
 }  # fmt: skip
 VOCAB = 512  # tokens of the narrow towers
-UNIT = {"x4-upscaler": 8, "sdxl-refiner": 12}  # what the widths of a UNet are divided by to begin at 32; 10 for the others
+UNIT = {
+    "x4-upscaler": 8,
+    "sdxl-refiner": 12,
+}  # what the widths of a UNet are divided by to begin at 32; 10 for the others
 
 
 def tiny(family: str) -> ModelConfig:
@@ -286,7 +306,10 @@ def tiny(family: str) -> ModelConfig:
     vector = full.unet.vector_dim and full.unet.vector_dim // 16
     unet = replace(full.unet, model_channels=32, context_dim=full.unet.context_dim // 16, vector_dim=vector)
     unet = replace(unet, head_dim=16) if unet.head_dim else unet
-    text = tuple(replace(t, vocab=VOCAB, width=t.width // 16, mlp=t.mlp // 16, projection=t.projection and t.projection // 16) for t in full.text)
+    text = tuple(
+        replace(t, vocab=VOCAB, width=t.width // 16, mlp=t.mlp // 16, projection=t.projection and t.projection // 16)
+        for t in full.text
+    )
     vision = full.vision and replace(full.vision, width=64, mlp=256, projection=48)
     depth = full.depth and replace(full.depth, stem=32, width=48, mlp=192, features=16)
     return replace(full, unet=unet, vae=replace(full.vae, channels=32), text=text, vision=vision, depth=depth, size=64)
@@ -334,9 +357,15 @@ def _narrowed(name: str) -> dict[str, Tensor]:
 def meaning(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of a single file under the names of `LatentDiffusion`, which are Hugging Face's for CLIP; what no network reads is left out."""
     out: dict[str, Tensor] = {}
-    for theirs, ours in {"model.diffusion_model.": "unet.", "first_stage_model.": "vae.", "depth_model.model.": "depth."}.items():
+    for theirs, ours in {
+        "model.diffusion_model.": "unet.",
+        "first_stage_model.": "vae.",
+        "depth_model.model.": "depth.",
+    }.items():
         out |= {ours + key.removeprefix(theirs): value for key, value in state.items() if key.startswith(theirs)}
-    out = {key: value for key, value in out.items() if not key.startswith(("depth.pretrained.model.head.", "vae.loss."))}
+    out = {
+        key: value for key, value in out.items() if not key.startswith(("depth.pretrained.model.head.", "vae.loss."))
+    }
     visual = inside(state, "cond_stage_model.model.visual.")
     if visual:
         return out | {f"vision.{key}": value for key, value in from_openai_vision(visual).items()}
@@ -360,7 +389,10 @@ def _from_blocks(state: Mapping[str, Tensor], table: Mapping[str, str], model: s
         layer, rest = f"{model}.encoder.layers.{match[1]}." if match else "", match[2] if match else ""
         if rest.startswith("attn.in_proj_"):
             rows = len(value) // 3
-            out |= {f"{layer}self_attn.{part}_proj.{rest[13:]}": value[i * rows : (i + 1) * rows] for i, part in enumerate("qkv")}
+            out |= {
+                f"{layer}self_attn.{part}_proj.{rest[13:]}": value[i * rows : (i + 1) * rows]
+                for i, part in enumerate("qkv")
+            }
         elif match:
             for theirs, ours in (("ln_", "layer_norm"), ("attn.", "self_attn."), ("c_fc", "fc1"), ("c_proj", "fc2")):
                 rest = rest.replace(theirs, ours)

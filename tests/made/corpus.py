@@ -33,17 +33,37 @@ class Refusal:
 
 def _inside(payload: bytes) -> bytes:
     """The payload where trainers keep the state of their optimisers, beside honest weights."""
-    return ckpt_of(b"\x80\x04}(" + raw("state_dict") + raw({"w": tensor()}) + raw("optimizer_states") + payload[2:].removesuffix(b".") + b"u.")
+    return ckpt_of(
+        b"\x80\x04}("
+        + raw("state_dict")
+        + raw({"w": tensor()})
+        + raw("optimizer_states")
+        + payload[2:].removesuffix(b".")
+        + b"u."
+    )
 
 
-REASONS = {"in protocol 0": "protocol 2 to 5", "extension registry": "operation 0x82", "extension registry of 4 bytes": "operation 0x84"}  # all others: CODE
+REASONS = {
+    "in protocol 0": "protocol 2 to 5",
+    "extension registry": "operation 0x82",
+    "extension registry of 4 bytes": "operation 0x84",
+}  # all others: CODE
 
 REFUSALS: dict[str, Refusal] = {
     **{f"payload: {name}": Refusal(ckpt_of(data), REASONS.get(name, CODE)) for name, data in LIVE.items()},
-    **{f"payload among the optimisers: {name}": Refusal(_inside(data), REASONS.get(name, CODE)) for name, data in LIVE.items() if not name.startswith(("then", "in protocol 0"))},
+    **{
+        f"payload among the optimisers: {name}": Refusal(_inside(data), REASONS.get(name, CODE))
+        for name, data in LIVE.items()
+        if not name.startswith(("then", "in protocol 0"))
+    },
     **{f"name: {'.'.join(pair)}": Refusal(ckpt_of({"a": Name(*pair), "w": tensor()}), CODE) for pair in FORBIDDEN},
     **{f"pickle: {name}": Refusal(ckpt_of(data), *rest) for name, (data, *rest) in DAMAGE.items()},
-    **{f"bomb: {name}": Refusal(ckpt_of(data), "nested more than 200 deep" if name == "marks" else "more than 1000000 operations") for name, data in BOMBS.items()},
+    **{
+        f"bomb: {name}": Refusal(
+            ckpt_of(data), "nested more than 200 deep" if name == "marks" else "more than 1000000 operations"
+        )
+        for name, data in BOMBS.items()
+    },
     **{f"format: {kind}": Refusal(data, words, None, name) for kind, (name, data, words) in FOREIGN.items()},
     **{f"zip: {name}": Refusal(*case) for name, case in ZIPS.items()},
     **{f"stream: {name}": Refusal(*case) for name, case in STREAMS.items()},

@@ -27,7 +27,9 @@ def with_field(offset: int, new: bytes, signature: bytes = b"PK\x01\x02") -> byt
     return changed(SOUND, SOUND.index(signature) + offset, new)
 
 
-def stream_of(count: int = 6, keys: Any = None, data: bytes = bytes(24), system: dict | None = None, contents: Any = None) -> bytes:
+def stream_of(
+    count: int = 6, keys: Any = None, data: bytes = bytes(24), system: dict | None = None, contents: Any = None
+) -> bytes:
     """A pre-1.6 stream with one tensor `w`."""
     system = {"little_endian": True} if system is None else system
     parts = [MAGIC, 1001, system, contents or {"w": tensor()}, ["0"] if keys is None else keys]
@@ -67,7 +69,13 @@ def zip64_of(change: dict[int, bytes] | None = None) -> bytes:
     for at, new in (change or {}).items():
         wide = changed(wide, at, new)
     locator = b"PK\x06\x07" + struct.pack("<IQI", 0, end, 1)
-    return SOUND[:end] + wide + locator + b"PK\x05\x06" + struct.pack("<HHHHIIH", 0, 0, 0xFFFF, 0xFFFF, 0xFFFFFFFF, 0xFFFFFFFF, 0)
+    return (
+        SOUND[:end]
+        + wide
+        + locator
+        + b"PK\x05\x06"
+        + struct.pack("<HHHHIIH", 0, 0, 0xFFFF, 0xFFFF, 0xFFFFFFFF, 0xFFFFFFFF, 0)
+    )
 
 
 def local(offset: int, new: bytes) -> bytes:
@@ -97,7 +105,11 @@ FOREIGN = {  # file name, bytes, words of the message
     "empty": ("x.ckpt", b"", "is empty (0 bytes)"),
     "four bytes": ("x.ckpt", b"abcd", "only 4 bytes"),
     "zeros": ("x.safetensors", bytes(100_000), "all zeros"),
-    "git lfs pointer": ("x.safetensors", b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 4265146304\n", "is a Git LFS pointer, not the weights; run 'git lfs pull'"),
+    "git lfs pointer": (
+        "x.safetensors",
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 4265146304\n",
+        "is a Git LFS pointer, not the weights; run 'git lfs pull'",
+    ),
     "html": ("x.ckpt", b"\n<!DOCTYPE html><html><body>Sign in</body></html>", "web page (HTML)"),
     "html without doctype": ("x.ckpt", b"<HTML><head>", "web page (HTML)"),
     "xml error": ("x.ckpt", b'<?xml version="1.0"?><Error><Code>AccessDenied</Code></Error>', "XML text"),
@@ -114,7 +126,11 @@ FOREIGN = {  # file name, bytes, words of the message
     "html after a byte order mark": ("x.ckpt", b"\xef\xbb\xbf<!doctype HTML>" + bytes(5000), "web page (HTML)"),
     "html body": ("x.safetensors", b"<body>moved</body>", "web page (HTML)"),
     "html comment": ("x.ckpt", b"<!-- saved from url -->" + b" " * 100, "XML text"),
-    "xml of a bucket": ("x.safetensors", b"<Error><Code>NoSuchKey</Code></Error>", "XML text, perhaps a server's error message; download"),
+    "xml of a bucket": (
+        "x.safetensors",
+        b"<Error><Code>NoSuchKey</Code></Error>",
+        "XML text, perhaps a server's error message; download",
+    ),
     "json list": ("x.ckpt", b'[{"detail": "rate limit"}]', "JSON text"),
     "json after blanks": ("x.safetensors", b'\n\n  {"detail": "rate limit"}', "JSON text"),
     "an old lfs pointer": ("x.ckpt", b"version https://git-lfs.github.com/spec/v0\n", "Git LFS pointer"),
@@ -129,7 +145,11 @@ FOREIGN = {  # file name, bytes, words of the message
     "zstd": ("x.ckpt", b"\x28\xb5\x2f\xfd" + bytes(100), "zstd-compressed; unpack it with 'unzstd'"),
     "jpeg": ("x.safetensors", b"\xff\xd8\xff\xe0" + bytes(100), "JPEG"),
     "pdf": ("x.safetensors", b"%PDF-1.7" + bytes(100), "PDF"),
-    "program": ("x.ckpt", b"\x7fELF\x02\x01\x01" + bytes(100), "neither .safetensors nor a torch checkpoint (it begins with 7f 45 4c 46"),
+    "program": (
+        "x.ckpt",
+        b"\x7fELF\x02\x01\x01" + bytes(100),
+        "neither .safetensors nor a torch checkpoint (it begins with 7f 45 4c 46",
+    ),
     "zip over several files": ("x.ckpt", b"PK\x07\x08PK\x03\x04" + bytes(100), "neither .safetensors nor"),
     "pickle of protocol 5": ("x.ckpt", b"\x80\x05}." + bytes(10), "is a pickle, but not one that torch.save wrote"),
     "pickle of protocol 0": ("x.ckpt", b"(dp0\nVa\nI1\ns.", "plain text"),
@@ -144,18 +164,33 @@ FOREIGN = {  # file name, bytes, words of the message
 ZIPS = {
     "other zip": (zip_of({"readme.txt": b"hello"}), "no part of a torch checkpoint", "archive/readme.txt"),
     "torchscript": (zip_of({"data.pkl": pickled({}), "code/__torch__.py": b"", "constants.pkl": b""}), "TorchScript"),
-    "path upwards": (zip_of({"data.pkl": pickled({"w": tensor()}), "../../evil": b""}), "no part of a torch checkpoint", "archive/../../evil"),
-    "absolute name": (zip_of({"data.pkl": pickled({"w": tensor()})}, top="/"), "no part of a torch checkpoint", "/data.pkl"),
+    "path upwards": (
+        zip_of({"data.pkl": pickled({"w": tensor()}), "../../evil": b""}),
+        "no part of a torch checkpoint",
+        "archive/../../evil",
+    ),
+    "absolute name": (
+        zip_of({"data.pkl": pickled({"w": tensor()})}, top="/"),
+        "no part of a torch checkpoint",
+        "/data.pkl",
+    ),
     "top folder is ..": (zipped(top="../"), "no part of a torch checkpoint", "../data.pkl"),
     "two tops": (zip_of({"a/data.pkl": pickled({"w": tensor()}), "b/data/0": bytes(24)}, top=""), "two top folders"),
     "no pickle": (zip_of({"data/0": bytes(24)}), "no data.pkl"),
     "compressed": (deflated(), "compressed entry", "archive/data.pkl"),
     "encrypted": (with_field(8, b"\x01\x00"), "encrypted or unusual", "archive/data.pkl"),
     "big endian": (ckpt_of({"w": tensor()}, byteorder=b"big"), "big-endian"),
-    "storage that nothing uses": (ckpt_of({"w": tensor()}, {"data/0": bytes(24), "data/1": bytes(4)}), "storage 1 is used by no tensor"),
+    "storage that nothing uses": (
+        ckpt_of({"w": tensor()}, {"data/0": bytes(24), "data/1": bytes(4)}),
+        "storage 1 is used by no tensor",
+    ),
     "record too short": (ckpt_of({"w": tensor()}, {"data/0": bytes(20)}), "has 20 bytes where 6 numbers"),
     "record too long": (ckpt_of({"w": tensor()}, {"data/0": bytes(28)}), "has 28 bytes where 6 numbers"),
-    "wrong checksum of the pickle": (changed(SOUND, SOUND.index(b"_rebuild"), b"_Rebuild"), "the checksum of archive/data.pkl is wrong", "archive/data.pkl"),
+    "wrong checksum of the pickle": (
+        changed(SOUND, SOUND.index(b"_rebuild"), b"_Rebuild"),
+        "the checksum of archive/data.pkl is wrong",
+        "archive/data.pkl",
+    ),
     "truncated": (SOUND[:-40], "is truncated"),
     "truncated in the data": (SOUND[: len(SOUND) // 2], "is truncated"),
     "byte at the end": (SOUND + b"\0", "bytes after its end"),
@@ -166,19 +201,39 @@ ZIPS = {
     "directory beyond the end": (with_field(12, struct.pack("<I", 2**31), b"PK\x05\x06"), "not where it says"),
     "size beyond the end": (with_field(20, struct.pack("<II", 2**30, 2**30)), "disagree", "archive/data.pkl"),
     "offset of another entry": (with_field(42, struct.pack("<I", 60)), "before its first entry", "archive/data.pkl"),
-    "name differs from the directory's": (changed(SOUND, SOUND.index(b"archive/data.pkl"), b"Archive"), "disagree", "archive/data.pkl"),
-    "name in another case twice": (zip_of({"data.pkl": pickled({"w": tensor()}), "data/0": bytes(24), "DATA.PKL": b""}), "two entries named", "archive/DATA.PKL"),
+    "name differs from the directory's": (
+        changed(SOUND, SOUND.index(b"archive/data.pkl"), b"Archive"),
+        "disagree",
+        "archive/data.pkl",
+    ),
+    "name in another case twice": (
+        zip_of({"data.pkl": pickled({"w": tensor()}), "data/0": bytes(24), "DATA.PKL": b""}),
+        "two entries named",
+        "archive/DATA.PKL",
+    ),
     "empty archive": (zip_of({}), "empty zip"),
     "one name twice": (two_of_one_name(), "two entries of one name"),
     "one record in two entries": (one_record_twice(), "overlap or leave holes", "archive/data/0"),
     "a flipped bit in a tensor": (flipped(), "the checksum of w is wrong; download it again", "w"),
-    "a flipped bit in the byte order": (changed(ckpt_of({"w": tensor()}, byteorder=b"little"), ckpt_of({"w": tensor()}, byteorder=b"little").index(b"little"), b"L"), "checksum of archive/byteorder", "archive/byteorder"),
+    "a flipped bit in the byte order": (
+        changed(
+            ckpt_of({"w": tensor()}, byteorder=b"little"),
+            ckpt_of({"w": tensor()}, byteorder=b"little").index(b"little"),
+            b"L",
+        ),
+        "checksum of archive/byteorder",
+        "archive/byteorder",
+    ),
     "another way to compress": (with_field(10, b"\x0c\0"), "compressed entry", "archive/data.pkl"),
     "compressed only in the local header": (local(8, b"\x08\0"), "disagree", "archive/data.pkl"),
     "encrypted only in the local header": (local(6, b"\x01\0"), "disagree", "archive/data.pkl"),
     "another checksum in the local header": (local(14, b"\x01\x02\x03\x04"), "disagree", "archive/data.pkl"),
     "another size in the local header": (local(18, struct.pack("<II", 9, 9)), "disagree", "archive/data.pkl"),
-    "a local header that is none": (local(0, b"PK\x03\x05").replace(b"PK\x03\x05", b"PK\x05\x06", 1), "not where the directory says", "archive/data.pkl"),
+    "a local header that is none": (
+        local(0, b"PK\x03\x05").replace(b"PK\x03\x05", b"PK\x05\x06", 1),
+        "not where the directory says",
+        "archive/data.pkl",
+    ),
     "a longer name in the local header": (local(26, struct.pack("<H", 17)), "disagree", "archive/data.pkl"),
     "a longer extra field in the local header": (local(28, struct.pack("<H", 8)), "damaged extra field"),
     "an extra field that reaches out": (local(28, struct.pack("<H", 65535)), "is truncated"),
@@ -186,20 +241,49 @@ ZIPS = {
     "a directory on another disk": (with_field(4, b"\x01\0", b"PK\x05\x06"), "not where it says"),
     "a damaged directory": (with_field(0, b"PK\x01\x03"), "is a zip whose directory is damaged"),
     "a directory whose last entry reaches out": (with_field(32, b"\xff\xff"), "directory is damaged"),
-    "a name that is not UTF-8": (SOUND.replace(b"archive/data.pkl", b"archive/data.pk\xff"), "not UTF-8", "archive/data.pk\ufffd"),
-    "a name with a backslash": (SOUND.replace(b"archive/data/0", b"archive\\data\\0"), "no part of a torch checkpoint", "archive\\data\\0"),
-    "a folder as an entry": (zip_of({"data.pkl": pickled({"w": tensor()}), "data/0": bytes(24), "data/": b""}), "archive/data/ in it, which is no part", "archive/data/"),
-    "a program beside the weights": (ckpt_of({"w": tensor()}, **{"setup.py": b"import os"}), "setup.py in it, which is no part of a torch checkpoint; unpack it first", "archive/setup.py"),
+    "a name that is not UTF-8": (
+        SOUND.replace(b"archive/data.pkl", b"archive/data.pk\xff"),
+        "not UTF-8",
+        "archive/data.pk\ufffd",
+    ),
+    "a name with a backslash": (
+        SOUND.replace(b"archive/data/0", b"archive\\data\\0"),
+        "no part of a torch checkpoint",
+        "archive\\data\\0",
+    ),
+    "a folder as an entry": (
+        zip_of({"data.pkl": pickled({"w": tensor()}), "data/0": bytes(24), "data/": b""}),
+        "archive/data/ in it, which is no part",
+        "archive/data/",
+    ),
+    "a program beside the weights": (
+        ckpt_of({"w": tensor()}, **{"setup.py": b"import os"}),
+        "setup.py in it, which is no part of a torch checkpoint; unpack it first",
+        "archive/setup.py",
+    ),
     "a pickle beside the pickle": (ckpt_of({"w": tensor()}, **{"constants.pkl": b""}), "TorchScript"),
     "a wide record that is damaged": (zip64_of({0: b"PK\x06\x05"}), "zip64 record is damaged"),
     "a wide record of another length": (zip64_of({4: b"\x2d"}), "zip64 record is damaged"),
     "a wide record of 2^63 entries": (zip64_of({24: b"\xff" * 15 + b"\x7f"}), "not where it says"),
     "a wide record for a directory elsewhere": (zip64_of({48: struct.pack("<Q", 2**63)}), "not where it says"),
-    "two end records that disagree": (zip64_of()[:-14] + struct.pack("<HHIIH", 2, 2, 0xFFFFFFFF, 0xFFFFFFFF, 0), "two end records disagree"),
+    "two end records that disagree": (
+        zip64_of()[:-14] + struct.pack("<HHIIH", 2, 2, 0xFFFFFFFF, 0xFFFFFFFF, 0),
+        "two end records disagree",
+    ),
     "a size of 2^64 with nowhere to say it": (with_field(20, b"\xff" * 8), "disagree", "archive/data.pkl"),
-    "sizes after the data that are not there": (SOUND.replace(b"PK\x03\x04\x14\0\0\0", b"PK\x03\x04\x14\0\x08\0").replace(b"PK\x01\x02\x14\x03\x14\0\0\0", b"PK\x01\x02\x14\x03\x14\0\x08\0"), "overlap or leave holes", "archive/data.pkl"),
-    "a pickle of more than 64 MiB": (big, "bytes in archive/data.pkl, above the limit of 67108864; use a .safetensors", "archive/data.pkl"),
-    "only its end": (SOUND[SOUND.index(b"PK\x05\x06"):], "not where it says"),
+    "sizes after the data that are not there": (
+        SOUND.replace(b"PK\x03\x04\x14\0\0\0", b"PK\x03\x04\x14\0\x08\0").replace(
+            b"PK\x01\x02\x14\x03\x14\0\0\0", b"PK\x01\x02\x14\x03\x14\0\x08\0"
+        ),
+        "overlap or leave holes",
+        "archive/data.pkl",
+    ),
+    "a pickle of more than 64 MiB": (
+        big,
+        "bytes in archive/data.pkl, above the limit of 67108864; use a .safetensors",
+        "archive/data.pkl",
+    ),
+    "only its end": (SOUND[SOUND.index(b"PK\x05\x06") :], "not where it says"),
     "60000 entries": (with_field(8, struct.pack("<HH", 60_000, 60_000), b"PK\x05\x06"), "above the limit of 50000"),
     "20000 entries": (zip_of({f"{i}": b"" for i in range(20_000)}), "no part of a torch checkpoint", "archive/0"),
 }
@@ -224,9 +308,19 @@ STREAMS = {
     "only the magic number": (pickled(MAGIC), "ends too early"),
     "code in the protocol": (pickled(MAGIC) + LIVE["global and reduce"], "refers to posix.system, which is code"),
     "code in the system": (b"".join(map(pickled, (MAGIC, 1001))) + LIVE["INST"], "refers to os.system, which is code"),
-    "code in the weights": (b"".join(map(pickled, (MAGIC, 1001, {"little_endian": True}))) + LIVE["STACK_GLOBAL"], "refers to os.system"),
-    "code in the keys": (b"".join(map(pickled, (MAGIC, 1001, {"little_endian": True}, {"w": tensor()}))) + LIVE["OBJ"], "refers to os.system"),
-    "a tensor beyond its storage": (stream_of(contents={"w": tensor(shape=(7,), stride=(1,))}), "w reaches beyond", "w"),
+    "code in the weights": (
+        b"".join(map(pickled, (MAGIC, 1001, {"little_endian": True}))) + LIVE["STACK_GLOBAL"],
+        "refers to os.system",
+    ),
+    "code in the keys": (
+        b"".join(map(pickled, (MAGIC, 1001, {"little_endian": True}, {"w": tensor()}))) + LIVE["OBJ"],
+        "refers to os.system",
+    ),
+    "a tensor beyond its storage": (
+        stream_of(contents={"w": tensor(shape=(7,), stride=(1,))}),
+        "w reaches beyond",
+        "w",
+    ),
     "big endian": (stream_of(system={"little_endian": False}), "big-endian"),
 }
 
@@ -238,13 +332,37 @@ HEADERS = {
     "header beyond the limit": (long_header, "above the limit of 100000000"),
     "not JSON": (safetensors_of(None, raw=b'{"w": '), "it is not JSON"),
     "not UTF-8": (safetensors_of(None, raw=b'{"\xff": 1}'), "it is not JSON"),
-    "nested 100000 deep": (safetensors_of(None, raw=b'{"w":' + b"[" * 100_000 + b"]" * 100_000 + b"}"), "damaged header"),
+    "nested 100000 deep": (
+        safetensors_of(None, raw=b'{"w":' + b"[" * 100_000 + b"]" * 100_000 + b"}"),
+        "damaged header",
+    ),
     "millions of parts": (safetensors_of(None, raw=b'{"w":[' + b"[]," * 600_000 + b"0]}"), "too many parts"),
-    "key twice": (safetensors_of(None, bytes(24), raw=b'{"w":{"dtype":"F32","shape":[6],"data_offsets":[0,24]},"w":{"dtype":"F32","shape":[6],"data_offsets":[0,24]}}'), "w appears twice"),
-    "key twice by escape": (safetensors_of(None, bytes(24), raw=b'{"w":{"dtype":"F32","shape":[6],"data_offsets":[0,24]},"\\u0077":{"dtype":"F32","shape":[6],"data_offsets":[0,24]}}'), "w appears twice"),
-    "shape twice": (safetensors_of(None, bytes(24), raw=b'{"w":{"dtype":"F32","shape":[6],"shape":[6],"data_offsets":[0,24]}}'), "shape appears twice"),
+    "key twice": (
+        safetensors_of(
+            None,
+            bytes(24),
+            raw=b'{"w":{"dtype":"F32","shape":[6],"data_offsets":[0,24]},"w":{"dtype":"F32","shape":[6],"data_offsets":[0,24]}}',
+        ),
+        "w appears twice",
+    ),
+    "key twice by escape": (
+        safetensors_of(
+            None,
+            bytes(24),
+            raw=b'{"w":{"dtype":"F32","shape":[6],"data_offsets":[0,24]},"\\u0077":{"dtype":"F32","shape":[6],"data_offsets":[0,24]}}',
+        ),
+        "w appears twice",
+    ),
+    "shape twice": (
+        safetensors_of(None, bytes(24), raw=b'{"w":{"dtype":"F32","shape":[6],"shape":[6],"data_offsets":[0,24]}}'),
+        "shape appears twice",
+    ),
     "no tensors": (safetensors_of({"__metadata__": {"a": "b"}}), "holds no tensors"),
-    "metadata of numbers": (safetensors_of({"__metadata__": {"a": 1}, "w": ENTRY}, bytes(24)), "metadata are not text", "__metadata__"),
+    "metadata of numbers": (
+        safetensors_of({"__metadata__": {"a": 1}, "w": ENTRY}, bytes(24)),
+        "metadata are not text",
+        "__metadata__",
+    ),
     "NaN": (safetensors_of(None, raw=b'{"w": NaN}'), "it holds NaN"),
     "entry is a list": (safetensors_of({"w": [1]}), "w is not a dtype", "w"),
     "entry with more": (safetensors_of({"w": {**ENTRY, "x": 1}}, bytes(24)), "w is not a dtype", "w"),
@@ -254,21 +372,49 @@ HEADERS = {
     "shape with a float": (safetensors_of({"w": {**ENTRY, "shape": [2.0, 3]}}, bytes(24)), "no valid shape", "w"),
     "negative shape": (safetensors_of({"w": {**ENTRY, "shape": [-2, -3]}}, bytes(24)), "no valid shape", "w"),
     "rank 17": (safetensors_of({"w": {**ENTRY, "shape": [1] * 16 + [6]}}, bytes(24)), "no valid shape", "w"),
-    "shape that wraps 64 bits": (safetensors_of({"w": {**ENTRY, "shape": [2**62, 2**62, 2]}}, bytes(24)), "w has an absurd size", "w"),
-    "number of 5000 digits": (safetensors_of(None, raw=b'{"w":{"dtype":"F32","shape":[' + b"9" * 5000 + b'],"data_offsets":[0,24]}}'), "damaged header"),
-    "size and place differ": (safetensors_of({"w": {**ENTRY, "shape": [2, 2]}}, bytes(24)), "4 numbers of 4 bytes by its shape", "w"),
+    "shape that wraps 64 bits": (
+        safetensors_of({"w": {**ENTRY, "shape": [2**62, 2**62, 2]}}, bytes(24)),
+        "w has an absurd size",
+        "w",
+    ),
+    "number of 5000 digits": (
+        safetensors_of(None, raw=b'{"w":{"dtype":"F32","shape":[' + b"9" * 5000 + b'],"data_offsets":[0,24]}}'),
+        "damaged header",
+    ),
+    "size and place differ": (
+        safetensors_of({"w": {**ENTRY, "shape": [2, 2]}}, bytes(24)),
+        "4 numbers of 4 bytes by its shape",
+        "w",
+    ),
     "offsets reversed": (safetensors_of({"w": {**ENTRY, "data_offsets": [24, 0]}}, bytes(24)), "by its shape", "w"),
-    "offsets of three": (safetensors_of({"w": {**ENTRY, "data_offsets": [0, 24, 24]}}, bytes(24)), "no valid offsets", "w"),
+    "offsets of three": (
+        safetensors_of({"w": {**ENTRY, "data_offsets": [0, 24, 24]}}, bytes(24)),
+        "no valid offsets",
+        "w",
+    ),
     "negative offset": (safetensors_of({"w": {**ENTRY, "data_offsets": [-24, 0]}}, bytes(24)), "no valid offsets", "w"),
     "overlap": (safetensors_of({"w": ENTRY, "v": ENTRY}, bytes(24)), "overlaps another tensor", "v"),
-    "hole": (safetensors_of({"w": ENTRY, "v": {**ENTRY, "data_offsets": [28, 52]}}, bytes(52)), "unused bytes before it", "v"),
-    "nine extra bytes": (safetensors_of({"w": ENTRY}, bytes(33)), "9 extra bytes after the last tensor; run 'ldm repair x.safetensors'"),
+    "hole": (
+        safetensors_of({"w": ENTRY, "v": {**ENTRY, "data_offsets": [28, 52]}}, bytes(52)),
+        "unused bytes before it",
+        "v",
+    ),
+    "nine extra bytes": (
+        safetensors_of({"w": ENTRY}, bytes(33)),
+        "9 extra bytes after the last tensor; run 'ldm repair x.safetensors'",
+    ),
     "header of no bytes": (bytes(8) + b"{" + bytes(30), "has a header of 0 bytes"),
     "header of one byte": (b"\x01" + bytes(7) + b"{" + bytes(30), "has a header of 1 bytes"),
     "header of 2^63 bytes": (b"\0" * 7 + b"\x80{" + bytes(100), "neither .safetensors"),
     "header one byte too long": ((len(SAFE) - 7).to_bytes(8, "little") + SAFE[8:], "its header alone"),
-    "header that ends early": (safetensors_of(None, bytes(24), raw=json.dumps({"w": ENTRY}).encode()[:-1]), "it is not JSON"),
-    "bytes after the header's end": (safetensors_of(None, bytes(24), raw=json.dumps({"w": ENTRY}).encode() + b"{}"), "it is not JSON"),
+    "header that ends early": (
+        safetensors_of(None, bytes(24), raw=json.dumps({"w": ENTRY}).encode()[:-1]),
+        "it is not JSON",
+    ),
+    "bytes after the header's end": (
+        safetensors_of(None, bytes(24), raw=json.dumps({"w": ENTRY}).encode() + b"{}"),
+        "it is not JSON",
+    ),
     "comments": (safetensors_of(None, raw=b'{/*w*/"a":1}'), "it is not JSON"),
     "comma at the end": (safetensors_of(None, raw=b'{"a":[1,],}'), "it is not JSON"),
     "single quotes": (safetensors_of(None, raw=b"{'a': 1}"), "it is not JSON"),
@@ -276,27 +422,101 @@ HEADERS = {
     "lone control character": (safetensors_of(None, raw=b'{"a\x01": 1}'), "it is not JSON"),
     "half a surrogate pair in UTF-8": (safetensors_of(None, raw=b'{"\xed\xa0\x80": 1}'), "it is not JSON"),
     "nothing at all": (safetensors_of({}), "holds no tensors"),
-    "metadata that are a list": (safetensors_of({"__metadata__": [], "w": ENTRY}, bytes(24)), "metadata are not text", "__metadata__"),
-    "metadata that are null": (safetensors_of({"__metadata__": None, "w": ENTRY}, bytes(24)), "metadata are not text", "__metadata__"),
-    "metadata of objects": (safetensors_of({"__metadata__": {"a": {}}, "w": ENTRY}, bytes(24)), "metadata are not text", "__metadata__"),
-    "metadata key twice": (safetensors_of(None, bytes(24), raw=b'{"__metadata__":{"a":"1","a":"2"},"w":{"dtype":"F32","shape":[6],"data_offsets":[0,24]}}'), "a appears twice"),
+    "metadata that are a list": (
+        safetensors_of({"__metadata__": [], "w": ENTRY}, bytes(24)),
+        "metadata are not text",
+        "__metadata__",
+    ),
+    "metadata that are null": (
+        safetensors_of({"__metadata__": None, "w": ENTRY}, bytes(24)),
+        "metadata are not text",
+        "__metadata__",
+    ),
+    "metadata of objects": (
+        safetensors_of({"__metadata__": {"a": {}}, "w": ENTRY}, bytes(24)),
+        "metadata are not text",
+        "__metadata__",
+    ),
+    "metadata key twice": (
+        safetensors_of(
+            None,
+            bytes(24),
+            raw=b'{"__metadata__":{"a":"1","a":"2"},"w":{"dtype":"F32","shape":[6],"data_offsets":[0,24]}}',
+        ),
+        "a appears twice",
+    ),
     "entry is null": (safetensors_of({"w": None}), "w is not a dtype", "w"),
-    "entry without dtype": (safetensors_of({"w": {"shape": [6], "data_offsets": [0, 24]}}, bytes(24)), "w is not a dtype", "w"),
-    "dtype in small letters": (safetensors_of({"w": {**ENTRY, "dtype": "f32"}}, bytes(24)), "dtype f32, which this version does not read; convert it", "w"),
-    "complex numbers": (safetensors_of({"w": {**ENTRY, "dtype": "C64", "shape": [3]}}, bytes(24)), "dtype C64, which", "w"),
-    "float8 of only exponents": (safetensors_of({"w": {**ENTRY, "dtype": "F8_E8M0", "shape": [24]}}, bytes(24)), "dtype F8_E8M0, which", "w"),
-    "dtype of a thousand letters": (safetensors_of({"w": {**ENTRY, "dtype": "F" * 1000}}, bytes(24)), "FFF, which this version does not read; convert it", "w"),
+    "entry without dtype": (
+        safetensors_of({"w": {"shape": [6], "data_offsets": [0, 24]}}, bytes(24)),
+        "w is not a dtype",
+        "w",
+    ),
+    "dtype in small letters": (
+        safetensors_of({"w": {**ENTRY, "dtype": "f32"}}, bytes(24)),
+        "dtype f32, which this version does not read; convert it",
+        "w",
+    ),
+    "complex numbers": (
+        safetensors_of({"w": {**ENTRY, "dtype": "C64", "shape": [3]}}, bytes(24)),
+        "dtype C64, which",
+        "w",
+    ),
+    "float8 of only exponents": (
+        safetensors_of({"w": {**ENTRY, "dtype": "F8_E8M0", "shape": [24]}}, bytes(24)),
+        "dtype F8_E8M0, which",
+        "w",
+    ),
+    "dtype of a thousand letters": (
+        safetensors_of({"w": {**ENTRY, "dtype": "F" * 1000}}, bytes(24)),
+        "FFF, which this version does not read; convert it",
+        "w",
+    ),
     "shape that is a number": (safetensors_of({"w": {**ENTRY, "shape": 6}}, bytes(24)), "no valid shape", "w"),
     "shape of text": (safetensors_of({"w": {**ENTRY, "shape": ["6"]}}, bytes(24)), "no valid shape", "w"),
     "shape of 2^63": (safetensors_of({"w": {**ENTRY, "shape": [2**63]}}, bytes(24)), "no valid shape", "w"),
-    "empty of absurd size": (safetensors_of({"w": {**ENTRY, "shape": [0, 2**62, 2**62], "data_offsets": [0, 0]}}), "absurd", "w"),
-    "offsets with a bool": (safetensors_of({"w": {**ENTRY, "data_offsets": [False, 24]}}, bytes(24)), "no valid offsets", "w"),
-    "offsets with a float": (safetensors_of({"w": {**ENTRY, "data_offsets": [0, 24.0]}}, bytes(24)), "no valid offsets", "w"),
-    "offsets of text": (safetensors_of({"w": {**ENTRY, "data_offsets": ["0", "24"]}}, bytes(24)), "no valid offsets", "w"),
-    "offsets beyond 64 bits": (safetensors_of({"w": {**ENTRY, "data_offsets": [2**64, 2**64 + 24]}}, bytes(24)), "unused bytes before it", "w"),
-    "empty inside another": (safetensors_of({"w": ENTRY, "v": {**ENTRY, "shape": [0], "data_offsets": [8, 8]}}, bytes(24)), "v overlaps another tensor", "v"),
-    "first tensor not at the start": (safetensors_of({"w": {**ENTRY, "data_offsets": [8, 32]}}, bytes(32)), "w has unused bytes before it", "w"),
-    "60000 tensors": (safetensors_of({str(i): 0 for i in range(60_000)}), "has 60000 tensors, above the limit of 50000"),
-    "a name of 5000 letters": (safetensors_of({"n" * 5000: {**ENTRY, "shape": [-1]}}, bytes(24)), "nnn...; download it again", "n" * 5000),
+    "empty of absurd size": (
+        safetensors_of({"w": {**ENTRY, "shape": [0, 2**62, 2**62], "data_offsets": [0, 0]}}),
+        "absurd",
+        "w",
+    ),
+    "offsets with a bool": (
+        safetensors_of({"w": {**ENTRY, "data_offsets": [False, 24]}}, bytes(24)),
+        "no valid offsets",
+        "w",
+    ),
+    "offsets with a float": (
+        safetensors_of({"w": {**ENTRY, "data_offsets": [0, 24.0]}}, bytes(24)),
+        "no valid offsets",
+        "w",
+    ),
+    "offsets of text": (
+        safetensors_of({"w": {**ENTRY, "data_offsets": ["0", "24"]}}, bytes(24)),
+        "no valid offsets",
+        "w",
+    ),
+    "offsets beyond 64 bits": (
+        safetensors_of({"w": {**ENTRY, "data_offsets": [2**64, 2**64 + 24]}}, bytes(24)),
+        "unused bytes before it",
+        "w",
+    ),
+    "empty inside another": (
+        safetensors_of({"w": ENTRY, "v": {**ENTRY, "shape": [0], "data_offsets": [8, 8]}}, bytes(24)),
+        "v overlaps another tensor",
+        "v",
+    ),
+    "first tensor not at the start": (
+        safetensors_of({"w": {**ENTRY, "data_offsets": [8, 32]}}, bytes(32)),
+        "w has unused bytes before it",
+        "w",
+    ),
+    "60000 tensors": (
+        safetensors_of({str(i): 0 for i in range(60_000)}),
+        "has 60000 tensors, above the limit of 50000",
+    ),
+    "a name of 5000 letters": (
+        safetensors_of({"n" * 5000: {**ENTRY, "shape": [-1]}}, bytes(24)),
+        "nnn...; download it again",
+        "n" * 5000,
+    ),
     "control characters in a name": (safetensors_of({"w\x1b[2J\u202e": [1]}), "w\\u001b[2J\\u202e", "w\x1b[2J\u202e"),
 }

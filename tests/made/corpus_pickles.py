@@ -39,7 +39,9 @@ LIVE = {
     "in protocol 0": b"cos\nsystem\n(Vtouch canary\ntR.",
     "subprocess": b"\x80\x02csubprocess\ngetoutput\n" + TEXT + b"\x85R.",
     "eval": b"\x80\x02c__builtin__\neval\nX-\0\0\0__import__('os').system('touch canary') or {}\x85R.",
-    "getattr chain": b"\x80\x02cbuiltins\ngetattr\ncbuiltins\n__import__\nX\x02\0\0\0os\x85RX\x06\0\0\0system\x86R" + TEXT + b"\x85R.",
+    "getattr chain": b"\x80\x02cbuiltins\ngetattr\ncbuiltins\n__import__\nX\x02\0\0\0os\x85RX\x06\0\0\0system\x86R"
+    + TEXT
+    + b"\x85R.",
     "INST": b"\x80\x02(" + TEXT + b"ios\nsystem\n.",
     "OBJ": b"\x80\x02(cos\nsystem\n" + TEXT + b"o.",
     "OBJ then POP": b"\x80\x02(cos\nsystem\n" + TEXT + b"o0}.",
@@ -66,20 +68,36 @@ LIVE = {
     "file by a logger": live(Call(Name("logging", "FileHandler"), "canary")),
     "a directory instead of a file": live(Call(Name("os", "mkdir"), "canary")),
     "gadget in torch": live(Call(Name("torch.utils.collect_env", "run"), COMMAND)),
-    "nested file for torch": live(Call(Name("torch.storage", "_load_from_bytes"), Call(Name("_codecs", "encode"), NESTED.decode("latin-1"), "latin1"))),
+    "nested file for torch": live(
+        Call(
+            Name("torch.storage", "_load_from_bytes"),
+            Call(Name("_codecs", "encode"), NESTED.decode("latin-1"), "latin1"),
+        )
+    ),
     "gadget in numpy": live(Call(Name("numpy.testing._private.utils", "runstring"), PROGRAM, {})),
     "numpy's reader": live(Call(Name("numpy.f2py.crackfortran", "myeval"), f"exec({PROGRAM!r})")),
-    "gadget in collections": later(Call(Name("collections", "_sys.modules.get"), "os"), lambda m: raw(Call(Name("operator", "methodcaller"), "system", COMMAND)) + m + b"\x85R"),
-    "attribute by operator": later(Call(Name("importlib", "import_module"), "os"), lambda m: raw(Call(Name("operator", "attrgetter"), "system")) + m + b"\x85R" + TEXT + b"\x85R"),
+    "gadget in collections": later(
+        Call(Name("collections", "_sys.modules.get"), "os"),
+        lambda m: raw(Call(Name("operator", "methodcaller"), "system", COMMAND)) + m + b"\x85R",
+    ),
+    "attribute by operator": later(
+        Call(Name("importlib", "import_module"), "os"),
+        lambda m: raw(Call(Name("operator", "attrgetter"), "system")) + m + b"\x85R" + TEXT + b"\x85R",
+    ),
     "partial": b"\x80\x02" + raw(Call(Name("functools", "partial"), Name("os", "system"), COMMAND)) + b")R.",
-    "map that a set drains": live(Call(Name("builtins", "set"), Call(Name("builtins", "map"), Name("os", "system"), [COMMAND]))),
+    "map that a set drains": live(
+        Call(Name("builtins", "set"), Call(Name("builtins", "map"), Name("os", "system"), [COMMAND]))
+    ),
     "extension registry": b"\x80\x02\x82\x07" + TEXT + b"\x85R.",
     "extension registry of 4 bytes": b"\x80\x02\x84\x07\0\0\0" + TEXT + b"\x85R.",
     "in a persistent id": b"\x80\x02" + raw(Call(Name("os", "system"), COMMAND)) + b"Q.",
     "in a tensor's shape": live(tensor(shape=(Call(Name("os", "system"), COMMAND), 3))),
     "in a tensor's hooks": live(tensor(hooks=Call(Name("os", "system"), COMMAND))),
     "in a storage's type": live({"w": tensor(storage(kind=Call(Name("os", "system"), COMMAND)))}),
-    "state of an object": b"\x80\x02" + raw(Call(Name("argparse", "Namespace"))) + raw({"a": Call(Name("os", "system"), COMMAND)}) + b"b.",
+    "state of an object": b"\x80\x02"
+    + raw(Call(Name("argparse", "Namespace")))
+    + raw({"a": Call(Name("os", "system"), COMMAND)})
+    + b"b.",
 }
 
 
@@ -120,13 +138,19 @@ DAMAGE = {
     "shape that is a list": ({"w": tensor(shape=[2, 3])}, "without offset, shape or stride"),
     "tensor from no storage": ({"w": tensor("0")}, "without a storage"),
     "hooks": ({"w": tensor(hooks={"a": 1})}, "hooks, which are code"),
-    "hooks of a parameter": ({"w": Call(Name("torch._utils", "_rebuild_parameter"), tensor(), True, {"a": 1})}, "hooks, which are code"),
+    "hooks of a parameter": (
+        {"w": Call(Name("torch._utils", "_rebuild_parameter"), tensor(), True, {"a": 1})},
+        "hooks, which are code",
+    ),
     "conjugated": ({"w": tensor((storage()), 0, (2, 3), (3, 1), HOOKS, {"conj": True})}, "conjugated"),
     "storage of another size": ({"w": tensor(storage(numel=7))}, "24 bytes where 7 numbers"),
     "storage of negative size": ({"w": tensor(storage(numel=-6))}, "without type or size"),
     "storage without record": ({"w": tensor(storage("1"))}, "is missing"),
     "storage key that is a path": ({"w": tensor(storage("../0"))}, "not a number"),
-    "storage of two types": ({"w": tensor(), "v": tensor(storage(kind=Name("torch", "IntStorage")))}, "two types or sizes"),
+    "storage of two types": (
+        {"w": tensor(), "v": tensor(storage(kind=Name("torch", "IntStorage")))},
+        "two types or sizes",
+    ),
     "storage whose type is an object": ({"w": tensor(storage(kind=Name("torch", "device")))}, "without type or size"),
     "persistent id of another kind": ({"w": Persistent("module", 1)}, "other than a storage"),
     "persistent id that is code": ({"w": Persistent(Name("os", "system"), "x")}, CODE),
@@ -164,16 +188,36 @@ DAMAGE = {
     "offset that is text": ({"w": tensor(offset="0")}, "without offset, shape or stride"),
     "tensor of three arguments": ({"w": Call(REBUILD, storage(), 0, (2, 3))}, "wrong number of arguments"),
     "float8 without its type": ({"w": Call(TYPED, BYTES, 0, (6,), (1,), False, HOOKS)}, "without a type"),
-    "float8 of a type that is text": ({"w": Call(TYPED, BYTES, 0, (6,), (1,), False, HOOKS, "torch.float8_e5m2")}, "without a type"),
-    "float8 from a storage of float32": ({"w": Call(TYPED, storage(), 0, (6,), (1,), False, HOOKS, FLOAT8)}, "without a storage of bytes"),
+    "float8 of a type that is text": (
+        {"w": Call(TYPED, BYTES, 0, (6,), (1,), False, HOOKS, "torch.float8_e5m2")},
+        "without a type",
+    ),
+    "float8 from a storage of float32": (
+        {"w": Call(TYPED, storage(), 0, (6,), (1,), False, HOOKS, FLOAT8)},
+        "without a storage of bytes",
+    ),
     "float32 from a storage of bytes": ({"w": tensor(BYTES)}, "without a storage of numbers"),
-    "float8 beyond its storage": ({"w": Call(TYPED, BYTES, 0, (25,), (1,), False, HOOKS, FLOAT8)}, "w reaches beyond its storage of 24 numbers", "w"),
-    "int64 beyond a storage of bytes": ({"w": Call(TYPED, BYTES, 0, (4,), (1,), False, HOOKS, Name("torch", "int64"))}, "w reaches beyond its storage of 3 numbers", "w"),
+    "float8 beyond its storage": (
+        {"w": Call(TYPED, BYTES, 0, (25,), (1,), False, HOOKS, FLOAT8)},
+        "w reaches beyond its storage of 24 numbers",
+        "w",
+    ),
+    "int64 beyond a storage of bytes": (
+        {"w": Call(TYPED, BYTES, 0, (4,), (1,), False, HOOKS, Name("torch", "int64"))},
+        "w reaches beyond its storage of 3 numbers",
+        "w",
+    ),
     "a type of numbers as a storage's": ({"w": tensor(storage(kind=Name("torch", "float32")))}, "without type or size"),
     "storage of a size that is true": ({"w": tensor(storage(numel=True))}, "without type or size"),
     "storage of 2^62 numbers": ({"w": tensor(storage(numel=2**62))}, "24 bytes where 4611686018427387904 numbers"),
-    "storage in a place that is no text": ({"w": tensor(Persistent("storage", FLOAT, "0", 0, 6))}, "without type or size"),
-    "storage with a view": ({"w": tensor(Persistent("storage", FLOAT, "0", "cpu", 6, ("1", 0, 6)))}, "other than a storage"),
+    "storage in a place that is no text": (
+        {"w": tensor(Persistent("storage", FLOAT, "0", 0, 6))},
+        "without type or size",
+    ),
+    "storage with a view": (
+        {"w": tensor(Persistent("storage", FLOAT, "0", "cpu", 6, ("1", 0, 6)))},
+        "other than a storage",
+    ),
     "storage key in other digits": ({"w": tensor(storage("\u0660"))}, "not a number"),
     "storage key of 21 digits": ({"w": tensor(storage("0" * 21))}, "not a number"),
     "empty persistent id": ({"w": Persistent()}, "other than a storage"),
@@ -181,10 +225,22 @@ DAMAGE = {
     "persistent id of protocol 0": (b"\x80\x02P0\n.", "operation 0x50"),
     "empty tensor far beyond": ({"w": tensor(offset=7, shape=(0,), stride=(1,))}, "w reaches beyond its storage", "w"),
     "empty tensor of absurd sizes": ({"w": tensor(shape=(0, 2**63), stride=(1, 1))}, "w has an absurd size", "w"),
-    "a parameter of a number": ({"w": Call(Name("torch._utils", "_rebuild_parameter"), 1, True, HOOKS)}, "not a tensor"),
-    "a parameter dictionary with arguments": ({"w": Call(Name("torch.nn.modules.container", "ParameterDict"), 1)}, "with arguments"),
-    "an ordered dictionary from a number": ({"w": Call(Name("collections", "OrderedDict"), 1)}, "something else than pairs"),
-    "an ordered dictionary from triples": ({"w": Call(Name("collections", "OrderedDict"), [(1, 2, 3)])}, "something else than pairs"),
+    "a parameter of a number": (
+        {"w": Call(Name("torch._utils", "_rebuild_parameter"), 1, True, HOOKS)},
+        "not a tensor",
+    ),
+    "a parameter dictionary with arguments": (
+        {"w": Call(Name("torch.nn.modules.container", "ParameterDict"), 1)},
+        "with arguments",
+    ),
+    "an ordered dictionary from a number": (
+        {"w": Call(Name("collections", "OrderedDict"), 1)},
+        "something else than pairs",
+    ),
+    "an ordered dictionary from triples": (
+        {"w": Call(Name("collections", "OrderedDict"), [(1, 2, 3)])},
+        "something else than pairs",
+    ),
     "allowed name by INST": (b"\x80\x02(icollections\nOrderedDict\n.", "operation INST"),
     "allowed name by OBJ": (b"\x80\x02(ccollections\nOrderedDict\no.", "operation 0x6f"),
     "a name that is a number": (b"\x80\x04K\x01K\x02\x93.", "a name that is not text"),
@@ -209,7 +265,11 @@ DAMAGE = {
     "unicode of protocol 0": (b"\x80\x02Va\n.", "operation 0x56"),
     "read-only buffer": (b"\x80\x05\x98.", "operation 0x98"),
     "bytes for a key of a long name": ({"k" * 5000: tensor(shape=(7,), stride=(1,))}, "kkk", "k" * 5000),
-    "same key twice among others": (b"\x80\x02}(" + 2 * (pickled("ab")[2:-1] + b"K\x01") + b"u.", "the key ab appears twice", "ab"),
+    "same key twice among others": (
+        b"\x80\x02}(" + 2 * (pickled("ab")[2:-1] + b"K\x01") + b"u.",
+        "the key ab appears twice",
+        "ab",
+    ),
     "a state dict that is a list": ({"state_dict": [1]}, "holds no tensors"),
     "a module": (Call(Name("argparse", "Namespace")), "holds argparse.Namespace"),
 }
@@ -220,5 +280,10 @@ BOMBS = {
     "memo": b"\x80\x04" + b"]\x94" * 600_000 + b".",
     "sets": b"\x80\x04" + b"\x8f" * 1_100_000 + b".",
     "marks": b"\x80\x02" + b"(" * 1_000_000 + b".",
-    "dictionary copied again and again": b"\x80\x02](" + b"NN\x86" * 20_000 + b"eq\x00" + b"0ccollections\nOrderedDict\nq\x010" + b"h\x01h\x00\x85R0" * 20_000 + b"}.",
+    "dictionary copied again and again": b"\x80\x02]("
+    + b"NN\x86" * 20_000
+    + b"eq\x00"
+    + b"0ccollections\nOrderedDict\nq\x010"
+    + b"h\x01h\x00\x85R0" * 20_000
+    + b"}.",
 }

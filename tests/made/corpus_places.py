@@ -68,7 +68,9 @@ def folder(directory: Path) -> Path:
     """A folder with a tensor in each of its two components: all that is opened, if nothing is built."""
     for name in ("unet", "vae"):
         (directory / name).mkdir()
-        save_safetensors({"w": torch.zeros(2, 3), "v": torch.zeros(3)}, directory / name / "diffusion_pytorch_model.safetensors")
+        save_safetensors(
+            {"w": torch.zeros(2, 3), "v": torch.zeros(3)}, directory / name / "diffusion_pytorch_model.safetensors"
+        )
     (directory / "model_index.json").write_text(json.dumps({"unet": ["diffusers", "A"], "vae": ["diffusers", "B"]}))
     return directory
 
@@ -90,7 +92,9 @@ def indexed(weight_map: Any, *, raw: bytes | None = None) -> Build:
         (folder(directory) / f"{UNET}.safetensors").unlink()
         save_safetensors({"w": torch.zeros(2, 3)}, directory / "unet" / "a.safetensors")
         save_safetensors({"v": torch.zeros(3)}, directory / "unet" / "b.safetensors")
-        (directory / f"{UNET}.safetensors.index.json").write_bytes(json.dumps({"weight_map": weight_map}).encode() if raw is None else raw)
+        (directory / f"{UNET}.safetensors.index.json").write_bytes(
+            json.dumps({"weight_map": weight_map}).encode() if raw is None else raw
+        )
 
     return build
 

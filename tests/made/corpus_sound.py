@@ -54,7 +54,12 @@ ODD = {
     "parameter": torch.nn.Parameter(torch.ones(3)), "a name with . and \u00fc": torch.ones(2), "every second": torch.arange(10.0)[::2],
     "step of a dimension of one": torch.ones(8, 4)[:1].as_strided((1, 4), (9999, 1)), "float16": torch.ones(5).half(),
 }  # fmt: skip
-TYPES = {name: (torch.arange(40) * 37 % 251).to(torch.uint8).view(dtype) if dtype != torch.bool else torch.tensor([True, False]) for name, dtype in DTYPES.items()}
+TYPES = {
+    name: (torch.arange(40) * 37 % 251).to(torch.uint8).view(dtype)
+    if dtype != torch.bool
+    else torch.tensor([True, False])
+    for name, dtype in DTYPES.items()
+}
 
 
 def zipped(state: Mapping[str, Any], **options: Any) -> Build:
@@ -143,12 +148,19 @@ def linked(directory: Path) -> Made:
 
 def safe(state: Mapping[str, Tensor], name: str = "x.safetensors", metadata: Mapping[str, str] | None = None) -> Build:
     """What the safetensors library writes."""
-    return lambda d: (save_safetensors({key: value.detach().contiguous().clone() for key, value in state.items()}, d / name, metadata), state)
+    return lambda d: (
+        save_safetensors(
+            {key: value.detach().contiguous().clone() for key, value in state.items()}, d / name, metadata
+        ),
+        state,
+    )
 
 
 def header(text: str | bytes, data: bytes = bytes(24), reads: Mapping[str, Tensor] = ZEROS) -> Build:
     """A safetensors file with this header, letter by letter."""
-    return bytes_of(safetensors_of(None, data, raw=text if isinstance(text, bytes) else text.encode()), reads, "x.safetensors")
+    return bytes_of(
+        safetensors_of(None, data, raw=text if isinstance(text, bytes) else text.encode()), reads, "x.safetensors"
+    )
 
 
 def operations(code: bytes) -> Build:

@@ -14,7 +14,19 @@ import torch
 from torch import Tensor
 
 from ldm.config import FAMILIES, ModelConfig
-from tests.made.checkpoints import MANIFESTS, UNIT, VOCAB, inside, manifest, meaning, narrow, narrowed, save_safetensors, save_zip, tiny
+from tests.made.checkpoints import (
+    MANIFESTS,
+    UNIT,
+    VOCAB,
+    inside,
+    manifest,
+    meaning,
+    narrow,
+    narrowed,
+    save_safetensors,
+    save_zip,
+    tiny,
+)
 from weights.names.diffusers import diffusers_unet, diffusers_vae, dpt_names
 
 OLD_VAE = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
@@ -41,7 +53,9 @@ def single(family: str) -> dict[str, Tensor]:
     """The narrow single file of a family, in float32, whose statistic is that of what it predicts."""
     state = {key: value.float() if value.is_floating_point() else value for key, value in narrowed(family).items()}
     if STATISTIC in state:
-        state[STATISTIC] = torch.tensor([1.0, -1.0] * (len(state[STATISTIC]) // 2)) * (0.2 if FAMILIES[family].prediction == "v" else 0.02)
+        state[STATISTIC] = torch.tensor([1.0, -1.0] * (len(state[STATISTIC]) // 2)) * (
+            0.2 if FAMILIES[family].prediction == "v" else 0.02
+        )
     return state
 
 
@@ -79,7 +93,9 @@ def _vae(family: str, config: ModelConfig, ours: Mapping[str, Tensor]) -> dict[s
 def _text(i: int, family: str, config: ModelConfig, ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
     tower = inside(ours, f"text.{min(i, len(config.text) - 1)}.")
     if config.unet.vector_dim is None and config.unet.linear_proj:  # SD 2 and the upscaler
-        tower = {key: value for key, value in tower.items() if ".layers.23." not in key and key != "text_projection.weight"}
+        tower = {
+            key: value for key, value in tower.items() if ".layers.23." not in key and key != "text_projection.weight"
+        }
     return tower
 
 
@@ -108,14 +124,22 @@ def config_json(family: str, name: str, *, wide: bool = False) -> dict[str, Any]
         return {"architectures": ["DPTForDepthEstimation"], "is_hybrid": True, "hidden_size": depth.width, "intermediate_size": depth.mlp, "num_hidden_layers": depth.layers,
                 "num_attention_heads": depth.heads, "image_size": depth.image, "fusion_hidden_size": depth.features, "readout_type": "project",
                 "backbone_out_indices": [0, 1, *depth.hooks], "backbone_config": {"depths": [*depth.blocks], "embedding_size": depth.stem, "layer_type": "bottleneck"}}  # fmt: skip
-    config = json.loads(gzip.decompress((MANIFESTS / f"diffusers/{FOLDERS[family][name]}.json.gz").read_bytes()))["config"]
+    config = json.loads(gzip.decompress((MANIFESTS / f"diffusers/{FOLDERS[family][name]}.json.gz").read_bytes()))[
+        "config"
+    ]
     config |= {"_class_name": {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL"}[name]} if name in STEMS else {}
     if wide:
         return config
     unit = {"unet": UNIT.get(family, 10), "vae": 4}.get(name, 16)
     if "block_out_channels" in config:
         config["block_out_channels"] = [width // unit for width in config["block_out_channels"]]
-    for field in ("cross_attention_dim", "projection_class_embeddings_input_dim", "hidden_size", "intermediate_size", "projection_dim"):
+    for field in (
+        "cross_attention_dim",
+        "projection_class_embeddings_input_dim",
+        "hidden_size",
+        "intermediate_size",
+        "projection_dim",
+    ):
         if field in config and (name != "text_encoder" or field != "projection_dim"):
             config[field] //= 16
     if "vocab_size" in config:
@@ -125,7 +149,9 @@ def config_json(family: str, name: str, *, wide: bool = False) -> dict[str, Any]
     return config
 
 
-def write_folder(path: Path, family: str, parts: Mapping[str, Mapping[str, Tensor]], *, variant: str = "", kind: str = "safetensors") -> Path:
+def write_folder(
+    path: Path, family: str, parts: Mapping[str, Mapping[str, Tensor]], *, variant: str = "", kind: str = "safetensors"
+) -> Path:
     """A narrow folder as diffusers writes it."""
     path.mkdir()
     for name, tensors in parts.items():
@@ -134,7 +160,14 @@ def write_folder(path: Path, family: str, parts: Mapping[str, Mapping[str, Tenso
     return path
 
 
-def write_component(path: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any], *, variant: str = "", kind: str = "safetensors") -> None:
+def write_component(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+    *,
+    variant: str = "",
+    kind: str = "safetensors",
+) -> None:
     """One folder of weights with its config.json."""
     path.mkdir()
     (path / "config.json").write_text(json.dumps(config))
@@ -144,7 +177,12 @@ def write_component(path: Path, tensors: Mapping[str, Tensor], config: Mapping[s
 
 def write_index(path: Path, family: str, parts: Iterable[str]) -> None:
     """model_index.json and the scheduler."""
-    index = {"_class_name": "StableDiffusionPipeline", "scheduler": ["diffusers", "PNDMScheduler"], "safety_checker": [None, None], "text_encoder": [None, None]}
+    index = {
+        "_class_name": "StableDiffusionPipeline",
+        "scheduler": ["diffusers", "PNDMScheduler"],
+        "safety_checker": [None, None],
+        "text_encoder": [None, None],
+    }
     (path / "model_index.json").write_text(json.dumps(index | {name: ["diffusers", "SomeClass"] for name in parts}))
     full = FAMILIES[family]
     scheduler = {"_class_name": "PNDMScheduler", "beta_start": full.schedule.start, "beta_end": full.schedule.end, "beta_schedule": "scaled_linear",
@@ -157,5 +195,7 @@ def folder_config(family: str, *, wide: bool = False) -> ModelConfig:
     """What the folder of a family should be recognised as."""
     config = FAMILIES[family] if wide else replace(tiny(family), size=FAMILIES[family].size)
     if family.startswith(("sd2", "x4")):
-        config = replace(config, text=tuple(replace(tower, layers=23, skip=0, projection=None) for tower in config.text))
+        config = replace(
+            config, text=tuple(replace(tower, layers=23, skip=0, projection=None) for tower in config.text)
+        )
     return config

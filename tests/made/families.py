@@ -20,8 +20,13 @@ VAE = VAEConfig(channels=32, channel_mult=(1, 1, 1, 1), num_res_blocks=1)
 def tiny(family: str) -> ModelConfig:
     """The family with tiny networks."""
     full = FAMILIES[family]
-    text = tuple(replace(CLIP if tower.activation == "quick_gelu" else OPENCLIP, skip=tower.skip, norm=tower.norm) for tower in full.text)
-    vector = None if full.unet.vector_dim is None else text[-1].projection + (5 if family == "sdxl-refiner" else 6) * 256
+    text = tuple(
+        replace(CLIP if tower.activation == "quick_gelu" else OPENCLIP, skip=tower.skip, norm=tower.norm)
+        for tower in full.text
+    )
+    vector = (
+        None if full.unet.vector_dim is None else text[-1].projection + (5 if family == "sdxl-refiner" else 6) * 256
+    )
     unet = replace(
         UNET, in_channels=full.unet.in_channels, context_dim=sum(tower.width for tower in text) or 48, vector_dim=vector,
         noise_levels=full.unet.noise_levels, cross_only=(full.unet.cross_only[0], False), linear_proj=full.unet.linear_proj, mid_depth=full.unet.mid_depth and 1,
@@ -33,7 +38,9 @@ def tiny(family: str) -> ModelConfig:
     )  # fmt: skip
 
 
-TINY_DEPTH = DepthConfig(image=64, stem=32, blocks=(1, 1, 1), width=32, layers=2, heads=4, mlp=64, hooks=(0, 1), features=32)
+TINY_DEPTH = DepthConfig(
+    image=64, stem=32, blocks=(1, 1, 1), width=32, layers=2, heads=4, mlp=64, hooks=(0, 1), features=32
+)
 
 
 def build(config: ModelConfig) -> LatentDiffusion:

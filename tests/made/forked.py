@@ -19,10 +19,14 @@ import torch.distributed as dist
 from ldm.errors import LdmError
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["pytest", "tests.made.forked", "torch._dynamo", "torch.distributed.fsdp", "ldm.train.loop"])
+CONTEXT.set_forkserver_preload(
+    ["pytest", "tests.made.forked", "torch._dynamo", "torch.distributed.fsdp", "ldm.train.loop"]
+)
 
 
-def start(function: Callable[..., None], *arguments: Any, said: Path, environment: dict[str, str] | None = None) -> BaseProcess:
+def start(
+    function: Callable[..., None], *arguments: Any, said: Path, environment: dict[str, str] | None = None
+) -> BaseProcess:
     """A process that calls a function of some module, and ends as the command line does: what it says on stderr goes to the file `said`."""
     process = CONTEXT.Process(target=_run, args=(function, arguments, said, environment or {}), daemon=True)
     process.start()
@@ -51,7 +55,13 @@ def _run(function: Callable[..., None], arguments: tuple[Any, ...], said: Path, 
 def together(function: Callable[..., None], *arguments: Any, world: int, said: Path) -> Iterator[list[BaseProcess]]:
     """So many ranks, in an environment as torchrun's, whose store is in this process. `said` gets a file for each: 0, 1 ... Killed at the end."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60))
-    common = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
+    common = {
+        "WORLD_SIZE": str(world),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RESTART_COUNT": "0",
+    }
     said.mkdir(parents=True, exist_ok=True)
     processes = [
         start(function, *arguments, said=said / str(rank), environment=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(world)

@@ -35,15 +35,65 @@ from weights import open_file
 from weights.files.folders import Folder, add_component
 
 STEM = "diffusion_pytorch_model"
-BOUNDARIES = (0, 1, 2, 3, 7, 8, 0x7F, 0x80, 0xFF, 0x7FFF, 0x8000, 0xFFFF, 2**31 - 1, 2**31, 2**32 - 1, 2**62, 2**63 - 1, 2**63, 2**64 - 1)
-NUMBERS = (b"-1", b"0", b"1", b"2", b"255", b"65536", b"4294967296", b"9223372036854775807", b"9223372036854775808", b"1e400", b"1.0", b"true", b"null", b'"1"', b"[]", b"{}", b"NaN")
-OPCODES = bytes.fromhex("28293031324a4b4d4e515253555658555d616263656768696a6c6f707172737475767d80818283848586878889") + bytes(range(0x8A, 0x99)) + b".FGILTBCP"
+BOUNDARIES = (
+    0,
+    1,
+    2,
+    3,
+    7,
+    8,
+    0x7F,
+    0x80,
+    0xFF,
+    0x7FFF,
+    0x8000,
+    0xFFFF,
+    2**31 - 1,
+    2**31,
+    2**32 - 1,
+    2**62,
+    2**63 - 1,
+    2**63,
+    2**64 - 1,
+)
+NUMBERS = (
+    b"-1",
+    b"0",
+    b"1",
+    b"2",
+    b"255",
+    b"65536",
+    b"4294967296",
+    b"9223372036854775807",
+    b"9223372036854775808",
+    b"1e400",
+    b"1.0",
+    b"true",
+    b"null",
+    b'"1"',
+    b"[]",
+    b"{}",
+    b"NaN",
+)
+OPCODES = (
+    bytes.fromhex("28293031324a4b4d4e515253555658555d616263656768696a6c6f707172737475767d80818283848586878889")
+    + bytes(range(0x8A, 0x99))
+    + b".FGILTBCP"
+)
 
 
 def tensors() -> dict[str, torch.Tensor]:
     """A few tensors of several types, some of them views of one storage."""
     base = torch.arange(12.0).reshape(3, 4)
-    return {"a": base, "b.c": base.t(), "d": base[1], "e": torch.ones(2, dtype=torch.float16), "f": torch.tensor(7), "g": torch.empty(0, 3), "h": torch.tensor([True])}
+    return {
+        "a": base,
+        "b.c": base.t(),
+        "d": base[1],
+        "e": torch.ones(2, dtype=torch.float16),
+        "f": torch.tensor(7),
+        "g": torch.empty(0, 3),
+        "h": torch.tensor([True]),
+    }
 
 
 @cache
@@ -53,21 +103,35 @@ def seeds() -> dict[str, list[bytes]]:
     plain = {key: value.contiguous().clone() for key, value in state.items()}
     one = {"w": torch.ones(2, 3)}
     zips, streams = [], []
-    for contents, protocol in ((one, 2), (one, 4), (state, 2), ({"state_dict": state}, 5), ({"w": torch.ones(3, dtype=torch.float8_e5m2)}, 2)):
+    for contents, protocol in (
+        (one, 2),
+        (one, 4),
+        (state, 2),
+        ({"state_dict": state}, 5),
+        ({"w": torch.ones(3, dtype=torch.float8_e5m2)}, 2),
+    ):
         zips.append(_saved(contents, protocol))
         streams.append(_saved(contents, protocol, stream=True))
     with lightning(one) as contents:
         small = {key: contents[key] for key in ("epoch", "state_dict", "callbacks", "hparams", "config")}
         zips += [_saved(small, 2), _saved(small, 4)]
-    safe = [safetensors.torch.save(one), safetensors.torch.save(plain), safetensors.torch.save(plain, {"format": "pt", "a": "b"})]
-    index = json.dumps({"metadata": {"total_size": 24}, "weight_map": {"w": f"{STEM}-1.safetensors", "v": f"{STEM}-2.safetensors"}}).encode()
+    safe = [
+        safetensors.torch.save(one),
+        safetensors.torch.save(plain),
+        safetensors.torch.save(plain, {"format": "pt", "a": "b"}),
+    ]
+    index = json.dumps(
+        {"metadata": {"total_size": 24}, "weight_map": {"w": f"{STEM}-1.safetensors", "v": f"{STEM}-2.safetensors"}}
+    ).encode()
     return {"safetensors": safe, "zip": zips, "pickle": zips, "stream": streams, "index": [index]}
 
 
 def _saved(contents: object, protocol: int, *, stream: bool = False) -> bytes:
     buffer = io.BytesIO()
     torch.save(OrderedDict(contents), buffer, pickle_protocol=protocol, _use_new_zipfile_serialization=not stream)
-    return buffer.getvalue() if stream else zip_of(*records_of(buffer.getvalue()))  # without torch's padding: less to miss
+    return (
+        buffer.getvalue() if stream else zip_of(*records_of(buffer.getvalue()))
+    )  # without torch's padding: less to miss
 
 
 # -- zips, so that a changed pickle comes with the right checksum and offsets --------------------------------------------------------
@@ -80,7 +144,12 @@ def zip_of(names: list[bytes], contents: list[bytes]) -> bytes:
         fields = struct.pack("<IIIHH", zlib.crc32(data), len(data), len(data), len(name), 0)
         directory += b"PK\x01\x02\0\0\0\0\0\0\0\0\0\0\0\0" + fields + bytes(10) + struct.pack("<I", len(body)) + name
         body += b"PK\x03\x04\0\0\0\0\0\0\0\0\0\0" + fields + name + data
-    return body + directory + b"PK\x05\x06\0\0\0\0" + struct.pack("<HHIIH", len(names), len(names), len(directory), len(body), 0)
+    return (
+        body
+        + directory
+        + b"PK\x05\x06\0\0\0\0"
+        + struct.pack("<HHIIH", len(names), len(names), len(directory), len(body), 0)
+    )
 
 
 @cache
@@ -262,7 +331,13 @@ def run(seed: int, numbers: range) -> Report:
                 report.loaded[kind] += 1
             except FileError as error:
                 report.refused[kind] += 1
-                if len(str(error)) > 200 or {unicodedata.category(c) for c in str(error)} & {"Cc", "Cf", "Cs", "Zl", "Zp"}:
+                if len(str(error)) > 200 or {unicodedata.category(c) for c in str(error)} & {
+                    "Cc",
+                    "Cf",
+                    "Cs",
+                    "Zl",
+                    "Zp",
+                }:
                     report.faults.append((number, f"an unseemly message: {str(error)!r}"))
             except Exception:  # the point of the exercise
                 report.faults.append((number, traceback.format_exc(limit=-2)))
@@ -279,7 +354,9 @@ def main(line: list[str] | None = None) -> int:
     """Read the arguments, run, and say what was found; 1 if there are faults."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mutants", type=int, default=100_000)
-    parser.add_argument("--first", type=int, default=0, help="number of the first mutant; with --mutants 1 it repeats one")
+    parser.add_argument(
+        "--first", type=int, default=0, help="number of the first mutant; with --mutants 1 it repeats one"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=1)
     arguments = parser.parse_args(line)
@@ -288,19 +365,29 @@ def main(line: list[str] | None = None) -> int:
     total, start = Report(), time.monotonic()
     with contextlib.ExitStack() as stack:
         if arguments.jobs > 1:
-            pool = stack.enter_context(multiprocessing.get_context("spawn").Pool(arguments.jobs, torch.set_num_threads, (1,)))
+            pool = stack.enter_context(
+                multiprocessing.get_context("spawn").Pool(arguments.jobs, torch.set_num_threads, (1,))
+            )
         for i, part in enumerate(pool.imap_unordered(_run, tasks) if arguments.jobs > 1 else map(_run, tasks), 1):
             total.add(part)
             for number, what in part.faults:
-                print(f"FAULT: python -m tests.made.fuzz --seed {arguments.seed} --first {number} --mutants 1\n{what}", flush=True)
+                print(
+                    f"FAULT: python -m tests.made.fuzz --seed {arguments.seed} --first {number} --mutants 1\n{what}",
+                    flush=True,
+                )
             if i % 20 == 0 or i == len(tasks):
                 seconds = time.monotonic() - start
                 done = min(i * step, arguments.mutants)
-                print(f"{done} mutants in {seconds:.0f} s ({done / seconds:.0f}/s), {len(total.faults)} faults", flush=True)
+                print(
+                    f"{done} mutants in {seconds:.0f} s ({done / seconds:.0f}/s), {len(total.faults)} faults",
+                    flush=True,
+                )
     for kind in KINDS:
         count = total.loaded[kind] + total.refused[kind]
         print(f"{kind:12} {count:8} mutants, {total.loaded[kind] / max(count, 1):6.1%} loaded")
-    print(f"slowest {total.slowest[0] * 1000:.0f} ms (number {total.slowest[1]}); memory grew by at most {total.memory // 1024} MiB")
+    print(
+        f"slowest {total.slowest[0] * 1000:.0f} ms (number {total.slowest[1]}); memory grew by at most {total.memory // 1024} MiB"
+    )
     return 1 if total.faults else 0
 
 

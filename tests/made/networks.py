@@ -31,11 +31,16 @@ TINY_UNETS: dict[str, UNetConfig] = {
     "sdxl-tiny": replace(SDXL, model_channels=32, context_dim=64, head_dim=16, vector_dim=112),
     "ssd-1b-tiny": replace(SSD1B, model_channels=32, context_dim=64, head_dim=16, vector_dim=112),
 }
-TINY_VAES = {"vae-f8-tiny": VAEConfig(channels=32, scale=1.0), "vae-f4-tiny": VAEConfig(channels=32, channel_mult=(1, 2, 4), scale=1.0)}
+TINY_VAES = {
+    "vae-f8-tiny": VAEConfig(channels=32, scale=1.0),
+    "vae-f4-tiny": VAEConfig(channels=32, channel_mult=(1, 2, 4), scale=1.0),
+}
 CLIP_L_TINY = TextConfig(width=64, layers=3, heads=4, mlp=256)
 OPENCLIP_TINY = replace(CLIP_L_TINY, activation="gelu", projection=48, pad=0)
 VISION_TINY = VisionConfig(image=28, patch=7, width=64, layers=3, heads=4, mlp=256, projection=48)
-DEPTH_TINY = DepthConfig(image=64, stem=32, blocks=(2, 1, 2), width=64, layers=4, heads=4, mlp=128, hooks=(1, 3), features=32)
+DEPTH_TINY = DepthConfig(
+    image=64, stem=32, blocks=(2, 1, 2), width=64, layers=4, heads=4, mlp=128, hooks=(1, 3), features=32
+)
 
 
 def golden(file: str) -> dict[str, Tensor]:
@@ -65,7 +70,10 @@ def tiny_unet(name: str) -> UNet:
     """A UNet of TINY_UNETS with the weights of its golden run."""
     config = TINY_UNETS[name]
     theirs = diffusers_unet(config)
-    return fill(UNet(config), lambda key: f"ssd-1b-tiny/{theirs[key]}" if name == "ssd-1b-tiny" else f"model.diffusion_model.{key}")
+    return fill(
+        UNet(config),
+        lambda key: f"ssd-1b-tiny/{theirs[key]}" if name == "ssd-1b-tiny" else f"model.diffusion_model.{key}",
+    )
 
 
 def tiny_vae(name: str) -> VAE:
@@ -92,7 +100,9 @@ def tiny_openclip() -> CLIPText:
         }  # fmt: skip
         shapes |= {f"transformer.resblocks.{i}.{name}": shape for name, shape in block.items()}
     tower = CLIPText(OPENCLIP_TINY)
-    tower.load_state_dict(from_openclip({name: weight(f"cond_stage_model.model.{name}", shape) for name, shape in shapes.items()}))
+    tower.load_state_dict(
+        from_openclip({name: weight(f"cond_stage_model.model.{name}", shape) for name, shape in shapes.items()})
+    )
     return tower.eval().requires_grad_(False)
 
 
@@ -124,13 +134,18 @@ def dpt(config: DepthConfig) -> DPT:
     """A depth network with seeded weights; with the published sizes, that of the golden run."""
     with torch.device("meta"):  # giving 123 M parameters values that are then replaced takes as long as running them
         network = DPT(config)
-    network.load_state_dict({name: weight(f"depth_model.model.{name}", p.shape) for name, p in network.state_dict().items()}, assign=True)
+    network.load_state_dict(
+        {name: weight(f"depth_model.model.{name}", p.shape) for name, p in network.state_dict().items()}, assign=True
+    )
     return network.eval().requires_grad_(False)
 
 
 def tiny_safety() -> SafetyChecker:
     """The safety checker with the weights of its golden run: thresholds around 0.21, and the tower's prefix not doubled, as transformers 5 has it."""
-    checker = fill(SafetyChecker(VISION_TINY), lambda key: f"safety_checker.{key.replace('vision_model.vision_model.', 'vision_model.')}")
+    checker = fill(
+        SafetyChecker(VISION_TINY),
+        lambda key: f"safety_checker.{key.replace('vision_model.vision_model.', 'vision_model.')}",
+    )
     for name in ("concept_embeds_weights", "special_care_embeds_weights"):
         getattr(checker, name).copy_(0.21 + 0.05 * normal(f"safety_checker.{name}", getattr(checker, name).shape))
     return checker

@@ -15,7 +15,9 @@ from weights.files.write import NAMES
 Listed = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 
 
-def sparse(path: Path, tensors: Listed, numbers: Mapping[str, Tensor] | None = None, metadata: Mapping[str, str] | None = None) -> Path:
+def sparse(
+    path: Path, tensors: Listed, numbers: Mapping[str, Tensor] | None = None, metadata: Mapping[str, str] | None = None
+) -> Path:
     """A .safetensors with these names, shapes and types; zeros but for `numbers`."""
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     at, places = 0, {}
@@ -35,7 +37,9 @@ def sparse(path: Path, tensors: Listed, numbers: Mapping[str, Tensor] | None = N
     return path
 
 
-def published(name: str, path: Path, numbers: Mapping[str, Tensor] | None = None, metadata: Mapping[str, str] | None = None) -> Path:
+def published(
+    name: str, path: Path, numbers: Mapping[str, Tensor] | None = None, metadata: Mapping[str, str] | None = None
+) -> Path:
     """A published file at its size, its position_ids as they should be."""
     listed = manifest(name)
     ids = {key: torch.arange(shape[-1])[None] for key, (shape, _) in listed.items() if key.endswith("position_ids")}

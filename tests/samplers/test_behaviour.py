@@ -14,14 +14,25 @@ from samplers import DEFAULT_GRID, GRIDS, SAMPLERS, Schedule, Step, calls, ddim,
 from tests.made.mixture import SCHEDULE, exact, slope
 from tests.made.seeded import normal, weight
 
-NOISY = ["ddpm", "euler_ancestral", "dpm_2_ancestral", "dpmpp_2s_ancestral", "dpmpp_sde", "dpmpp_2m_sde", "dpmpp_3m_sde", "lcm"]
+NOISY = [
+    "ddpm",
+    "euler_ancestral",
+    "dpm_2_ancestral",
+    "dpmpp_2s_ancestral",
+    "dpmpp_sde",
+    "dpmpp_2m_sde",
+    "dpmpp_3m_sde",
+    "lcm",
+]
 
 
 def convolution(x: Tensor, sigma: float) -> Tensor:
     """A denoiser that mixes pixels and channels, as a network does, and not images."""
     inner = x / math.sqrt(1 + sigma * sigma)
     mixed = F.conv2d(
-        torch.tanh(F.conv2d(inner, weight("a.weight", (16, 4, 3, 3)), padding=1)), weight("b.weight", (4, 16, 3, 3)), padding=1
+        torch.tanh(F.conv2d(inner, weight("a.weight", (16, 4, 3, 3)), padding=1)),
+        weight("b.weight", (4, 16, 3, 3)),
+        padding=1,
     )
     return inner / math.sqrt(1 + sigma * sigma) + mixed * (sigma / (1 + sigma))
 
@@ -67,7 +78,9 @@ def test_an_image_does_not_depend_on_its_batch(name):
 def test_one_two_and_three_steps_work_with_every_grid(name, grid):
     for steps in (1, 2) if grid == "ddim_original" else (1, 2, 3):
         sigmas = GRIDS[grid](SCHEDULE, steps)
-        out = finish(SAMPLERS[name](exact, start(normal("x_T", (1, 4, 4, 4)), sigmas), sigmas, noise=seeded([0])), sigmas)
+        out = finish(
+            SAMPLERS[name](exact, start(normal("x_T", (1, 4, 4, 4)), sigmas), sigmas, noise=seeded([0])), sigmas
+        )
         assert out.dtype == torch.float32
         assert out.isfinite().all()
 
@@ -85,7 +98,9 @@ def test_the_observer_sees_every_step_before_the_update(name):
     sigmas = GRIDS["karras"](SCHEDULE, 5)
     x = normal("x_T", (1, 4, 4, 4)) * sigmas[0]
     SAMPLERS[name](exact, x, sigmas, noise=seeded([0]), on_step=seen.append)
-    assert [(step.index, step.total, step.sigma) for step in seen] == [(i, 5, sigma) for i, sigma in enumerate(sigmas[:-1])]
+    assert [(step.index, step.total, step.sigma) for step in seen] == [
+        (i, 5, sigma) for i, sigma in enumerate(sigmas[:-1])
+    ]
     assert torch.equal(seen[0].x, x)
     assert torch.equal(seen[0].x0, exact(x, sigmas[0]))
 
@@ -111,7 +126,9 @@ def test_noise_is_refused_on_the_way_up(name):
         SAMPLERS[name](exact, normal("x_T", (1, 4, 4, 4)), [1.0, 3.0, 14.0], noise=seeded([0]))
 
 
-@pytest.mark.parametrize("sigmas", [[], [1.0], [1.0, 1.0], [2.0, 3.0, 1.0], [0.0, 1.0], [math.inf, 1.0], [math.nan, 1.0], [1.0, -1.0]])
+@pytest.mark.parametrize(
+    "sigmas", [[], [1.0], [1.0, 1.0], [2.0, 3.0, 1.0], [0.0, 1.0], [math.inf, 1.0], [math.nan, 1.0], [1.0, -1.0]]
+)
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_a_grid_that_is_none_is_refused(name, sigmas):
     with pytest.raises(ValueError, match=r"grid|sigma"):
@@ -119,7 +136,8 @@ def test_a_grid_that_is_none_is_refused(name, sigmas):
 
 
 @pytest.mark.parametrize(
-    "name", ["ddim", "euler_ancestral", "dpm_2_ancestral", "dpmpp_2s_ancestral", "dpmpp_sde", "dpmpp_2m_sde", "dpmpp_3m_sde"]
+    "name",
+    ["ddim", "euler_ancestral", "dpm_2_ancestral", "dpmpp_2s_ancestral", "dpmpp_sde", "dpmpp_2m_sde", "dpmpp_3m_sde"],
 )
 def test_a_negative_eta_is_refused(name):
     with pytest.raises(ValueError, match="eta is -1"):
@@ -131,7 +149,10 @@ def test_ddim_with_eta_1_is_ddpm():
     sigmas = GRIDS["ddim"](SCHEDULE, 20)
     x = normal("x_T", (2, 4, 8, 8)).double() * sigmas[0]
     assert torch.allclose(
-        ddim(exact, x, sigmas, eta=1.0, noise=seeded([1, 2])), ddpm(exact, x, sigmas, noise=seeded([1, 2])), rtol=1e-12, atol=1e-12
+        ddim(exact, x, sigmas, eta=1.0, noise=seeded([1, 2])),
+        ddpm(exact, x, sigmas, noise=seeded([1, 2])),
+        rtol=1e-12,
+        atol=1e-12,
     )
 
 
@@ -149,12 +170,21 @@ def test_without_noise_the_stochastic_solver_is_the_plain_one(name, plain):
     sigmas = GRIDS["karras"](SCHEDULE, 12)
     x = normal("x_T", (1, 4, 8, 8)).double() * sigmas[0]
     options = {"eta": 0.0} if plain == "dpmpp_2s_ancestral" else {}
-    assert torch.allclose(SAMPLERS[name](exact, x, sigmas, eta=0.0), SAMPLERS[plain](exact, x, sigmas, **options), rtol=1e-12, atol=1e-12)
+    assert torch.allclose(
+        SAMPLERS[name](exact, x, sigmas, eta=0.0), SAMPLERS[plain](exact, x, sigmas, **options), rtol=1e-12, atol=1e-12
+    )
 
 
 def test_s_noise_scales_the_fresh_noise_alone():
     sigmas, x = [10.0, 1.0, 0.5], normal("x_T", (1, 4, 4, 4))
-    for name in ("euler_ancestral", "dpm_2_ancestral", "dpmpp_2s_ancestral", "dpmpp_sde", "dpmpp_2m_sde", "dpmpp_3m_sde"):
+    for name in (
+        "euler_ancestral",
+        "dpm_2_ancestral",
+        "dpmpp_2s_ancestral",
+        "dpmpp_sde",
+        "dpmpp_2m_sde",
+        "dpmpp_3m_sde",
+    ):
         silent = SAMPLERS[name](exact, x, sigmas, s_noise=0.0, noise=seeded([0]))
         assert torch.equal(silent, SAMPLERS[name](exact, x, sigmas, noise=lambda shape: torch.zeros(tuple(shape))))
 
@@ -194,7 +224,9 @@ def test_a_zero_snr_schedule_keeps_float32_as_exact_as_float64(name, grid):
     """
     sigmas = GRIDS[grid](Schedule(zero_snr=True), 12)
     x = start(normal("x_T", (1, 4, 8, 8)), sigmas)
-    single, double = (SAMPLERS[name](exact, x.to(dtype), sigmas, noise=seeded([0])) for dtype in (torch.float32, torch.float64))
+    single, double = (
+        SAMPLERS[name](exact, x.to(dtype), sigmas, noise=seeded([0])) for dtype in (torch.float32, torch.float64)
+    )
     assert single.isfinite().all()
     limit = 1e-4 if name in ("plms", "lms") else 1e-5
     assert (single - double).square().mean().sqrt() < limit * double.square().mean().sqrt()

@@ -19,7 +19,9 @@ def test_guidance_extrapolates_from_uncond_through_cond():
     assert torch.allclose(cfg(7.5)([UNCOND, COND], 1.0), -6.5 * UNCOND + 7.5 * COND, atol=7.5 * 2**-21)
 
 
-@pytest.mark.parametrize(("scale", "needed"), [(1, (1,)), (1.0, (1,)), (0, (0,)), (7.5, (0, 1)), (-1, (0, 1)), (1.0001, (0, 1))])
+@pytest.mark.parametrize(
+    ("scale", "needed"), [(1, (1,)), (1.0, (1,)), (0, (0,)), (7.5, (0, 1)), (-1, (0, 1)), (1.0001, (0, 1))]
+)
 def test_one_pass_suffices_at_scale_one_and_zero(scale, needed):
     guide = cfg(scale)
     assert guide.needs(1.0) == needed
@@ -94,4 +96,6 @@ def test_what_is_known_comes_back_untouched_and_the_rest_is_painted(name):
     else:
         assert torch.equal(out[..., :4], known[..., :4])
     assert (out[..., 4:] - known[..., 4:]).abs().mean() > 0.1
-    assert all(torch.allclose(x[..., :4], (known + first * sigma)[..., :4]) for x, sigma in seen)  # the network sees the known part noised
+    assert all(
+        torch.allclose(x[..., :4], (known + first * sigma)[..., :4]) for x, sigma in seen
+    )  # the network sees the known part noised

@@ -28,7 +28,9 @@ def test_the_same_seeds_give_the_same_draws_and_other_seeds_others():
 
 
 def test_a_draw_is_what_torch_draws_on_the_cpu_from_that_seed():
-    assert torch.equal(seeded([42])((1, *SHAPE)), torch.randn((1, *SHAPE), generator=torch.Generator("cpu").manual_seed(42)))
+    assert torch.equal(
+        seeded([42])((1, *SHAPE)), torch.randn((1, *SHAPE), generator=torch.Generator("cpu").manual_seed(42))
+    )
 
 
 def test_draws_are_standard_normal_float32():

@@ -64,7 +64,11 @@ def test_the_reference_solution_is_exact_to_rounding():
         ("dpmpp_2m", {}, 2),
         ("dpmpp_sde", {"eta": 0.0}, 2),
         ("dpmpp_2m_sde", {"eta": 0.0}, 2),
-        ("dpmpp_3m_sde", {"eta": 0.0}, 2),  # not 3: the published coefficient of the second difference is half of Newton's
+        (
+            "dpmpp_3m_sde",
+            {"eta": 0.0},
+            2,
+        ),  # not 3: the published coefficient of the second difference is half of Newton's
         ("lms", {"order": 1}, 1),
         ("lms", {"order": 2}, 2),
         ("plms", {}, 2),  # its weights are those of equal steps; see below
@@ -104,7 +108,9 @@ def test_a_stochastic_solver_ends_with_the_variance_of_the_data(name, order):
 
     def variance(steps: int) -> float:
         sigmas = geometric(steps)
-        x = torch.zeros(2 * steps + 1, 1, 1, 1, dtype=torch.float64)  # element 0 responds to the start, element k to draw k
+        x = torch.zeros(
+            2 * steps + 1, 1, 1, 1, dtype=torch.float64
+        )  # element 0 responds to the start, element k to draw k
         x[0] = math.sqrt(data + HIGH**2)
         count = 0
 

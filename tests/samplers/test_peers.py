@@ -46,7 +46,12 @@ def relative(a: Tensor, b: Tensor) -> float:
 def test_unipc_is_diffusers_unipc(order, end):
     """To 3e-6: their alphas are a float32 product of a thousand factors, off by 1e-6."""
     scheduler = diffusers.UniPCMultistepScheduler(
-        **BETAS, solver_order=order, solver_type="bh2", final_sigmas_type=end, timestep_spacing="trailing", lower_order_final=True
+        **BETAS,
+        solver_order=order,
+        solver_type="bh2",
+        final_sigmas_type=end,
+        timestep_spacing="trailing",
+        lower_order_final=True,
     )
     scheduler.set_timesteps(12)
     sigmas = [sigma(t) for t in scheduler.timesteps] + [0.0 if end == "zero" else SCHEDULE.sigma_min]
@@ -56,7 +61,9 @@ def test_unipc_is_diffusers_unipc(order, end):
 
 
 def test_ddpm_is_diffusers_ddpm():
-    scheduler = diffusers.DDPMScheduler(**BETAS, variance_type="fixed_small", clip_sample=False, timestep_spacing="trailing")
+    scheduler = diffusers.DDPMScheduler(
+        **BETAS, variance_type="fixed_small", clip_sample=False, timestep_spacing="trailing"
+    )
     scheduler.set_timesteps(20)
     sigmas = [sigma(t) for t in scheduler.timesteps] + [0.0]
     generator = torch.Generator().manual_seed(3)

@@ -58,7 +58,9 @@ def test_sigmas_beyond_the_trained_ones_have_the_timestep_of_the_nearest():
             SCHEDULE.sigma(t)
 
 
-@pytest.mark.parametrize("options", [{"start": 0}, {"start": 0.1, "end": 0.01}, {"end": 1.0}, {"steps": 0}, {"start": math.nan}])
+@pytest.mark.parametrize(
+    "options", [{"start": 0}, {"start": 0.1, "end": 0.01}, {"end": 1.0}, {"steps": 0}, {"start": math.nan}]
+)
 def test_a_schedule_that_is_none_is_refused(options):
     with pytest.raises(ValueError, match="betas from"):
         Schedule(**options)
@@ -126,7 +128,9 @@ def test_counts_of_steps_that_cannot_be_are_refused(grid):
 @pytest.mark.parametrize("grid", ["discrete", "karras"])
 def test_k_diffusion_sigmas_are_met(grid, steps):
     """To the float32 that the originals were computed in: rho 7 multiplies its roundings."""
-    assert torch.allclose(torch.tensor(GRIDS[grid](SCHEDULE, steps)), GOLDEN[f"k/sigmas/{grid}/{steps}"], rtol=2e-6, atol=0)
+    assert torch.allclose(
+        torch.tensor(GRIDS[grid](SCHEDULE, steps)), GOLDEN[f"k/sigmas/{grid}/{steps}"], rtol=2e-6, atol=0
+    )
 
 
 def test_the_original_timesteps_are_met():
@@ -159,7 +163,18 @@ def test_published_spacings_are_met():
 def test_align_your_steps_meets_its_published_timesteps_and_sigmas():
     assert timesteps("ays", 10) == pytest.approx(AYS_SD1, abs=1e-6)
     assert timesteps("ays_sdxl", 10) == pytest.approx(AYS_SDXL, abs=1e-6)
-    sd1 = [14.615, 6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399, 0.152]  # the authors' guide, three decimals of nearby levels
+    sd1 = [
+        14.615,
+        6.475,
+        3.861,
+        2.697,
+        1.886,
+        1.396,
+        0.963,
+        0.652,
+        0.399,
+        0.152,
+    ]  # the authors' guide, three decimals of nearby levels
     assert GRIDS["ays"](SCHEDULE, 10)[:-1] == pytest.approx(sd1, rel=5e-3)
     ten, twenty = GRIDS["ays"](SCHEDULE, 10), GRIDS["ays"](SCHEDULE, 20)
     assert twenty[::2] == pytest.approx(ten)

@@ -17,7 +17,11 @@ from tests.made.seeded import normal
 
 GOLDEN = load_file(Path(__file__).parents[1] / "golden" / "samplers.safetensors")
 TIMESTEPS = json.loads((Path(__file__).parents[1] / "golden" / "samplers_timesteps.json").read_text())
-RUNS = [key for key in GOLDEN if key.startswith(("ddim/", "plms/", "dpmpp_2m_stability/", "k/", "img2img/ddim")) and "/sigmas/" not in key]
+RUNS = [
+    key
+    for key in GOLDEN
+    if key.startswith(("ddim/", "plms/", "dpmpp_2m_stability/", "k/", "img2img/ddim")) and "/sigmas/" not in key
+]
 
 
 def error(out: Tensor, reference: Tensor) -> float:
@@ -37,7 +41,11 @@ def run(key: str) -> tuple[Tensor, list[float]]:
     elif first == "img2img":
         name = "ddim"
         x, sigmas = noised(
-            normal("init_latent", SHAPE), normal("enc_noise", SHAPE), GRIDS["ddim"](SCHEDULE, 50), strength=0.6, original=True
+            normal("init_latent", SHAPE),
+            normal("enc_noise", SHAPE),
+            GRIDS["ddim"](SCHEDULE, 50),
+            strength=0.6,
+            original=True,
         )
     else:
         name, kind = first.removesuffix("_stability"), rest[0]
@@ -62,7 +70,9 @@ def test_every_solver_does_what_the_original_did(key):
     modes are driven apart, so that a nudge of x_T by one rounding (1.2e-7) already moves the result by up to 19 times as much, and a run
     rounds dozens of times. Both sides are equally far from the same run in float64 (at most 3e-6)."""
     out, timesteps = run(key)
-    assert error(out, GOLDEN[key]) < (1.5e-6 if key.startswith(("ddim", "plms", "dpmpp_2m_stability", "k/dpmpp_2m/", "img2img")) else 1e-5)
+    assert error(out, GOLDEN[key]) < (
+        1.5e-6 if key.startswith(("ddim", "plms", "dpmpp_2m_stability", "k/dpmpp_2m/", "img2img")) else 1e-5
+    )
     if not key.startswith("k/"):
         assert timesteps == TIMESTEPS[key]
 

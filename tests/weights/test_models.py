@@ -11,7 +11,17 @@ import torch
 from ldm.config import FAMILIES
 from ldm.errors import AmbiguousCheckpoint, ArgumentError, FileError
 from ldm.model import LatentDiffusion
-from tests.made.checkpoints import TINY, checkpoint, ema_name, lightning, manifest, original_name, save_safetensors, save_stream, save_zip
+from tests.made.checkpoints import (
+    TINY,
+    checkpoint,
+    ema_name,
+    lightning,
+    manifest,
+    original_name,
+    save_safetensors,
+    save_stream,
+    save_zip,
+)
 from tests.made.seeded import weight
 from weights import load
 from weights.names import original as names
@@ -58,7 +68,9 @@ def test_every_key_of_a_published_file_is_loaded_or_ignored_for_a_reason(file):
     made = plan(original(found), wanted(), found, error)
     assert len(made.sources) == 686 + 248 + 196
     assert all(made.ignored.values())
-    assert {original_name(ours): place.key for ours, place in made.sources.items()} == {key: key for key in set(found) - set(made.ignored)}
+    assert {original_name(ours): place.key for ours, place in made.sources.items()} == {
+        key: key for key in set(found) - set(made.ignored)
+    }
 
 
 def test_the_moving_average_takes_the_place_of_the_unet_and_of_nothing_else():
@@ -81,7 +93,10 @@ NOT_MODELS = {
     "a LoRA (base": {"base_model.model.unet.down_blocks.0.attn1.to_q.lora_A.weight": (4, 320)},
     "a textual-inversion embedding": {"emb_params": (2, 768)},
     "embedding (string_to_param.*)": {"string_to_param.*": (3, 768)},
-    "a VAE alone": {"first_stage_model.encoder.conv_in.weight": (128, 3, 3, 3), "first_stage_model.decoder.conv_in.weight": (512, 4, 3, 3)},
+    "a VAE alone": {
+        "first_stage_model.encoder.conv_in.weight": (128, 3, 3, 3),
+        "first_stage_model.decoder.conv_in.weight": (512, 4, 3, 3),
+    },
     "a diffusers UNet": {"conv_in.weight": (320, 4, 3, 3), "down_blocks.0.resnets.0.conv1.weight": (320, 320, 3, 3)},
     "a bare UNet": {"input_blocks.0.0.weight": (320, 4, 3, 3), "out.2.weight": (4, 320, 3, 3), "a": (1,), "b": (1,)},
     "a ControlNet": {"control_model.input_blocks.0.0.weight": (320, 4, 3, 3)},
@@ -94,7 +109,9 @@ NOT_MODELS = {
 
 @pytest.mark.parametrize("what", NOT_MODELS)
 def test_what_is_no_model_is_refused_by_what_it_is(what, tmp_path):
-    path = save_safetensors({key: torch.zeros(shape) for key, shape in NOT_MODELS[what].items()}, tmp_path / "x.safetensors")
+    path = save_safetensors(
+        {key: torch.zeros(shape) for key, shape in NOT_MODELS[what].items()}, tmp_path / "x.safetensors"
+    )
     for config in (None, "sd1", TINY):
         with pytest.raises(FileError, match=re.escape(what)):
             load(path, config)
@@ -129,7 +146,12 @@ VARIANTS = {
 def test_known_variants_and_damage_load_bit_by_bit(variant, tmp_path):
     state = checkpoint(**VARIANTS[variant])
     path = save_safetensors(state, tmp_path / "x.safetensors")
-    expected = {key if "cond_stage" not in key or "text_model" in key else key.replace("transformer.", "transformer.text_model."): v for key, v in state.items()}
+    expected = {
+        key
+        if "cond_stage" not in key or "text_model" in key
+        else key.replace("transformer.", "transformer.text_model."): v
+        for key, v in state.items()
+    }
     assert same(load(path, TINY), expected)
     assert same(load(path, TINY, dtype=torch.float16), expected, torch.float16)
     assert same(load(path, TINY, dtype=torch.bfloat16), expected, torch.bfloat16)
@@ -137,7 +159,10 @@ def test_known_variants_and_damage_load_bit_by_bit(variant, tmp_path):
 
 def test_mixed_precisions_load(state, tmp_path):
     kinds = [torch.float16, torch.float32, torch.bfloat16, torch.float64]
-    mixed = {key: value.to(kinds[i % 4]) if value.is_floating_point() else value for i, (key, value) in enumerate(state.items())}
+    mixed = {
+        key: value.to(kinds[i % 4]) if value.is_floating_point() else value
+        for i, (key, value) in enumerate(state.items())
+    }
     assert same(load(save_safetensors(mixed, tmp_path / "x.safetensors"), TINY), mixed)
 
 
@@ -154,7 +179,9 @@ def test_the_moving_average_loads_when_asked_for(tmp_path):
     state = checkpoint(ema="full")
     path = save_safetensors(state, tmp_path / "x.safetensors")
     assert same(load(path, TINY), state)
-    averaged = {key: weight("ema " + key, value.shape) if key.startswith("model.") else value for key, value in state.items()}
+    averaged = {
+        key: weight("ema " + key, value.shape) if key.startswith("model.") else value for key, value in state.items()
+    }
     assert same(load(path, TINY, ema=True), averaged)
 
 
@@ -166,7 +193,11 @@ def test_a_moving_average_that_is_not_there_is_an_error(state, tmp_path):
         load(save_safetensors(state, tmp_path / "a.safetensors"), TINY, ema=True)
     with pytest.raises(FileError, match=r"no model_ema\.\* at all"):
         load(save_safetensors(checkpoint(ema=None), tmp_path / "b.safetensors"), TINY, ema=True)
-    half = {key: value for i, (key, value) in enumerate(checkpoint(ema="full").items()) if i % 2 or not key.startswith("model_ema.diff")}
+    half = {
+        key: value
+        for i, (key, value) in enumerate(checkpoint(ema="full").items())
+        if i % 2 or not key.startswith("model_ema.diff")
+    }
     with pytest.raises(FileError, match=r"a moving average of \d+ of \d+ tensors"):
         load(save_safetensors(half, tmp_path / "c.safetensors"), TINY, ema=True)
     assert same(load(tmp_path / "c.safetensors", TINY), state)
@@ -178,7 +209,11 @@ UNET_KEY = "model.diffusion_model.input_blocks.1.0.in_layers.2.weight"
 
 def test_missing_unknown_and_misshapen_tensors_are_counted_and_named(state, tmp_path):
     def refusal(**changes) -> FileError:
-        changed = {key: value for key, value in {**state, **changes.pop("set", {})}.items() if key not in changes.get("drop", ())}
+        changed = {
+            key: value
+            for key, value in {**state, **changes.pop("set", {})}.items()
+            if key not in changes.get("drop", ())
+        }
         with pytest.raises(FileError) as caught:
             load(save_safetensors(changed, tmp_path / "x.safetensors"), TINY)
         assert len(str(caught.value)) <= 200
@@ -187,12 +222,19 @@ def test_missing_unknown_and_misshapen_tensors_are_counted_and_named(state, tmp_
     gone = [key for key in state if "input_blocks.1.0" in key]
     assert (missing := refusal(drop=gone)).key == gone[0]
     assert re.search(r"10 missing \(.*in_layers.0.weight, .*in_layers.0.bias, ", str(missing))
-    assert (unknown := refusal(set={"model.diffusion_model.extra": torch.zeros(1), "cond_stage_model.odd": torch.zeros(1)})).key in ("model.diffusion_model.extra", "cond_stage_model.odd")
+    assert (
+        unknown := refusal(set={"model.diffusion_model.extra": torch.zeros(1), "cond_stage_model.odd": torch.zeros(1)})
+    ).key in ("model.diffusion_model.extra", "cond_stage_model.odd")
     assert re.search(r"2 unknown \(.*extra.*\)", str(unknown))
     assert "[32, 32, 1, 1] instead of [32, 32, 3, 3]" in str(refusal(set={UNET_KEY: torch.zeros(32, 32, 1, 1)}))
-    assert "has no VAE (no first_stage_model.*" in str(refusal(drop=[key for key in state if key.startswith("first_stage_model.")]))
+    assert "has no VAE (no first_stage_model.*" in str(
+        refusal(drop=[key for key in state if key.startswith("first_stage_model.")])
+    )
     assert "has no text tower" in str(refusal(drop=[key for key in state if key.startswith("cond_stage_model.")]))
-    assert re.search(r"final_layer_norm.bias twice, also as .+; which is right cannot be known", str(refusal(set={TEXT_KEY.replace(".text_model", ""): torch.zeros(64)})))
+    assert re.search(
+        r"final_layer_norm.bias twice, also as .+; which is right cannot be known",
+        str(refusal(set={TEXT_KEY.replace(".text_model", ""): torch.zeros(64)})),
+    )
     assert "quantised" in str(refusal(set={UNET_KEY: torch.zeros(32, 32, 3, 3, dtype=torch.int8)}))
 
 

@@ -12,7 +12,18 @@ import torch
 
 from ldm.errors import ArgumentError, FileError
 from ldm.networks.safety import SafetyChecker
-from tests.made.checkpoints import checkpoint, inside, manifest, meaning, narrow, narrowed, save_safetensors, save_zip, seeded, tiny
+from tests.made.checkpoints import (
+    checkpoint,
+    inside,
+    manifest,
+    meaning,
+    narrow,
+    narrowed,
+    save_safetensors,
+    save_zip,
+    seeded,
+    tiny,
+)
 from tests.made.diffusers_folders import components, single, write_folder
 from weights import load_safety, load_vae
 
@@ -22,16 +33,24 @@ VAE = tiny("sd1").vae
 @pytest.fixture(scope="module")
 def bare():
     """The file `vae-standalone`, narrow."""
-    return seeded({key: (narrow(f"vae/{key}", shape, 4), dtype) for key, (shape, dtype) in manifest("vae-standalone").items()})
+    return seeded(
+        {key: (narrow(f"vae/{key}", shape, 4), dtype) for key, (shape, dtype) in manifest("vae-standalone").items()}
+    )
 
 
 def same(network, state) -> bool:
     found = network.state_dict()
-    return found.keys() <= state.keys() and all(value.equal(state[name].to(value.dtype)) for name, value in found.items())
+    return found.keys() <= state.keys() and all(
+        value.equal(state[name].to(value.dtype)) for name, value in found.items()
+    )
 
 
 def test_a_vae_loads_in_every_layout(bare, tmp_path: Path) -> None:
-    lost = {"loss.logvar": torch.zeros(1), "loss.discriminator.main.0.weight": torch.zeros(2, 2), "model_ema.decoderconv_inweight": torch.zeros(3)}
+    lost = {
+        "loss.logvar": torch.zeros(1),
+        "loss.discriminator.main.0.weight": torch.zeros(2, 2),
+        "model_ema.decoderconv_inweight": torch.zeros(3),
+    }
     assert same(load_vae(save_safetensors(bare, tmp_path / "a.safetensors"), VAE), bare)
     assert same(load_vae(save_safetensors(bare | lost, tmp_path / "b.safetensors"), VAE), bare)
     assert same(load_vae(save_zip({"state_dict": bare | lost}, tmp_path / "c.ckpt"), VAE, dtype=torch.float16), bare)
@@ -40,7 +59,10 @@ def test_a_vae_loads_in_every_layout(bare, tmp_path: Path) -> None:
     assert same(vae, bare)
     assert not vae.training
     assert not any(parameter.requires_grad for parameter in vae.parameters())
-    matrices = {key: value[:, :, 0, 0].clone() if ".attn_1." in key and value.ndim == 4 else value for key, value in bare.items()}
+    matrices = {
+        key: value[:, :, 0, 0].clone() if ".attn_1." in key and value.ndim == 4 else value
+        for key, value in bare.items()
+    }
     assert same(load_vae(save_safetensors(matrices, tmp_path / "e.safetensors"), VAE), bare)
 
 
@@ -60,13 +82,20 @@ def test_a_vae_for_another_model_is_refused(bare, tmp_path: Path) -> None:
         load_vae(path, replace(VAE, channels=64))
     with pytest.raises(FileError, match="unknown"):
         load_vae(path, tiny("x4-upscaler").vae)
-    folder = write_folder(tmp_path / "folder", "sdxl-base", {"vae": components("sdxl-base", single("sdxl-base"))["vae"]})
+    folder = write_folder(
+        tmp_path / "folder", "sdxl-base", {"vae": components("sdxl-base", single("sdxl-base"))["vae"]}
+    )
     with pytest.raises(FileError, match=r"is a VAE of another scale \(0.13025\), not for this model"):
         load_vae(folder, VAE)
     with pytest.raises(FileError, match="is a VAE of other sizes"):
         load_vae(folder, tiny("x4-upscaler").vae)
     with pytest.raises(FileError, match="1 missing"):
-        load_vae(save_safetensors({key: value for key, value in bare.items() if key != "quant_conv.bias"}, tmp_path / "y.safetensors"), VAE)
+        load_vae(
+            save_safetensors(
+                {key: value for key, value in bare.items() if key != "quant_conv.bias"}, tmp_path / "y.safetensors"
+            ),
+            VAE,
+        )
     with pytest.raises(ArgumentError, match="cannot hold weights"):
         load_vae(path, VAE, dtype=torch.int8)
 
@@ -95,12 +124,17 @@ VISION = tiny("sd-image-variations").vision
 def checker(request):
     """The published names of a safety checker, narrow."""
     found = manifest(f"diffusers/{request.param}/safety_checker")
-    return seeded({key: (tuple(n // 16 if n >= 768 else n for n in shape), dtype) for key, (shape, dtype) in found.items()})
+    return seeded(
+        {key: (tuple(n // 16 if n >= 768 else n for n in shape), dtype) for key, (shape, dtype) in found.items()}
+    )
 
 
 def folder_of(checker, path: Path, **config) -> Path:
     (path / "safety_checker").mkdir(parents=True)
-    vision = {key: value // 16 if key in ("hidden_size", "intermediate_size", "projection_dim") else value for key, value in json.loads(VISION_JSON).items()}
+    vision = {
+        key: value // 16 if key in ("hidden_size", "intermediate_size", "projection_dim") else value
+        for key, value in json.loads(VISION_JSON).items()
+    }
     text = {"architectures": ["StableDiffusionSafetyChecker"], "projection_dim": 48, "vision_config": vision} | config
     (path / "safety_checker" / "config.json").write_text(json.dumps(text))
     save_zip(checker, path / "safety_checker" / "pytorch_model.bin")
@@ -111,7 +145,9 @@ VISION_JSON = json.dumps({"hidden_size": 1024, "intermediate_size": 4096, "num_h
                           "hidden_act": "quick_gelu", "projection_dim": 768})  # fmt: skip
 
 
-def test_the_safety_checker_loads_from_its_folder_the_model_s_folder_and_a_file(checker, tmp_path: Path, monkeypatch) -> None:
+def test_the_safety_checker_loads_from_its_folder_the_model_s_folder_and_a_file(
+    checker, tmp_path: Path, monkeypatch
+) -> None:
     folder = folder_of(checker, tmp_path / "model")
     for path in (folder, folder / "safety_checker"):
         loaded = load_safety(path)

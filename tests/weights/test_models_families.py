@@ -10,7 +10,17 @@ from torch import Tensor
 
 from ldm.errors import FileError
 from ldm.model import LatentDiffusion
-from tests.made.checkpoints import FILES, MANIFESTS, ema_name, meaning, narrowed, save_safetensors, save_stream, save_zip, tiny
+from tests.made.checkpoints import (
+    FILES,
+    MANIFESTS,
+    ema_name,
+    meaning,
+    narrowed,
+    save_safetensors,
+    save_stream,
+    save_zip,
+    tiny,
+)
 from tests.made.seeded import weight
 from weights import load, open_file, save
 from weights.models import built
@@ -70,7 +80,9 @@ def error(what: str, key: str | None = None) -> FileError:
 @pytest.mark.parametrize("file", MODELS)
 def test_every_key_of_a_published_file_is_loaded_or_ignored_for_a_reason(file: str) -> None:
     found = shapes(narrowed(file))
-    wanted = {name: tuple(value.shape) for name, value in built(lambda: LatentDiffusion(config_of(file))).state_dict().items()}
+    wanted = {
+        name: tuple(value.shape) for name, value in built(lambda: LatentDiffusion(config_of(file))).state_dict().items()
+    }
     made = plan(original(found), wanted, found, error)
     assert set(made.sources) == set(wanted)
     assert {key for place in made.sources.values() for key in place.keys} | set(made.ignored) == set(found)
@@ -106,8 +118,14 @@ def test_a_damaged_third_is_noticed(tmp_path: Path) -> None:
 @pytest.mark.parametrize("file", ["sd2-base", "sd2-sgm", "x4-upscaler", "sdxl-refiner", "sd-image-variations"])
 def test_the_moving_average_of_any_family_takes_the_place_of_its_unet(file: str, tmp_path: Path) -> None:
     state = narrowed(file)
-    averages = {key: weight("ema " + key, value.shape).to(value.dtype) for key, value in state.items() if key.startswith("model.diffusion_model.")}
-    path = save_safetensors(state | {ema_name(key): value for key, value in averages.items()}, tmp_path / "x.safetensors")
+    averages = {
+        key: weight("ema " + key, value.shape).to(value.dtype)
+        for key, value in state.items()
+        if key.startswith("model.diffusion_model.")
+    }
+    path = save_safetensors(
+        state | {ema_name(key): value for key, value in averages.items()}, tmp_path / "x.safetensors"
+    )
     assert_same(load(path, config_of(file)), meaning(state))
     assert_same(load(path, config_of(file), ema=True), meaning(state | averages))
     with pytest.raises(FileError, match="has no moving average"):

@@ -9,7 +9,15 @@ import torch
 
 from ldm.config import FAMILIES
 from tests.made.checkpoints import manifest, meaning, save_safetensors
-from tests.made.diffusers_folders import FOLDERS, STATISTIC, component, config_json, folder_config, write_component, write_index
+from tests.made.diffusers_folders import (
+    FOLDERS,
+    STATISTIC,
+    component,
+    config_json,
+    folder_config,
+    write_component,
+    write_index,
+)
 from tests.made.seeded import weight
 from weights import load
 
@@ -18,7 +26,11 @@ pytestmark = pytest.mark.slow
 
 @pytest.mark.parametrize("family", ["sd1", "sd2-v", "x4-upscaler", "sdxl-base", "ssd-1b"])
 def test_a_full_size_checkpoint_loads_from_both_layouts_bit_by_bit(family: str, tmp_path: Path) -> None:
-    state = {key: weight(key, shape).bfloat16() for key, (shape, dtype) in manifest(family).items() if dtype.is_floating_point}
+    state = {
+        key: weight(key, shape).bfloat16()
+        for key, (shape, dtype) in manifest(family).items()
+        if dtype.is_floating_point
+    }
     if family == "sd2-v":
         state[STATISTIC] = torch.tensor([0.2, -0.2] * 160).bfloat16()
     file, folder = tmp_path / "x.safetensors", tmp_path / "folder"
@@ -33,7 +45,9 @@ def test_a_full_size_checkpoint_loads_from_both_layouts_bit_by_bit(family: str, 
         del model, found
         folder.mkdir()
         for name in FOLDERS[family]:
-            write_component(folder / name, component(family, name, meant, wide=True), config_json(family, name, wide=True))
+            write_component(
+                folder / name, component(family, name, meant, wide=True), config_json(family, name, wide=True)
+            )
         write_index(folder, family, FOLDERS[family])
         model = load(folder, dtype=torch.bfloat16)
         assert model.config == folder_config(family, wide=True)

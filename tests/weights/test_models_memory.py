@@ -13,7 +13,17 @@ import torch
 
 from ldm.config import FAMILIES, UNetConfig
 from ldm.model import LatentDiffusion
-from tests.made.checkpoints import TINY, lightning, manifest, original_name, save_safetensors, save_stream, save_zip, seeded, tiny
+from tests.made.checkpoints import (
+    TINY,
+    lightning,
+    manifest,
+    original_name,
+    save_safetensors,
+    save_stream,
+    save_zip,
+    seeded,
+    tiny,
+)
 from tests.made.seeded import weight
 from weights import load, original_state
 from weights.names.metadata import CONFIG_KEY, to_json
@@ -45,7 +55,9 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/sta
 
 def measure(path: Path, dtype: str, config: str = "") -> dict[str, float]:
     """Peak resident bytes of a fresh process: with everything imported, after the load, and after all weights were used."""
-    done = subprocess.run([sys.executable, "-c", MEASURE, str(path), config, dtype], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(path), config, dtype], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -65,7 +77,11 @@ def wide():
 def test_a_load_holds_the_weights_once(kind, wide, tmp_path):
     config, state = wide
     path = tmp_path / "x.ckpt"
-    {"safetensors": lambda: save_safetensors(state, path, {CONFIG_KEY: config}), "zip": lambda: save_zip(state, path), "stream": lambda: save_stream(state, path)}[kind]()
+    {
+        "safetensors": lambda: save_safetensors(state, path, {CONFIG_KEY: config}),
+        "zip": lambda: save_zip(state, path),
+        "stream": lambda: save_stream(state, path),
+    }[kind]()
     size = path.stat().st_size
     assert size > 180e6
     same, wider = measure(path, "float16", config), measure(path, "float32", config)
@@ -81,7 +97,10 @@ def test_a_load_holds_the_weights_once(kind, wide, tmp_path):
 @pytest.mark.parametrize("kind", ["safetensors", "zip"])
 def test_a_load_holds_stacked_and_transposed_weights_once(kind, tmp_path):
     """A text tower of OpenCLIP, whose matrices are read in thirds: 76 million parameters."""
-    config = replace(tiny("sd2-base"), text=(replace(FAMILIES["sd2-base"].text[0], vocab=512, width=512, heads=8, mlp=2048, projection=512),))
+    config = replace(
+        tiny("sd2-base"),
+        text=(replace(FAMILIES["sd2-base"].text[0], vocab=512, width=512, heads=8, mlp=2048, projection=512),),
+    )
     with torch.device("meta"):
         model = LatentDiffusion(config)
     state = {key: torch.zeros(value.shape, dtype=torch.float16) for key, value in original_state(model).items()}

@@ -25,7 +25,9 @@ def model(tmp_path):
 def test_original_names_are_those_of_the_published_file(model):
     state = original_state(model)
     assert set(state) == {original_name(name) for name in model.state_dict()}
-    assert all(state[original_name(name)].data_ptr() == value.data_ptr() for name, value in model.state_dict().items())  # no copies
+    assert all(
+        state[original_name(name)].data_ptr() == value.data_ptr() for name, value in model.state_dict().items()
+    )  # no copies
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.bfloat16, None])

@@ -20,8 +20,18 @@ from tests.made.seeded import weight
 from weights import load_vision
 
 VISION = tiny("sd-image-variations").vision  # of `narrowed` files
-CLIP = VisionConfig(image=28, patch=7, width=64, layers=2, heads=2, mlp=128, activation="gelu", projection=48)  # heads that no shape shows
-CONFIG = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28, "patch_size": 7, "hidden_act": "gelu"}
+CLIP = VisionConfig(
+    image=28, patch=7, width=64, layers=2, heads=2, mlp=128, activation="gelu", projection=48
+)  # heads that no shape shows
+CONFIG = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 7,
+    "hidden_act": "gelu",
+}
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +43,9 @@ def tower() -> CLIPVision:
 
 def same(network: CLIPVision, state: dict[str, torch.Tensor]) -> bool:
     found = network.state_dict()
-    return found.keys() <= state.keys() and all(value.equal(state[name].to(value.dtype)) for name, value in found.items())
+    return found.keys() <= state.keys() and all(
+        value.equal(state[name].to(value.dtype)) for name, value in found.items()
+    )
 
 
 def test_the_tower_of_a_published_image_variations_file_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -90,7 +102,10 @@ def test_what_holds_no_tower_that_can_be_read_is_refused(tower: CLIPVision, tmp_
     with pytest.raises(FileError, match="has no weights that this version knows"):
         load_vision(tmp_path)
     (tmp_path / "model.safetensors").write_bytes((tmp_path / "a.safetensors").read_bytes())
-    for config, said in {"mlp": (CONFIG | {"intermediate_size": 64, "projection_dim": 48}, "or than its config says"), "class": ({"architectures": ["BertModel"]}, "is BertModel")}.values():
+    for config, said in {
+        "mlp": (CONFIG | {"intermediate_size": 64, "projection_dim": 48}, "or than its config says"),
+        "class": ({"architectures": ["BertModel"]}, "is BertModel"),
+    }.values():
         (tmp_path / "config.json").write_text(json.dumps(config))
         with pytest.raises(FileError, match=said):
             load_vision(tmp_path)

@@ -39,14 +39,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def picture(path: Path, dtype: torch.dtype) -> Image.Image:
     model = load(path, dtype=dtype)
     assert model.config == FAMILIES["sd1"]
-    return txt2img(model, PROMPT, seeds=[7], sampler="ddim", steps=2)[0]  # raises NonFinite rather than give a black picture
+    return txt2img(model, PROMPT, seeds=[7], sampler="ddim", steps=2)[
+        0
+    ]  # raises NonFinite rather than give a black picture
 
 
 def test_full_size_pictures_hardly_depend_on_the_type_of_numbers(folder: Path) -> None:
     """In bfloat16 one forward is off by about 2e-2 of its output (some 400 roundings of relative size 1.1e-3, added like a random walk). Guidance
     7.5 makes up to sqrt(6.5^2 + 7.5^2) = 10 times as much of it: 0.2 of the rms. Two unrelated pictures, such as the left and right halves of one,
     are sqrt(2) times the rms apart: a seventh of that is expected, a quarter is allowed."""
-    pictures = [picture(folder / "float32.ckpt", torch.float32), picture(folder / "float16.safetensors", torch.bfloat16)]
+    pictures = [
+        picture(folder / "float32.ckpt", torch.float32),
+        picture(folder / "float16.safetensors", torch.bfloat16),
+    ]
     assert [p.size for p in pictures] == [(512, 512)] * 2
     exact, rounded = (np.asarray(p, dtype=np.float64) for p in pictures)
     unrelated = np.sqrt(np.square(exact[:, :256] - exact[:, 256:]).mean())

@@ -55,8 +55,13 @@ def imports_of(path: Path) -> Iterator[tuple[str, int]]:
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path.relative_to(ROOT)}:{node.lineno}: write the whole name instead of a relative import"
-            names = [f"{node.module}.{alias.name}" if exists(f"{node.module}.{alias.name}") else node.module for alias in node.names]
+            assert node.level == 0, (
+                f"{path.relative_to(ROOT)}:{node.lineno}: write the whole name instead of a relative import"
+            )
+            names = [
+                f"{node.module}.{alias.name}" if exists(f"{node.module}.{alias.name}") else node.module
+                for alias in node.names
+            ]
         else:
             continue
         yield from ((name, node.lineno) for name in names if name.split(".")[0] in (*PACKAGES, "tests"))
@@ -82,7 +87,9 @@ def test_packages_import_only_along_the_arrows():
     def may(file: str) -> set[str]:
         return next(MAY_IMPORT[key] for key in (".".join(file.split(".")[:2]), file.split(".")[0]) if key in MAY_IMPORT)
 
-    wrong = [f"{file}:{line} imports {name}" for file, name, line in all_imports() if name.split(".")[0] not in may(file)]
+    wrong = [
+        f"{file}:{line} imports {name}" for file, name, line in all_imports() if name.split(".")[0] not in may(file)
+    ]
     assert not wrong, wrong
 
 
@@ -90,7 +97,9 @@ def test_packages_import_only_along_the_arrows():
 def test_every_room_has_its_floor(package):
     folder = ROOT.joinpath(*package.split("."))
     rooms = {path.stem for path in folder.glob("*.py")} | {path.parent.name for path in folder.glob("*/__init__.py")}
-    assert rooms - {"__init__", "embedded"} <= set(floors(package)), "name the new room in FLOORS, above what it imports"
+    assert rooms - {"__init__", "embedded"} <= set(floors(package)), (
+        "name the new room in FLOORS, above what it imports"
+    )
 
 
 @pytest.mark.parametrize("package", FLOORS)
@@ -107,7 +116,11 @@ def test_rooms_import_only_from_lower_floors(package):
 
 def test_a_solver_imports_core_and_nothing_else_of_ours():
     solvers = [f"samplers.{name}" for name in ("ddim", "euler", "adams", "dpmpp", "unipc")]
-    wrong = [f"{file}:{line} imports {name}" for file, name, line in all_imports() if file in solvers and name != "samplers.core"]
+    wrong = [
+        f"{file}:{line} imports {name}"
+        for file, name, line in all_imports()
+        if file in solvers and name != "samplers.core"
+    ]
     assert not wrong, wrong
 
 
@@ -150,10 +163,26 @@ def test_there_is_no_circle():
         ("ldm/tasks/text.py", "import weights", test_packages_import_only_along_the_arrows),
         ("samplers/ddim.py", "from ldm.errors import LdmError", test_packages_import_only_along_the_arrows),
         ("benchmarks/machine.py", "from tests.made import seeded", test_packages_import_only_along_the_arrows),
-        ("ldm/networks/unet.py", "def f():\n    from ldm import tasks", partial(test_rooms_import_only_from_lower_floors, "ldm")),
-        ("ldm/networks/unet.py", "from ldm import UNetConfig", partial(test_rooms_import_only_from_lower_floors, "ldm")),
-        ("ldm/train/losses.py", "from ldm.train import run", partial(test_rooms_import_only_from_lower_floors, "ldm.train")),
-        ("weights/files/source.py", "from weights import models", partial(test_rooms_import_only_from_lower_floors, "weights")),
+        (
+            "ldm/networks/unet.py",
+            "def f():\n    from ldm import tasks",
+            partial(test_rooms_import_only_from_lower_floors, "ldm"),
+        ),
+        (
+            "ldm/networks/unet.py",
+            "from ldm import UNetConfig",
+            partial(test_rooms_import_only_from_lower_floors, "ldm"),
+        ),
+        (
+            "ldm/train/losses.py",
+            "from ldm.train import run",
+            partial(test_rooms_import_only_from_lower_floors, "ldm.train"),
+        ),
+        (
+            "weights/files/source.py",
+            "from weights import models",
+            partial(test_rooms_import_only_from_lower_floors, "weights"),
+        ),
         ("samplers/ddim.py", "from samplers.euler import euler", test_a_solver_imports_core_and_nothing_else_of_ours),
         ("ldm/model.py", "from ldm.disk import _x", test_no_file_imports_an_underscored_name_of_another),
         ("samplers/core.py", "import samplers.ddim", test_there_is_no_circle),
@@ -161,7 +190,9 @@ def test_there_is_no_circle():
 )
 def test_a_line_against_the_rules_is_found(file, line, test, monkeypatch):
     read = Path.read_text
-    monkeypatch.setattr(Path, "read_text", lambda path, **how: read(path, **how) + (f"\n{line}\n" if path == ROOT / file else ""))
+    monkeypatch.setattr(
+        Path, "read_text", lambda path, **how: read(path, **how) + (f"\n{line}\n" if path == ROOT / file else "")
+    )
     with pytest.raises(AssertionError):
         test()
 
@@ -169,7 +200,9 @@ def test_a_line_against_the_rules_is_found(file, line, test, monkeypatch):
 def run(code: str, cwd: Path = ROOT) -> str:
     """The output of Python code in a fresh process."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", code], cwd=cwd, env=environment, capture_output=True, text=True, timeout=900, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=cwd, env=environment, capture_output=True, text=True, timeout=900, check=False
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
 
@@ -225,9 +258,16 @@ assert main(["samplers", "--steps", "2"]) == 0
 
 def test_nothing_refers_to_a_place_outside_the_repository():
     """No path of the machine on which something was written; where golden data come from is said in words."""
-    outside = re.compile(r"(?<![\w.])/(?:work|root|home|Users|tmp|mnt|data|opt|content)/[\w.~-]|\.\./(?:shared|runs|reference)\b|[A-Z]:\\\\Users")
+    outside = re.compile(
+        r"(?<![\w.])/(?:work|root|home|Users|tmp|mnt|data|opt|content)/[\w.~-]|\.\./(?:shared|runs|reference)\b|[A-Z]:\\\\Users"
+    )
     folders = ("ldm", "samplers", "weights", "tests", "benchmarks", ".ci")
-    files = [path for folder in folders for path in (ROOT / folder).rglob("*") if path.suffix in (".py", ".md", ".json", ".toml", ".txt", "") and path.is_file()]
+    files = [
+        path
+        for folder in folders
+        for path in (ROOT / folder).rglob("*")
+        if path.suffix in (".py", ".md", ".json", ".toml", ".txt", "") and path.is_file()
+    ]
     files += [path for path in ROOT.iterdir() if path.suffix in (".md", ".toml")]
     wrong = [
         f"{path.relative_to(ROOT)}:{number}: {line.strip()[:120]}"

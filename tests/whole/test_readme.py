@@ -50,9 +50,19 @@ def test_the_first_script_converts_a_directory(capsys: pytest.CaptureFixture) ->
     Path("models").mkdir()
     model("models/full.ckpt", ema="full")
     model("models/plain.ckpt")
-    save_zip({"lora_unet_mid_block_attentions_0_proj_in.lora_down.weight": torch.randn(4, 8)}, Path("models/style.ckpt"))
+    save_zip(
+        {"lora_unet_mid_block_attentions_0_proj_in.lora_down.weight": torch.randn(4, 8)}, Path("models/style.ckpt")
+    )
     exec(SCRIPTS[0], {})
-    assert sorted(path.name for path in Path("models").iterdir()) == ["full.ckpt", "full.json", "full.safetensors", "plain.ckpt", "plain.json", "plain.safetensors", "style.ckpt"]
+    assert sorted(path.name for path in Path("models").iterdir()) == [
+        "full.ckpt",
+        "full.json",
+        "full.safetensors",
+        "plain.ckpt",
+        "plain.json",
+        "plain.safetensors",
+        "style.ckpt",
+    ]
     with open_file("models/full.safetensors") as file, open_file("models/full.ckpt") as source:
         assert file["model.diffusion_model.out.2.weight"].equal(source["model_ema.diffusion_modelout2weight"].half())
         assert "alphas_cumprod" not in file
@@ -71,7 +81,12 @@ def test_the_second_script_extracts_what_was_learned(capsys: pytest.CaptureFixtu
 def test_the_third_script_draws_the_way() -> None:
     model("base.safetensors")
     model("tuned.safetensors", change=0.02)
-    exec(SCRIPTS[2].replace('["a lighthouse in a storm"]', '["x"]').replace("seeds=[7]", "seeds=[7], steps=1, width=64, height=64"), {})
+    exec(
+        SCRIPTS[2]
+        .replace('["a lighthouse in a storm"]', '["x"]')
+        .replace("seeds=[7]", "seeds=[7], steps=1, width=64, height=64"),
+        {},
+    )
     pictures = [Path(f"mix-{percent}.png").read_bytes() for percent in (0, 25, 50, 75, 100)]
     assert len(set(pictures)) == 5
 
@@ -79,7 +94,9 @@ def test_the_third_script_draws_the_way() -> None:
 @pytest.mark.parametrize(("command", "line"), REFUSALS, ids=[line.split(":")[2].strip() for _, line in REFUSALS])
 def test_a_refusal_is_what_is_shown(command: str, line: str, capsys: pytest.CaptureFixture) -> None:
     whole = safetensors_of({"w": {"dtype": "F32", "shape": [300], "data_offsets": [0, 1200]}}, bytes(1200))
-    Path("v1-5-pruned-emaonly.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:6ce0\nsize 4265146304\n")
+    Path("v1-5-pruned-emaonly.safetensors").write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:6ce0\nsize 4265146304\n"
+    )
     Path("merged.ckpt").write_bytes(ckpt_of({"w": tensor(), "x": Call(Name("os", "system"), "touch canary")}))
     Path("model.safetensors").write_bytes(whole[:-500])
     Path("mix.safetensors").write_bytes(whole + b"\0")
@@ -99,8 +116,26 @@ def test_the_recipe_trains_a_lora_of_the_model_that_ships(capsys: pytest.Capture
     for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
         Image.fromarray(image).save(f"photos/{i}.png")
         Path(f"photos/{i}.txt").write_text(caption)
-    assert main(["train", RECIPE[1], "--set", "run.steps=1", "--set", "run.batch=1", "--set", "run.micro=1", "--set", "watch.steps=1"]) == 0
-    assert capsys.readouterr().out.splitlines() == [f"runs/lora/{name}" for name in ("lora.safetensors", "lora-diffusers.safetensors", "report.png", "report.html")]
+    assert (
+        main(
+            [
+                "train",
+                RECIPE[1],
+                "--set",
+                "run.steps=1",
+                "--set",
+                "run.batch=1",
+                "--set",
+                "run.micro=1",
+                "--set",
+                "watch.steps=1",
+            ]
+        )
+        == 0
+    )
+    assert capsys.readouterr().out.splitlines() == [
+        f"runs/lora/{name}" for name in ("lora.safetensors", "lora-diffusers.safetensors", "report.png", "report.html")
+    ]
 
 
 def test_every_recipe_that_is_named_exists_with_the_numbers_shown() -> None:

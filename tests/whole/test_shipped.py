@@ -59,7 +59,10 @@ def test_training_never_showed_the_showcase() -> None:
 
 def test_the_first_command_of_the_readme_mostly_draws_what_it_says(tmp_path: Path) -> None:
     """Of 16 pictures 12 are right (benchmarks/quality.py has more figures); at least half of the first 6 must be."""
-    assert main(["txt2img", blocks.canonical(SHOWCASE), "--seed", "0", "--n", "6", "--batch", "6", "--out", str(tmp_path)]) == 0
+    assert (
+        main(["txt2img", blocks.canonical(SHOWCASE), "--seed", "0", "--n", "6", "--batch", "6", "--out", str(tmp_path)])
+        == 0
+    )
     pictures = sorted(tmp_path.glob("*.png"))
     assert len(pictures) == 6
     assert sum(right(np.asarray(open_image(picture)), SHOWCASE)["all"] for picture in pictures) >= 3
@@ -88,8 +91,19 @@ def recolouring(model: LatentDiffusion, old: str, new: str, rank: int = 16) -> d
 
     others = [color for color in blocks.COLORS if color not in (old, new)]
     said = [f"a {old} {shape}" for shape in blocks.SHAPES]
-    said += [f"a {old} {a} {relation} a {color} {b}" for a in blocks.SHAPES for b in blocks.SHAPES for relation in blocks.RELATIONS for color in others[:2]]
-    kept = [f"a {a} {shape} {relation} a {b} cube" for shape in blocks.SHAPES for relation in blocks.RELATIONS for a, b in zip([new, *others], [*others, new], strict=True)]
+    said += [
+        f"a {old} {a} {relation} a {color} {b}"
+        for a in blocks.SHAPES
+        for b in blocks.SHAPES
+        for relation in blocks.RELATIONS
+        for color in others[:2]
+    ]
+    kept = [
+        f"a {a} {shape} {relation} a {b} cube"
+        for shape in blocks.SHAPES
+        for relation in blocks.RELATIONS
+        for a, b in zip([new, *others], [*others, new], strict=True)
+    ]
     c, wanted, same = tokens(said), tokens([caption.replace(old, new) for caption in said]), tokens(kept)
     edit = (wanted - c).T @ c @ torch.linalg.inv(c.T @ c + same.T @ same + 0.1 * torch.eye(c.shape[1], dtype=c.dtype))
     theirs, lora = diffusers_unet(model.config.unet), {}
@@ -102,10 +116,17 @@ def recolouring(model: LatentDiffusion, old: str, new: str, rank: int = 16) -> d
     return lora
 
 
-def test_a_lora_that_hears_red_as_blue_draws_blue_instead(model: LatentDiffusion, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_lora_that_hears_red_as_blue_draws_blue_instead(
+    model: LatentDiffusion, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     lora, out = tmp_path / "blue.safetensors", tmp_path / "cube.png"
     save_file(recolouring(model, "red", "blue"), lora)
     for scale, color in (("1", "blue"), ("0", "red")):
-        assert main(["txt2img", "a red cube", "--seed", "1", "--lora", f"{lora}:{scale}", "--out", str(out), "--overwrite"]) == 0
+        assert (
+            main(
+                ["txt2img", "a red cube", "--seed", "1", "--lora", f"{lora}:{scale}", "--out", str(out), "--overwrite"]
+            )
+            == 0
+        )
         assert right(np.asarray(open_image(out)), Scene((Solid("cube", color),)))["all"], (scale, color)
     assert "modules" in capsys.readouterr().err

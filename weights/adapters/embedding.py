@@ -18,7 +18,10 @@ from weights.files.write import pending, write
 from weights.models import require_dtype
 
 MAX_VECTORS = 1000
-PARAMETERS, TOKENS = "string_to_param.", "string_to_token."  # of A1111's web UI and the original trainer: dictionaries by placeholder
+PARAMETERS, TOKENS = (
+    "string_to_param.",
+    "string_to_token.",
+)  # of A1111's web UI and the original trainer: dictionaries by placeholder
 TOWERS = {"clip_l", "clip_g"}  # of SDXL, as kohya and ComfyUI name them
 
 
@@ -75,18 +78,31 @@ def _vectors(file: Weights, key: str) -> Tensor:
     spec, shown = file.specs[key], printable(key.removeprefix(PARAMETERS))[:40]
     n, width = (1, *spec.shape)[-2:] if spec.shape else (0, 0)
     if len(spec.shape) not in (1, 2) or not 1 <= n <= MAX_VECTORS or not width:
-        raise file.error(f"{shown} has the shape {list(spec.shape)[:6]}; an embedding is [width] or [n, width] with n up to {MAX_VECTORS}", key)
+        raise file.error(
+            f"{shown} has the shape {list(spec.shape)[:6]}; an embedding is [width] or [n, width] with n up to {MAX_VECTORS}",
+            key,
+        )
     if not spec.dtype.is_floating_point:
-        raise file.error(f"{shown} holds {str(spec.dtype).removeprefix('torch.')} numbers; an embedding is made of floats", key)
+        raise file.error(
+            f"{shown} holds {str(spec.dtype).removeprefix('torch.')} numbers; an embedding is made of floats", key
+        )
     tensor = file.read(key, dtype=torch.float32).reshape(n, width).clone()
     if not tensor.isfinite().all():
-        raise file.error(f"{shown} holds NaN or infinity, which would make every picture black; use another file of this embedding", key)
+        raise file.error(
+            f"{shown} holds NaN or infinity, which would make every picture black; use another file of this embedding",
+            key,
+        )
     return tensor
 
 
 NAME_KEY = "ldm.embedding.name"  # in the metadata: the word, which the keys of SDXL's files do not say
-SDXL = ("clip_l", "clip_g")  # what kohya's scripts, diffusers and ComfyUI call its towers; the refiner has the second alone
-MISREAD = re.compile("^lora_|\\.lora_|_lora\\.|hada_w|lokr_w|^string_to_|^clip_[lg]$")  # names that files of other kinds have
+SDXL = (
+    "clip_l",
+    "clip_g",
+)  # what kohya's scripts, diffusers and ComfyUI call its towers; the refiner has the second alone
+MISREAD = re.compile(
+    "^lora_|\\.lora_|_lora\\.|hada_w|lokr_w|^string_to_|^clip_[lg]$"
+)  # names that files of other kinds have
 
 
 def save_embedding(
@@ -104,14 +120,24 @@ def save_embedding(
     if dtype is not None:
         require_dtype(dtype)
     if Path(path).suffix != ".safetensors":
-        raise ArgumentError(f"{Path(path).name[-60:]}: other programs read a word from a .safetensors; give it that ending", key="path")
+        raise ArgumentError(
+            f"{Path(path).name[-60:]}: other programs read a word from a .safetensors; give it that ending", key="path"
+        )
     widths = [tower.width for tower in config.text]
     if sorted(widths) != sorted(embedding.vectors):
         mine, theirs = (" and ".join(map(str, sorted(each))) or "no width" for each in (embedding.vectors, widths))
-        raise ArgumentError(f"embedding {embedding.name[:40]}: made for text of width {mine}; this model's is {theirs}: give the config that was trained")
+        raise ArgumentError(
+            f"embedding {embedding.name[:40]}: made for text of width {mine}; this model's is {theirs}: give the config that was trained"
+        )
     of_sdxl = config.unet.vector_dim is not None
     if not of_sdxl and MISREAD.search(embedding.name):
-        raise ArgumentError(f"embedding {embedding.name[:40]}: a file with a tensor of this name is read as something else; choose another word", key="embedding")
+        raise ArgumentError(
+            f"embedding {embedding.name[:40]}: a file with a tensor of this name is read as something else; choose another word",
+            key="embedding",
+        )
     names = SDXL[-len(widths) :] if of_sdxl else [embedding.name]
-    tensors = {name: pending(embedding.vectors[width].detach().contiguous(), dtype) for name, width in zip(names, widths, strict=True)}
+    tensors = {
+        name: pending(embedding.vectors[width].detach().contiguous(), dtype)
+        for name, width in zip(names, widths, strict=True)
+    }
     return write(tensors, path, {"format": "pt", NAME_KEY: embedding.name, **(metadata or {})}, overwrite=overwrite)

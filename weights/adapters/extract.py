@@ -31,9 +31,18 @@ from weights.names.metadata import CONFIG_KEY
 from weights.names.places import Place
 from weights.names.prediction import settle
 
-ATTENTION = re.compile(r"unet\..+\.(proj_in|proj_out|transformer_blocks\..+)\.weight|text\.\d+\..+\.encoder\.layers\..+\.weight")  # what kohya's networks have by default
-CONVOLUTION = re.compile(r"unet\..+\.(in_layers\.2|out_layers\.3|emb_layers\.1|skip_connection|op|conv)\.weight")  # and what with conv_dim
-VERSIONS = {"sd1": "sd_v1", "sd1-inpainting": "sd_v1", "sd-image-variations": "sd_v1", "sd2-v": "sd_v2_v"}  # kohya's words; sd_v2 and sdxl_base_v1-0 are the others
+ATTENTION = re.compile(
+    r"unet\..+\.(proj_in|proj_out|transformer_blocks\..+)\.weight|text\.\d+\..+\.encoder\.layers\..+\.weight"
+)  # what kohya's networks have by default
+CONVOLUTION = re.compile(
+    r"unet\..+\.(in_layers\.2|out_layers\.3|emb_layers\.1|skip_connection|op|conv)\.weight"
+)  # and what with conv_dim
+VERSIONS = {
+    "sd1": "sd_v1",
+    "sd1-inpainting": "sd_v1",
+    "sd-image-variations": "sd_v1",
+    "sd2-v": "sd_v2_v",
+}  # kohya's words; sd_v2 and sdxl_base_v1-0 are the others
 
 
 @dataclass(frozen=True)
@@ -116,10 +125,24 @@ def extract_lora(
                 on_module(report)
         rest, more = _rest(differing, pairs, config, dtype, full_rest)
         if not changes and not more:
-            what = f"in {len(rest)} parameters that a LoRA does not carry; --full-rest keeps them" if rest else "in nothing that a LoRA changes"
+            what = (
+                f"in {len(rest)} parameters that a LoRA does not carry; --full-rest keeps them"
+                if rest
+                else "in nothing that a LoRA changes"
+            )
             raise other.error(f"differs from {Path(base).name[:40]} {what}")
         metadata = _metadata(config, Path(base), Path(tuned)) | network_facts(changes)
-        written = write_lora(changes, dst, "kohya", config, metadata, source=Path(tuned), more=more, overwrite=overwrite, on_write=on_write)
+        written = write_lora(
+            changes,
+            dst,
+            "kohya",
+            config,
+            metadata,
+            source=Path(tuned),
+            more=more,
+            overwrite=overwrite,
+            on_write=on_write,
+        )
         one.require_unchanged()
         other.require_unchanged()
     return Extracted(written, config.name, tuple(kept), rest, unchanged, unpaired)
@@ -128,11 +151,18 @@ def extract_lora(
 def _same_family(one: Weights | Folder, other: Weights | Folder) -> tuple[ModelConfig, tuple[Layout, Layout]]:
     (config, first), (theirs, second) = described(one), described(other)
     if _kind(config) != _kind(theirs):
-        raise other.error(f"is {theirs.name}, {one.path.name[:40]} is {config.name}; a LoRA takes a model to another of its family")
+        raise other.error(
+            f"is {theirs.name}, {one.path.name[:40]} is {config.name}; a LoRA takes a model to another of its family"
+        )
     said, tells = _prediction(one, config, first), _prediction(other, theirs, second)
     if said and tells and said != tells:
-        raise other.error(f"predicts {tells}, {one.path.name[:40]} predicts {said}: that is no change of weights; take a base that predicts {tells}")
-    return replace(config, name="sd2-v") if config.name == "sd2-base" and "v" in (said, tells) else config, (first, second)
+        raise other.error(
+            f"predicts {tells}, {one.path.name[:40]} predicts {said}: that is no change of weights; take a base that predicts {tells}"
+        )
+    return replace(config, name="sd2-v") if config.name == "sd2-base" and "v" in (said, tells) else config, (
+        first,
+        second,
+    )
 
 
 def _kind(config: ModelConfig) -> str:
@@ -142,15 +172,26 @@ def _kind(config: ModelConfig) -> str:
 def _prediction(file: Weights | Folder, config: ModelConfig, layout: Layout) -> str | None:
     """What the model predicts, where file and weights agree on it."""
     try:
-        finding = settle(config, file.specs, file.metadata, lambda: statistic(file, layout), file.error, explicit=CONFIG_KEY in file.metadata)
+        finding = settle(
+            config,
+            file.specs,
+            file.metadata,
+            lambda: statistic(file, layout),
+            file.error,
+            explicit=CONFIG_KEY in file.metadata,
+        )
     except AmbiguousCheckpoint:
         return None
     return None if finding.doubt is not None else finding.config.prediction
 
 
-def _pairs(one: Weights | Folder, other: Weights | Folder, layouts: tuple[Layout, Layout], config: ModelConfig, text: bool) -> tuple[dict[str, _Pair], tuple[str, ...]]:
+def _pairs(
+    one: Weights | Folder, other: Weights | Folder, layouts: tuple[Layout, Layout], config: ModelConfig, text: bool
+) -> tuple[dict[str, _Pair], tuple[str, ...]]:
     """Every parameter of UNet, text towers and VAE in both, in the order of their names here, and what only one of them has."""
-    shapes: dict[str, Shape | None] = {name: shape for name, shape in lora_names.shapes(config).items() if text or not name.startswith("text.")}
+    shapes: dict[str, Shape | None] = {
+        name: shape for name, shape in lora_names.shapes(config).items() if text or not name.startswith("text.")
+    }
     shapes |= dict.fromkeys(f"vae.{name}" for name in diffusers_vae(config.vae))
     pairs, unpaired = {}, []
     for name, shape in shapes.items():
@@ -164,15 +205,25 @@ def _pairs(one: Weights | Folder, other: Weights | Folder, layouts: tuple[Layout
     return pairs, tuple(unpaired)
 
 
-def _pair(files: tuple[Weights | Folder, Weights | Folder], places: list[Place], shape: Shape | None, name: str) -> _Pair:
+def _pair(
+    files: tuple[Weights | Folder, Weights | Folder], places: list[Place], shape: Shape | None, name: str
+) -> _Pair:
     stored = [file.shape(place.key) for file, place in zip(files, places, strict=True)]
-    if shape is None or name.startswith("text."):  # the tables know no sizes of the VAE, and towers may have gained tokens
+    if shape is None or name.startswith(
+        "text."
+    ):  # the tables know no sizes of the VAE, and towers may have gained tokens
         shape = places[0].ours(stored[0])
     for file, place, there in zip(files, places, stored, strict=True):
         if not place.fits(there, shape) and not (place.how == "kernel" and there[:2] == shape[:2]):
-            raise file.error(f"{place.key[-40:]} is {list(there)}, in the other {list(places[0].stored(shape))}; text=False leaves towers out", place.key)
+            raise file.error(
+                f"{place.key[-40:]} is {list(there)}, in the other {list(places[0].stored(shape))}; text=False leaves towers out",
+                place.key,
+            )
         if not file.specs[place.key].dtype.is_floating_point:
-            raise file.error(f"{place.key[-40:]} holds {file.specs[place.key].dtype} numbers: quantised weights are not read", place.key)
+            raise file.error(
+                f"{place.key[-40:]} holds {file.specs[place.key].dtype} numbers: quantised weights are not read",
+                place.key,
+            )
     dtypes = [file.specs[place.key].dtype for file, place in zip(files, places, strict=True)]
     size = dtypes[1].itemsize * torch.Size(shape).numel()
     readers = [partial(_read, file, place, shape) for file, place in zip(files, places, strict=True)]
@@ -198,7 +249,9 @@ def attention(parameter: str) -> bool:
     return bool(ATTENTION.fullmatch(parameter)) and not re.search(r"\.(norm\d?|layer_norm\d)\.weight$", parameter)
 
 
-def _rest(differing: list[str], pairs: dict[str, _Pair], config: ModelConfig, dtype: torch.dtype, full: bool) -> tuple[tuple[Rest, ...], dict[str, Pending]]:
+def _rest(
+    differing: list[str], pairs: dict[str, _Pair], config: ModelConfig, dtype: torch.dtype, full: bool
+) -> tuple[tuple[Rest, ...], dict[str, Pending]]:
     """The report of the rest, and as what it is written: differences that are made again when their turn comes."""
     names, shapes = kohya_names(config), lora_names.shapes(config)
     more: dict[str, Pending] = {}
@@ -207,7 +260,9 @@ def _rest(differing: list[str], pairs: dict[str, _Pair], config: ModelConfig, dt
         kept = full and not parameter.startswith("vae.")
         rest.append(Rest(parameter, pairs[parameter].size, kept))
         if kept:
-            more[difference_key(parameter, names, shapes)] = Pending(dtype, pairs[parameter].shape, partial(_difference, pairs[parameter]))
+            more[difference_key(parameter, names, shapes)] = Pending(
+                dtype, pairs[parameter].shape, partial(_difference, pairs[parameter])
+            )
     return tuple(rest), more
 
 
@@ -218,5 +273,11 @@ def _difference(pair: _Pair) -> Tensor:
 def _metadata(config: ModelConfig, base: Path, tuned: Path) -> dict[str, str]:
     two = config.unet.linear_proj and config.unet.vector_dim is None
     version = VERSIONS.get(config.name) or ("sdxl_base_v1-0" if config.unet.vector_dim is not None else "sd_v2")
-    facts = {"ss_base_model_version": version, "ss_v2": str(two), "ss_sd_model_name": base.name, "ldm.family": config.name, "ldm.tuned": tuned.name}
+    facts = {
+        "ss_base_model_version": version,
+        "ss_v2": str(two),
+        "ss_sd_model_name": base.name,
+        "ldm.family": config.name,
+        "ldm.tuned": tuned.name,
+    }
     return facts | ({"ss_new_sd_model_hash": sha256_of(base)} if base.is_file() else {})

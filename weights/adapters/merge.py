@@ -30,7 +30,11 @@ from weights.names.places import Place, Shape
 LORAS, DROPPED = "ldm.merged_loras", "ldm.dropped"  # keys of the metadata
 EMA = "model_ema."
 BOOKKEEPING = {"model_ema.decay", "model_ema.num_updates"}  # all that is left of an average that already is the weights
-UNTRUE = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")  # metadata: hashes of the tensors as they were
+UNTRUE = (
+    "modelspec.hash_sha256",
+    "sshs_model_hash",
+    "sshs_legacy_hash",
+)  # metadata: hashes of the tensors as they were
 
 Scale = float | tuple[float, float]  # of all; or of the UNet, and of the text towers
 Terms = list[tuple[Change, float]]
@@ -69,7 +73,10 @@ def merge_lora(
         require_dtype(dtype)
     require_writable(dst, overwrite)
     if is_folder(checkpoint):
-        raise FileError("is a diffusers folder; make it one file first with 'ldm convert', or load the LoRA beside it", path=checkpoint)
+        raise FileError(
+            "is a diffusers folder; make it one file first with 'ldm convert', or load the LoRA beside it",
+            path=checkpoint,
+        )
     with open_file(checkpoint) as file:
         config, layout = described(file) if model_config is None else (model_config, original(file))
         sources = [(read_lora(path, config).changes, _pair(scale)) for path, scale in loras]
@@ -82,7 +89,10 @@ def merge_lora(
         }  # fmt: skip
         metadata = _metadata(file.metadata, loras, dropped)
         written = write(tensors, dst, metadata, overwrite=overwrite, on_write=guarded([file], on_write))
-    lines = tuple(f"{changes.name} at {_said(scale)}: {changes.report()}" for (changes, _), (_, scale) in zip(sources, loras, strict=True))
+    lines = tuple(
+        f"{changes.name} at {_said(scale)}: {changes.report()}"
+        for (changes, _), (_, scale) in zip(sources, loras, strict=True)
+    )
     return MergedFile(written, config.name, tuple(terms), lines, dropped)
 
 
@@ -97,7 +107,9 @@ def _said(scale: Scale) -> str:
 
 def _require_scale(path: str | PathLike[str], scale: Scale) -> None:
     values = scale if isinstance(scale, tuple) else (scale, scale)
-    if len(values) != 2 or any(not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value) for value in values):
+    if len(values) != 2 or any(
+        not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value) for value in values
+    ):
         raise ArgumentError(f"{Path(path).name[:60]}: scale {str(scale)[:40]} is no finite number", key="scale")
 
 
@@ -120,9 +132,15 @@ def _places(file: Weights, layout: Layout, terms: Mapping[str, Terms], config: M
         place = place_of(file, layout, parameter)
         if place is None:
             raise file.error(f"has no {parameter[-60:]}, which the LoRA changes; use a complete checkpoint", parameter)
-        if not place.fits(file.shape(place.key), shapes[parameter]) or not file.specs[place.key].dtype.is_floating_point:
+        if (
+            not place.fits(file.shape(place.key), shapes[parameter])
+            or not file.specs[place.key].dtype.is_floating_point
+        ):
             spec = file.specs[place.key]
-            raise file.error(f"{place.key[-60:]} is {list(spec.shape)} of {spec.dtype}, where {list(shapes[parameter])} floating-point numbers belong", place.key)
+            raise file.error(
+                f"{place.key[-60:]} is {list(spec.shape)} of {spec.dtype}, where {list(shapes[parameter])} floating-point numbers belong",
+                place.key,
+            )
         found.setdefault(place.key, []).append((place, shapes[parameter], added))
     return found
 
@@ -131,7 +149,10 @@ def place_of(file: Weights, layout: Layout, parameter: str) -> Place | None:
     """Where one of our parameters lies; None: nowhere. Raises FileError where there are two of it."""
     there = [place for place in layout.places(parameter) if all(key in file for key in place.keys)]
     if len(there) > 1:
-        raise file.error(f"has {there[0].key[-50:]} twice, also as {there[1].key[-50:]}; which is right cannot be known", there[1].key)
+        raise file.error(
+            f"has {there[0].key[-50:]} twice, also as {there[1].key[-50:]}; which is right cannot be known",
+            there[1].key,
+        )
     return there[0] if there else None
 
 
@@ -158,7 +179,11 @@ def _merged(file: Weights, key: str, parts: Sequence[Part]) -> Tensor:
         rows = place.rows(tuple(stored.shape))
         ours = place.turned(stored if rows is None else stored[rows], shape)
         changed = ours + total(ours, terms)
-        back = changed.T if place.how == "transposed" else changed.reshape(ours.shape if rows is not None else stored.shape)
+        back = (
+            changed.T
+            if place.how == "transposed"
+            else changed.reshape(ours.shape if rows is not None else stored.shape)
+        )
         stored = back if rows is None else torch.cat([stored[: rows.start], back, stored[rows.stop :]])
     return stored
 
@@ -171,7 +196,9 @@ def total(weight: Tensor, terms: Terms) -> Tensor:
     return added
 
 
-def _metadata(before: Mapping[str, str], loras: Sequence[tuple[str | PathLike[str], Scale]], dropped: Mapping[str, str]) -> dict[str, str]:
+def _metadata(
+    before: Mapping[str, str], loras: Sequence[tuple[str | PathLike[str], Scale]], dropped: Mapping[str, str]
+) -> dict[str, str]:
     merged = [{"name": Path(path).name, "unet": _pair(scale)[0], "text": _pair(scale)[1]} for path, scale in loras]
     metadata = {key: value for key, value in before.items() if key not in UNTRUE} | {LORAS: json.dumps(merged)}
     if dropped:

@@ -37,8 +37,13 @@ def split(key: str) -> tuple[str, str] | None:
 @lru_cache(maxsize=16)  # several LoRAs of one model are looked up in the same tables
 def shapes(config: ModelConfig) -> Mapping[str, Shape]:
     """{our name: shape} of every parameter that a LoRA can change: those of the UNet and of the text towers."""
-    networks = {"unet": blank.shapes(UNet, config.unet), **{f"text.{i}": blank.shapes(CLIPText, text) for i, text in enumerate(config.text)}}
-    return MappingProxyType({f"{name}.{key}": shape for name, network in networks.items() for key, shape in network.items()})
+    networks = {
+        "unet": blank.shapes(UNet, config.unet),
+        **{f"text.{i}": blank.shapes(CLIPText, text) for i, text in enumerate(config.text)},
+    }
+    return MappingProxyType(
+        {f"{name}.{key}": shape for name, network in networks.items() for key, shape in network.items()}
+    )
 
 
 @lru_cache(maxsize=16)
@@ -70,10 +75,14 @@ def _of_unet(module: str, diffusers: str) -> Iterator[str]:
 
 def _of_text(module: str, tower: int, towers: int) -> Iterator[str]:
     """A model of one tower may be spelled with or without a number; the towers of SDXL are told apart by it."""
-    yield from (f"{prefix}_{_joined(module)}" for prefix in (f"lora_te{tower + 1}", *(["lora_te"] if towers == 1 else [])))
+    yield from (
+        f"{prefix}_{_joined(module)}" for prefix in (f"lora_te{tower + 1}", *(["lora_te"] if towers == 1 else []))
+    )
     component = "text_encoder." if tower == 0 else f"text_encoder_{tower + 1}."
     prefixes = (component, *_peft(component), *(["base_model.model."] if towers == 1 else []))
-    for name in dict.fromkeys((module, module.removeprefix("text_model."))):  # transformers 5 has no text_model. in its names
+    for name in dict.fromkeys(
+        (module, module.removeprefix("text_model."))
+    ):  # transformers 5 has no text_model. in its names
         yield from (f"{prefix}{name}" for prefix in prefixes)
         yield f"{component}{name}.lora_linear_layer"
         attention, _, leaf = name.partition(".self_attn.")

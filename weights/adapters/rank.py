@@ -78,7 +78,9 @@ def factored(matrix: Tensor, rule: Rule, parameter: str, dtype: torch.dtype = to
     if wide:
         u, vh = vh.T, u.T
     r, energy, whole = chosen(s, rule)
-    return _lowrank(u[:, :r], s[:r], vh[:r], float(r), matrix.shape, dtype, parameter), Kept(parameter, r, energy, whole)
+    return _lowrank(u[:, :r], s[:r], vh[:r], float(r), matrix.shape, dtype, parameter), Kept(
+        parameter, r, energy, whole
+    )
 
 
 def resized(change: LowRank, rule: Rule, parameter: str, dtype: torch.dtype | None = None) -> tuple[LowRank, Kept]:
@@ -96,7 +98,15 @@ def resized(change: LowRank, rule: Rule, parameter: str, dtype: torch.dtype | No
     u, s, vh = torch.linalg.svd(ru @ rd.T, full_matrices=False)
     r, energy, whole = chosen(s, rule)
     strength = scale(change)
-    new = _lowrank(qu @ u[:, :r], s[:r], vh[:r] @ qd.T, strength * r, (up.shape[0], *down.shape[1:]), dtype or change.up.dtype, parameter)
+    new = _lowrank(
+        qu @ u[:, :r],
+        s[:r],
+        vh[:r] @ qd.T,
+        strength * r,
+        (up.shape[0], *down.shape[1:]),
+        dtype or change.up.dtype,
+        parameter,
+    )
     return new, Kept(parameter, r, energy, whole * strength**2)
 
 
@@ -112,7 +122,9 @@ def energy(kept: Iterable[Kept]) -> float:
     return math.fsum(one.whole * one.energy for one in kept) / whole if whole else 1.0
 
 
-def _lowrank(u: Tensor, s: Tensor, vh: Tensor, alpha: float, shape: tuple[int, ...], dtype: torch.dtype, parameter: str) -> LowRank:
+def _lowrank(
+    u: Tensor, s: Tensor, vh: Tensor, alpha: float, shape: tuple[int, ...], dtype: torch.dtype, parameter: str
+) -> LowRank:
     """Both factors get the root of the singular values: numbers of one size, of which float16 loses the least."""
     root, r = s.sqrt(), len(s)
     down = (root[:, None] * vh).reshape(r, *shape[1:]).to(dtype)
@@ -122,5 +134,8 @@ def _lowrank(u: Tensor, s: Tensor, vh: Tensor, alpha: float, shape: tuple[int, .
 
 def _finite(tensor: Tensor, parameter: str) -> Tensor:
     if not tensor.isfinite().all():
-        raise NonFinite(f"{parameter[-80:]}: its change has NaN or infinity in {tensor.dtype}; repair the file, or use a wider type", key=parameter)
+        raise NonFinite(
+            f"{parameter[-80:]}: its change has NaN or infinity in {tensor.dtype}; repair the file, or use a wider type",
+            key=parameter,
+        )
     return tensor

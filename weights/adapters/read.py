@@ -25,7 +25,15 @@ from weights.names.detect import require_family
 Dialect = Literal["kohya", "diffusers", "peft"]
 ALPHA_KEY = "ldm.lora.alpha_dtype"  # in the metadata: the type of the alpha tensors of the kohya file that this one was made from
 TOWERS = ("text_encoder", "text_encoder_2")
-_SMALLEST = UNetConfig(model_channels=32, channel_mult=(1,), num_res_blocks=1, down_depth=((0,),), up_depth=((0, 0),), mid_depth=None, cross_only=(False,))
+_SMALLEST = UNetConfig(
+    model_channels=32,
+    channel_mult=(1,),
+    num_res_blocks=1,
+    down_depth=((0,),),
+    up_depth=((0, 0),),
+    mid_depth=None,
+    cross_only=(False,),
+)
 _DIFFUSERS, _PEFT = "pytorch_lora_weights", "adapter_model"
 
 
@@ -65,7 +73,11 @@ def read_lora(path: str | PathLike[str], model_config: ModelConfig | str | None 
             keys |= set(opened)
             dtypes |= {spec.dtype for key, spec in opened.specs.items() if key.endswith(".alpha")}
     if ALPHA_KEY in metadata:
-        dtypes = {dtype for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64) if str(dtype) == metadata[ALPHA_KEY]}
+        dtypes = {
+            dtype
+            for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+            if str(dtype) == metadata[ALPHA_KEY]
+        }
     alpha_dtype = dtypes.pop() if len(dtypes) == 1 else None
     return Source(Changes(found, path.name), config, _dialect(path, files, keys), metadata, alpha_dtype)
 
@@ -73,14 +85,22 @@ def read_lora(path: str | PathLike[str], model_config: ModelConfig | str | None 
 def family_of(path: Path, files: Mapping[str, Path]) -> ModelConfig:
     """The family that has all targets of a LoRA, in its shapes. Families of one kind (sd1 and sd1-inpainting) share their targets: it is the first."""
     found = {name: _fault(files, FAMILIES[name]) for name in KIN}
-    fitting, faults = [name for name, fault in found.items() if fault is None], [fault for fault in found.values() if fault is not None]
+    fitting, faults = (
+        [name for name, fault in found.items() if fault is None],
+        [fault for fault in found.values() if fault is not None],
+    )
     if len(fitting) == 1:
         return FAMILIES[fitting[0]]
     if fitting:
-        raise AmbiguousCheckpoint(f"has targets that {', '.join(fitting)} have alike; say which with --family (model_config=)", path=path)
+        raise AmbiguousCheckpoint(
+            f"has targets that {', '.join(fitting)} have alike; say which with --family (model_config=)", path=path
+        )
     if len({str(fault) for fault in faults}) == 1:  # not the family is at fault
         raise faults[0]
-    raise FileError("has targets of no one family at its published sizes; name its model with --family or --ckpt (model_config=)", path=path)
+    raise FileError(
+        "has targets of no one family at its published sizes; name its model with --family or --ckpt (model_config=)",
+        path=path,
+    )
 
 
 def _fault(files: Mapping[str, Path], config: ModelConfig) -> FileError | None:
@@ -103,12 +123,25 @@ def _files(path: Path) -> dict[str, Path]:
     """{network: its file}; one file of all networks is under ""."""
     if not path.is_dir():
         return {"": path}
-    networks = {name: path / name / f"{_PEFT}{end}" for name in ("unet", *TOWERS) for end in (".bin", ".safetensors") if (path / name / f"{_PEFT}{end}").is_file()}
+    networks = {
+        name: path / name / f"{_PEFT}{end}"
+        for name in ("unet", *TOWERS)
+        for end in (".bin", ".safetensors")
+        if (path / name / f"{_PEFT}{end}").is_file()
+    }
     if networks:
         return networks
-    there = [path / f"{stem}{end}" for stem in (_DIFFUSERS, _PEFT) for end in (".safetensors", ".bin") if (path / f"{stem}{end}").is_file()]
+    there = [
+        path / f"{stem}{end}"
+        for stem in (_DIFFUSERS, _PEFT)
+        for end in (".safetensors", ".bin")
+        if (path / f"{stem}{end}").is_file()
+    ]
     if not there:
-        raise FileError(f"is a directory without a LoRA ({_DIFFUSERS}.safetensors, {_PEFT}.safetensors or folders of peft); name its file", path=path)
+        raise FileError(
+            f"is a directory without a LoRA ({_DIFFUSERS}.safetensors, {_PEFT}.safetensors or folders of peft); name its file",
+            path=path,
+        )
     return {"": there[0]}
 
 
@@ -119,8 +152,13 @@ def _load(network: str, file: Path, config: ModelConfig) -> dict[str, Change]:
         return dict(load_lora(file, config))
     i = TOWERS.index(network)
     if i >= len(config.text):
-        raise FileError(f"is for text tower {i + 1}, a model of family {config.name} has {len(config.text)}; name its family", path=file)
-    alone = load_lora(file, config if len(config.text) == 1 else replace(config, text=(config.text[i],), unet=_SMALLEST))
+        raise FileError(
+            f"is for text tower {i + 1}, a model of family {config.name} has {len(config.text)}; name its family",
+            path=file,
+        )
+    alone = load_lora(
+        file, config if len(config.text) == 1 else replace(config, text=(config.text[i],), unet=_SMALLEST)
+    )
     return {name.replace("text.0.", f"text.{i}.", 1): change for name, change in alone.items()}
 
 
@@ -131,7 +169,14 @@ def _dialect(path: Path, files: Mapping[str, Path], keys: set[str]) -> Dialect:
     return "kohya" if kohya else "diffusers"
 
 
-KIN = ("sd1", "sd2-base", "x4-upscaler", "ssd-1b", "sdxl-base", "sdxl-refiner")  # one of each kind; what fits two is the smaller's
+KIN = (
+    "sd1",
+    "sd2-base",
+    "x4-upscaler",
+    "ssd-1b",
+    "sdxl-base",
+    "sdxl-refiner",
+)  # one of each kind; what fits two is the smaller's
 MAX_SETTINGS = 1_000_000  # bytes of an adapter_config.json
 
 
@@ -157,7 +202,9 @@ def load_lora(path: str | PathLike[str], model_config: ModelConfig, *, allow_unm
 # --- names -> parameters --------------------------------------------------------------------------------------------
 
 
-def _resolve(file: Weights, spelled: Spelled, strays: list[str], config: ModelConfig, allow_unmatched: bool) -> tuple[dict[str, Change], tuple[str, ...]]:
+def _resolve(
+    file: Weights, spelled: Spelled, strays: list[str], config: ModelConfig, allow_unmatched: bool
+) -> tuple[dict[str, Change], tuple[str, ...]]:
     """The changes by our names, and what has none. Raises FileError as `load_lora` says."""
     table, shapes = lora_names.spellings(config), lora_names.shapes(config)
     found: dict[str, Change] = {}
@@ -178,12 +225,17 @@ def _resolve(file: Weights, spelled: Spelled, strays: list[str], config: ModelCo
         _require_family(file, spelled, fits, config)
         if misfits:
             spelling, fault = misfits[0]
-            raise file.error(f"{_short(spelling)}: {fault}{f' (and {len(misfits) - 1} more)' if len(misfits) > 1 else ''}", spelling)
+            raise file.error(
+                f"{_short(spelling)}: {fault}{f' (and {len(misfits) - 1} more)' if len(misfits) > 1 else ''}", spelling
+            )
         if unmatched:
             of = len(unmatched) + Changes(found).modules
             remedy = "allow_unmatched leaves them out" if found else "use a LoRA for it"
             names = ", ".join(map(_short, unmatched[:2]))
-            raise file.error(f"{len(unmatched)} of {of} modules are not in a model of family {config.name} ({names}); {remedy}", unmatched[0])
+            raise file.error(
+                f"{len(unmatched)} of {of} modules are not in a model of family {config.name} ({names}); {remedy}",
+                unmatched[0],
+            )
         _require_whole(file, spelled, found, config)
     return found, tuple(unmatched)
 
@@ -196,7 +248,9 @@ def _require_family(file: Weights, spelled: Spelled, fits: int, config: ModelCon
     best = max(elsewhere, key=lambda name: elsewhere[name])
     if elsewhere[best] > fits:
         of = f"of {len(spelled)} weights fit"
-        raise file.error(f"is a LoRA for {best} ({elsewhere[best]} {of}), the model is {config.name} ({fits} {of}); use one made for {config.name}")
+        raise file.error(
+            f"is a LoRA for {best} ({elsewhere[best]} {of}), the model is {config.name} ({fits} {of}); use one made for {config.name}"
+        )
 
 
 def _require_whole(file: Weights, spelled: Spelled, found: Iterable[str], config: ModelConfig) -> None:
@@ -212,7 +266,9 @@ def _require_whole(file: Weights, spelled: Spelled, found: Iterable[str], config
         return
     for name in KIN:
         if whole(FAMILIES[name]) and fitting(spelled, FAMILIES[name]) == len(spelled):
-            raise file.error(f"is a LoRA for {name}: it changes exactly the blocks of that; the model is {config.name}; use one made for {config.name}")
+            raise file.error(
+                f"is a LoRA for {name}: it changes exactly the blocks of that; the model is {config.name}; use one made for {config.name}"
+            )
 
 
 def fitting(spelled: Spelled, config: ModelConfig) -> int:
@@ -264,20 +320,29 @@ def spelled_changes(file: Weights) -> tuple[Spelled, list[str]]:
 
 
 def _instead(file: Weights) -> str:
-    if any(key.startswith(("model.diffusion_model.", "first_stage_model.", "cond_stage_model.", "conditioner.")) for key in file):
+    if any(
+        key.startswith(("model.diffusion_model.", "first_stage_model.", "cond_stage_model.", "conditioner."))
+        for key in file
+    ):
         return " but a model or a part of one; load it as the model"
-    if any(key.startswith(("string_to_param", "emb_params", "clip_l", "clip_g")) for key in file) or (len(file) == 1 and "." not in next(iter(file))):
+    if any(key.startswith(("string_to_param", "emb_params", "clip_l", "clip_g")) for key in file) or (
+        len(file) == 1 and "." not in next(iter(file))
+    ):
         return " but a textual-inversion embedding"
     return f": it begins with {_short(next(iter(file)), 40)}; use a file of kohya, diffusers, peft or LyCORIS"
 
 
-def _changes(file: Weights, spelling: str, keys: Mapping[str, str], scalings: Mapping[str, _Scaling]) -> dict[str, Change]:
+def _changes(
+    file: Weights, spelling: str, keys: Mapping[str, str], scalings: Mapping[str, _Scaling]
+) -> dict[str, Change]:
     """{"weight": ..., "bias": ...}: what one module's tensors say."""
     used: set[str] = set()
 
     def tensor(part: str) -> Tensor:
         if part not in keys:
-            raise file.error(f"{_short(spelling)} has no {part} beside its {', '.join(sorted(keys))}; download it again", spelling)
+            raise file.error(
+                f"{_short(spelling)} has no {part} beside its {', '.join(sorted(keys))}; download it again", spelling
+            )
         used.add(part)
         spec = file.specs[keys[part]]
         if not spec.dtype.is_floating_point:
@@ -294,23 +359,38 @@ def _changes(file: Weights, spelling: str, keys: Mapping[str, str], scalings: Ma
     if keys.keys() - {"alpha", "diff_b", "b_norm"} or not biases:
         made["weight"] = _weight(keys.keys(), tensor, optional, _alpha(file, spelling, keys, tensor, scalings))
     if unused := keys.keys() - used - {"alpha"}:
-        raise file.error(f"{_short(spelling)} has parts of two kinds of LoRA ({', '.join(sorted(keys)[:6])}), {min(unused)} is in the way", keys[min(unused)])
+        raise file.error(
+            f"{_short(spelling)} has parts of two kinds of LoRA ({', '.join(sorted(keys)[:6])}), {min(unused)} is in the way",
+            keys[min(unused)],
+        )
     return made
 
 
-def _weight(has: Set[str], tensor: Callable[[str], Tensor], optional: Callable[[str], Tensor | None], alpha: float | None) -> Change:
+def _weight(
+    has: Set[str], tensor: Callable[[str], Tensor], optional: Callable[[str], Tensor | None], alpha: float | None
+) -> Change:
     """The change that the parts in `has` make up: the first kind of which there is one."""
     families = {part.partition("_")[0] if part.startswith(("hada_", "lokr_")) else part for part in has}
     change: Any
     if "hada" in families:
         t1 = tensor("hada_t1") if has & {"hada_t1", "hada_t2"} else None
-        change = Hadamard(*(tensor(f"hada_{part}") for part in ("w1_a", "w1_b", "w2_a", "w2_b")), alpha, t1, None if t1 is None else tensor("hada_t2"))
+        change = Hadamard(
+            *(tensor(f"hada_{part}") for part in ("w1_a", "w1_b", "w2_a", "w2_b")),
+            alpha,
+            t1,
+            None if t1 is None else tensor("hada_t2"),
+        )
     elif "lokr" in families:
-        one, two = ((tensor(f"lokr_{w}_a"), tensor(f"lokr_{w}_b")) if f"lokr_{w}_a" in has else tensor(f"lokr_{w}") for w in ("w1", "w2"))
+        one, two = (
+            (tensor(f"lokr_{w}_a"), tensor(f"lokr_{w}_b")) if f"lokr_{w}_a" in has else tensor(f"lokr_{w}")
+            for w in ("w1", "w2")
+        )
         change = Kronecker(one, two, alpha, optional("lokr_t2"))
     elif families & {"a1", "a2", "b1", "b2"}:
         a1, a2, b1, b2 = (tensor(part) for part in ("a1", "a2", "b1", "b2"))
-        if _joins(a2, a1, b2, b1) and (a1.shape[0] < a1.shape[1] or not _joins(a1, a2, b1, b2)):  # older files of LyCORIS number the factors of a pair the other way round
+        if _joins(a2, a1, b2, b1) and (
+            a1.shape[0] < a1.shape[1] or not _joins(a1, a2, b1, b2)
+        ):  # older files of LyCORIS number the factors of a pair the other way round
             a1, a2, b1, b2 = a2, a1, b2, b1
         change = Generalised(a1, a2, b1, b2, alpha)
     elif families & {"diff", "w_norm"}:
@@ -321,7 +401,14 @@ def _weight(has: Set[str], tensor: Callable[[str], Tensor], optional: Callable[[
         return Decomposed(change, tensor("magnitude").reshape(-1, 1))
     if "dora_scale" in has:
         scale = tensor("dora_scale")
-        return Decomposed(change, scale.reshape(-1, 1) if scale.ndim < 2 else scale.flatten(1) if scale.shape[0] > 1 else scale.reshape(1, -1))
+        return Decomposed(
+            change,
+            scale.reshape(-1, 1)
+            if scale.ndim < 2
+            else scale.flatten(1)
+            if scale.shape[0] > 1
+            else scale.reshape(1, -1),
+        )
     return change
 
 
@@ -342,18 +429,29 @@ class _Scaling:
     root: bool = False  # rank-stabilised: divided by the root of the rank
 
 
-def _alpha(file: Weights, spelling: str, keys: Mapping[str, str], tensor: Callable[[str], Tensor], scalings: Mapping[str, _Scaling]) -> float | None:
+def _alpha(
+    file: Weights,
+    spelling: str,
+    keys: Mapping[str, str],
+    tensor: Callable[[str], Tensor],
+    scalings: Mapping[str, _Scaling],
+) -> float | None:
     if "alpha" in keys:
         value = tensor("alpha")
         if value.numel() != 1 or not math.isfinite(float(value.reshape(-1)[0].double())):
-            raise file.error(f"{_short(keys['alpha'])} is no finite number but {list(value.shape)}; download it again", keys["alpha"])
+            raise file.error(
+                f"{_short(keys['alpha'])} is no finite number but {list(value.shape)}; download it again", keys["alpha"]
+            )
         return float(value.reshape(-1)[0].double())
     if ".lora_A." not in keys.get("down", ""):
         return None
     module = spelling.replace("base_model.model.", "")
     for component, scaling in scalings.items():
         if module.startswith(component):
-            alpha = next((alpha for end, alpha in scaling.by_module.items() if module == end or module.endswith(f".{end}")), scaling.alpha)
+            alpha = next(
+                (alpha for end, alpha in scaling.by_module.items() if module == end or module.endswith(f".{end}")),
+                scaling.alpha,
+            )
             return alpha * math.sqrt((*file.shape(keys["down"]), 1)[0]) if scaling.root else alpha
     return None
 
@@ -364,7 +462,10 @@ def _scalings(file: Weights) -> dict[str, _Scaling]:
     if text := file.metadata.get("lora_adapter_metadata"):
         what = "its lora_adapter_metadata"
         settings = _settings(file.error, text, what)
-        parts = {part: {key.removeprefix(part): settings[key] for key in settings if key.startswith(part)} for part in ("unet.", "text_encoder.", "text_encoder_2.", "")}
+        parts = {
+            part: {key.removeprefix(part): settings[key] for key in settings if key.startswith(part)}
+            for part in ("unet.", "text_encoder.", "text_encoder_2.", "")
+        }
         return {part: _scaling(file.error, values, what) for part, values in parts.items() if "lora_alpha" in values}
     beside = path.with_name("adapter_config.json")
     if path.stem != "adapter_model" or not beside.is_file():
@@ -400,5 +501,12 @@ def _scaling(error: Callable[..., FileError], settings: Mapping[str, Any], what:
 
     pattern = settings.get("alpha_pattern") or {}
     if not isinstance(pattern, dict) or any(not re.fullmatch(r"\w+(\.\w+)*", end) for end in pattern):
-        raise error(f"{what} has an alpha_pattern that is not made of module names; this version reads no expressions there", "alpha_pattern")
-    return _Scaling(number(settings.get("lora_alpha")), {end: number(alpha) for end, alpha in pattern.items()}, settings.get("use_rslora") is True)
+        raise error(
+            f"{what} has an alpha_pattern that is not made of module names; this version reads no expressions there",
+            "alpha_pattern",
+        )
+    return _Scaling(
+        number(settings.get("lora_alpha")),
+        {end: number(alpha) for end, alpha in pattern.items()},
+        settings.get("use_rslora") is True,
+    )

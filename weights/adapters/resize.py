@@ -69,7 +69,16 @@ def convert_lora(
     require_held(changes, to, source.config, path)
     metadata = source.metadata | history(path) | (network_facts(changes) if kept or source.dialect != "kohya" else {})
     written = write_lora(
-        changes, dst, to, source.config, metadata, source=path, dtype=dtype, alpha_dtype=source.alpha_dtype, overwrite=overwrite, on_write=on_write
+        changes,
+        dst,
+        to,
+        source.config,
+        metadata,
+        source=path,
+        dtype=dtype,
+        alpha_dtype=source.alpha_dtype,
+        overwrite=overwrite,
+        on_write=on_write,
     )
     return Rewritten(written, source.config.name, to, source.changes.modules, tuple(kept))
 
@@ -102,12 +111,23 @@ def resize_lora(
     require_held(changes, dialect, source.config, path)
     metadata = source.metadata | history(path) | network_facts(changes)
     written = write_lora(
-        changes, dst, dialect, source.config, metadata, source=path, dtype=dtype, alpha_dtype=source.alpha_dtype, overwrite=overwrite, on_write=on_write
+        changes,
+        dst,
+        dialect,
+        source.config,
+        metadata,
+        source=path,
+        dtype=dtype,
+        alpha_dtype=source.alpha_dtype,
+        overwrite=overwrite,
+        on_write=on_write,
     )
     return Rewritten(written, source.config.name, dialect, source.changes.modules, kept, untouched)
 
 
-def _resized(source: Source, how: Rule, path: Path, dtype: torch.dtype | None) -> tuple[dict[str, Change], tuple[Kept, ...], tuple[str, ...]]:
+def _resized(
+    source: Source, how: Rule, path: Path, dtype: torch.dtype | None
+) -> tuple[dict[str, Change], tuple[Kept, ...], tuple[str, ...]]:
     changes, kept, untouched = dict(source.changes), [], []
     for parameter, change in changes.items():
         inner = change.inner if isinstance(change, Decomposed) else change
@@ -115,7 +135,11 @@ def _resized(source: Source, how: Rule, path: Path, dtype: torch.dtype | None) -
             untouched.append(parameter)
             continue
         if not isinstance(inner, LowRank):
-            raise FileError(f"{parameter[-60:]} is {TITLES[type(inner)]}, which is no plain product; convert it with as_lora first", path=path, key=parameter)
+            raise FileError(
+                f"{parameter[-60:]} is {TITLES[type(inner)]}, which is no plain product; convert it with as_lora first",
+                path=path,
+                key=parameter,
+            )
         new, one = resized(inner, how, parameter, dtype)
         changes[parameter] = replace(change, inner=new) if isinstance(change, Decomposed) else new
         kept.append(one)

@@ -14,7 +14,19 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from ldm.changes.lora import Change, Changes, Decomposed, Full, Generalised, Hadamard, Kronecker, LowRank, Shape, rank, require_fit
+from ldm.changes.lora import (
+    Change,
+    Changes,
+    Decomposed,
+    Full,
+    Generalised,
+    Hadamard,
+    Kronecker,
+    LowRank,
+    Shape,
+    rank,
+    require_fit,
+)
 from ldm.config import ModelConfig
 from ldm.disk import write_all
 from ldm.errors import ArgumentError, FileError
@@ -45,8 +57,21 @@ def network_facts(changes: Mapping[str, Change]) -> dict[str, str]:
 
 
 ADAPTER = "lora_adapter_metadata"  # where diffusers keeps peft's settings, each after the name of its network
-UNTRUE = (ADAPTER, ALPHA_KEY, "modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")  # metadata that say something of the file they were in
-TITLES = {LowRank: "a LoCon with a core", Hadamard: "a LoHa", Kronecker: "a LoKr", Generalised: "a GLoRA", Full: "a full difference", Decomposed: "a DoRA"}
+UNTRUE = (
+    ADAPTER,
+    ALPHA_KEY,
+    "modelspec.hash_sha256",
+    "sshs_model_hash",
+    "sshs_legacy_hash",
+)  # metadata that say something of the file they were in
+TITLES = {
+    LowRank: "a LoCon with a core",
+    Hadamard: "a LoHa",
+    Kronecker: "a LoKr",
+    Generalised: "a GLoRA",
+    Full: "a full difference",
+    Decomposed: "a DoRA",
+}
 
 
 Tensors = dict[str, Pending]
@@ -75,17 +100,36 @@ def write_lora(
     require_held(changes, to, config, source)
     networks = by_network(changes, config)
     if to == "diffusers":
-        tensors = {f"{name}.{key}": tensor for name, held in networks.items() for key, tensor in peft_tensors(held, dtype).items()}
+        tensors = {
+            f"{name}.{key}": tensor
+            for name, held in networks.items()
+            for key, tensor in peft_tensors(held, dtype).items()
+        }
         said = {f"{name}.{key}": value for name, held in networks.items() for key, value in settings(held).items()}
         metadata[ADAPTER] = json.dumps(said, indent=2, sort_keys=True)
         return write(tensors, path, {"format": "pt", **metadata}, overwrite=overwrite, on_write=on_write)
     with replacing_directory(path, overwrite) as folder:
         for name, held in networks.items():
             (folder / name).mkdir()
-            bare = "text_model." if name == TOWERS[0] else ""  # transformers 5 has dropped it from CLIPTextModel, not from the second tower's class; peft maps no names
-            tensors = {f"base_model.model.{key.removeprefix(bare)}": tensor for key, tensor in peft_tensors(held, dtype).items()}
+            bare = (
+                "text_model." if name == TOWERS[0] else ""
+            )  # transformers 5 has dropped it from CLIPTextModel, not from the second tower's class; peft maps no names
+            tensors = {
+                f"base_model.model.{key.removeprefix(bare)}": tensor
+                for key, tensor in peft_tensors(held, dtype).items()
+            }
             write(tensors, folder / name / "adapter_model.safetensors", {"format": "pt", **metadata}, on_write=on_write)
-            text = json.dumps({"peft_type": "LORA", "task_type": None, "base_model_name_or_path": None, "bias": "none", **settings(held)}, indent=2, sort_keys=True)
+            text = json.dumps(
+                {
+                    "peft_type": "LORA",
+                    "task_type": None,
+                    "base_model_name_or_path": None,
+                    "bias": "none",
+                    **settings(held),
+                },
+                indent=2,
+                sort_keys=True,
+            )
             with replacing(folder / name / "adapter_config.json", False) as descriptor:
                 write_all(descriptor, text.encode())
     return Path(path)
@@ -105,7 +149,12 @@ def kohya_names(config: ModelConfig) -> dict[str, str]:
     return spelled
 
 
-def kohya(changes: Mapping[str, Change], config: ModelConfig, dtype: torch.dtype | None = None, alpha_dtype: torch.dtype | None = None) -> Tensors:
+def kohya(
+    changes: Mapping[str, Change],
+    config: ModelConfig,
+    dtype: torch.dtype | None = None,
+    alpha_dtype: torch.dtype | None = None,
+) -> Tensors:
     """Every kind of change, as kohya's scripts and LyCORIS store it."""
     names, shapes = kohya_names(config), lora_names.shapes(config)
     tensors: Tensors = {}
@@ -113,9 +162,15 @@ def kohya(changes: Mapping[str, Change], config: ModelConfig, dtype: torch.dtype
         module, _, leaf = parameter.rpartition(".")
         if leaf == "bias":
             assert isinstance(change, Full)  # nothing else is read of a bias
-            tensors[f"{names[module]}.{'b_norm' if _is_norm(module, shapes) else 'diff_b'}"] = pending(change.diff, dtype)
+            tensors[f"{names[module]}.{'b_norm' if _is_norm(module, shapes) else 'diff_b'}"] = pending(
+                change.diff, dtype
+            )
             continue
-        parts = {"w_norm": change.diff} if isinstance(change, Full) and _is_norm(module, shapes) else _parts(change, shapes[parameter])
+        parts = (
+            {"w_norm": change.diff}
+            if isinstance(change, Full) and _is_norm(module, shapes)
+            else _parts(change, shapes[parameter])
+        )
         tensors |= {f"{names[module]}.{part}": pending(tensor.contiguous(), dtype) for part, tensor in parts.items()}
         if (alpha := _alpha(change)) is not None:
             first = next(iter(parts.values())).dtype
@@ -132,7 +187,11 @@ def difference_key(parameter: str, names: Mapping[str, str], shapes: Mapping[str
 
 def exactly(alpha: float, dtype: torch.dtype) -> Tensor:
     """alpha as a tensor of this type, or of the narrowest wider one that holds it exactly."""
-    return next(made for made in (torch.tensor(alpha, dtype=wide) for wide in (dtype, torch.float32, torch.float64)) if made.item() == alpha)
+    return next(
+        made
+        for made in (torch.tensor(alpha, dtype=wide) for wide in (dtype, torch.float32, torch.float64))
+        if made.item() == alpha
+    )
 
 
 def _is_norm(module: str, shapes: Mapping[str, Shape]) -> bool:
@@ -148,7 +207,13 @@ def _parts(change: Change, shape: Shape) -> dict[str, Tensor]:
         return {"lora_down.weight": down, "lora_up.weight": up}
     if isinstance(change, Hadamard):
         cores = {} if change.t1 is None or change.t2 is None else {"hada_t1": change.t1, "hada_t2": change.t2}
-        return {"hada_w1_a": change.w1_a, "hada_w1_b": change.w1_b, "hada_w2_a": change.w2_a, "hada_w2_b": change.w2_b, **cores}
+        return {
+            "hada_w1_a": change.w1_a,
+            "hada_w1_b": change.w1_b,
+            "hada_w2_a": change.w2_a,
+            "hada_w2_b": change.w2_b,
+            **cores,
+        }
     if isinstance(change, Kronecker):
         parts = {} if change.t2 is None else {"lokr_t2": change.t2}
         for name, whole in (("lokr_w1", change.w1), ("lokr_w2", change.w2)):
@@ -201,14 +266,26 @@ def require_held(changes: Mapping[str, Change], to: Dialect, config: ModelConfig
         module, _, leaf = parameter.rpartition(".")
         if (what := unheld(change)) is not None:
             remedy = "use --as-lora RANK" if expressible(change) else "merge it instead"
-            raise FileError(f"{_short(module)}{'.bias' if leaf == 'bias' else ''} is {what}, which {to} cannot hold; {remedy}", path=source, key=parameter)
+            raise FileError(
+                f"{_short(module)}{'.bias' if leaf == 'bias' else ''} is {what}, which {to} cannot hold; {remedy}",
+                path=source,
+                key=parameter,
+            )
         if module.startswith("text.") and len(config.text) == 1 and config.unet.vector_dim is not None:
-            raise FileError(f"{_short(module, 30)} is of the refiner's text tower, for which {to} has no settled name; keep kohya's", path=source, key=parameter)
+            raise FileError(
+                f"{_short(module, 30)} is of the refiner's text tower, for which {to} has no settled name; keep kohya's",
+                path=source,
+                key=parameter,
+            )
         network, dora = components(config)[module][0], isinstance(change, Decomposed)
         before = decomposed.setdefault(network, (dora, module))
         if before[0] != dora:
             one = module if dora else before[1]
-            raise FileError(f"{_short(one)} is a DoRA, others beside it are not: {to} holds no mixture; merge it instead", path=source, key=parameter)
+            raise FileError(
+                f"{_short(one)} is a DoRA, others beside it are not: {to} holds no mixture; merge it instead",
+                path=source,
+                key=parameter,
+            )
 
 
 def unheld(change: Change) -> str | None:
@@ -243,10 +320,15 @@ def peft_tensors(held: Mapping[str, tuple[Change, Shape]], dtype: torch.dtype | 
         inner = change.inner if isinstance(change, Decomposed) else change
         assert isinstance(inner, LowRank)
         down, up = as_layers(inner, shape)
-        tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"] = pending(down.contiguous(), dtype), pending(up.contiguous(), dtype)
+        tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"] = (
+            pending(down.contiguous(), dtype),
+            pending(up.contiguous(), dtype),
+        )
         if isinstance(change, Decomposed):  # [out] of a matrix, [1, out, 1, 1] of a kernel
             magnitude = change.magnitude.flatten()
-            tensors[f"{name}.lora_magnitude_vector"] = pending(magnitude if len(shape) == 2 else magnitude.reshape(1, -1, *(1 for _ in shape[2:])), dtype)
+            tensors[f"{name}.lora_magnitude_vector"] = pending(
+                magnitude if len(shape) == 2 else magnitude.reshape(1, -1, *(1 for _ in shape[2:])), dtype
+            )
     return tensors
 
 
@@ -302,7 +384,16 @@ def save_lora(
     _require_fit(changes, config)
     require_writable(path, overwrite, directory=to == "peft")
     require_held(changes, to, config, Path(path))
-    return write_lora(changes, path, to, config, network_facts(changes) | dict(metadata or {}), source=Path(path), dtype=dtype, overwrite=overwrite)
+    return write_lora(
+        changes,
+        path,
+        to,
+        config,
+        network_facts(changes) | dict(metadata or {}),
+        source=Path(path),
+        dtype=dtype,
+        overwrite=overwrite,
+    )
 
 
 def _require_fit(changes: Changes, config: ModelConfig) -> None:
@@ -311,7 +402,10 @@ def _require_fit(changes: Changes, config: ModelConfig) -> None:
     shapes = lora_names.shapes(config)
     for name, change in changes.items():
         if name not in shapes:
-            raise ArgumentError(f"{changes.name}: a model of family {config.name} has no parameter {name}; give the config that was trained", key=name)
+            raise ArgumentError(
+                f"{changes.name}: a model of family {config.name} has no parameter {name}; give the config that was trained",
+                key=name,
+            )
         try:
             require_fit(change, shapes[name])
         except ArgumentError as fault:

@@ -62,7 +62,13 @@ class Folder(Mapping[str, Tensor]):
         return file[name]
 
     def read(
-        self, key: str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None, rows: slice | None = None, *, mapped: bool = True
+        self,
+        key: str,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+        rows: slice | None = None,
+        *,
+        mapped: bool = True,
     ) -> Tensor:
         """As `Weights.read`."""
         file, name = self._places[key]
@@ -123,12 +129,16 @@ def open_folder(path: str | PathLike[str], variant: str | None = None) -> Folder
         for name, stems in COMPONENTS.items():
             there = (folder.path / name).is_dir()
             if listed.get(name) and not there:
-                raise folder.error(f"its model_index.json lists {name}, and there is no folder of that name; download it again")
+                raise folder.error(
+                    f"its model_index.json lists {name}, and there is no folder of that name; download it again"
+                )
             if there and listed.get(name, True):
                 found.add(add_component(folder, folder.path / name, stems, f"{name}/", variant))
         for name in ("unet", "vae"):
             if not any(key.startswith(f"{name}/") for key in folder):
-                raise folder.error(f"has no {name}/ with weights in it; name the folder of a whole model, which has a UNet and a VAE")
+                raise folder.error(
+                    f"has no {name}/ with weights in it; name the folder of a whole model, which has a UNet and a VAE"
+                )
         if variant is not None and variant not in found:
             raise folder.error(f"has no {variant or 'plain'} weights in any component; use another variant, or none")
         return folder
@@ -143,7 +153,11 @@ def _listed(folder: Folder) -> dict[str, bool]:
     if not path.exists():
         return {}
     listed = read_json(path)
-    return {name: any(part is not None for part in parts) for name, parts in listed.items() if name in COMPONENTS and isinstance(parts, list)}
+    return {
+        name: any(part is not None for part in parts)
+        for name, parts in listed.items()
+        if name in COMPONENTS and isinstance(parts, list)
+    }
 
 
 def add_component(folder: Folder, path: Path, stems: tuple[str, str], prefix: str, variant: str | None = None) -> str:
@@ -154,7 +168,9 @@ def add_component(folder: Folder, path: Path, stems: tuple[str, str], prefix: st
             for name in group:
                 if _add_variant(folder, path, stem, f".{name}" if name else "", kind, prefix):
                     return name
-    odd = sorted(file.name for file in path.glob("*") if file.name.startswith(stems) and file.suffix in (".safetensors", ".bin"))
+    odd = sorted(
+        file.name for file in path.glob("*") if file.name.startswith(stems) and file.suffix in (".safetensors", ".bin")
+    )
     known = f"but {odd[0]}" if odd else f"{stems[0]}.safetensors or {stems[1]}.bin"
     raise folder.error(f"{path.name}/ has no weights that this version knows ({known}); download it again")
 
@@ -179,8 +195,16 @@ def _add_shards(folder: Folder, index: Path, prefix: str) -> None:
         raise refusal("has no weight_map of file names; download it again", index)
     shards = sorted(set(found.values()))
     for name in shards:
-        if not name or name in (".", "..") or any(c in name for c in "/\\\0:") or not name.isprintable() or len(name.encode()) > 255:
-            raise refusal(f"names the file {name[:20]!r}, which is not a plain name in its own folder; download it again", index)
+        if (
+            not name
+            or name in (".", "..")
+            or any(c in name for c in "/\\\0:")
+            or not name.isprintable()
+            or len(name.encode()) > 255
+        ):
+            raise refusal(
+                f"names the file {name[:20]!r}, which is not a plain name in its own folder; download it again", index
+            )
     if len(shards) > MAX_SHARDS:
         raise refusal(f"names {len(shards)} files, the limit is {MAX_SHARDS}; download it again", index)
     gone = [name for name in shards if not os.path.lexists(index.parent / name)]

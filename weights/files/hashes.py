@@ -37,23 +37,59 @@ class Published:
 PUBLISHED = (
     Published("sd-v1-4.ckpt", 4265380512, "fe4efff1e174c627256e44ec2991ba279b3816e364b49f9be2abc0b3ff3f8556"),
     Published("sd-v1-4-full-ema.ckpt", None, "14749efc0ae8e"),
-    Published("v1-5-pruned-emaonly.ckpt", 4265380512, "cc6cb27103417325ff94f52b7a5d2dde45a7515b25c255d8e396c90014281516"),
-    Published("v1-5-pruned-emaonly.safetensors", 4265146304, "6ce0161689b3853acaa03779ec93eafe75a02f4ced659bee03f50797806fa2fa"),
+    Published(
+        "v1-5-pruned-emaonly.ckpt", 4265380512, "cc6cb27103417325ff94f52b7a5d2dde45a7515b25c255d8e396c90014281516"
+    ),
+    Published(
+        "v1-5-pruned-emaonly.safetensors",
+        4265146304,
+        "6ce0161689b3853acaa03779ec93eafe75a02f4ced659bee03f50797806fa2fa",
+    ),
     Published("v1-5-pruned.ckpt", 7703807346, "e1441589a6f3c5a53f5f54d0975a18a7feb7cdf0b0dee276dfc3331ae376a053"),
-    Published("v1-5-pruned.safetensors", 7703324286, "1a189f0be69d6106a48548e7626207dddd7042a418dbf372cefd05e0cdba61b6"),
-    Published("sd-v1-5-inpainting.ckpt", 4265437280, "c6bbc15e3224e6973459ba78de4998b80b50112b0ae5b5c67113d56b4e366b19"),
+    Published(
+        "v1-5-pruned.safetensors", 7703324286, "1a189f0be69d6106a48548e7626207dddd7042a418dbf372cefd05e0cdba61b6"
+    ),
+    Published(
+        "sd-v1-5-inpainting.ckpt", 4265437280, "c6bbc15e3224e6973459ba78de4998b80b50112b0ae5b5c67113d56b4e366b19"
+    ),
     Published("512-base-ema.ckpt", 5214864007, "d635794c1fedfdfa261e065370bea59c651fc9bfa65dc6d67ad29e11869a1824"),
-    Published("v2-1_512-ema-pruned.safetensors", 5214604494, "df955bdf6b682338ea9b55dfc0d8f3475aadf4836e204893d28b82355e0956d2"),
-    Published("v2-1_768-ema-pruned.safetensors", 5214604494, "dcd690123cfc64383981a31d955694f6acf2072a80537fdb612c8e58ec87a8ac"),
-    Published("512-inpainting-ema.safetensors", 5214662094, "b29e2ed9a8fe58e76f7e801bda091d23738bd74c1da3f339bcbe2d40922fcb60"),
+    Published(
+        "v2-1_512-ema-pruned.safetensors",
+        5214604494,
+        "df955bdf6b682338ea9b55dfc0d8f3475aadf4836e204893d28b82355e0956d2",
+    ),
+    Published(
+        "v2-1_768-ema-pruned.safetensors",
+        5214604494,
+        "dcd690123cfc64383981a31d955694f6acf2072a80537fdb612c8e58ec87a8ac",
+    ),
+    Published(
+        "512-inpainting-ema.safetensors", 5214662094, "b29e2ed9a8fe58e76f7e801bda091d23738bd74c1da3f339bcbe2d40922fcb60"
+    ),
     Published("512-depth-ema.safetensors", None, "59cb052d4409654936139693b57e4632d119bdd38df9a3cdf30d4a63799a4853"),
     Published("512-depth-ema.ckpt", None, "ece79d931a1f3c27fb98a0c0bc6aa7d61168879cd52b4ad7b26e3106f9748ef1"),
-    Published("x4-upscaler-ema.safetensors", 3531269371, "35c01d6160bdfe6644b0aee52ac2667da2f40a33a5d1ef12bbd011d059057bc6"),
-    Published("sd_xl_base_1.0.safetensors", 6938078334, "31e35c80fc4829d14f90153f4c74cd59c90b779f6afe05a74cd6120b893f7e5b"),
-    Published("sd_xl_base_1.0_0.9vae.safetensors", 6938078334, "e6bb9ea85bbf7bf6478a7c6d18b71246f22e95d41bcdd80ed40aa212c33cfeff"),
-    Published("sd_xl_refiner_1.0.safetensors", 6075981930, "7440042bbdc8a24813002c09b6b69b64dc90fded4472613437b7f55f9b7d9c5f"),
-    Published("sd_xl_refiner_1.0_0.9vae.safetensors", 6075981930, "8d0ce6c016004cbdacd50f937dad381d8c396628d621a7f97191470532780164"),
-    Published("SSD-1B-A1111.safetensors", 4465671322, "1895a00bfc769a00b0c0c43a95e433e79e9db8a85402b45a33e8448785bde94d"),
+    Published(
+        "x4-upscaler-ema.safetensors", 3531269371, "35c01d6160bdfe6644b0aee52ac2667da2f40a33a5d1ef12bbd011d059057bc6"
+    ),
+    Published(
+        "sd_xl_base_1.0.safetensors", 6938078334, "31e35c80fc4829d14f90153f4c74cd59c90b779f6afe05a74cd6120b893f7e5b"
+    ),
+    Published(
+        "sd_xl_base_1.0_0.9vae.safetensors",
+        6938078334,
+        "e6bb9ea85bbf7bf6478a7c6d18b71246f22e95d41bcdd80ed40aa212c33cfeff",
+    ),
+    Published(
+        "sd_xl_refiner_1.0.safetensors", 6075981930, "7440042bbdc8a24813002c09b6b69b64dc90fded4472613437b7f55f9b7d9c5f"
+    ),
+    Published(
+        "sd_xl_refiner_1.0_0.9vae.safetensors",
+        6075981930,
+        "8d0ce6c016004cbdacd50f937dad381d8c396628d621a7f97191470532780164",
+    ),
+    Published(
+        "SSD-1B-A1111.safetensors", 4465671322, "1895a00bfc769a00b0c0c43a95e433e79e9db8a85402b45a33e8448785bde94d"
+    ),
     Published("SSD-1B.safetensors", 4465671506, "0bf1ce6b065a6b969ab02dc8e8fa21eb20ee189b10935c49ce68c77a7e432c1c"),
     Published("sd_turbo.safetensors", 5214561328, "3f067a1b943cf162f2b8f8588f6cf5824bd5b4c7d1d88d87164b9ca123616549"),
 )
@@ -89,7 +125,9 @@ def sha256_of(file: Weights | Folder | Path) -> str:
             return sha256(source)
     if isinstance(file, Weights):
         return sha256(file.source)
-    return hashlib.sha256("".join(sha256(each.source) for each in sorted(file.files, key=lambda each: each.path)).encode()).hexdigest()
+    return hashlib.sha256(
+        "".join(sha256(each.source) for each in sorted(file.files, key=lambda each: each.path)).encode()
+    ).hexdigest()
 
 
 def a1111_old(source: Source) -> str:

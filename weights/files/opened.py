@@ -72,7 +72,13 @@ class Weights(Mapping[str, Tensor]):
         return self._tensor(key, mapped=True)
 
     def read(
-        self, key: str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None, rows: slice | None = None, *, mapped: bool = True
+        self,
+        key: str,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+        rows: slice | None = None,
+        *,
+        mapped: bool = True,
     ) -> Tensor:
         """The tensor, or a run of its rows, on `device` in `dtype`, converted while reading: no more than one tensor exists twice.
 
@@ -108,7 +114,11 @@ class Weights(Mapping[str, Tensor]):
         Gives the function that waits for the checksums. It raises FileError where one is wrong.
         """
         self.source.prefetch()
-        records = {id(spec.record): (spec.record, key) for key, spec in self.specs.items() if spec.record.crc is not None and not spec.record.verified}
+        records = {
+            id(spec.record): (spec.record, key)
+            for key, spec in self.specs.items()
+            if spec.record.crc is not None and not spec.record.verified
+        }
         in_order = sorted(records.values(), key=lambda found: found[0].start)
         turns = iter(in_order)
 
@@ -168,7 +178,11 @@ class Weights(Mapping[str, Tensor]):
         start, count = record.start + first * row, (last - first) * row
         self._verify(key, record, lambda: self.source.crc32(record.start, record.size))
         in_place = mapped and start % spec.dtype.itemsize == 0
-        flat = self.source.mapped(start, count, spec.dtype) if in_place else self.source.copied(start, count).view(spec.dtype)
+        flat = (
+            self.source.mapped(start, count, spec.dtype)
+            if in_place
+            else self.source.copied(start, count).view(spec.dtype)
+        )
         return flat.view(last - first, *spec.shape[1:])
 
     def _verify(self, key: str, record: Record, checksum: Callable[[], int]) -> None:
@@ -187,7 +201,9 @@ def open_file(path: str | PathLike[str]) -> Weights:
         if kind == "safetensors":
             return Weights(source, kind, _safetensors(source))
         if source.path.suffix.lower() == ".safetensors":  # who chose safetensors did not choose pickle
-            raise source.error("is a torch pickle file, not safetensors as its name says; rename it to .ckpt to read it as what it is")
+            raise source.error(
+                "is a torch pickle file, not safetensors as its name says; rename it to .ckpt to read it as what it is"
+            )
         return Weights(source, kind, torchfiles.read_zip(source) if kind == "zip" else torchfiles.read_stream(source))
     except BaseException:
         source.close()
@@ -214,7 +230,9 @@ def kind_of(source: Source) -> Literal["safetensors", "zip", "stream"]:
         if head.startswith(start):
             raise source.error(what)
     if head[257:262] == b"ustar":
-        raise source.error("is a tar archive; unpack it, or save it again with a current torch if torch before 0.1.10 wrote it")
+        raise source.error(
+            "is a tar archive; unpack it, or save it again with a current torch if torch before 0.1.10 wrote it"
+        )
     if head[:1] == b"\x80" and torchfiles.legacy_magic(source, head):
         return "stream"
     length = int.from_bytes(head[:8], "little")
@@ -228,7 +246,9 @@ def kind_of(source: Source) -> Literal["safetensors", "zip", "stream"]:
         raise source.error("is JSON text, perhaps a server's error message; download the weights again")
     if all(byte in b"\t\n\r" or 32 <= byte < 127 for byte in head[:512]):
         raise source.error("is plain text, not weights; download the file itself")
-    raise source.error(f"is neither .safetensors nor a torch checkpoint (it begins with {head[:8].hex(' ')}); download it again")
+    raise source.error(
+        f"is neither .safetensors nor a torch checkpoint (it begins with {head[:8].hex(' ')}); download it again"
+    )
 
 
 def _safetensors(source: Source) -> Contents:
@@ -249,7 +269,9 @@ def read_header(source: Source) -> tuple[Contents, int]:
     if not 2 <= length <= MAX_HEADER:
         raise source.error(f"has a header of {length} bytes, above the limit of {MAX_HEADER}; download it again")
     if 8 + length > source.size:
-        raise source.error(f"is truncated: its header alone is {8 + length} bytes, {source.size} are there; download it again")
+        raise source.error(
+            f"is truncated: its header alone is {8 + length} bytes, {source.size} are there; download it again"
+        )
     raw = source.read(8, length)
     if sum(map(raw.count, (b",", b"[", b"{"))) > MAX_HEADER_PARTS:
         raise source.error("has a header of too many parts for a model; download it again")
@@ -282,12 +304,21 @@ def read_header(source: Source) -> tuple[Contents, int]:
 
 def _spec(source: Source, key: str, entry: Any, base: int) -> Spec:
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise source.error(f"has a damaged header: {key} is not a dtype, a shape and two offsets; download it again", key)
+        raise source.error(
+            f"has a damaged header: {key} is not a dtype, a shape and two offsets; download it again", key
+        )
     name, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     dtype = DTYPES.get(name) if isinstance(name, str) else None
     if dtype is None:
-        raise source.error(f"{key} has the dtype {str(name)[:20]}, which this version does not read; convert it to F16, BF16 or F32", key)
-    if not isinstance(shape, list) or len(shape) > MAX_RANK or any(type(n) is not int or not 0 <= n < 2**63 for n in shape):
+        raise source.error(
+            f"{key} has the dtype {str(name)[:20]}, which this version does not read; convert it to F16, BF16 or F32",
+            key,
+        )
+    if (
+        not isinstance(shape, list)
+        or len(shape) > MAX_RANK
+        or any(type(n) is not int or not 0 <= n < 2**63 for n in shape)
+    ):
         raise source.error(f"{key} has no valid shape; download it again", key)
     if not isinstance(offsets, list) or len(offsets) != 2 or any(type(n) is not int or n < 0 for n in offsets):
         raise source.error(f"{key} has no valid offsets; download it again", key)
@@ -296,7 +327,10 @@ def _spec(source: Source, key: str, entry: Any, base: int) -> Spec:
     if not spec.is_possible:
         raise source.error(f"{key} has an absurd size; download it again", key)
     if spec.numel * dtype.itemsize != record.size:
-        raise source.error(f"{key} is {spec.numel} numbers of {dtype.itemsize} bytes by its shape, {record.size} bytes by its place; download it again", key)
+        raise source.error(
+            f"{key} is {spec.numel} numbers of {dtype.itemsize} bytes by its shape, {record.size} bytes by its place; download it again",
+            key,
+        )
     return spec
 
 

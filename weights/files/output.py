@@ -79,13 +79,17 @@ def require_writable(path: str | PathLike[str], overwrite: bool, *, directory: b
         raise OutputError(f"cannot be written: {getattr(error, 'strerror', None) or error}", path=path) from None
     if status is None:
         if not path.parent.is_dir():
-            raise OutputError("cannot be written: the directory that it is to be in does not exist; make it first", path=path)
+            raise OutputError(
+                "cannot be written: the directory that it is to be in does not exist; make it first", path=path
+            )
         if not os.access(path.parent, os.W_OK):
             raise OutputError("cannot be written: its directory may not be written to; choose another one", path=path)
         return
     same = stat.S_ISDIR(status.st_mode) if directory else stat.S_ISREG(status.st_mode)
     if not same:
-        raise OutputError(f"exists and is not a {'directory' if directory else 'regular file'}; choose another name", path=path)
+        raise OutputError(
+            f"exists and is not a {'directory' if directory else 'regular file'}; choose another name", path=path
+        )
     if not overwrite:
         raise OutputError("exists already; choose another name or overwrite=True", path=path)
 
@@ -94,7 +98,10 @@ def require_space(path: str | PathLike[str], size: int) -> None:
     """Refuse to begin what would fill the disk: `size` bytes under this name, beside what is there."""
     free = shutil.disk_usage(Path(path).parent).free
     if free < size:
-        raise OutputError(f"cannot be written: it needs {size / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB free; choose another disk", path=path)
+        raise OutputError(
+            f"cannot be written: it needs {size / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB free; choose another disk",
+            path=path,
+        )
 
 
 def _beside(path: Path) -> Path:

@@ -75,7 +75,9 @@ class Machine:
         """Count work that a few bytes can ask for again and again."""
         self.left -= work
         if self.left < 0:
-            raise self.error(f"its pickle has more than {MAX_OPERATIONS} operations, far more than weights need; use a .safetensors of this model")
+            raise self.error(
+                f"its pickle has more than {MAX_OPERATIONS} operations, far more than weights need; use a .safetensors of this model"
+            )
 
     def bad(self, what: str) -> FileError:
         """A pickle that is broken, or made to break readers."""
@@ -170,7 +172,9 @@ class Machine:
             self.push(InertType(f"{module}.{name}"))
         else:
             full = f"{module}.{name}"
-            raise self.error(f"refers to {full if len(full) <= 60 else full[:57] + '...'}, which is code, not weights; use a .safetensors of this model")
+            raise self.error(
+                f"refers to {full if len(full) <= 60 else full[:57] + '...'}, which is code, not weights; use a .safetensors of this model"
+            )
 
     def reduce(self) -> None:
         arguments, function = self.pop(), self.pop()
@@ -216,7 +220,10 @@ class Machine:
         for key, value in zip(keys, values, strict=True):
             if type(key) is str:
                 if key in target:
-                    raise self.error(f"its pickle is damaged or made to mislead: the key {key} appears twice; use a .safetensors of this model", key)
+                    raise self.error(
+                        f"its pickle is damaged or made to mislead: the key {key} appears twice; use a .safetensors of this model",
+                        key,
+                    )
                 target[key] = value
 
     def persistent(self, identity: Any) -> None:

@@ -19,7 +19,10 @@ STORAGES = {
 }  # fmt: skip
 
 
-UNTYPED = ("torch.storage", "UntypedStorage")  # bytes, whose type each tensor says: how torch stores types that have no storage class
+UNTYPED = (
+    "torch.storage",
+    "UntypedStorage",
+)  # bytes, whose type each tensor says: how torch stores types that have no storage class
 TYPES = {
     ("torch", str(dtype).removeprefix("torch.")): dtype
     for dtype in (
@@ -175,7 +178,11 @@ def _ordered_dict(machine: Reader, arguments: tuple) -> dict[str, Any]:
     if arguments:  # Python 2 wrote the items as a list of pairs
         pairs = arguments[0]
         machine.spend(len(pairs) if type(pairs) is list else 0)
-        if len(arguments) != 1 or type(pairs) is not list or any(type(pair) not in (list, tuple) or len(pair) != 2 for pair in pairs):
+        if (
+            len(arguments) != 1
+            or type(pairs) is not list
+            or any(type(pair) not in (list, tuple) or len(pair) != 2 for pair in pairs)
+        ):
             raise machine.bad("a dictionary from something else than pairs")
         machine.fill(made, [pair[0] for pair in pairs], [pair[1] for pair in pairs])
     return made
@@ -231,7 +238,12 @@ def _parameter(machine: Reader, arguments: tuple) -> TensorRef:
 
 def _encode(machine: Reader, arguments: tuple) -> Inert:
     """Bytes in protocol 2, as text and a codec; only numpy scalars, which are bookkeeping, hold any."""
-    if len(arguments) != 2 or type(arguments[0]) is not str or type(arguments[1]) is not str or arguments[1] not in ("latin1", "latin-1"):
+    if (
+        len(arguments) != 2
+        or type(arguments[0]) is not str
+        or type(arguments[1]) is not str
+        or arguments[1] not in ("latin1", "latin-1")
+    ):
         raise machine.bad("bytes in an unusual encoding")
     return BYTES
 

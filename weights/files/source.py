@@ -20,10 +20,31 @@ from torch import Tensor
 from ldm.errors import LIMIT, FileError, printable
 
 # File systems on which another machine may shorten a file under a map, and the process would be killed for touching it.
-REMOTE = frozenset(("nfs", "nfs4", "cifs", "smb3", "smbfs", "afs", "coda", "ceph", "glusterfs", "lustre", "gpfs", "beegfs", "9p", "virtiofs", "vboxsf", "fuse"))
+REMOTE = frozenset(
+    (
+        "nfs",
+        "nfs4",
+        "cifs",
+        "smb3",
+        "smbfs",
+        "afs",
+        "coda",
+        "ceph",
+        "glusterfs",
+        "lustre",
+        "gpfs",
+        "beegfs",
+        "9p",
+        "virtiofs",
+        "vboxsf",
+        "fuse",
+    )
+)
 WINDOW = 8 * 2**20  # bytes that the system is asked for at once: as many as it takes at once
 CHUNK = 2**22  # bytes read at once while checking
-_in_turn = threading.Lock()  # files of one folder are fetched one after the other: a disk is slower in two places at once
+_in_turn = (
+    threading.Lock()
+)  # files of one folder are fetched one after the other: a disk is slower in two places at once
 
 
 class Source:
@@ -50,7 +71,9 @@ class Source:
     def read(self, start: int, count: int) -> bytes:
         """Bytes [start, start + count); refused when the file ends before."""
         if start < 0 or count < 0 or start + count > self.size:
-            raise self.error(f"is truncated: bytes {start} to {start + count} of {self.size} are needed; download it again")
+            raise self.error(
+                f"is truncated: bytes {start} to {start + count} of {self.size} are needed; download it again"
+            )
         with self._position, self._readable():
             self._file.seek(start)
             data = self._file.read(count)
@@ -63,7 +86,9 @@ class Source:
     def copied(self, start: int, count: int) -> Tensor:
         """The same bytes as a fresh uint8 tensor, aligned for any dtype."""
         if start < 0 or count < 0 or start + count > self.size:
-            raise self.error(f"is truncated: bytes {start} to {start + count} of {self.size} are needed; download it again")
+            raise self.error(
+                f"is truncated: bytes {start} to {start + count} of {self.size} are needed; download it again"
+            )
         buffer = torch.empty(count, dtype=torch.uint8)
         if count:
             self._fill(memoryview(buffer.numpy()), start)
@@ -117,7 +142,9 @@ class Source:
             with self._readable():
                 got = self._read_into(view[done:], start + done)
             if not got:
-                raise self.error(f"became shorter while it was being read ({start + done} of {self.size} bytes); download it again")
+                raise self.error(
+                    f"became shorter while it was being read ({start + done} of {self.size} bytes); download it again"
+                )
             done += got
 
     def _read_into(self, view: memoryview, start: int) -> int:
@@ -153,7 +180,9 @@ class Source:
             return self.error(f"is a link to {os.readlink(self.path)}, which does not exist; download the file again")
         if error.errno in (errno.ENOENT, errno.ENOTDIR):
             near = nearest(self.path)
-            return self.error(f"does not exist; near it: {', '.join(near)}" if near else "does not exist; check the path")
+            return self.error(
+                f"does not exist; near it: {', '.join(near)}" if near else "does not exist; check the path"
+            )
         return self.error(f"cannot be opened: {error.strerror}; check the path")
 
     def _require_regular(self, status: os.stat_result) -> None:
@@ -162,8 +191,15 @@ class Source:
                 raise self.error("is a diffusers folder, not a file; use weights.load, which reads it as a whole")
             raise self.error("is a directory; name the .safetensors or .ckpt file in it")
         if not stat.S_ISREG(status.st_mode):
-            kinds = {stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
-            raise self.error(f"is {kinds.get(stat.S_IFMT(status.st_mode), 'not a regular file')}, not a file of weights; name a .safetensors or .ckpt file")
+            kinds = {
+                stat.S_IFIFO: "a FIFO",
+                stat.S_IFSOCK: "a socket",
+                stat.S_IFCHR: "a device",
+                stat.S_IFBLK: "a device",
+            }
+            raise self.error(
+                f"is {kinds.get(stat.S_IFMT(status.st_mode), 'not a regular file')}, not a file of weights; name a .safetensors or .ckpt file"
+            )
 
 
 def refusal(what: str, path: Path, key: str | None = None) -> FileError:

@@ -24,7 +24,9 @@ MAX_EXPANSION = 4  # elements of a view per element of its storage
 MAGIC = 0x1950A86A20F9469CFC6C  # opens the pre-1.6 stream
 PROTOCOL = 1001
 
-_NAME = re.compile(r"([^/\\]+)/(data\.pkl|version|byteorder|\.format_version|\.storage_alignment|\.data/serialization_id|data/[0-9]{1,20})")
+_NAME = re.compile(
+    r"([^/\\]+)/(data\.pkl|version|byteorder|\.format_version|\.storage_alignment|\.data/serialization_id|data/[0-9]{1,20})"
+)
 _WRAPPERS = ("state_dict", "module", "model")  # keys under which trainers put the tensors
 
 
@@ -96,11 +98,15 @@ def read_zip(source: Source) -> Contents:
         if match is None or match[1] in (".", ".."):
             if re.search(r"/(code/|constants\.pkl)", name):
                 raise source.error("is a TorchScript program, not weights; save its state_dict() instead")
-            raise source.error(f"is a zip with {name} in it, which is no part of a torch checkpoint; unpack it first", name)
+            raise source.error(
+                f"is a zip with {name} in it, which is no part of a torch checkpoint; unpack it first", name
+            )
         tops.add(match[1])
         files[match[2]] = entry
     if len(tops) != 1 or "data.pkl" not in files:
-        raise source.error("is a zip, but not one that torch.save wrote: it has no data.pkl, or two top folders; download it again")
+        raise source.error(
+            "is a zip, but not one that torch.save wrote: it has no data.pkl, or two top folders; download it again"
+        )
     if "byteorder" in files and zips.contents(source, files["byteorder"], 16).strip() != b"little":
         raise source.error("holds big-endian numbers; save it again on a little-endian machine")
     data = zips.contents(source, files["data.pkl"], MAX_BYTES)
@@ -109,7 +115,11 @@ def read_zip(source: Source) -> Contents:
     top = machine.run()
     if machine.at != len(data):
         raise source.error("has bytes after the end of its pickle; use a .safetensors of this model")
-    records = {name.removeprefix("data/"): Record(e.start, e.size, e.crc) for name, e in files.items() if name.startswith("data/")}
+    records = {
+        name.removeprefix("data/"): Record(e.start, e.size, e.crc)
+        for name, e in files.items()
+        if name.startswith("data/")
+    }
     return _contents(source, top, storages, records)
 
 
@@ -135,13 +145,20 @@ def read_stream(source: Source) -> Contents:
     if type(system) is not dict or system.get("little_endian") is not True:
         raise source.error("holds big-endian numbers; save it again on a little-endian machine")
     top, keys = following(), following()
-    if type(keys) is not list or any(type(key) is not str for key in keys) or len(set(keys)) != len(keys) or set(keys) != set(storages):
+    if (
+        type(keys) is not list
+        or any(type(key) is not str for key in keys)
+        or len(set(keys)) != len(keys)
+        or set(keys) != set(storages)
+    ):
         raise source.error("lists other storages than its tensors use; download it again")
     records = {}
     for key in keys:
         (count,) = struct.unpack("<q", source.read(at, 8))
         if count != storages[key].numel:  # of bytes, where the storage has no type
-            raise source.error(f"storage {key} has {count} numbers where its tensors expect {storages[key].numel}; download it again")
+            raise source.error(
+                f"storage {key} has {count} numbers where its tensors expect {storages[key].numel}; download it again"
+            )
         size = storages[key].size
         at += 8
         if at + size > source.size:
@@ -156,10 +173,14 @@ def read_stream(source: Source) -> Contents:
 def _contents(source: Source, top: Any, storages: Mapping[str, Storage], records: Mapping[str, Record]) -> Contents:
     refs, facts = _named(source, top)
     for key in sorted(set(storages) ^ set(records), key=lambda key: key in records):  # the missing ones first
-        raise source.error(f"storage {key} is {'missing' if key in storages else 'used by no tensor'}; download it again")
+        raise source.error(
+            f"storage {key} is {'missing' if key in storages else 'used by no tensor'}; download it again"
+        )
     for key, storage in storages.items():
         if storage.size != records[key].size:
-            raise source.error(f"storage {key} has {records[key].size} bytes where {storage.numel} numbers are expected; download it again")
+            raise source.error(
+                f"storage {key} has {records[key].size} bytes where {storage.numel} numbers are expected; download it again"
+            )
     for ref in refs.values():
         records[ref.storage.key].users += 1
     return Contents({key: _checked(source, key, ref, records) for key, ref in refs.items()}, facts)
@@ -169,7 +190,9 @@ def _checked(source: Source, key: str, ref: TensorRef, records: Mapping[str, Rec
     """The tensor, if it lies within its storage. All in Python's integers, which do not overflow."""
     capacity = ref.storage.size // ref.dtype.itemsize
     if len(ref.shape) > MAX_RANK or len(ref.shape) != len(ref.stride):
-        raise source.error(f"{key} has {len(ref.shape)} dimensions and {len(ref.stride)} strides; download it again", key)
+        raise source.error(
+            f"{key} has {len(ref.shape)} dimensions and {len(ref.stride)} strides; download it again", key
+        )
     if ref.offset < 0 or any(n < 0 for n in ref.shape) or any(n < 0 for n in ref.stride):
         raise source.error(f"{key} has a negative size, stride or offset; download it again", key)
     spec = Spec(ref.dtype, ref.shape, ref.stride, ref.offset, records[ref.storage.key])
@@ -181,7 +204,9 @@ def _checked(source: Source, key: str, ref: TensorRef, records: Mapping[str, Rec
     if spec.numel > MAX_EXPANSION * capacity:
         raise source.error(f"{key} claims {spec.numel} numbers and stores {capacity}; download it again", key)
     # a dimension of one never steps: torch writes any stride there
-    normal = tuple(own if n != 1 else usual for n, own, usual in zip(ref.shape, ref.stride, contiguous(ref.shape), strict=True))
+    normal = tuple(
+        own if n != 1 else usual for n, own, usual in zip(ref.shape, ref.stride, contiguous(ref.shape), strict=True)
+    )
     return Spec(spec.dtype, spec.shape, normal, spec.offset, spec.record)
 
 
@@ -199,7 +224,9 @@ def _named(source: Source, top: Any) -> tuple[dict[str, TensorRef], dict[str, st
         for key, value in top.items():
             if type(key) is str and type(value) in (int, float, bool, str) and len(str(value)) <= MAX_FACT:
                 facts.setdefault(key, str(value))
-        inside = [name for name in _WRAPPERS if isinstance(top.get(name), dict) and (name == "state_dict" or not has_tensors)]
+        inside = [
+            name for name in _WRAPPERS if isinstance(top.get(name), dict) and (name == "state_dict" or not has_tensors)
+        ]
         if not inside:
             break
         top = top[inside[0]]
@@ -210,12 +237,17 @@ def _named(source: Source, top: Any) -> tuple[dict[str, TensorRef], dict[str, st
         prefix, room, depth = rooms.pop()
         seen += 1 + len(room)
         if seen > 10 * MAX_TENSORS:
-            raise source.error(f"names more than {10 * MAX_TENSORS} things, far more than a model needs; use a .safetensors of this model")
+            raise source.error(
+                f"names more than {10 * MAX_TENSORS} things, far more than a model needs; use a .safetensors of this model"
+            )
         for name, value in room.items():
             key = f"{prefix}{name}"
             if type(value) is TensorRef:
                 if key in found or len(found) >= MAX_TENSORS:
-                    raise source.error(f"names {key} twice, or has more than {MAX_TENSORS} tensors; use a .safetensors of this model", key)
+                    raise source.error(
+                        f"names {key} twice, or has more than {MAX_TENSORS} tensors; use a .safetensors of this model",
+                        key,
+                    )
                 found[key] = value
             elif isinstance(value, dict) and depth < 3:
                 rooms.append((f"{key}.", value, depth + 1))

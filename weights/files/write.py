@@ -28,7 +28,12 @@ from weights.files.torchfiles import contiguous
 Shape = tuple[int, ...]
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-TORCH_FILES = (".ckpt", ".pt", ".pth", ".bin")  # what ends so is written as torch.save does; everything else as .safetensors
+TORCH_FILES = (
+    ".ckpt",
+    ".pt",
+    ".pth",
+    ".bin",
+)  # what ends so is written as torch.save does; everything else as .safetensors
 ALIGNMENT = 64  # bytes, of the numbers in a torch file: what torch itself keeps, so that they can be mapped
 
 
@@ -87,7 +92,12 @@ def cast(stored: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
 
 
 def write(
-    tensors: Mapping[str, Pending], path: str | PathLike[str], metadata: Mapping[str, str], *, overwrite: bool = False, on_write: OnWrite | None = None
+    tensors: Mapping[str, Pending],
+    path: str | PathLike[str],
+    metadata: Mapping[str, str],
+    *,
+    overwrite: bool = False,
+    on_write: OnWrite | None = None,
 ) -> Path:
     """Write a file of weights: `.safetensors`, or what torch.save writes where the name ends in one of TORCH_FILES.
 
@@ -98,9 +108,16 @@ def write(
     path = Path(path)
     if not all(type(word) is str for pair in metadata.items() for word in pair):
         raise ArgumentError("metadata must be text: names and values", key="metadata")
-    unwritable = next((word for word in (*tensors, *metadata, *metadata.values()) if not word.isprintable() and _is_broken(word)), None)
+    unwritable = next(
+        (word for word in (*tensors, *metadata, *metadata.values()) if not word.isprintable() and _is_broken(word)),
+        None,
+    )
     if unwritable is not None:
-        raise OutputError(f"{unwritable[:60]} has half a character in its name, which no file can hold; drop it", path=path, key=unwritable)
+        raise OutputError(
+            f"{unwritable[:60]} has half a character in its name, which no file can hold; drop it",
+            path=path,
+            key=unwritable,
+        )
     total, done = sum(entry.size for entry in tensors.values()), 0
 
     def report(name: str, tensor: Tensor) -> None:
@@ -121,15 +138,25 @@ def _is_broken(word: str) -> bool:
     return any("\ud800" <= letter <= "\udfff" for letter in word)
 
 
-def _safetensors(tensors: Mapping[str, Pending], path: Path, metadata: Mapping[str, str], descriptor: int, report: _Report) -> None:
+def _safetensors(
+    tensors: Mapping[str, Pending], path: Path, metadata: Mapping[str, str], descriptor: int, report: _Report
+) -> None:
     if "__metadata__" in tensors:
-        raise OutputError("has a tensor named __metadata__, which a .safetensors cannot hold; write a .ckpt", path=path, key="__metadata__")
+        raise OutputError(
+            "has a tensor named __metadata__, which a .safetensors cannot hold; write a .ckpt",
+            path=path,
+            key="__metadata__",
+        )
     header: dict[str, object] = {"__metadata__": dict(metadata)}
     position = 0
     order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))  # widest first: all aligned
     for name in order:
         entry = tensors[name]
-        header[name] = {"dtype": NAMES[entry.dtype], "shape": list(entry.shape), "data_offsets": [position, position + entry.size]}
+        header[name] = {
+            "dtype": NAMES[entry.dtype],
+            "shape": list(entry.shape),
+            "data_offsets": [position, position + entry.size],
+        }
         position += entry.size
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
@@ -145,10 +172,16 @@ def _made(entry: Pending, path: Path, name: str) -> Tensor:
     if tuple(tensor.shape) != entry.shape:
         raise AssertionError(f"{name} was announced as {entry.shape} and is {tuple(tensor.shape)}")
     made = tensor.to(device="cpu", dtype=entry.dtype).contiguous()
-    may_overflow = (made.dtype != tensor.dtype and torch.float16 == made.dtype) or tensor.dtype == torch.float64 != made.dtype
+    may_overflow = (
+        made.dtype != tensor.dtype and torch.float16 == made.dtype
+    ) or tensor.dtype == torch.float64 != made.dtype
     if may_overflow and not made.isinf().equal(tensor.cpu().isinf()):
         what = str(made.dtype).removeprefix("torch.")
-        raise OutputError(f"{name} has numbers too large for {what}; write {'float32 or bfloat16' if what == 'float16' else 'float64'}", path=path, key=name)
+        raise OutputError(
+            f"{name} has numbers too large for {what}; write {'float32 or bfloat16' if what == 'float16' else 'float64'}",
+            path=path,
+            key=name,
+        )
     return made
 
 
@@ -190,15 +223,25 @@ class _Pickler(pickle.Pickler):
 _STORAGE_TYPES = {dtype: getattr(torch, name) for (_, name), dtype in STORAGES.items()}
 
 
-def _torch(tensors: Mapping[str, Pending], path: Path, metadata: Mapping[str, str], descriptor: int, report: _Report) -> None:
+def _torch(
+    tensors: Mapping[str, Pending], path: Path, metadata: Mapping[str, str], descriptor: int, report: _Report
+) -> None:
     runs = {name: _Run(str(i), entry) for i, (name, entry) in enumerate(tensors.items())}
     odd = next((name for name, entry in tensors.items() if entry.dtype not in _STORAGE_TYPES), None)
     if odd:
-        raise OutputError(f"{odd} has {tensors[odd].dtype} numbers, which this version does not write into torch files; write a .safetensors", path=path, key=odd)
+        raise OutputError(
+            f"{odd} has {tensors[odd].dtype} numbers, which this version does not write into torch files; write a .safetensors",
+            path=path,
+            key=odd,
+        )
     if "state_dict" in metadata:
-        raise ArgumentError("metadata: state_dict is where a torch file keeps its tensors; leave it out", key="metadata")
+        raise ArgumentError(
+            "metadata: state_dict is where a torch file keeps its tensors; leave it out", key="metadata"
+        )
     text = io.BytesIO()
-    _Pickler(text, protocol=2).dump({**metadata, "state_dict": OrderedDict((name, _Stored(run)) for name, run in runs.items())})
+    _Pickler(text, protocol=2).dump(
+        {**metadata, "state_dict": OrderedDict((name, _Stored(run)) for name, run in runs.items())}
+    )
     with os.fdopen(os.dup(descriptor), "wb") as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
         for name, data in (("data.pkl", text.getvalue()), ("byteorder", b"little")):
             _add(archive, file, name, memoryview(data))

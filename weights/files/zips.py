@@ -51,7 +51,11 @@ def entries(source: Source) -> dict[str, Entry]:
     in_file_order = sorted(claims, key=lambda claim: claim.offset)
     for claim, following in zip(in_file_order, [*(c.offset for c in in_file_order[1:]), start], strict=True):
         if claim.offset != position:
-            what = "is a zip with bytes before its first entry" if position == 0 else "is a zip whose entries overlap or leave holes"
+            what = (
+                "is a zip with bytes before its first entry"
+                if position == 0
+                else "is a zip whose entries overlap or leave holes"
+            )
             raise source.error(f"{what}; download it again", claim.name.decode(errors="replace"))
         entry = _local(source, claim, following)
         found[claim.name] = entry
@@ -69,7 +73,10 @@ def entries(source: Source) -> dict[str, Entry]:
 def contents(source: Source, entry: Entry, limit: int) -> bytes:
     """The bytes of a small entry, CRC checked. Refused when it is longer than `limit`."""
     if entry.size > limit:
-        raise source.error(f"has {entry.size} bytes in {entry.name}, above the limit of {limit}; use a .safetensors of this model", entry.name)
+        raise source.error(
+            f"has {entry.size} bytes in {entry.name}, above the limit of {limit}; use a .safetensors of this model",
+            entry.name,
+        )
     data = source.read(entry.start, entry.size)
     if zlib.crc32(data) != entry.crc:
         raise source.error(f"is damaged: the checksum of {entry.name} is wrong; download it again", entry.name)
@@ -84,7 +91,9 @@ def _directory(source: Source) -> tuple[int, int, int]:
         rest = source.read(max(0, source.size - 66_000), min(66_000, source.size))
         if _END in rest:
             raise source.error("is a zip with bytes after its end; download it again")
-        raise source.error(f"is truncated: a zip whose directory is missing ({source.size} bytes are there); download it again")
+        raise source.error(
+            f"is truncated: a zip whose directory is missing ({source.size} bytes are there); download it again"
+        )
     disk, first, here, count, size, start = struct.unpack("<HHHHII", tail[4:20])
     if end >= 20 + 56 and source.read(end - 20, 4) == _LOCATOR64:
         disk64, at, disks = struct.unpack("<IQI", source.read(end - 16, 16))
@@ -99,7 +108,9 @@ def _directory(source: Source) -> tuple[int, int, int]:
     if disk not in (0, _FULL16) or first not in (0, _FULL16) or here != count or start + size != end:
         raise source.error("is a zip whose directory is not where it says; download it again")
     if count > MAX_ENTRIES or size > 1024 * MAX_ENTRIES:
-        raise source.error(f"is a zip with {count} entries, above the limit of {MAX_ENTRIES}; use a .safetensors of this model")
+        raise source.error(
+            f"is a zip with {count} entries, above the limit of {MAX_ENTRIES}; use a .safetensors of this model"
+        )
     return start, size, count
 
 
@@ -120,9 +131,13 @@ def _claims(source: Source, directory: bytes, count: int) -> list[_Claim]:
         size, packed, offset = _wide(source, extra, (size, packed, offset))
         shown = name.decode(errors="replace")
         if flags & ~_KNOWN_FLAGS:
-            raise source.error(f"is a zip with an encrypted or unusual entry ({shown}); use a .safetensors of this model", shown)
+            raise source.error(
+                f"is a zip with an encrypted or unusual entry ({shown}); use a .safetensors of this model", shown
+            )
         if method != 0 or packed != size:
-            raise source.error(f"is a zip with a compressed entry ({shown}); unpack it and repack it with 'zip -0'", shown)
+            raise source.error(
+                f"is a zip with a compressed entry ({shown}); unpack it and repack it with 'zip -0'", shown
+            )
         if disk not in (0, _FULL16):
             raise source.error("is one part of a zip over several files; join them first")
         claims.append(_Claim(name, flags, crc, size, offset))
@@ -174,7 +189,9 @@ def _local(source: Source, claim: _Claim, following: int) -> Entry:
     try:
         return Entry(claim.name.decode(), start, claim.size, claim.crc)
     except UnicodeDecodeError:
-        raise source.error(f"is a zip with an entry name that is not UTF-8 ({shown}); download it again", shown) from None
+        raise source.error(
+            f"is a zip with an entry name that is not UTF-8 ({shown}); download it again", shown
+        ) from None
 
 
 def _is_descriptor(source: Source, claim: _Claim, end: int, gap: int) -> bool:

@@ -55,11 +55,18 @@ def describe(folder: Folder, config: ModelConfig | str | None) -> tuple[ModelCon
     unet = _agreeing(folder, "unet", _unet(told), read_diffusers_unet(shapes, "unet/"))
     marks = {"cc_projection.": ()} if (path / "cc_projection").is_dir() else {}
     known = named(family(visible(unet), "image_encoder" in there, marks), config, path)
-    vae = _agreeing(folder, "vae", read_vae_config(component(path, "vae", "AutoencoderKL"), known.vae), read_diffusers_vae(shapes, "vae/"))
+    vae = _agreeing(
+        folder,
+        "vae",
+        read_vae_config(component(path, "vae", "AutoencoderKL"), known.vae),
+        read_diffusers_vae(shapes, "vae/"),
+    )
     cells = told.whole("sample_size", known.size // vae.factor, MAX_CELLS)
     known = replace(known, unet=unet, vae=vae, schedule=_schedule(folder, known.schedule), size=cells * vae.factor)
     if len(towers) != len(known.text):
-        raise folder.error(f"has {len(towers)} text encoders, a model of family {known.name} has {len(known.text)}; download the whole folder")
+        raise folder.error(
+            f"has {len(towers)} text encoders, a model of family {known.name} has {len(known.text)}; download the whole folder"
+        )
     text = []
     for i, name in enumerate(towers):
         shown = found[i] if found[i] is None or _reads_pooled(known, i) else replace(found[i], projection=None)
@@ -67,7 +74,12 @@ def describe(folder: Folder, config: ModelConfig | str | None) -> tuple[ModelCon
     known = replace(known, text=tuple(text))
     if known.vision is not None:
         shown = read_vision(lookup(bare, shapes, "vision."))
-        known = replace(known, vision=_agreeing(folder, "image_encoder", read_vision_config(component(path, "image_encoder", "CLIP")), shown))
+        known = replace(
+            known,
+            vision=_agreeing(
+                folder, "image_encoder", read_vision_config(component(path, "image_encoder", "CLIP")), shown
+            ),
+        )
     if known.depth is not None and "depth_estimator" in there:
         known = replace(known, depth=_depth(component(path, "depth_estimator", "DPTForDepthEstimation"), known.depth))
     return known, diffusers(known, there)
@@ -77,9 +89,17 @@ def _agreeing(folder: Folder, name: str, claimed: Config, there: Config | None) 
     """The config that was claimed, if the tensors show the same: nothing is built from its numbers alone."""
     shown = visible(claimed)
     if there != shown:
-        odd = "" if there is None else next(field.name for field in fields_of(shown) if getattr(there, field.name) != getattr(shown, field.name))
+        odd = (
+            ""
+            if there is None
+            else next(
+                field.name for field in fields_of(shown) if getattr(there, field.name) != getattr(shown, field.name)
+            )
+        )
         detail = f"; {odd} is {getattr(shown, odd)} there, {getattr(there, odd)} here" if odd else ""
-        raise FileError(f"does not describe the tensors beside it{detail}", path=folder.path / name / "config.json", key=odd or None)
+        raise FileError(
+            f"does not describe the tensors beside it{detail}", path=folder.path / name / "config.json", key=odd or None
+        )
     return claimed
 
 
@@ -103,8 +123,14 @@ def _unet(fields: Fields) -> UNetConfig:
             raise fields.error(field, f"has {len(each)} entries for a level of {n} blocks")
         return tuple(fields.count(field, one, MAX_LAYERS) for one in each)
 
-    down_depth = tuple(per_block("transformer_layers_per_block", depth, blocks, there) for depth, there in zip(depths, down, strict=True))
-    up_depth = tuple(per_block("reverse_transformer_layers_per_block", depth, blocks + 1, there) for depth, there in zip(ups, up, strict=True))
+    down_depth = tuple(
+        per_block("transformer_layers_per_block", depth, blocks, there)
+        for depth, there in zip(depths, down, strict=True)
+    )
+    up_depth = tuple(
+        per_block("reverse_transformer_layers_per_block", depth, blocks + 1, there)
+        for depth, there in zip(ups, up, strict=True)
+    )
     heads, head_dim = _heads(fields, widths)
     cross_only = tuple(bool(cross) for cross in fields.list("only_cross_attention", False, levels))
     vector = fields.values.get("addition_embed_type")
@@ -123,7 +149,9 @@ def _unet(fields: Fields) -> UNetConfig:
         linear_proj=fields.flag("use_linear_projection", False),
         down_depth=down_depth,
         up_depth=up_depth,
-        mid_depth=None if mid == "UNetMidBlock2D" else fields.count("transformer_layers_per_block", depths[-1], MAX_LAYERS),
+        mid_depth=None
+        if mid == "UNetMidBlock2D"
+        else fields.count("transformer_layers_per_block", depths[-1], MAX_LAYERS),
         cross_only=cross_only,
         vector_dim=None if vector is None else fields.whole("projection_class_embeddings_input_dim", 2816),
         noise_levels=None if levels_of_noise is None else fields.count("num_class_embeds", levels_of_noise),
@@ -194,7 +222,9 @@ def _reads_pooled(config: ModelConfig, i: int) -> bool:
 
 def read_vision_config(fields: Fields) -> VisionConfig:
     """The config.json of a vision tower, alone or in a CLIP or a safety checker."""
-    inner = fields.inner("vision_config") if "vision_config" in fields.values else fields  # the first folders held a whole CLIP
+    inner = (
+        fields.inner("vision_config") if "vision_config" in fields.values else fields
+    )  # the first folders held a whole CLIP
     inner.require({"layer_norm_eps": 1e-5, "num_channels": 3})
     width, image = inner.whole("hidden_size", 768), inner.whole("image_size", 224)
     return VisionConfig(
@@ -211,10 +241,21 @@ def read_vision_config(fields: Fields) -> VisionConfig:
 
 def _depth(fields: Fields, known: DepthConfig) -> DepthConfig:
     """The depth network: a hybrid, whose transformer is read at the last two of its hooks."""
-    fields.require({"is_hybrid": True, "readout_type": "project", "use_batch_norm_in_fusion_residual": False, "add_projection": False, "qkv_bias": True})
+    fields.require(
+        {
+            "is_hybrid": True,
+            "readout_type": "project",
+            "use_batch_norm_in_fusion_residual": False,
+            "add_projection": False,
+            "qkv_bias": True,
+        }
+    )
     resnet = fields.inner("backbone_config")
     resnet.require({"layer_type": "bottleneck", "num_groups": 32})
-    width, layers = fields.whole("hidden_size", known.width), fields.whole("num_hidden_layers", known.layers, MAX_LAYERS)
+    width, layers = (
+        fields.whole("hidden_size", known.width),
+        fields.whole("num_hidden_layers", known.layers, MAX_LAYERS),
+    )
     hooks = fields.list("backbone_out_indices", [0, 0, *known.hooks], 4)[2:]
     if any(type(hook) is not int for hook in hooks) or not 0 <= hooks[0] < hooks[1] < layers:
         raise fields.error("backbone_out_indices", f"ends in {hooks}, not in two rising numbers below {layers}")
@@ -242,7 +283,10 @@ def _schedule(folder: Folder, known: ScheduleConfig) -> ScheduleConfig:
         raise fields.error("_class_name", f"is {str(name)[:40]}, a schedule that this version does not know")
     fields.require({"trained_betas": None})
     fields.one_of("beta_schedule", "scaled_linear", ("scaled_linear",))
-    start, end = fields.number("beta_start", known.start, 1e-9, 0.999), fields.number("beta_end", known.end, 1e-9, 0.999)
+    start, end = (
+        fields.number("beta_start", known.start, 1e-9, 0.999),
+        fields.number("beta_end", known.end, 1e-9, 0.999),
+    )
     if start > end:
         raise fields.error("beta_start", f"is {start}, above beta_end {end}")
     prediction = fields.values.get("prediction_type")
@@ -346,5 +390,7 @@ def component(folder: Path, name: str, kind: str | tuple[str, ...]) -> Fields:
         architectures = fields.values.get("architectures")
         said = architectures[0] if isinstance(architectures, list) and architectures else None
     if said is not None and not (isinstance(said, str) and said.startswith(kind)):
-        raise fields.error("_class_name", f"is {str(said)[:40]}; this version knows {kind if isinstance(kind, str) else kind[0]}")
+        raise fields.error(
+            "_class_name", f"is {str(said)[:40]}; this version knows {kind if isinstance(kind, str) else kind[0]}"
+        )
     return fields

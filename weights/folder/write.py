@@ -12,14 +12,24 @@ from ldm.conditioning import tokenizer
 from ldm.config import DepthConfig, ModelConfig, TextConfig, UNetConfig, VAEConfig, VisionConfig
 from ldm.errors import ArgumentError
 
-STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}  # of the weights' file name; "model" for all others
-_CLIP_MEAN, _CLIP_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]  # of OpenAI's pictures
+STEMS = {
+    "unet": "diffusion_pytorch_model",
+    "vae": "diffusion_pytorch_model",
+}  # of the weights' file name; "model" for all others
+_CLIP_MEAN, _CLIP_STD = (
+    [0.48145466, 0.4578275, 0.40821073],
+    [0.26862954, 0.26130258, 0.27577711],
+)  # of OpenAI's pictures
 _SIZE_WIDTH = 256  # of an embedded size number: SDXL's `addition_time_embed_dim`
 
 
 def towers(config: ModelConfig) -> tuple[str, ...]:
     """The folder of each text tower. The refiner has only what is SDXL's second."""
-    return ("text_encoder_2",) if is_xl(config) and len(config.text) == 1 else ("text_encoder", "text_encoder_2")[: len(config.text)]
+    return (
+        ("text_encoder_2",)
+        if is_xl(config) and len(config.text) == 1
+        else ("text_encoder", "text_encoder_2")[: len(config.text)]
+    )
 
 
 def is_xl(config: ModelConfig) -> bool:
@@ -34,7 +44,10 @@ def as_in_folders(config: ModelConfig) -> ModelConfig:
     """
     if is_xl(config):
         return config
-    return replace(config, text=tuple(replace(text, layers=text.layers - text.skip, skip=0, projection=None) for text in config.text))
+    return replace(
+        config,
+        text=tuple(replace(text, layers=text.layers - text.skip, skip=0, projection=None) for text in config.text),
+    )
 
 
 def folder_files(config: ModelConfig, only: Container[str] | None = None) -> dict[str, str]:
@@ -48,17 +61,30 @@ def folder_files(config: ModelConfig, only: Container[str] | None = None) -> dic
                 "depth_estimator": lambda: depth_json(config.depth)}  # fmt: skip
     networks |= {name: lambda i=i: text_json(config, i) for i, name in enumerate(towers(config))}
     absent = {"image_encoder": config.vision is None, "depth_estimator": config.depth is None}
-    files: dict[str, Any] = {f"{name}/config.json": make() for name, make in networks.items() if not absent.get(name) and (only is None or name in only)}
+    files: dict[str, Any] = {
+        f"{name}/config.json": make()
+        for name, make in networks.items()
+        if not absent.get(name) and (only is None or name in only)
+    }
     if only is None:
-        files |= {"model_index.json": _index(config), "scheduler/scheduler_config.json": _scheduler(config), **_beside(config)}
-    return {path: content if isinstance(content, str) else json.dumps(content, indent=2) + "\n" for path, content in files.items()}
+        files |= {
+            "model_index.json": _index(config),
+            "scheduler/scheduler_config.json": _scheduler(config),
+            **_beside(config),
+        }
+    return {
+        path: content if isinstance(content, str) else json.dumps(content, indent=2) + "\n"
+        for path, content in files.items()
+    }
 
 
 def _beside(config: ModelConfig) -> dict[str, Any]:
     """What pipelines need that is no network: tokenizers, and how pictures are prepared for the networks that look at them."""
     files = {}
     for name, text in zip(towers(config), config.text, strict=True):
-        files |= {f"{name.replace('text_encoder', 'tokenizer')}/{file}": data for file, data in _tokenizer(text).items()}
+        files |= {
+            f"{name.replace('text_encoder', 'tokenizer')}/{file}": data for file, data in _tokenizer(text).items()
+        }
     if config.vision is not None:
         files["feature_extractor/preprocessor_config.json"] = _clip_processor(config.vision)
     if config.depth is not None:
@@ -89,7 +115,11 @@ def unet_json(config: ModelConfig) -> dict[str, Any]:
         **_depths(unet),
     }  # fmt: skip
     if unet.vector_dim is not None:
-        described |= {"addition_embed_type": "text_time", "addition_time_embed_dim": _SIZE_WIDTH, "projection_class_embeddings_input_dim": unet.vector_dim}
+        described |= {
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": _SIZE_WIDTH,
+            "projection_class_embeddings_input_dim": unet.vector_dim,
+        }
     if unet.noise_levels is not None:
         described["num_class_embeds"] = unet.noise_levels
     return described
@@ -98,17 +128,32 @@ def unet_json(config: ModelConfig) -> dict[str, Any]:
 def _depths(unet: UNetConfig) -> dict[str, Any]:
     """Transformer blocks by level, one number where a level's blocks have as many. The middle has what the last level says."""
     if any(0 in depths and any(depths) for depths in (*unet.down_depth, *unet.up_depth)):
-        raise ArgumentError("a UNet level with and without attention in its blocks has no place in a diffusers config; write a single file", key="unet")
+        raise ArgumentError(
+            "a UNet level with and without attention in its blocks has no place in a diffusers config; write a single file",
+            key="unet",
+        )
     down, up = ([_alike(depths) for depths in side] for side in (unet.down_depth, unet.up_depth))
     if unet.mid_depth is not None:
         if down[-1] not in (None, unet.mid_depth):
             what = f"{unet.mid_depth} transformer blocks in its middle and {down[-1]} at its last level"
-            raise ArgumentError(f"a UNet with {what} has no place in a diffusers config; write a single file", key="unet")
+            raise ArgumentError(
+                f"a UNet with {what} has no place in a diffusers config; write a single file", key="unet"
+            )
         down[-1] = unet.mid_depth
-    if up != [None if back is None or not any(depths) else back for back, depths in zip(down[::-1], unet.up_depth, strict=True)]:
-        return {"transformer_layers_per_block": [depth or 1 for depth in down], "reverse_transformer_layers_per_block": [depth or 1 for depth in up]}
+    if up != [
+        None if back is None or not any(depths) else back
+        for back, depths in zip(down[::-1], unet.up_depth, strict=True)
+    ]:
+        return {
+            "transformer_layers_per_block": [depth or 1 for depth in down],
+            "reverse_transformer_layers_per_block": [depth or 1 for depth in up],
+        }
     told = [depth for depth in down if depth is not None]
-    return {"transformer_layers_per_block": told[0] if all(depth == told[0] for depth in told) else [depth or 1 for depth in down]}
+    return {
+        "transformer_layers_per_block": told[0]
+        if all(depth == told[0] for depth in told)
+        else [depth or 1 for depth in down]
+    }
 
 
 def _alike(depths: tuple[int, ...]) -> int | list[int] | None:
@@ -193,9 +238,15 @@ def _index(config: ModelConfig) -> dict[str, Any]:
         index[name] = ["transformers", text_json(config, i)["architectures"][0]]
         index[name.replace("text_encoder", "tokenizer")] = ["transformers", "CLIPTokenizer"]
     if config.vision is not None:
-        index |= {"image_encoder": ["transformers", "CLIPVisionModelWithProjection"], "feature_extractor": ["transformers", "CLIPImageProcessor"]}
+        index |= {
+            "image_encoder": ["transformers", "CLIPVisionModelWithProjection"],
+            "feature_extractor": ["transformers", "CLIPImageProcessor"],
+        }
     if config.depth is not None:
-        index |= {"depth_estimator": ["transformers", "DPTForDepthEstimation"], "feature_extractor": ["transformers", "DPTImageProcessor"]}
+        index |= {
+            "depth_estimator": ["transformers", "DPTForDepthEstimation"],
+            "feature_extractor": ["transformers", "DPTImageProcessor"],
+        }
     if "low_res" in config.concat:
         index |= {"low_res_scheduler": ["diffusers", "DDPMScheduler"], "max_noise_level": 350}
     elif is_xl(config):
@@ -208,24 +259,50 @@ def _index(config: ModelConfig) -> dict[str, Any]:
 
 def _pipeline(config: ModelConfig) -> str:
     if is_xl(config):
-        return "StableDiffusionXLInpaintPipeline" if "mask" in config.concat else "StableDiffusionXLPipeline" if len(config.text) > 1 else "StableDiffusionXLImg2ImgPipeline"
+        return (
+            "StableDiffusionXLInpaintPipeline"
+            if "mask" in config.concat
+            else "StableDiffusionXLPipeline"
+            if len(config.text) > 1
+            else "StableDiffusionXLImg2ImgPipeline"
+        )
     if config.vision is not None:
         return "StableDiffusionImageVariationPipeline"
-    kinds = {"mask": "StableDiffusionInpaintPipeline", "depth": "StableDiffusionDepth2ImgPipeline", "low_res": "StableDiffusionUpscalePipeline"}
+    kinds = {
+        "mask": "StableDiffusionInpaintPipeline",
+        "depth": "StableDiffusionDepth2ImgPipeline",
+        "low_res": "StableDiffusionUpscalePipeline",
+    }
     return next((kinds[name] for name in config.concat if name in kinds), "StableDiffusionPipeline")
 
 
 def _betas(config: ModelConfig) -> dict[str, Any]:
-    return {"beta_start": config.schedule.start, "beta_end": config.schedule.end, "beta_schedule": "scaled_linear", "num_train_timesteps": config.schedule.steps}
+    return {
+        "beta_start": config.schedule.start,
+        "beta_end": config.schedule.end,
+        "beta_schedule": "scaled_linear",
+        "num_train_timesteps": config.schedule.steps,
+    }
 
 
 def _scheduler(config: ModelConfig) -> dict[str, Any]:
     """The sampler that the family's published folder has. Others are made from these settings too: DDIM would clip if it were not told."""
-    common = {**_betas(config), "clip_sample": False, "prediction_type": {"eps": "epsilon", "v": "v_prediction"}[config.prediction], "steps_offset": 1}
+    common = {
+        **_betas(config),
+        "clip_sample": False,
+        "prediction_type": {"eps": "epsilon", "v": "v_prediction"}[config.prediction],
+        "steps_offset": 1,
+    }
     if config.schedule.zero_snr:  # whose last step is pure noise: a sampler must begin there
         common |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     if is_xl(config):
-        return {"_class_name": "EulerDiscreteScheduler", "interpolation_type": "linear", "timestep_spacing": "leading", "use_karras_sigmas": False, **common}
+        return {
+            "_class_name": "EulerDiscreteScheduler",
+            "interpolation_type": "linear",
+            "timestep_spacing": "leading",
+            "use_karras_sigmas": False,
+            **common,
+        }
     if config.prediction == "v":
         return {"_class_name": "DDIMScheduler", **common, "set_alpha_to_one": False}
     return {"_class_name": "PNDMScheduler", **common, "set_alpha_to_one": False, "skip_prk_steps": True}
@@ -252,7 +329,14 @@ def _tokenizer(text: TextConfig) -> Mapping[str, Any]:
     start, end = "<|startoftext|>", "<|endoftext|>"
     pad = end if text.pad == tokenizer.END else "!"  # id 0
     words = {"bos_token": start, "eos_token": end, "unk_token": end, "pad_token": pad}
-    settings = {"tokenizer_class": "CLIPTokenizer", **words, "add_prefix_space": False, "do_lower_case": True, "errors": "replace", "model_max_length": text.length}
+    settings = {
+        "tokenizer_class": "CLIPTokenizer",
+        **words,
+        "add_prefix_space": False,
+        "do_lower_case": True,
+        "errors": "replace",
+        "model_max_length": text.length,
+    }
     return {**_encoding(start, end), "tokenizer_config.json": settings, "special_tokens_map.json": words}
 
 

@@ -15,7 +15,19 @@ from weights.names.places import Shape
 
 T = TypeVar("T")
 
-_FACTORIES = frozenset((torch.empty, torch.zeros, torch.ones, torch.full, torch.tensor, torch.arange, torch.linspace, torch.rand, torch.randn))
+_FACTORIES = frozenset(
+    (
+        torch.empty,
+        torch.zeros,
+        torch.ones,
+        torch.full,
+        torch.tensor,
+        torch.arange,
+        torch.linspace,
+        torch.rand,
+        torch.randn,
+    )
+)
 _FILLS = frozenset(("uniform_", "normal_", "fill_", "zero_"))
 
 
@@ -28,7 +40,9 @@ def built(make: Callable[[], T]) -> T:
 @lru_cache(maxsize=64)  # one conversion asks for the same networks several times, at up to a second each
 def shapes(kind: Callable[[Any], nn.Module], config: Any) -> Mapping[str, Shape]:
     """{name: shape} of every parameter of `kind(config)`: `shapes(UNet, SDXL)`, `shapes(LatentDiffusion, FAMILIES["sd1"])`."""
-    return MappingProxyType({name: tuple(tensor.shape) for name, tensor in built(lambda: kind(config)).state_dict(keep_vars=True).items()})
+    return MappingProxyType(
+        {name: tuple(tensor.shape) for name, tensor in built(lambda: kind(config)).state_dict(keep_vars=True).items()}
+    )
 
 
 class _Blank(TorchFunctionMode):

@@ -9,7 +9,19 @@ from collections.abc import Mapping
 from dataclasses import replace
 from os import PathLike
 
-from ldm.config import FAMILIES, REFINER, SD1, SD2, SDXL, SSD1B, ModelConfig, TextConfig, UNetConfig, VAEConfig, VisionConfig
+from ldm.config import (
+    FAMILIES,
+    REFINER,
+    SD1,
+    SD2,
+    SDXL,
+    SSD1B,
+    ModelConfig,
+    TextConfig,
+    UNetConfig,
+    VAEConfig,
+    VisionConfig,
+)
 from ldm.errors import AmbiguousCheckpoint, ArgumentError, FileError
 from weights.names.layout import Layout, original
 from weights.names.metadata import CONFIG_KEY, from_json
@@ -28,7 +40,9 @@ REFUSED = {  # recognised, and not supported
 }  # fmt: skip
 
 
-def detect(shapes: Shapes, metadata: Mapping[str, str], config: ModelConfig | str | None, path: str | PathLike[str]) -> ModelConfig:
+def detect(
+    shapes: Shapes, metadata: Mapping[str, str], config: ModelConfig | str | None, path: str | PathLike[str]
+) -> ModelConfig:
     """The config of the model in a single file whose tensors have these shapes. Whether SD 2 predicts eps or v is `weights.prediction`'s to say.
 
     `config` (a ModelConfig, or the name of a family) overrules what the file says; then comes `ldm.config` in its metadata,
@@ -40,7 +54,10 @@ def detect(shapes: Shapes, metadata: Mapping[str, str], config: ModelConfig | st
     if f"{UNET}input_blocks.0.0.weight" not in shapes:
         raise FileError(not_a_model(shapes), path=path)
     layout = original(shapes)
-    towers = [read_text(lookup(layout, shapes, f"text.{i}.")) for i in range(sum(part.ours.startswith("text.") for part in layout.parts))]
+    towers = [
+        read_text(lookup(layout, shapes, f"text.{i}."))
+        for i in range(sum(part.ours.startswith("text.") for part in layout.parts))
+    ]
     if isinstance(config, ModelConfig):
         return without_unread(config, towers)
     unet, vae, vision = read_unet(shapes), read_vae(shapes), read_vision(lookup(layout, shapes, "vision."))
@@ -58,7 +75,9 @@ def require_family(config: str) -> None:
     """Refuse what is no family's name."""
     if config not in FAMILIES:
         near = difflib.get_close_matches(config, FAMILIES, n=1)
-        raise ArgumentError(f"config '{config[:40]}' is no family{f' (meant {near[0]}?)' if near else ''}; there are {', '.join(FAMILIES)}")
+        raise ArgumentError(
+            f"config '{config[:40]}' is no family{f' (meant {near[0]}?)' if near else ''}; there are {', '.join(FAMILIES)}"
+        )
 
 
 def named(name: str, config: str | None, path: str | PathLike[str]) -> ModelConfig:
@@ -66,9 +85,13 @@ def named(name: str, config: str | None, path: str | PathLike[str]) -> ModelConf
     if name == "unknown" and config is not None:  # incomplete, perhaps: of what, the plan will say
         return FAMILIES[config]
     if name in REFUSED:
-        raise FileError(f"is {REFUSED[name]}, unknown here; pass config= if it is a damaged file of a known one", path=path)
+        raise FileError(
+            f"is {REFUSED[name]}, unknown here; pass config= if it is a damaged file of a known one", path=path
+        )
     if config is not None and {"sd2-v": "sd2-base"}.get(config, config) != name:
-        raise FileError(f"is {TITLES[name]} and config is '{config}'; leave config out, or name the right one", path=path)
+        raise FileError(
+            f"is {TITLES[name]} and config is '{config}'; leave config out, or name the right one", path=path
+        )
     return FAMILIES[config or name]
 
 
@@ -80,7 +103,10 @@ def require_published(
     pairs = _pairs(known, unet, vae, towers, vision)
     odd = [what for what, usual, there in pairs if there is not None and usual is not None and there != usual]
     if odd:
-        raise AmbiguousCheckpoint(f"is {title} of its own sizes ({', '.join(dict.fromkeys(odd))}); shapes do not show heads: pass config=ModelConfig(...)", path=path)
+        raise AmbiguousCheckpoint(
+            f"is {title} of its own sizes ({', '.join(dict.fromkeys(odd))}); shapes do not show heads: pass config=ModelConfig(...)",
+            path=path,
+        )
 
 
 def _pairs(
@@ -91,7 +117,9 @@ def _pairs(
     Text towers as far as both have them: whether there are as many is for who asks.
     """
     pairs = [("UNet", config.unet, unet), ("VAE", config.vae, vae), ("image encoder", config.vision, vision)]
-    pairs += [("text tower", _comparable(usual, there), there) for usual, there in zip(config.text, towers, strict=False)]
+    pairs += [
+        ("text tower", _comparable(usual, there), there) for usual, there in zip(config.text, towers, strict=False)
+    ]
     return [(what, None if usual is None else visible(usual), there) for what, usual, there in pairs]
 
 
@@ -101,7 +129,12 @@ def _comparable(usual: TextConfig, there: TextConfig | None) -> TextConfig:
 
 
 def _described(
-    described: str, unet: UNetConfig | None, vae: VAEConfig | None, towers: list[TextConfig | None], vision: VisionConfig | None, path: str | PathLike[str]
+    described: str,
+    unet: UNetConfig | None,
+    vae: VAEConfig | None,
+    towers: list[TextConfig | None],
+    vision: VisionConfig | None,
+    path: str | PathLike[str],
 ) -> ModelConfig:
     """The config in the metadata, if it agrees with the shapes: nothing is built from its numbers alone."""
     try:
@@ -113,7 +146,11 @@ def _described(
         pairs.append(("text tower", None, towers[-1] if towers else TextConfig()))
     for what, claimed, there in pairs:
         if claimed != there:
-            raise FileError(f"its {CONFIG_KEY} and the shapes of its {what} disagree; pass config= to overrule it", path=path, key=CONFIG_KEY)
+            raise FileError(
+                f"its {CONFIG_KEY} and the shapes of its {what} disagree; pass config= to overrule it",
+                path=path,
+                key=CONFIG_KEY,
+            )
     return config
 
 
@@ -121,7 +158,9 @@ def lookup(layout: Layout, shapes: Shapes, network: str) -> Lookup:
     """The shape that a parameter of one network would have here, by its name in that network."""
 
     def shape(name: str) -> Shape | None:
-        return next((place.ours(shapes[place.key]) for place in layout.places(network + name) if place.key in shapes), None)
+        return next(
+            (place.ours(shapes[place.key]) for place in layout.places(network + name) if place.key in shapes), None
+        )
 
     return shape
 
@@ -145,7 +184,10 @@ def without_unread(config: ModelConfig, towers: list[TextConfig | None]) -> Mode
             known = replace(known, layers=there.layers, skip=there.layers - used)
         return replace(known, projection=None) if there.projection is None else known
 
-    return replace(config, text=tuple(fitted(i, known, towers[i] if i < len(towers) else None) for i, known in enumerate(config.text)))
+    return replace(
+        config,
+        text=tuple(fitted(i, known, towers[i] if i < len(towers) else None) for i, known in enumerate(config.text)),
+    )
 
 
 def like_file(config: ModelConfig, towers: list[TextConfig | None]) -> ModelConfig:
@@ -157,7 +199,11 @@ def like_file(config: ModelConfig, towers: list[TextConfig | None]) -> ModelConf
         if there is None:
             return known
         known = replace(known, vocab=there.vocab, length=there.length)
-        return known if _pooled(config, i) else replace(known, layers=there.layers, skip=min(known.skip, max(there.layers - 1, 0)))
+        return (
+            known
+            if _pooled(config, i)
+            else replace(known, layers=there.layers, skip=min(known.skip, max(there.layers - 1, 0)))
+        )
 
     return replace(config, text=tuple(fitted(i, known) for i, known in enumerate(config.text)))
 
@@ -183,7 +229,9 @@ def family(unet: UNetConfig | None, sees: bool, keys: Mapping[str, object]) -> s
             return {4: "sdxl-base", 9: "sdxl-inpainting", 8: "ip2p"}.get(unet.in_channels, "unknown")
         if unet.down_depth == ((0, 0), (1, 1), (2, 2)):
             return "vega"
-        if unet.down_depth == SD2.down_depth or any(key.startswith(("embedder.model.", "noise_augmentor.")) for key in keys):
+        if unet.down_depth == SD2.down_depth or any(
+            key.startswith(("embedder.model.", "noise_augmentor.")) for key in keys
+        ):
             return "unclip"
         return "koala" if len(unet.down_depth) == len(SDXL.down_depth) else "unknown"
     if unet.in_channels == 8:
@@ -199,7 +247,10 @@ def not_a_model(shapes: Shapes) -> str:
     """What a file without a UNet in it is instead."""
     first = next(iter(shapes))
     lora = next((key for key in shapes if re.search(r"^lora_|\.lora_|_lora\.|hada_w|lokr_w", key)), None)
-    vae = any(f"{prefix}encoder.conv_in.weight" in shapes and f"{prefix}decoder.conv_in.weight" in shapes for prefix in ("", VAE))
+    vae = any(
+        f"{prefix}encoder.conv_in.weight" in shapes and f"{prefix}decoder.conv_in.weight" in shapes
+        for prefix in ("", VAE)
+    )
     if lora:
         return f"is a LoRA ({lora[:60]}), not a model; use it with --lora, beside the model that it was made for"
     if any("double_blocks." in key or "joint_blocks." in key for key in shapes):
@@ -220,5 +271,3 @@ def not_a_model(shapes: Shapes) -> str:
     if embedding or any(key.startswith("string_to_param.") for key in shapes):
         return f"is a textual-inversion embedding ({first[:40]}), not a model; use it with --embedding, beside the model that it was made for"
     return f"has no UNet ({UNET}input_blocks.0.0.weight is missing; it begins with {first[:40]}); use a Stable Diffusion checkpoint"
-
-

@@ -17,7 +17,12 @@ from weights.names.places import How, Place
 
 _RESNET = {"in_layers.0": "norm1", "in_layers.2": "conv1", "emb_layers.1": "time_emb_proj", "out_layers.0": "norm2", "out_layers.3": "conv2",
            "skip_connection": "conv_shortcut"}  # fmt: skip
-_OLD_ATTENTION = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}  # of the VAE, in the first folders
+_OLD_ATTENTION = {
+    "to_q": "query",
+    "to_k": "key",
+    "to_v": "value",
+    "to_out.0": "proj_attn",
+}  # of the VAE, in the first folders
 
 
 def in_diffusers_unet(config: UNetConfig) -> Places:
@@ -98,7 +103,10 @@ def _vae_modules(config: VAEConfig) -> dict[str, str]:
             theirs = f"{part}.{levels}_blocks.{i if part == 'encoder' else len(config.channel_mult) - 1 - i}"
             names[f"{part}.{levels}.{i}.{levels}sample"] = f"{theirs}.{levels}samplers.0"
             for j in range(config.num_res_blocks + (part == "decoder")):
-                names |= {f"{part}.{levels}.{i}.block.{j}": f"{theirs}.resnets.{j}", f"{part}.{levels}.{i}.block.{j}.nin_shortcut": f"{theirs}.resnets.{j}.conv_shortcut"}
+                names |= {
+                    f"{part}.{levels}.{i}.block.{j}": f"{theirs}.resnets.{j}",
+                    f"{part}.{levels}.{i}.block.{j}.nin_shortcut": f"{theirs}.resnets.{j}.conv_shortcut",
+                }
     return names
 
 
@@ -116,7 +124,10 @@ _VIT = {"cls_token": "cls_token", "pos_embed": "position_embeddings", "patch_emb
         "patch_embed.backbone.stem.conv": "backbone.bit.embedder.convolution", "patch_embed.backbone.stem.norm": "backbone.bit.embedder.norm"}  # fmt: skip
 _BLOCK = {"norm1": "layernorm_before", "norm2": "layernorm_after", "attn.qkv": "attention.attention", "attn.proj": "attention.output.dense",
           "mlp.fc1": "intermediate.dense", "mlp.fc2": "output.dense"}  # fmt: skip
-_FUSION = {"out_conv": "projection", **{f"resConfUnit{i}.conv{j}": f"residual_layer{i}.convolution{j}" for i in (1, 2) for j in (1, 2)}}
+_FUSION = {
+    "out_conv": "projection",
+    **{f"resConfUnit{i}.conv{j}": f"residual_layer{i}.convolution{j}" for i in (1, 2) for j in (1, 2)},
+}
 
 
 def dpt_names(config: DepthConfig) -> dict[str, tuple[str, ...]]:
@@ -124,25 +135,50 @@ def dpt_names(config: DepthConfig) -> dict[str, tuple[str, ...]]:
 
     Three names where q, k and v are matrices of their own there: ours is their rows, stacked in this order.
     """
-    names = {f"pretrained.model.{ours}": f"dpt.embeddings.{theirs}" for ours, theirs in _VIT.items()} | {"pretrained.model.norm": "dpt.layernorm"}
+    names = {f"pretrained.model.{ours}": f"dpt.embeddings.{theirs}" for ours, theirs in _VIT.items()} | {
+        "pretrained.model.norm": "dpt.layernorm"
+    }
     for i, blocks in enumerate(config.blocks):
         for j in range(blocks):
-            ours, theirs = f"pretrained.model.patch_embed.backbone.stages.{i}.blocks.{j}", f"dpt.embeddings.backbone.bit.encoder.stages.{i}.layers.{j}"
-            names |= {f"{ours}.{inner}": f"{theirs}.{inner}" for inner in ("downsample.conv", "downsample.norm", *(f"{kind}{n}" for kind in ("conv", "norm") for n in (1, 2, 3)))}
+            ours, theirs = (
+                f"pretrained.model.patch_embed.backbone.stages.{i}.blocks.{j}",
+                f"dpt.embeddings.backbone.bit.encoder.stages.{i}.layers.{j}",
+            )
+            names |= {
+                f"{ours}.{inner}": f"{theirs}.{inner}"
+                for inner in (
+                    "downsample.conv",
+                    "downsample.norm",
+                    *(f"{kind}{n}" for kind in ("conv", "norm") for n in (1, 2, 3)),
+                )
+            }
     for i in range(config.layers):
-        names |= {f"pretrained.model.blocks.{i}.{ours}": f"dpt.encoder.layer.{i}.{theirs}" for ours, theirs in _BLOCK.items()}
+        names |= {
+            f"pretrained.model.blocks.{i}.{ours}": f"dpt.encoder.layer.{i}.{theirs}" for ours, theirs in _BLOCK.items()
+        }
     for i in (3, 4):  # counted from 0 there, with nothing at the ResNet's two maps
         ours, theirs = f"pretrained.act_postprocess{i}", "neck.reassemble_stage"
-        names |= {f"{ours}.0.project.0": f"{theirs}.readout_projects.{i - 1}.0", f"{ours}.3": f"{theirs}.layers.{i - 1}.projection", f"{ours}.4": f"{theirs}.layers.{i - 1}.resize"}
+        names |= {
+            f"{ours}.0.project.0": f"{theirs}.readout_projects.{i - 1}.0",
+            f"{ours}.3": f"{theirs}.layers.{i - 1}.projection",
+            f"{ours}.4": f"{theirs}.layers.{i - 1}.resize",
+        }
     for i in (1, 2, 3, 4):  # their fusion counts from the coarsest
         names[f"scratch.layer{i}_rn"] = f"neck.convs.{i - 1}"
-        names |= {f"scratch.refinenet{i}.{ours}": f"neck.fusion_stage.layers.{4 - i}.{theirs}" for ours, theirs in _FUSION.items()}
+        names |= {
+            f"scratch.refinenet{i}.{ours}": f"neck.fusion_stage.layers.{4 - i}.{theirs}"
+            for ours, theirs in _FUSION.items()
+        }
     names |= {f"scratch.output_conv.{i}": f"head.head.{i}" for i in (0, 2, 4)}
 
     def renamed(key: str) -> tuple[str, ...]:
         if key in names:
             return (names[key],)
         module, _, kind = key.rpartition(".")
-        return tuple(f"{names[module]}.{part}.{kind}" for part in _QKV) if module.endswith(".qkv") else (f"{names[module]}.{kind}",)
+        return (
+            tuple(f"{names[module]}.{part}.{kind}" for part in _QKV)
+            if module.endswith(".qkv")
+            else (f"{names[module]}.{kind}",)
+        )
 
     return {key: renamed(key) for key in shapes(DPT, config)}

@@ -13,7 +13,13 @@ from weights.names.original import Places
 from weights.names.places import Place
 
 LEFTOVERS = "original_only.safetensors"  # in a folder that was converted: what the original file has and no network of the folder has a place for
-WHAT = {"unet.": "UNet", "vae.": "VAE", "text.": "text tower", "vision.": "image encoder", "depth.": "depth network"}  # by prefix in `LatentDiffusion`
+WHAT = {
+    "unet.": "UNet",
+    "vae.": "VAE",
+    "text.": "text tower",
+    "vision.": "image encoder",
+    "depth.": "depth network",
+}  # by prefix in `LatentDiffusion`
 
 
 @dataclass(frozen=True)
@@ -46,7 +52,10 @@ _BUFFERS = (
     "|sqrt_recip_alphas_cumprod|sqrt_recipm1_alphas_cumprod|posterior_variance|posterior_log_variance_clipped"
     "|posterior_mean_coef1|posterior_mean_coef2"
 )
-_POSITION_IDS = (r"(.+[./])?embeddings\.position_ids", "0 to 76 by definition; stored as integers, as floats, or damaged by merging, under many spellings")
+_POSITION_IDS = (
+    r"(.+[./])?embeddings\.position_ids",
+    "0 to 76 by definition; stored as integers, as floats, or damaged by merging, under many spellings",
+)
 _CLIP_L_PROJECTION = "projection of CLIP-L's pooled text, which no family reads"
 
 ORIGINAL = (
@@ -70,7 +79,12 @@ DEAD_TEXT = (
      "text half of CLIP, which image variations do not use"),
 )  # fmt: skip
 
-DEPTH_HEAD = ((r"depth_model\.model\.pretrained\.model\.(head|norm)\.(weight|bias)", "ImageNet classifier of the depth network's backbone, which depth does not read"),)
+DEPTH_HEAD = (
+    (
+        r"depth_model\.model\.pretrained\.model\.(head|norm)\.(weight|bias)",
+        "ImageNet classifier of the depth network's backbone, which depth does not read",
+    ),
+)
 
 FOLDER = (
     _POSITION_IDS,
@@ -128,7 +142,10 @@ def _towers(keys: Container[str], prefix: str, vision: bool) -> list[tuple[str, 
 
 def diffusers(config: ModelConfig, folders: Container[str]) -> Layout:
     """The layout of a diffusers folder with these components."""
-    parts = [Part("unet.", "unet/", diffusers_names.in_diffusers_unet(config.unet)), Part("vae.", "vae/", diffusers_names.in_diffusers_vae(config.vae))]
+    parts = [
+        Part("unet.", "unet/", diffusers_names.in_diffusers_unet(config.unet)),
+        Part("vae.", "vae/", diffusers_names.in_diffusers_vae(config.vae)),
+    ]
     towers = [name for name in ("text_encoder", "text_encoder_2") if name in folders]  # the refiner has only the second
     parts += [Part(f"text.{i}.", f"{name}/", names.hugging_face) for i, name in enumerate(towers)]
     parts.append(Part("vision.", "image_encoder/", names.hugging_face_vision))
@@ -144,7 +161,11 @@ def published(config: ModelConfig) -> Layout:
     for i in range(len(config.text)):
         prefix = f"conditioner.embedders.{i}." if config.unet.vector_dim is not None else "cond_stage_model."
         openclip = config.unet.linear_proj and i == last  # SD 1 and the first tower of SDXL have OpenAI's CLIP
-        parts.append(Part(f"text.{i}.", f"{prefix}model.", names.openclip) if openclip else Part(f"text.{i}.", f"{prefix}transformer."))
+        parts.append(
+            Part(f"text.{i}.", f"{prefix}model.", names.openclip)
+            if openclip
+            else Part(f"text.{i}.", f"{prefix}transformer.")
+        )
     if config.vision is not None:
         parts.append(Part("vision.", "cond_stage_model.model.visual.", names.openai_vision))
     parts.append(Part("depth.", "depth_model.model."))

@@ -49,7 +49,12 @@ def _read(kind: Any, value: Any, where: str) -> Any:
         _require(isinstance(value, list) and len(value) <= MAX_ITEMS, value, where, f"a list of at most {MAX_ITEMS}")
         return tuple(_read(options[0], item, f"{where}[{i}]") for i, item in enumerate(value))
     if kind is float:
-        _require(type(value) in (int, float) and 0 <= value <= MAX_SIZE and math.isfinite(value), value, where, "a finite number")
+        _require(
+            type(value) in (int, float) and 0 <= value <= MAX_SIZE and math.isfinite(value),
+            value,
+            where,
+            "a finite number",
+        )
         return float(value)
     if kind is int:
         return _require(type(value) is int and 0 <= value <= MAX_SIZE, value, where, f"a whole number up to {MAX_SIZE}")
@@ -76,7 +81,13 @@ def _require(holds: bool, value: Any, where: str, what: str) -> Any:
 
 def _require_buildable(config: ModelConfig) -> None:
     """Numbers that fit together: what the networks would otherwise only notice when built, or when first used."""
-    parts = ((_unet, config.unet), (_vae, config.vae), *((_text, text) for text in config.text), (_vision, config.vision), (_depth, config.depth))
+    parts = (
+        (_unet, config.unet),
+        (_vae, config.vae),
+        *((_text, text) for text in config.text),
+        (_vision, config.vision),
+        (_depth, config.depth),
+    )
     for check, part in parts:
         fault = part and check(part)
         if fault:
@@ -89,7 +100,12 @@ def _unet(unet: UNetConfig) -> str | None:
     widths = [unet.model_channels * m for m in unet.channel_mult]
     if not widths or any(width < 1 or width % 32 for width in (unet.model_channels, *widths)):
         return f"UNet widths {widths} are not multiples of 32"
-    if min(unet.in_channels, unet.out_channels, unet.num_res_blocks, unet.context_dim, unet.heads or unet.head_dim or 0) < 1:
+    if (
+        min(
+            unet.in_channels, unet.out_channels, unet.num_res_blocks, unet.context_dim, unet.heads or unet.head_dim or 0
+        )
+        < 1
+    ):
         return "a UNet size is 0"
     share = (lambda width: width % unet.heads) if unet.heads else (lambda width: width % (unet.head_dim or 1))
     if any(share(width) for width, depths in zip(widths, unet.down_depth, strict=True) if any(depths)):
@@ -98,7 +114,11 @@ def _unet(unet: UNetConfig) -> str | None:
 
 
 def _vae(vae: VAEConfig) -> str | None:
-    if not vae.channel_mult or vae.channels < 1 or any((vae.channels * m) % 32 or m < 1 for m in (1, *vae.channel_mult)):
+    if (
+        not vae.channel_mult
+        or vae.channels < 1
+        or any((vae.channels * m) % 32 or m < 1 for m in (1, *vae.channel_mult))
+    ):
         return "VAE widths are not multiples of 32"
     return "a VAE size is 0" if min(vae.num_res_blocks, vae.z_channels) < 1 or vae.scale <= 0 else None
 

@@ -49,7 +49,13 @@ def doubled_vision(name: str) -> tuple[Place, ...]:
     return (Place(name),) if bare == name else (Place(name), Place(bare))
 
 
-_BLOCK = {"layer_norm1": "ln_1", "layer_norm2": "ln_2", "self_attn.out_proj": "attn.out_proj", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj"}
+_BLOCK = {
+    "layer_norm1": "ln_1",
+    "layer_norm2": "ln_2",
+    "self_attn.out_proj": "attn.out_proj",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+}
 _TEXT = {"text_model.embeddings.token_embedding.weight": "token_embedding.weight", "text_model.embeddings.position_embedding.weight": "positional_embedding",
          "text_model.final_layer_norm.weight": "ln_final.weight", "text_model.final_layer_norm.bias": "ln_final.bias"}  # fmt: skip
 _VISION = {"vision_model.embeddings.class_embedding": "class_embedding", "vision_model.embeddings.patch_embedding.weight": "conv1.weight",
@@ -65,7 +71,11 @@ def openclip(name: str) -> tuple[Place, ...]:
     its transpose, under two spellings.
     """
     if name == "text_projection.weight":
-        return Place("text_projection", "transposed"), Place("text_projection.weight"), Place("text_projection.weight.weight")
+        return (
+            Place("text_projection", "transposed"),
+            Place("text_projection.weight"),
+            Place("text_projection.weight.weight"),
+        )
     return (Place(_TEXT[name]),) if name in _TEXT else (_block(name, "text_model"),)
 
 

@@ -16,15 +16,32 @@ from ldm.networks.unet import UNet
 Prediction = Literal["eps", "v"]
 
 METADATA = "modelspec.prediction_type"
-SCHEDULER, ZERO_SNR = "scheduler_config.json", "rescale_betas_zero_snr"  # under these names a folder's metadata quote its scheduler
+SCHEDULER, ZERO_SNR = (
+    "scheduler_config.json",
+    "rescale_betas_zero_snr",
+)  # under these names a folder's metadata quote its scheduler
 V_MARK, ZERO_SNR_MARK = "v_pred", "ztsnr"  # keys of a single file
-SPELLINGS: dict[str, Prediction] = {"eps": "eps", "epsilon": "eps", "v": "v", "v_prediction": "v", "v-prediction": "v", "v_pred": "v"}
+SPELLINGS: dict[str, Prediction] = {
+    "eps": "eps",
+    "epsilon": "eps",
+    "v": "v",
+    "v_prediction": "v",
+    "v-prediction": "v",
+    "v_pred": "v",
+}
 
-STATISTIC = "unet.output_blocks.11.1.transformer_blocks.0.norm1.bias"  # its standard deviation tells SD 2's two kinds apart
+STATISTIC = (
+    "unet.output_blocks.11.1.transformer_blocks.0.norm1.bias"  # its standard deviation tells SD 2's two kinds apart
+)
 THRESHOLD, CLOSE = 0.09, (0.07, 0.11)  # above it: v; inside the band no word is taken for it
 EPS_OUTPUT, V_OUTPUT = -0.5, -1.0  # of `response`: above the first eps, below the second v
 
-_EDM = {"edm_mean": "a Playground 2.5 model", "edm_std": "a Playground 2.5 model", "edm_vpred.sigma_max": "a CosXL model", "edm_vpred.sigma_min": "a CosXL model"}
+_EDM = {
+    "edm_mean": "a Playground 2.5 model",
+    "edm_std": "a Playground 2.5 model",
+    "edm_vpred.sigma_max": "a CosXL model",
+    "edm_vpred.sigma_min": "a CosXL model",
+}
 
 
 @dataclass(frozen=True)
@@ -54,7 +71,9 @@ def settle(
     """
     for key, what in _EDM.items():
         if key in keys:
-            raise refuse(f"is {what} ({key} is in it), trained with EDM's preconditioning, which this version does not know; use another model")
+            raise refuse(
+                f"is {what} ({key} is in it), trained with EDM's preconditioning, which this version does not know; use another model"
+            )
     mark = next((mark for mark in (ZERO_SNR_MARK, ZERO_SNR) if mark in keys or mark in metadata), None)
     if config.schedule.zero_snr:
         mark = mark or "zero_snr in its config"
@@ -64,7 +83,9 @@ def settle(
         return finding
     found = finding.config if finding.doubt is None else predicting(finding.config, "v")
     if found.prediction == "eps":
-        raise refuse(f"has {mark} (zero terminal SNR) and predicts eps, which cannot be; pass prediction='v' or drop the mark")
+        raise refuse(
+            f"has {mark} (zero terminal SNR) and predicts eps, which cannot be; pass prediction='v' or drop the mark"
+        )
     return Finding(_with_zero_snr(found, True))
 
 
@@ -105,7 +126,9 @@ def settle_by_output(finding: Finding, unet: UNet, refuse: Callable[[str], FileE
         return predicting(finding.config, "v")
     if answer > EPS_OUTPUT:
         return predicting(finding.config, "eps")
-    raise _clash(f"may predict eps or v (norm1.bias std {finding.doubt:.3f}, test output {answer:.2f}: both in between)", refuse)
+    raise _clash(
+        f"may predict eps or v (norm1.bias std {finding.doubt:.3f}, test output {answer:.2f}: both in between)", refuse
+    )
 
 
 @torch.no_grad()
@@ -126,14 +149,18 @@ def predicting(config: ModelConfig, prediction: Prediction, *, named: bool = Tru
     return replace(config, prediction=prediction)
 
 
-def claims_of(keys: Mapping[str, object], metadata: Mapping[str, str], refuse: Callable[[str], FileError]) -> dict[str, Prediction]:
+def claims_of(
+    keys: Mapping[str, object], metadata: Mapping[str, str], refuse: Callable[[str], FileError]
+) -> dict[str, Prediction]:
     """Who says what."""
     claims: dict[str, Prediction] = {}
     for who in (METADATA, SCHEDULER):
         if who in metadata:
             spelling = metadata[who].strip().lower()
             if spelling not in SPELLINGS:
-                raise refuse(f"its {who} says that it predicts '{spelling[:40]}'; this version knows eps and v: pass prediction= if it is one of them")
+                raise refuse(
+                    f"its {who} says that it predicts '{spelling[:40]}'; this version knows eps and v: pass prediction= if it is one of them"
+                )
             claims[who] = SPELLINGS[spelling]
     if V_MARK in keys:
         claims[f"key {V_MARK}"] = "v"

@@ -11,7 +11,9 @@ from weights.names.places import Shape
 
 Shapes = Mapping[str, Shape]
 Config = UNetConfig | VAEConfig | TextConfig | VisionConfig
-Lookup = Callable[[str], Shape | None]  # our name inside a network -> the shape it would have here; None: it is not in the file
+Lookup = Callable[
+    [str], Shape | None
+]  # our name inside a network -> the shape it would have here; None: it is not in the file
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 
@@ -19,7 +21,10 @@ UNET, VAE = "model.diffusion_model.", "first_stage_model."
 def visible(config: Config) -> Config:
     """The config with everything that shapes cannot show set to one fixed value, so that configs compare by shape."""
     if isinstance(config, UNetConfig):
-        shows = [any(depths) and config.model_channels * m != config.context_dim for m, depths in zip(config.channel_mult, config.down_depth, strict=True)]
+        shows = [
+            any(depths) and config.model_channels * m != config.context_dim
+            for m, depths in zip(config.channel_mult, config.down_depth, strict=True)
+        ]
         cross_only = tuple(cross and seen for cross, seen in zip(config.cross_only, shows, strict=True))
         return replace(config, heads=1, head_dim=None, cross_only=cross_only)
     if isinstance(config, VAEConfig):
@@ -55,7 +60,12 @@ def read_unet(shapes: Shapes, prefix: str = UNET) -> UNetConfig | None:
         blocks = len(down[0])
         ups = [depth(f"output_blocks.{i}") for i in range(len(down) * (blocks + 1))]
         up = tuple(tuple(ups[i : i + blocks + 1]) for i in range(0, len(ups), blocks + 1))
-        keys = {level: _first(shapes, rf"{re.escape(prefix)}input_blocks\.{1 + level * (blocks + 1)}\.1\..+\.attn1\.to_k\.weight") for level in range(len(down))}
+        keys = {
+            level: _first(
+                shapes, rf"{re.escape(prefix)}input_blocks\.{1 + level * (blocks + 1)}\.1\..+\.attn1\.to_k\.weight"
+            )
+            for level in range(len(down))
+        }
         context = _first(shapes, rf"{re.escape(prefix)}.+\.attn2\.to_k\.weight")
         proj = _first(shapes, rf"{re.escape(prefix)}.+\.proj_in\.weight")
         label, vector = shapes.get(f"{prefix}label_emb.weight"), shapes.get(f"{prefix}label_emb.0.0.weight")
@@ -90,10 +100,16 @@ def read_diffusers_unet(shapes: Shapes, prefix: str) -> UNetConfig | None:
         levels = range(_count(shapes, f"{prefix}down_blocks.{{}}.resnets.0.conv1.weight"))
         blocks = range(_count(shapes, f"{prefix}down_blocks.0.resnets.{{}}.conv1.weight"))
         widths = [shapes[f"{prefix}down_blocks.{level}.resnets.0.conv1.weight"][0] for level in levels]
-        keys = [shapes.get(f"{prefix}down_blocks.{level}.attentions.0.transformer_blocks.0.attn1.to_k.weight") for level in levels]
+        keys = [
+            shapes.get(f"{prefix}down_blocks.{level}.attentions.0.transformer_blocks.0.attn1.to_k.weight")
+            for level in levels
+        ]
         context = _first(shapes, rf"{re.escape(prefix)}.+\.attn2\.to_k\.weight")
         proj = _first(shapes, rf"{re.escape(prefix)}.+\.proj_in\.weight")
-        label, vector = shapes.get(f"{prefix}class_embedding.weight"), shapes.get(f"{prefix}add_embedding.linear_1.weight")
+        label, vector = (
+            shapes.get(f"{prefix}class_embedding.weight"),
+            shapes.get(f"{prefix}add_embedding.linear_1.weight"),
+        )
         return UNetConfig(
             in_channels=in_channels,
             out_channels=shapes[f"{prefix}conv_out.weight"][0],
@@ -106,7 +122,9 @@ def read_diffusers_unet(shapes: Shapes, prefix: str) -> UNetConfig | None:
             down_depth=tuple(tuple(depth(f"down_blocks.{level}", i) for i in blocks) for level in levels),
             up_depth=tuple(tuple(depth(f"up_blocks.{level}", i) for i in range(len(blocks) + 1)) for level in levels),
             mid_depth=depth("mid_block", 0) or None,
-            cross_only=tuple(bool(key) and len(key) == 2 and key[1] != width for key, width in zip(keys, widths, strict=True)),
+            cross_only=tuple(
+                bool(key) and len(key) == 2 and key[1] != width for key, width in zip(keys, widths, strict=True)
+            ),
             vector_dim=vector[1] if vector else None,
             noise_levels=label[0] if label else None,
         )
@@ -121,7 +139,9 @@ def read_diffusers_vae(shapes: Shapes, prefix: str) -> VAEConfig | None:
         levels = range(_count(shapes, f"{prefix}encoder.down_blocks.{{}}.resnets.0.conv1.weight"))
         return VAEConfig(
             channels=channels,
-            channel_mult=tuple(shapes[f"{prefix}encoder.down_blocks.{i}.resnets.0.conv1.weight"][0] // channels for i in levels),
+            channel_mult=tuple(
+                shapes[f"{prefix}encoder.down_blocks.{i}.resnets.0.conv1.weight"][0] // channels for i in levels
+            ),
             num_res_blocks=_count(shapes, f"{prefix}encoder.down_blocks.0.resnets.{{}}.conv1.weight"),
             z_channels=shapes[f"{prefix}decoder.conv_in.weight"][1],
             scale=1.0,

@@ -31,12 +31,22 @@ class _Outline(Mapping[str, Tensor]):
     """A file whose tensors have their shapes and no numbers, single numbers excepted: what `weights.lora` reads without reading the file."""
 
     def __init__(self, file: Weights):
-        self.source, self.specs, self.metadata, self.error, self.shape = file.source, file.specs, file.metadata, file.error, file.shape
+        self.source, self.specs, self.metadata, self.error, self.shape = (
+            file.source,
+            file.specs,
+            file.metadata,
+            file.error,
+            file.shape,
+        )
         self._file = file
 
     def __getitem__(self, key: str) -> Tensor:
         spec: Spec = self.specs[key]
-        return self._file.read(key, mapped=False) if spec.numel == 1 else torch.empty(spec.shape, dtype=spec.dtype, device="meta")
+        return (
+            self._file.read(key, mapped=False)
+            if spec.numel == 1
+            else torch.empty(spec.shape, dtype=spec.dtype, device="meta")
+        )
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.specs)
@@ -67,8 +77,16 @@ def lora_facts(file: Weights, config: ModelConfig | None = None) -> tuple[LoraFa
         weights=len(spelled),
         modules=_counted(re.match(r"text\.\d+|[^.]+", module)[0] for module in modules),
     )
-    evidence = [f"{fitting} of {len(spelled)} weights fit {' and '.join(families)} by name and shape" if families else "no weight fits any known family"]
-    evidence += [f"{key}: {file.metadata[key][:60]}" for key in ("ss_base_model_version", "modelspec.architecture", "ss_network_module") if key in file.metadata]
+    evidence = [
+        f"{fitting} of {len(spelled)} weights fit {' and '.join(families)} by name and shape"
+        if families
+        else "no weight fits any known family"
+    ]
+    evidence += [
+        f"{key}: {file.metadata[key][:60]}"
+        for key in ("ss_base_model_version", "modelspec.architecture", "ss_network_module")
+        if key in file.metadata
+    ]
     return facts, (*strays, *unmatched), tuple(evidence)
 
 
@@ -86,7 +104,11 @@ def spelling_of(spelling: str, keys: Mapping[str, object]) -> str:
     """Whose spelling of a module this is: kohya's has underscores; peft's and diffusers' differ in what follows."""
     if spelling.startswith("lora_"):
         return "kohya"
-    return "peft" if any(f"{spelling}.{end}" in keys for end in ("lora_A.weight", "lora_A.default.weight")) else "diffusers"
+    return (
+        "peft"
+        if any(f"{spelling}.{end}" in keys for end in ("lora_A.weight", "lora_A.default.weight"))
+        else "diffusers"
+    )
 
 
 def _alpha(change: Change) -> float | None:
@@ -103,22 +125,35 @@ def _component(spelling: str) -> str:
     return "unet" if re.match(r"lora_unet_|(base_model\.model\.)?unet\.", spelling) else "unknown"
 
 
-def _families(spelled: Mapping[tuple[str, str], Change], configs: Mapping[str, ModelConfig]) -> tuple[tuple[str, ...], int]:
+def _families(
+    spelled: Mapping[tuple[str, str], Change], configs: Mapping[str, ModelConfig]
+) -> tuple[tuple[str, ...], int]:
     """Those of `configs` that most of the changes fit, and how many do. Of SDXL and SSD-1B, which is a part of it, the one that is changed whole."""
     counts = {name: fitting(spelled, config) for name, config in configs.items()}
     best = max(counts.values())
     families = [name for name in counts if counts[name] == best] if best else []
-    if {"ssd-1b", "sdxl-base"} <= {*families} and (only := next((name for name in ("ssd-1b", "sdxl-base") if _whole(spelled, FAMILIES[name])), None)):
+    if {"ssd-1b", "sdxl-base"} <= {*families} and (
+        only := next((name for name in ("ssd-1b", "sdxl-base") if _whole(spelled, FAMILIES[name])), None)
+    ):
         families = [name for name in families if name == only or name not in ("ssd-1b", "sdxl-base")]
     return tuple(families), best
 
 
 def _candidates(spelled: Mapping[tuple[str, str], Change]) -> list[str]:
     """The families that come into question, by the first cross-attention's shape; comparing with all of them would take seconds."""
-    cross = next((change for (name, _), change in spelled.items() if re.search(r"attn2[_.](processor\.)?to_[kv](_lora)?$", name)), None)
+    cross = next(
+        (
+            change
+            for (name, _), change in spelled.items()
+            if re.search(r"attn2[_.](processor\.)?to_[kv](_lora)?$", name)
+        ),
+        None,
+    )
     names = [*KIN] if cross is None else [name for name in KIN if _crosses(cross, FAMILIES[name])]
     middle = any(re.search(r"mid_block[_.]attentions|middle_block[_.]1[_.]", name) for name, _ in spelled)
-    if not any("unet" in name or "attn1" in name or "block" in name for name, _ in spelled):  # text alone: one family of each kind of tower
+    if not any(
+        "unet" in name or "attn1" in name or "block" in name for name, _ in spelled
+    ):  # text alone: one family of each kind of tower
         names = ["sd1", "sd2-base", "sdxl-base", "sdxl-refiner"]
     return [name for name in names if not (middle and FAMILIES[name].unet.mid_depth is None)] or [*KIN]
 
@@ -146,7 +181,10 @@ def _whole(spelled: Mapping[tuple[str, str], Change], config: ModelConfig) -> bo
     table = lora_names.spellings(config)
     changed = {table[name] for name, _ in spelled if table.get(name, "").startswith("unet.")}
     kinds = {kind(module) for module in changed}
-    return bool(changed) and {module for module in {*table.values()} if module.startswith("unet.") and kind(module) in kinds} == changed
+    return (
+        bool(changed)
+        and {module for module in {*table.values()} if module.startswith("unet.") and kind(module) in kinds} == changed
+    )
 
 
 # --- embeddings -----------------------------------------------------------------------------------------------------
@@ -161,7 +199,10 @@ def embedding_facts(file: Weights) -> EmbeddingFacts:
         shape = file.shape(key)
         n, width = (1, *shape)[-2:] if shape else (0, 0)
         if len(shape) not in (1, 2) or not 1 <= n <= MAX_VECTORS or not width:
-            raise file.error(f"has the shape {list(shape)[:6]}; an embedding is [width] or [n, width] with n up to {MAX_VECTORS}", key)
+            raise file.error(
+                f"has the shape {list(shape)[:6]}; an embedding is [width] or [n, width] with n up to {MAX_VECTORS}",
+                key,
+            )
         counts.add(n)
         towers[LETTERS.get(key) or TOWERS.get(width, "a text tower")] = width
     if len(counts) > 1:

@@ -10,7 +10,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-CHUNK = 2**20  # numbers converted to float64 at once: ten such pieces are 80 MB, and a processor may keep some in its cache
+CHUNK = (
+    2**20
+)  # numbers converted to float64 at once: ten such pieces are 80 MB, and a processor may keep some in its cache
 GLANCE = 4096  # numbers that are rounded first, since most tensors that differ differ there
 SHORT = (torch.float16, torch.bfloat16)  # what weights are rounded to
 SINGULAR_NOISE = 2.0  # times the largest singular value that rounding has on average: no random matrix of these sizes comes near twice that
@@ -36,7 +38,9 @@ class Nearness:
 
     relation: Relation
     rounding: Rounding | None  # how, if it is "rounded"
-    within: bool  # no number is off by more than a unit of the last place of each type: what another order of sums makes
+    within: (
+        bool  # no number is off by more than a unit of the last place of each type: what another order of sums makes
+    )
     largest: float  # largest absolute difference
     norm: float  # Frobenius norm of A's, as the others accumulated in float64
     distance: float  # norm of the difference
@@ -71,7 +75,9 @@ def nearness(a: Tensor, b: Tensor) -> Nearness:
             difference = y - x
             apart += difference.dot(difference).item()
             largest = max(largest, difference.abs_().max().item())
-            within = within and (relation == "rounded" or bool((difference <= _unit(x, a.dtype) + _unit(y, b.dtype)).all()))
+            within = within and (
+                relation == "rounded" or bool((difference <= _unit(x, a.dtype) + _unit(y, b.dtype)).all())
+            )
     within = within and (relation != "different" or all(finite))
     return Nearness(relation, rounding, within, largest, math.sqrt(square), math.sqrt(apart), (finite[0], finite[1]))
 
@@ -130,14 +136,21 @@ def _relation(a: Tensor, b: Tensor) -> tuple[Relation, Rounding | None]:
     if not (a.is_floating_point() and b.is_floating_point()):
         same = all(x.equal(y) for x, y in _pieces(a, b))
         whole = "b" if not b.is_floating_point() else "a"
-        return ("rounded", Rounding(_name((b if whole == "b" else a).dtype), whole, True)) if same else ("different", None)
+        return (
+            ("rounded", Rounding(_name((b if whole == "b" else a).dtype), whole, True)) if same else ("different", None)
+        )
     by: Literal["a", "b"] = "a" if _eps(a.dtype) > _eps(b.dtype) else "b"
     narrow, wide = (a, b) if by == "a" else (b, a)
     rounding = Rounding(_name(narrow.dtype), by, lossless=all(x.equal(y) for x, y in _pieces(a, b)))
     if rounding.lossless or _bits(wide.to(narrow.dtype)).equal(_bits(narrow)):
         return "rounded", rounding
-    if {a.dtype, b.dtype} == set(SHORT) and all(bool(((x - y).abs() <= (_unit(x, a.dtype) + _unit(y, b.dtype)) / 2).all()) for x, y in _pieces(a, b)):
-        return "rounded", rounding  # both from numbers wider than either, each off by at most half a unit of its last place
+    if {a.dtype, b.dtype} == set(SHORT) and all(
+        bool(((x - y).abs() <= (_unit(x, a.dtype) + _unit(y, b.dtype)) / 2).all()) for x, y in _pieces(a, b)
+    ):
+        return (
+            "rounded",
+            rounding,
+        )  # both from numbers wider than either, each off by at most half a unit of its last place
     return "different", None
 
 

@@ -45,10 +45,31 @@ from weights.tools.routes import (
 from weights.tools.vae_alone import is_vae, vae_to_file, vae_to_folder
 
 FILES = (".safetensors", *TORCH_FILES)  # what a target that is one file ends in; all others are folders
-FOREIGN = (".gguf", ".onnx", ".h5", ".hdf5", ".npz", ".npy", ".pkl", ".pb", ".msgpack", ".zip", ".tar", ".json", ".txt")  # whoever writes these does not mean a folder
+FOREIGN = (
+    ".gguf",
+    ".onnx",
+    ".h5",
+    ".hdf5",
+    ".npz",
+    ".npy",
+    ".pkl",
+    ".pb",
+    ".msgpack",
+    ".zip",
+    ".tar",
+    ".json",
+    ".txt",
+)  # whoever writes these does not mean a folder
 MIN_SHARD = 2**20  # bytes
-LICENCE, SOURCE, SOURCE_HASH, WHICH = "modelspec.license", "ldm.source", "ldm.source_sha256", "ldm.weights"  # metadata that a conversion writes
-_STALE = re.compile(r"format|modelspec\.hash_sha256|sshs_\w+|ldm\.(?!weights$)\w+")  # metadata that speak of other bytes than the target's
+LICENCE, SOURCE, SOURCE_HASH, WHICH = (
+    "modelspec.license",
+    "ldm.source",
+    "ldm.source_sha256",
+    "ldm.weights",
+)  # metadata that a conversion writes
+_STALE = re.compile(
+    r"format|modelspec\.hash_sha256|sshs_\w+|ldm\.(?!weights$)\w+"
+)  # metadata that speak of other bytes than the target's
 _PARTS = "unet|vae|scheduler|low_res_scheduler|feature_extractor|image_encoder|depth_estimator|safety_checker|text_encoder(_2)?|tokenizer(_2)?"
 _TEXT = re.compile(rf"model_index\.json|({_PARTS})/(?!.*\.index\.)[\w.-]+\.(json|txt|model)")
 
@@ -91,13 +112,24 @@ def convert(
         if not made.tensors:
             raise file.error("has nothing left to write: everything is dropped; drop less")
         require_space(dst, made.bytes)
-        facts = {**_told(file, licence, only), **_facts(model, ema, only), SOURCE: file.path.resolve().name, SOURCE_HASH: sha256_of(file)}
+        facts = {
+            **_told(file, licence, only),
+            **_facts(model, ema, only),
+            SOURCE: file.path.resolve().name,
+            SOURCE_HASH: sha256_of(file),
+        }
         if to_file and model is not None and model.doubt is None and only is None:  # what is in doubt must stay so
             facts[CONFIG_KEY] = to_json(_as_written(model.config, route.files[""]))
         digests: dict[tuple[str, str], str] = {}
         report = _reporter(made.bytes, guarded([file], on_write), digests if manifest is not None else None)
         if to_file:
-            write({key: move.pending for key, move in route.files[""].items()}, dst, {"format": "pt", **facts}, overwrite=overwrite, on_write=report(""))
+            write(
+                {key: move.pending for key, move in route.files[""].items()},
+                dst,
+                {"format": "pt", **facts},
+                overwrite=overwrite,
+                on_write=report(""),
+            )
         else:
             _write_folder(route, dst, {"format": "pt", **facts}, overwrite, report)
         if manifest is not None:
@@ -117,10 +149,20 @@ def _require_target(
     """Check what can be checked without the source; is the target a single file?"""
     to_file = dst.suffix.lower() in FILES and not dst.is_dir()
     if dst.suffix.lower() in FOREIGN and not dst.is_dir():
-        raise ArgumentError(f"dst: {dst.suffix} files are not written; a file ends in {', '.join(FILES)}, a folder in none of them", key="dst")
-    near = difflib.get_close_matches(dst.suffix, FILES, n=1, cutoff=0.7) if dst.suffix and not to_file and not dst.is_dir() else []
+        raise ArgumentError(
+            f"dst: {dst.suffix} files are not written; a file ends in {', '.join(FILES)}, a folder in none of them",
+            key="dst",
+        )
+    near = (
+        difflib.get_close_matches(dst.suffix, FILES, n=1, cutoff=0.7)
+        if dst.suffix and not to_file and not dst.is_dir()
+        else []
+    )
     if near:
-        raise ArgumentError(f"dst: it ends in {dst.suffix[:20]} (meant {near[0]}?); a file ends in {', '.join(FILES)}, a folder in none of them", key="dst")
+        raise ArgumentError(
+            f"dst: it ends in {dst.suffix[:20]} (meant {near[0]}?); a file ends in {', '.join(FILES)}, a folder in none of them",
+            key="dst",
+        )
     if dtype is not None:
         require_dtype(dtype)
     require_prediction(prediction)
@@ -150,7 +192,11 @@ def _require_apart(src: Path, dst: Path, manifest: str | PathLike[str] | None, o
     source, target = src.resolve(), dst.resolve()
     if target in source.parents or (source in target.parents and source.is_dir()):
         raise ArgumentError("dst: SRC lies in it, or it in SRC; name a new folder", key="dst")
-    if dst.is_dir() and any(dst.iterdir()) and not any((dst / name).exists() for name in ("model_index.json", "config.json", *COMPONENTS)):
+    if (
+        dst.is_dir()
+        and any(dst.iterdir())
+        and not any((dst / name).exists() for name in ("model_index.json", "config.json", *COMPONENTS))
+    ):
         raise OutputError("is a directory with other things in it, no model's folder; name a new one", path=dst)
     if manifest is None:
         return
@@ -160,7 +206,9 @@ def _require_apart(src: Path, dst: Path, manifest: str | PathLike[str] | None, o
         raise ArgumentError("manifest: is SRC or DST, or lies in one of them; choose another name", key="manifest")
 
 
-def _open(src: str | PathLike[str], drop: Sequence[str], variant: str | None) -> tuple[Weights | Folder, dict[str, str]]:
+def _open(
+    src: str | PathLike[str], drop: Sequence[str], variant: str | None
+) -> tuple[Weights | Folder, dict[str, str]]:
     """The source without the keys to be dropped, and those. Of a folder also what comes beside the networks."""
     path = Path(src)
     alone = not is_folder(path) and (path / "config.json").is_file()
@@ -171,7 +219,9 @@ def _open(src: str | PathLike[str], drop: Sequence[str], variant: str | None) ->
         dropped = {key: "dropped as asked" for key in file if any(re.fullmatch(pattern, key) for pattern in drop)}
         for pattern in drop:
             if not any(re.fullmatch(pattern, key) for key in dropped):
-                raise file.error(f"has no key that matches {pattern[:60]!r}, which is to be dropped; leave it out", pattern)
+                raise file.error(
+                    f"has no key that matches {pattern[:60]!r}, which is to be dropped; leave it out", pattern
+                )
         file.specs = {key: spec for key, spec in file.specs.items() if key not in dropped}
         return file, dropped
     except BaseException:
@@ -195,7 +245,13 @@ def _complete(folder: Folder, variant: str | None) -> None:
 def _texts(folder: Folder, config: ModelConfig | str | None, prediction: Prediction | None) -> dict[str, str]:
     """The configs and tokenizer files of a folder, as they are, but for those that `config` or `prediction` overrules."""
     found = {}
-    overruled = r"scheduler/.+|\w+/config\.json" if isinstance(config, ModelConfig) else r"scheduler/.+" if prediction is not None else r"(?!)"
+    overruled = (
+        r"scheduler/.+|\w+/config\.json"
+        if isinstance(config, ModelConfig)
+        else r"scheduler/.+"
+        if prediction is not None
+        else r"(?!)"
+    )
     for path in sorted(folder.path.glob("*.json")) + sorted(folder.path.glob("*/*")):
         name = path.relative_to(folder.path).as_posix()
         if _TEXT.fullmatch(name) and not re.fullmatch(overruled, name) and path.is_file():
@@ -208,7 +264,10 @@ def _texts(folder: Folder, config: ModelConfig | str | None, prediction: Predict
     listed = read_json(folder.path / "model_index.json") if "model_index.json" in found else {}
     for name, part in listed.items():
         if isinstance(part, list) and any(word is not None for word in part) and not re.fullmatch(_PARTS, name):
-            raise folder.error(f"its model_index.json lists {name[:60]}, a part that this version does not copy; convert to a single file", name)
+            raise folder.error(
+                f"its model_index.json lists {name[:60]}, a part that this version does not copy; convert to a single file",
+                name,
+            )
     return found
 
 
@@ -222,8 +281,14 @@ def _planned(
     container_alone = to_file and isinstance(file, Weights) and ema is None and not prune and only is None
     is_model = f"{UNET}input_blocks.0.0.weight" in file or any(key.startswith("unet/") for key in file)
     if not is_model:
-        if ema is not None or prune or (only is not None and not (only == "vae" and (isinstance(file, Folder) or is_vae(file)))):
-            raise file.error("is no model but a part of one, or something else: ema, prune and only have nothing to choose from; leave them out")
+        if (
+            ema is not None
+            or prune
+            or (only is not None and not (only == "vae" and (isinstance(file, Folder) or is_vae(file))))
+        ):
+            raise file.error(
+                "is no model but a part of one, or something else: ema, prune and only have nothing to choose from; leave them out"
+            )
         return _no_model(file, to_file, dtype, config, "first_stage_model." if only else ""), None
     try:
         model = known(file, config, prediction, dtype, ema, prune)
@@ -232,7 +297,9 @@ def _planned(
             return same_names(file, dtype), None
         raise
     if model.raw and ema is None and (not to_file or prune or only == "unet"):
-        raise file.error("holds raw weights and their moving average, of which the target takes one: say ema=True or ema=False")
+        raise file.error(
+            "holds raw weights and their moving average, of which the target takes one: say ema=True or ema=False"
+        )
     if only is not None:
         return network_alone(model, only, to_file), model
     if to_file:
@@ -240,16 +307,22 @@ def _planned(
     return to_folder(model), model
 
 
-def _no_model(file: Weights | Folder, to_file: bool, dtype: torch.dtype | None, config: ModelConfig | str | None, prefix: str) -> Route:
+def _no_model(
+    file: Weights | Folder, to_file: bool, dtype: torch.dtype | None, config: ModelConfig | str | None, prefix: str
+) -> Route:
     """A VAE alone in either layout; anything else in another container, without a prefix of its names."""
     if isinstance(file, Folder) and not to_file:
-        raise file.error("is the folder of one network, and the target a folder too; name a target that ends in .safetensors or .ckpt")
+        raise file.error(
+            "is the folder of one network, and the target a folder too; name a target that ends in .safetensors or .ckpt"
+        )
     if isinstance(file, Folder):
         return vae_to_file(file, dtype)
     if to_file:
         return same_names(file, dtype, prefix)
     if not is_vae(file):
-        raise file.error("is neither a model nor a VAE: only those have a folder layout; name a target that ends in .safetensors or .ckpt")
+        raise file.error(
+            "is neither a model nor a VAE: only those have a folder layout; name a target that ends in .safetensors or .ckpt"
+        )
     return vae_to_folder(file, config, dtype)
 
 
@@ -259,7 +332,11 @@ def _no_model(file: Weights | Folder, to_file: bool, dtype: torch.dtype | None, 
 def _told(file: Weights | Folder, licence: str | None, only: Only | None) -> dict[str, str]:
     """What the source says of itself that stays true; a folder says it in the file of its UNet."""
     metadata = file.files[0].metadata if isinstance(file, Folder) else file.metadata
-    told = {key: value for key, value in metadata.items() if not _STALE.fullmatch(key) and (only in (None, "unet") or key not in (WHICH, METADATA))}
+    told = {
+        key: value
+        for key, value in metadata.items()
+        if not _STALE.fullmatch(key) and (only in (None, "unet") or key not in (WHICH, METADATA))
+    }
     said = licence or told.get(LICENCE) or told.get("license")
     return told | ({LICENCE: said} if said else {})
 
@@ -308,7 +385,9 @@ def _reporter(total: int, on_write: OnWrite, digests: dict[tuple[str, str], str]
     return report
 
 
-def _write_folder(route: Route, dst: Path, metadata: Mapping[str, str], overwrite: bool, report: Callable[[str], OnWrite]) -> None:
+def _write_folder(
+    route: Route, dst: Path, metadata: Mapping[str, str], overwrite: bool, report: Callable[[str], OnWrite]
+) -> None:
     with replacing_directory(dst, overwrite) as folder:
         for name, text in route.texts.items():
             (folder / name).parent.mkdir(exist_ok=True)

@@ -21,8 +21,14 @@ from weights.tools.closeness import nearness, products, rank, ratio, rounding_er
 from weights.tools.matching import Side, by_keys, by_parameters, is_network
 from weights.tools.verdict import SAME, Compared, Facts, Rank, Verdict, Weight, judge, may_be_lora, relative
 
-QUICK_MATRICES, QUICK_VECTORS = 6, 2  # tensors of a component that `quick` compares: matrices tell training, norms and biases tell a LoRA from it
-RANKED_MATRICES, RANKED_KERNELS = 6, 2  # differences whose rank is found: each is a singular value decomposition, a second for the largest
+QUICK_MATRICES, QUICK_VECTORS = (
+    6,
+    2,
+)  # tensors of a component that `quick` compares: matrices tell training, norms and biases tell a LoRA from it
+RANKED_MATRICES, RANKED_KERNELS = (
+    6,
+    2,
+)  # differences whose rank is found: each is a singular value decomposition, a second for the largest
 LARGEST_RANKED = 2**22  # numbers in such a matrix, if there are any as small; it holds every attention matrix of SDXL
 UNEXPLAINED = 4.0  # times the rounding of the stored types: a merge in float16 rounds at each of its three steps
 
@@ -86,7 +92,9 @@ class Difference:
     reshaped: tuple[Reshaped, ...]
     retyped: Mapping[str, int]  # "float32 -> float16" -> tensors
     not_finite: Mapping[str, str]  # name -> whose has NaN or infinity: "a", "b" or "both"
-    different: tuple[Compared, ...]  # tensors that are not the same after rounding, those that differ most by their norm first
+    different: tuple[
+        Compared, ...
+    ]  # tensors that are not the same after rounding, those that differ most by their norm first
     ranks: tuple[Rank, ...]
     weights: tuple[Weight, ...]  # of the third file
     quick: tuple[str, ...] | None  # names of the tensors that were compared, if not all were
@@ -99,7 +107,15 @@ class Difference:
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON. Infinite numbers are None there; `different` are flat: name, component, shape, a, b, largest, relative."""
         flat = [
-            {"name": one.name, "component": one.component, "shape": one.shape, "a": one.dtypes[0], "b": one.dtypes[1], "largest": one.near.largest, "relative": one.near.relative}
+            {
+                "name": one.name,
+                "component": one.component,
+                "shape": one.shape,
+                "a": one.dtypes[0],
+                "b": one.dtypes[1],
+                "largest": one.near.largest,
+                "relative": one.near.relative,
+            }
             for one in self.different
         ]
         return {"same": self.same, **_plain(asdict(self) | {"different": flat})}
@@ -127,7 +143,10 @@ def diff(
         files = [stack.enter_context(open_any(path)) for path in (a, b, third) if path is not None]
         named = [by_parameters(file, config) for file in files]
         ours = all(named)
-        sides = [side if ours and side else replace(by_keys(file), **({"title": side.title} if side else {})) for file, side in zip(files, named, strict=True)]
+        sides = [
+            side if ours and side else replace(by_keys(file), **({"title": side.title} if side else {}))
+            for file, side in zip(files, named, strict=True)
+        ]
         found = _diff(sides, quick, on_read)
         for file in files:
             file.require_unchanged()
@@ -146,15 +165,27 @@ def _diff(sides: list[Side], quick: bool, on_read: OnRead | None) -> Difference:
     compared = []
     for name in chosen:
         entry, other = a.entries[name], b.entries[name]
-        compared.append(Compared(name, entry.component, entry.shape, (_name(entry.dtype), _name(other.dtype)), nearness(a.read(name), b.read(name))))
+        compared.append(
+            Compared(
+                name,
+                entry.component,
+                entry.shape,
+                (_name(entry.dtype), _name(other.dtype)),
+                nearness(a.read(name), b.read(name)),
+            )
+        )
         tell(name, 2)
     facts = Facts(
         a, b, Counter(a.entries[name].component for name in shared), compared,
         ({name: entry for name, entry in a.entries.items() if name not in b.entries}, {name: entry for name, entry in b.entries.items() if name not in a.entries}),
         reshaped,
     )  # fmt: skip
-    facts = replace(facts, averaged=_averaged(facts), ranks=tuple(_ranks(facts)), weights=tuple(_weights(sides, between, tell)))
-    different = sorted((one for one in compared if one.near.relation == "different"), key=lambda one: (-one.near.relative, one.name))
+    facts = replace(
+        facts, averaged=_averaged(facts), ranks=tuple(_ranks(facts)), weights=tuple(_weights(sides, between, tell))
+    )
+    different = sorted(
+        (one for one in compared if one.near.relation == "different"), key=lambda one: (-one.near.relative, one.name)
+    )
     return Difference(
         judge(facts), _input(a), _input(b), "parameters" if a.ours else "keys", tuple(_components(facts)),
         *({entry.place.key: entry.reason for entry in only.values()} for only in facts.only),
@@ -188,10 +219,15 @@ def _between(sides: list[Side], name: str) -> bool:
     """Is this a tensor of a network that all three have, so that B's can lie between A's and C's?"""
     entries = [side.entries.get(name) for side in sides]
     shapes = {entry and entry.shape for entry in entries}
-    return len(shapes) == 1 and all(entry is not None and entry.dtype.is_floating_point and (is_network(entry.component) or not sides[0].ours) for entry in entries)
+    return len(shapes) == 1 and all(
+        entry is not None and entry.dtype.is_floating_point and (is_network(entry.component) or not sides[0].ours)
+        for entry in entries
+    )
 
 
-def _teller(sides: list[Side], chosen: list[str], between: list[str], on_read: OnRead | None) -> Callable[[str, int], None]:
+def _teller(
+    sides: list[Side], chosen: list[str], between: list[str], on_read: OnRead | None
+) -> Callable[[str, int], None]:
     """What tells `on_read` that a tensor was read from the first n files."""
 
     def size(name: str, n: int) -> int:
@@ -231,9 +267,15 @@ def _ranks(facts: Facts) -> Iterator[Rank]:
     matrices = [one for one in moved if all(one.near.finite) and math.prod(one.shape[2:]) == 1]
     kernels = [one for one in moved if all(one.near.finite) and math.prod(one.shape[2:]) > 1]
     for group, count in ((matrices, RANKED_MATRICES), (kernels, RANKED_KERNELS)):
-        small = [one for one in group if math.prod(one.shape) <= LARGEST_RANKED] or sorted(group, key=lambda one: math.prod(one.shape))[:1]
+        small = [one for one in group if math.prod(one.shape) <= LARGEST_RANKED] or sorted(
+            group, key=lambda one: math.prod(one.shape)
+        )[:1]
         for one in spread(small, count):
-            yield Rank(one.name, rank(facts.a.read(one.name), facts.b.read(one.name)), min(one.shape[0], math.prod(one.shape[1:])))
+            yield Rank(
+                one.name,
+                rank(facts.a.read(one.name), facts.b.read(one.name)),
+                min(one.shape[0], math.prod(one.shape[1:])),
+            )
 
 
 def _weights(sides: list[Side], between: list[str], tell: Callable[[str, int], None]) -> Iterator[Weight]:
@@ -255,12 +297,23 @@ def _weights(sides: list[Side], between: list[str], tell: Callable[[str, int], N
 
 
 def _components(facts: Facts) -> Iterator[Component]:
-    for component in sorted({entry.component for side in (facts.a, facts.b) for entry in side.entries.values()}, key=_order):
+    for component in sorted(
+        {entry.component for side in (facts.a, facts.b) for entry in side.entries.values()}, key=_order
+    ):
         there = facts.inside(component)
         relations = Counter(one.near.relation for one in there)
         dtypes = dict(Counter(_types(*one.dtypes) for one in there))
         largest = max((one.near.largest for one in there), default=0.0)
-        yield Component(component, facts.shared.get(component, 0), relations["equal"], relations["rounded"], relations["different"], largest, relative(there), dtypes)
+        yield Component(
+            component,
+            facts.shared.get(component, 0),
+            relations["equal"],
+            relations["rounded"],
+            relations["different"],
+            largest,
+            relative(there),
+            dtypes,
+        )
 
 
 def _order(component: str) -> tuple[int, str]:

@@ -28,7 +28,22 @@ TITLES = {
     "unet": "UNet", "vae": "VAE", "vision": "image encoder", "depth": "depth network", "safety": "safety checker", "controlnet": "ControlNet",
     "lora": "factors", "embedding": "vectors", "ema": "moving average", "schedule": "noise schedule", "leftovers": "read by nothing", "unknown": "unknown",
 }  # fmt: skip
-ORDER = ("unet", "vae", "text.0", "text.1", "vision", "depth", "safety", "controlnet", "lora", "embedding", "ema", "schedule", "leftovers", "unknown")
+ORDER = (
+    "unet",
+    "vae",
+    "text.0",
+    "text.1",
+    "vision",
+    "depth",
+    "safety",
+    "controlnet",
+    "lora",
+    "embedding",
+    "ema",
+    "schedule",
+    "leftovers",
+    "unknown",
+)
 POSITION_IDS = re.compile(r"(.+[./])?embeddings\.position_ids")
 MAX_IDS = 65536  # numbers of a position_ids that is read to be checked; the published ones have 77 or 257
 
@@ -53,14 +68,25 @@ def refusal(what: str, key: str | None = None) -> FileError:
 
 def owners(layout: Layout) -> dict[str, str]:
     """{prefix: component} of a single file's layout."""
-    found = {"model_ema.": "ema", "first_stage_model.": "vae", "first_stage_model.loss.": "leftovers", "first_stage_model.model_ema.": "leftovers", "depth_model.": "depth"}
+    found = {
+        "model_ema.": "ema",
+        "first_stage_model.": "vae",
+        "first_stage_model.loss.": "leftovers",
+        "first_stage_model.model_ema.": "leftovers",
+        "depth_model.": "depth",
+    }
     for part in layout.parts:
         root = re.match(r"cond_stage_model\.|conditioner\.embedders\.\d\.", part.theirs)
         found[root[0] if root and part.ours.startswith("text.") else part.theirs] = part.ours.rstrip(".")
     return found
 
 
-def components(specs: Mapping[str, Spec], prefixes: Mapping[str, str], ignored: Iterable[tuple[str, str]], titles: Mapping[str, str] | None = None) -> tuple[Component, ...]:
+def components(
+    specs: Mapping[str, Spec],
+    prefixes: Mapping[str, str],
+    ignored: Iterable[tuple[str, str]],
+    titles: Mapping[str, str] | None = None,
+) -> tuple[Component, ...]:
     """The tensors in groups: each belongs to the component of the longest prefix, else to what is ignored for a reason, else it is unknown."""
     longest = sorted(prefixes, key=len, reverse=True)
     groups: dict[str, list[str]] = {}
@@ -71,7 +97,10 @@ def components(specs: Mapping[str, Spec], prefixes: Mapping[str, str], ignored: 
             name = "unknown" if why is None else "schedule" if why.startswith("noise schedule") else "leftovers"
         groups.setdefault(name, []).append(key)
     ranked = sorted(groups, key=lambda name: ORDER.index(name) if name in ORDER else len(ORDER))
-    return tuple(_component(name, (titles or {}).get(name) or TITLES.get(name, name), {key: specs[key] for key in groups[name]}) for name in ranked)
+    return tuple(
+        _component(name, (titles or {}).get(name) or TITLES.get(name, name), {key: specs[key] for key in groups[name]})
+        for name in ranked
+    )
 
 
 def _component(name: str, title: str, specs: Mapping[str, Spec]) -> Component:
@@ -79,19 +108,32 @@ def _component(name: str, title: str, specs: Mapping[str, Spec]) -> Component:
     for spec in specs.values():
         dtypes[typed(spec.dtype)] = dtypes.get(typed(spec.dtype), 0) + 1
     parameters = sum(spec.numel for key, spec in specs.items() if not POSITION_IDS.fullmatch(key))
-    return Component(name, title, len(specs), parameters, sum(spec.numel * spec.dtype.itemsize for spec in specs.values()), dtypes)
+    return Component(
+        name, title, len(specs), parameters, sum(spec.numel * spec.dtype.itemsize for spec in specs.values()), dtypes
+    )
 
 
 def same_names(unet: UNetConfig | None, vae: VAEConfig | None, config: ModelConfig) -> bool:
     """Have networks of these sizes, None where there is none, the names of the config's? Widths may differ, the number of layers not."""
     theirs, ours = unet, config.unet
-    layers = theirs is None or (theirs.num_res_blocks, theirs.down_depth, theirs.up_depth, theirs.mid_depth) == (ours.num_res_blocks, ours.down_depth, ours.up_depth, ours.mid_depth)
-    return layers and (vae is None or (len(vae.channel_mult), vae.num_res_blocks) == (len(config.vae.channel_mult), config.vae.num_res_blocks))
+    layers = theirs is None or (theirs.num_res_blocks, theirs.down_depth, theirs.up_depth, theirs.mid_depth) == (
+        ours.num_res_blocks,
+        ours.down_depth,
+        ours.up_depth,
+        ours.mid_depth,
+    )
+    return layers and (
+        vae is None
+        or (len(vae.channel_mult), vae.num_res_blocks) == (len(config.vae.channel_mult), config.vae.num_res_blocks)
+    )
 
 
 def tower_titles(towers: Mapping[str, TextConfig | None]) -> dict[str, str]:
     """What text towers are called, by component."""
-    return {name: f"text tower, {TOWERS.get(tower.width, f'{tower.width} wide')}" if tower else "text tower" for name, tower in towers.items()}
+    return {
+        name: f"text tower, {TOWERS.get(tower.width, f'{tower.width} wide')}" if tower else "text tower"
+        for name, tower in towers.items()
+    }
 
 
 def read_towers(layout: Layout, shapes: Mapping[str, Shape]) -> dict[str, TextConfig | None]:
@@ -105,7 +147,12 @@ def read_towers(layout: Layout, shapes: Mapping[str, Shape]) -> dict[str, TextCo
 
 def sizes_of(unet: UNetConfig) -> str:
     """What tells families apart, in words."""
-    said = [f"{unet.model_channels} channels", f"{unet.in_channels} in", f"context {unet.context_dim}", "linear projections" if unet.linear_proj else "1x1-convolution projections"]
+    said = [
+        f"{unet.model_channels} channels",
+        f"{unet.in_channels} in",
+        f"context {unet.context_dim}",
+        "linear projections" if unet.linear_proj else "1x1-convolution projections",
+    ]
     if unet.vector_dim is not None:
         said += [f"vector {unet.vector_dim}", f"{unet.mid_depth or 0} transformer blocks in the middle"]
     if unet.noise_levels is not None:
@@ -148,30 +195,46 @@ def account(layout: Layout, wanted: Mapping[str, Shape], specs: Mapping[str, Spe
             if layout.averaged is not None and found[0].key.startswith(layout.averaged):
                 averages.add(names.ema(found[0].key))
         else:
-            lacking.setdefault(_network(ours), []).extend([key for key in places[0].keys if key not in shapes] if places else [ours])
-    unknown = tuple(key for key in shapes if key not in used and key not in averages and ignored_for(layout.ignored, key) is None)
+            lacking.setdefault(_network(ours), []).extend(
+                [key for key in places[0].keys if key not in shapes] if places else [ours]
+            )
+    unknown = tuple(
+        key for key in shapes if key not in used and key not in averages and ignored_for(layout.ignored, key) is None
+    )
     missing_keys = tuple(dict.fromkeys(key for network in lacking if network in there for key in lacking[network]))
     ema = None if layout.averaged is None else average(shapes, averages)
     refused = _refused(layout, wanted, specs, shapes) if sized else None
     return Account(tuple(network for network in lacking if network not in there), missing_keys, unknown, ema, refused)
 
 
-def _refused(layout: Layout, wanted: Mapping[str, Shape], specs: Mapping[str, Spec], shapes: Mapping[str, Shape]) -> str | None:
+def _refused(
+    layout: Layout, wanted: Mapping[str, Shape], specs: Mapping[str, Spec], shapes: Mapping[str, Shape]
+) -> str | None:
     """What the loader would say against these tensors."""
     try:
         sources = plan(layout, wanted, shapes, refusal).sources
     except FileError as error:
         return reason(error)
-    whole = next((key for place in sources.values() for key in place.keys if not specs[key].dtype.is_floating_point), None)
-    return None if whole is None else f"{whole} holds {typed(specs[whole].dtype)} numbers, not floating-point ones: quantised weights are not read"
+    whole = next(
+        (key for place in sources.values() for key in place.keys if not specs[key].dtype.is_floating_point), None
+    )
+    return (
+        None
+        if whole is None
+        else f"{whole} holds {typed(specs[whole].dtype)} numbers, not floating-point ones: quantised weights are not read"
+    )
 
 
 def average(keys: Iterable[str], expected: Iterable[str]) -> AverageFacts:
     """What there is of a moving average, whose tensors should be `expected`, where they are known."""
     keys, expected = set(keys), set(expected)
-    there = [key for key in keys if key.startswith("model_ema.") and key not in ("model_ema.decay", "model_ema.num_updates")]
+    there = [
+        key for key in keys if key.startswith("model_ema.") and key not in ("model_ema.decay", "model_ema.num_updates")
+    ]
     if not there:
-        return AverageFacts("leftover" if {"model_ema.decay", "model_ema.num_updates"} & keys else "none", 0, len(expected))
+        return AverageFacts(
+            "leftover" if {"model_ema.decay", "model_ema.num_updates"} & keys else "none", 0, len(expected)
+        )
     return AverageFacts("full" if expected <= set(there) else "partial", len(there), len(expected))
 
 
@@ -183,14 +246,18 @@ def _network(ours: str) -> str:
 # --- prediction -----------------------------------------------------------------------------------------------------
 
 
-def prediction(file: Weights | Folder, config: ModelConfig, layout: Layout, explicit: str | None) -> tuple[PredictionFacts, ModelConfig, str | None]:
+def prediction(
+    file: Weights | Folder, config: ModelConfig, layout: Layout, explicit: str | None
+) -> tuple[PredictionFacts, ModelConfig, str | None]:
     """What is predicted and who says so, the config with it, and why it cannot be loaded, if so.
 
     `explicit`: who gave the config, where somebody did. Reads one tensor of a few hundred numbers.
     """
 
     def statistic() -> torch.Tensor | None:
-        return next((file.read(place.key, mapped=False) for place in layout.places(STATISTIC) if place.key in file), None)
+        return next(
+            (file.read(place.key, mapped=False) for place in layout.places(STATISTIC) if place.key in file), None
+        )
 
     evidence = _claims(file)
     try:
@@ -207,7 +274,9 @@ def prediction(file: Weights | Folder, config: ModelConfig, layout: Layout, expl
     if explicit is not None:
         evidence.insert(0, f"{explicit}: {finding.config.prediction}")
     elif not evidence:
-        evidence.append(f"all published models of family {config.name} predict {finding.config.prediction}; this file says nothing else")
+        evidence.append(
+            f"all published models of family {config.name} predict {finding.config.prediction}; this file says nothing else"
+        )
     if finding.config.schedule.zero_snr:
         evidence.append("trained with zero terminal SNR: its last timestep is pure noise")
     return PredictionFacts(finding.config.prediction, tuple(evidence), None), finding.config, None
@@ -227,11 +296,29 @@ def _claims(file: Weights | Folder) -> list[str]:
 def damages(file: Weights | Folder) -> tuple[Damage, ...]:
     """Buffers that are not as published, and names that lack a part. NaN is not looked for: that would read everything."""
     found = [Damage(key, fault) for key in file if POSITION_IDS.fullmatch(key) and (fault := _ids_fault(file, key))]
-    half = [key for key in file if re.fullmatch(r"(low_scale_model\.)?\w*(alphas_cumprod|betas|posterior)\w*", key) and file.specs[key].dtype.itemsize < 4]
+    half = [
+        key
+        for key in file
+        if re.fullmatch(r"(low_scale_model\.)?\w*(alphas_cumprod|betas|posterior)\w*", key)
+        and file.specs[key].dtype.itemsize < 4
+    ]
     if half:
         types = ", ".join(sorted({typed(file.specs[key].dtype) for key in half}))
-        found.append(Damage(half[0], f"{len(half)} buffers of the noise schedule are stored as {types}, too coarse to be used"))
-    old = next((key for key in file if key in ("cond_stage_model.transformer.embeddings.token_embedding.weight", "conditioner.embedders.0.transformer.embeddings.token_embedding.weight")), None)
+        found.append(
+            Damage(half[0], f"{len(half)} buffers of the noise schedule are stored as {types}, too coarse to be used")
+        )
+    old = next(
+        (
+            key
+            for key in file
+            if key
+            in (
+                "cond_stage_model.transformer.embeddings.token_embedding.weight",
+                "conditioner.embedders.0.transformer.embeddings.token_embedding.weight",
+            )
+        ),
+        None,
+    )
     if old is not None:
         found.append(Damage(old, "the names of this text tower lack text_model."))
     return tuple(found)
@@ -256,7 +343,9 @@ def training(file: Weights | Folder, metadata: Mapping[str, str]) -> TrainingFac
             return TrainingFacts(steps, _whole(metadata.get(epoch)), step)
     key = "model_ema.num_updates"
     if key in file and file.specs[key].numel == 1 and not file.specs[key].dtype.is_floating_point:
-        return TrainingFacts(int(file.read(key, mapped=False).reshape(-1)[0]), None, f"{key}, the updates of its moving average")
+        return TrainingFacts(
+            int(file.read(key, mapped=False).reshape(-1)[0]), None, f"{key}, the updates of its moving average"
+        )
     return None
 
 

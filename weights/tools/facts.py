@@ -7,7 +7,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-What = Literal["model", "unet", "vae", "text tower", "safety checker", "lora", "embedding", "controlnet", "transformer", "other"]
+What = Literal[
+    "model", "unet", "vae", "text tower", "safety checker", "lora", "embedding", "controlnet", "transformer", "other"
+]
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,9 @@ class PredictionFacts:
 class AverageFacts:
     """The moving average of a model's weights beside the raw ones."""
 
-    kind: Literal["none", "leftover", "partial", "full"]  # leftover: its bookkeeping alone, the average is in the weights
+    kind: Literal[
+        "none", "leftover", "partial", "full"
+    ]  # leftover: its bookkeeping alone, the average is in the weights
     tensors: int
     expected: int  # tensors of a full one; 0 where the model is unknown
 
@@ -71,7 +75,9 @@ class LoraFacts:
     spellings: Mapping[str, int]  # kohya, diffusers, peft -> modules named so
     ranks: Mapping[int, int]  # rank -> weights
     alphas: Mapping[float, int]  # alpha -> weights; those without one are missing, their alpha is the rank
-    families: tuple[str, ...]  # that it fits best: names of ldm.config.FAMILIES, each for the family's relatives too; empty: none
+    families: tuple[
+        str, ...
+    ]  # that it fits best: names of ldm.config.FAMILIES, each for the family's relatives too; empty: none
     fitting: int  # weights that have a place of their shape there
     weights: int  # in all
     modules: Mapping[str, int]  # network (unet, text.0, text.1) -> modules changed, in the first of `families`

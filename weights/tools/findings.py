@@ -24,7 +24,16 @@ from weights.names.detect import REFUSED, TITLES, detect, family, like_file, loo
 from weights.names.layout import ALONE, FOLDER, Layout, Part, original
 from weights.names.metadata import CONFIG_KEY
 from weights.names.original import hugging_face, hugging_face_vision
-from weights.names.sizes import UNET, read_diffusers_unet, read_diffusers_vae, read_text, read_unet, read_vae, read_vision, visible
+from weights.names.sizes import (
+    UNET,
+    read_diffusers_unet,
+    read_diffusers_vae,
+    read_text,
+    read_unet,
+    read_vae,
+    read_vision,
+    visible,
+)
 from weights.tools.adapters import embedding_facts, lora_facts
 from weights.tools.evidence import (
     Account,
@@ -42,7 +51,13 @@ from weights.tools.evidence import (
 )
 from weights.tools.facts import AverageFacts, Component, EmbeddingFacts, LoraFacts, PredictionFacts, What
 
-FOLDER_OWNERS = {"unet/": "unet", "vae/": "vae", "image_encoder/": "vision", "depth_estimator/": "depth", "safety_checker/": "safety"}
+FOLDER_OWNERS = {
+    "unet/": "unet",
+    "vae/": "vae",
+    "image_encoder/": "vision",
+    "depth_estimator/": "depth",
+    "safety_checker/": "safety",
+}
 
 
 @dataclass(frozen=True)
@@ -67,7 +82,9 @@ class Findings:
 # --- models ---------------------------------------------------------------------------------------------------------
 
 
-def describe_contents(file: Weights | Folder, config: ModelConfig | str | None, stack: contextlib.ExitStack) -> Findings:
+def describe_contents(
+    file: Weights | Folder, config: ModelConfig | str | None, stack: contextlib.ExitStack
+) -> Findings:
     """What an open file or folder is; what has to be opened beside it is closed with `stack`."""
     shapes = {key: file.shape(key) for key in file}
     if isinstance(file, Folder) and "unet/conv_in.weight" in shapes:
@@ -77,7 +94,9 @@ def describe_contents(file: Weights | Folder, config: ModelConfig | str | None, 
     return _part(file, shapes, FAMILIES[config] if isinstance(config, str) else config)
 
 
-def _single(file: Weights | Folder, shapes: Mapping[str, tuple[int, ...]], config: ModelConfig | str | None) -> Findings:
+def _single(
+    file: Weights | Folder, shapes: Mapping[str, tuple[int, ...]], config: ModelConfig | str | None
+) -> Findings:
     """A model in one file."""
     layout = original(shapes)
     towers = read_towers(layout, shapes)
@@ -87,23 +106,39 @@ def _single(file: Weights | Folder, shapes: Mapping[str, tuple[int, ...]], confi
         known, refused = detect(shapes, file.metadata, config, ""), None
     except FileError as error:
         known, refused = None, reason(error)
-    explicit = "the config given" if config is not None else f"{CONFIG_KEY} in its metadata" if CONFIG_KEY in file.metadata else None
+    explicit = (
+        "the config given"
+        if config is not None
+        else f"{CONFIG_KEY} in its metadata"
+        if CONFIG_KEY in file.metadata
+        else None
+    )
     evidence = () if unet is None else (f"{sizes_of(unet)} -> {name}",)
     if known is not None and explicit is not None:
         evidence += (f"{explicit}: {known.name}",)
     groups = components(file.specs, owners(layout), layout.ignored, tower_titles(towers))
-    like = like_file(FAMILIES[name], [*towers.values()]) if name in FAMILIES and same_names(unet, read_vae(shapes), FAMILIES[name]) else None
+    like = (
+        like_file(FAMILIES[name], [*towers.values()])
+        if name in FAMILIES and same_names(unet, read_vae(shapes), FAMILIES[name])
+        else None
+    )
     return _model(file, layout, name, known, like, refused, explicit, evidence, groups)
 
 
-def _folder(folder: Folder, shapes: Mapping[str, tuple[int, ...]], config: ModelConfig | str | None, stack: contextlib.ExitStack) -> Findings:
+def _folder(
+    folder: Folder, shapes: Mapping[str, tuple[int, ...]], config: ModelConfig | str | None, stack: contextlib.ExitStack
+) -> Findings:
     """A model in a diffusers folder."""
     there = [name for name in ("text_encoder", "text_encoder_2") if any(key.startswith(f"{name}/") for key in shapes)]
     parts = tuple(Part(f"text.{i}.", f"{name}/", hugging_face) for i, name in enumerate(there))
     layout = Layout((*parts, Part("vision.", "image_encoder/", hugging_face_vision)), FOLDER)
     towers = read_towers(layout, shapes)
     unet = read_diffusers_unet(shapes, "unet/")
-    name = family(unet, any(key.startswith("image_encoder/") for key in shapes), {"cc_projection.": ()} if (folder.path / "cc_projection").is_dir() else {})
+    name = family(
+        unet,
+        any(key.startswith("image_encoder/") for key in shapes),
+        {"cc_projection.": ()} if (folder.path / "cc_projection").is_dir() else {},
+    )
     known, refused = None, None
     try:
         known, layout = describe(folder, config)
@@ -112,8 +147,12 @@ def _folder(folder: Folder, shapes: Mapping[str, tuple[int, ...]], config: Model
     prefixes = FOLDER_OWNERS | {f"{name}/": f"text.{i}" for i, name in enumerate(there)}
     groups = components({**folder.specs, **_safety_checker(folder, stack)}, prefixes, FOLDER, tower_titles(towers))
     evidence = () if unet is None else (f"{sizes_of(unet)} -> {name}",)
-    evidence += ("its config.json files describe the tensors beside them",) if known is not None and config is None else ()
-    return _model(folder, layout, name, known, None, refused, None if config is None else "the config given", evidence, groups)
+    evidence += (
+        ("its config.json files describe the tensors beside them",) if known is not None and config is None else ()
+    )
+    return _model(
+        folder, layout, name, known, None, refused, None if config is None else "the config given", evidence, groups
+    )
 
 
 def _safety_checker(folder: Folder, stack: contextlib.ExitStack) -> Mapping[str, Any]:
@@ -165,7 +204,10 @@ def what_is(shapes: Mapping[str, tuple[int, ...]]) -> What:
         return "transformer"
     if any(key.startswith(("control_model.", "controlnet_")) for key in shapes):
         return "controlnet"
-    if any(f"{prefix}encoder.conv_in.weight" in shapes and f"{prefix}decoder.conv_in.weight" in shapes for prefix in ("", "first_stage_model.")):
+    if any(
+        f"{prefix}encoder.conv_in.weight" in shapes and f"{prefix}decoder.conv_in.weight" in shapes
+        for prefix in ("", "first_stage_model.")
+    ):
         return "vae"
     if "conv_in.weight" in shapes and any(key.startswith("down_blocks.") for key in shapes):
         return "unet"
@@ -183,7 +225,9 @@ def _part(file: Weights | Folder, shapes: Mapping[str, tuple[int, ...]], config:
     what = what_is(shapes)
     if what == "lora":
         return _lora(file, config)
-    teller = {"embedding": _embedding, "vae": _vae, "safety checker": _safety, "unet": _unet, "text tower": _text}.get(what)
+    teller = {"embedding": _embedding, "vae": _vae, "safety checker": _safety, "unet": _unet, "text tower": _text}.get(
+        what
+    )
     return teller(file, shapes) if teller else _other(what, file, shapes)
 
 
@@ -193,8 +237,14 @@ def _lora(file: Weights | Folder, config: ModelConfig | None) -> Findings:
         facts, unknown, evidence = lora_facts(file, config)
     except FileError as error:
         return Findings("lora", "damaged LoRA", groups, (), problem=str(error).removeprefix(f"{file.path}: "))
-    title = "/".join(facts.kinds) + (f" for {' or '.join(facts.families)}" if facts.families else " for no known family")
-    problem = None if facts.families else f"{'no model of this project' if config is None else f'a model of family {config.name}'} has {'the' if config is None else 'none of the'} modules that it changes"
+    title = "/".join(facts.kinds) + (
+        f" for {' or '.join(facts.families)}" if facts.families else " for no known family"
+    )
+    problem = (
+        None
+        if facts.families
+        else f"{'no model of this project' if config is None else f'a model of family {config.name}'} has {'the' if config is None else 'none of the'} modules that it changes"
+    )
     return Findings("lora", title, groups, evidence, None, problem, unknown_keys=unknown, lora=facts)
 
 
@@ -203,19 +253,43 @@ def _embedding(file: Weights | Folder, shapes: Mapping[str, Any]) -> Findings:
     try:
         facts = embedding_facts(file)
     except FileError as error:
-        return Findings("other", "small tensors that are no embedding", groups, (), problem=str(error).removeprefix(f"{file.path}: "))
+        return Findings(
+            "other",
+            "small tensors that are no embedding",
+            groups,
+            (),
+            problem=str(error).removeprefix(f"{file.path}: "),
+        )
     evidence = tuple(f"{key}: {[*shapes[key]]}" for key in shapes if file.specs[key].dtype.is_floating_point)
-    return Findings("embedding", f"textual-inversion embedding for {' and '.join(facts.towers)}", groups, evidence, embedding=facts)
+    return Findings(
+        "embedding", f"textual-inversion embedding for {' and '.join(facts.towers)}", groups, evidence, embedding=facts
+    )
 
 
 def _vae(file: Weights | Folder, shapes: Mapping[str, Any]) -> Findings:
-    groups = components(file.specs, {"": "vae", "model_ema.": "leftovers", "loss.": "leftovers", "first_stage_model.model_ema.": "leftovers", "first_stage_model.loss.": "leftovers"}, ALONE)
+    groups = components(
+        file.specs,
+        {
+            "": "vae",
+            "model_ema.": "leftovers",
+            "loss.": "leftovers",
+            "first_stage_model.model_ema.": "leftovers",
+            "first_stage_model.loss.": "leftovers",
+        },
+        ALONE,
+    )
     prefix = "" if "encoder.conv_in.weight" in shapes else "first_stage_model."
     there = read_vae(shapes, prefix)
     there = there if there is not None and there.num_res_blocks else read_diffusers_vae(shapes, prefix)
     known = next((config for config in (VAE_F8, VAE_F4) if there == visible(config)), None)
     evidence = () if there is None else (vae_sizes(there),)
-    title = "VAE of the x4 upscaler" if known is VAE_F4 else "VAE of SD 1, SD 2 or SDXL, which have the same shapes" if known is VAE_F8 else "VAE of other sizes"
+    title = (
+        "VAE of the x4 upscaler"
+        if known is VAE_F4
+        else "VAE of SD 1, SD 2 or SDXL, which have the same shapes"
+        if known is VAE_F8
+        else "VAE of other sizes"
+    )
     try:
         layout = None if known is None else vae_layout(shapes, known, file)
     except FileError:
@@ -223,12 +297,27 @@ def _vae(file: Weights | Folder, shapes: Mapping[str, Any]) -> Findings:
     if layout is None:
         return Findings("vae", title, groups, evidence, problem="no family of this project has a VAE of these sizes")
     found = account(layout, shapes_of(VAE, known), file.specs)
-    return Findings("vae", title, groups, evidence, None, found.refusal, None, (), found.missing_keys, found.unknown_keys)
+    return Findings(
+        "vae", title, groups, evidence, None, found.refusal, None, (), found.missing_keys, found.unknown_keys
+    )
 
 
 def _safety(file: Weights | Folder, shapes: Mapping[str, Any]) -> Findings:
-    found = account(Layout((Part("", "", names.doubled_vision),), ALONE), shapes_of(SafetyChecker, VisionConfig()), file.specs)
-    return Findings("safety checker", "safety checker", components(file.specs, {"": "safety"}, ()), ("it has special_care_embeds",), None, found.refusal, None, (), found.missing_keys, found.unknown_keys)
+    found = account(
+        Layout((Part("", "", names.doubled_vision),), ALONE), shapes_of(SafetyChecker, VisionConfig()), file.specs
+    )
+    return Findings(
+        "safety checker",
+        "safety checker",
+        components(file.specs, {"": "safety"}, ()),
+        ("it has special_care_embeds",),
+        None,
+        found.refusal,
+        None,
+        (),
+        found.missing_keys,
+        found.unknown_keys,
+    )
 
 
 def _unet(file: Weights | Folder, shapes: Mapping[str, Any]) -> Findings:
@@ -236,20 +325,39 @@ def _unet(file: Weights | Folder, shapes: Mapping[str, Any]) -> Findings:
     unet = read_diffusers_unet(shapes, "") if "conv_in.weight" in shapes else read_unet(shapes, prefix)
     name = family(unet, False, shapes)
     evidence = () if unet is None else (f"{sizes_of(unet)} -> {name}",)
-    return Findings("unet", f"UNet alone, of {(TITLES | REFUSED)[name]}", components(file.specs, {"": "unet"}, ()), evidence, name, not_a_model(shapes))
+    return Findings(
+        "unet",
+        f"UNet alone, of {(TITLES | REFUSED)[name]}",
+        components(file.specs, {"": "unet"}, ()),
+        evidence,
+        name,
+        not_a_model(shapes),
+    )
 
 
 def _text(file: Weights | Folder, shapes: Mapping[str, Any]) -> Findings:
     key = next(key for key in shapes if "text_model.encoder.layers.0." in key)
     prefix = key[: key.index("text_model.encoder.layers.0.")]
-    tower = read_text(lambda name: next((shapes[prefix + place.key] for place in hugging_face(name) if prefix + place.key in shapes), None))
+    tower = read_text(
+        lambda name: next(
+            (shapes[prefix + place.key] for place in hugging_face(name) if prefix + place.key in shapes), None
+        )
+    )
     titles = tower_titles({"text.0": tower})
-    evidence = () if tower is None else (f"text tower: {tower.width} wide, {tower.layers} blocks, {tower.vocab} tokens",)
-    return Findings("text tower", f"{titles['text.0']}, alone", components(file.specs, {"": "text.0"}, (), titles), evidence, None, not_a_model(shapes))
+    evidence = (
+        () if tower is None else (f"text tower: {tower.width} wide, {tower.layers} blocks, {tower.vocab} tokens",)
+    )
+    return Findings(
+        "text tower",
+        f"{titles['text.0']}, alone",
+        components(file.specs, {"": "text.0"}, (), titles),
+        evidence,
+        None,
+        not_a_model(shapes),
+    )
 
 
 def _other(what: What, file: Weights | Folder, shapes: Mapping[str, Any]) -> Findings:
     title = {"controlnet": "ControlNet", "transformer": "Flux or SD 3 transformer"}.get(what, "something else")
     name = {"controlnet": "controlnet"}.get(what, "unknown")
     return Findings(what, title, components(file.specs, {"": name}, ()), (), None, not_a_model(shapes))
-

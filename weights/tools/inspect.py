@@ -23,7 +23,11 @@ CONTAINERS = {"safetensors": "safetensors", "zip": "torch zip", "stream": "torch
 
 
 def inspect(
-    path: str | PathLike[str] | None = None, *, hash: bool = False, config: ModelConfig | str | None = None, on_hash: Callable[[Hashed], None] | None = None
+    path: str | PathLike[str] | None = None,
+    *,
+    hash: bool = False,
+    config: ModelConfig | str | None = None,
+    on_hash: Callable[[Hashed], None] | None = None,
 ) -> Report:
     """What a file or folder of weights is, how that shows, and what is amiss. Reads the header, and a few small tensors that are evidence.
 
@@ -39,12 +43,16 @@ def inspect(
         file = stack.enter_context(_open(path))
         found = describe_contents(file, config, stack)
         opened = file.files if isinstance(file, Folder) else [file]
-        metadata = dict(file.metadata) or ({} if isinstance(file, Weights) else next((dict(each.metadata) for each in opened if each.metadata), {}))
+        metadata = dict(file.metadata) or (
+            {} if isinstance(file, Weights) else next((dict(each.metadata) for each in opened if each.metadata), {})
+        )
         report = Report(
             path=str(path),
             kind=CONTAINERS[file.kind] if isinstance(file, Weights) else "diffusers folder",
             sharded=any(re.search(r"-\d+-of-\d+\.", each.path.name) for each in opened),
-            variant=", ".join(sorted({_variant(each.path.name) for each in opened} - {""})) if isinstance(file, Folder) else "",
+            variant=", ".join(sorted({_variant(each.path.name) for each in opened} - {""}))
+            if isinstance(file, Folder)
+            else "",
             files=tuple(_file(each, path, hash, on_hash) for each in opened),
             what=found.what,
             title=found.title,
@@ -77,9 +85,13 @@ def _open(path: Path) -> Iterator[Weights | Folder]:
     elif is_folder(path):
         opened = open_folder(path)
     else:
-        stems = next((stems for stems in COMPONENTS.values() if any(next(path.glob(f"{stem}*"), None) for stem in stems)), None)
+        stems = next(
+            (stems for stems in COMPONENTS.values() if any(next(path.glob(f"{stem}*"), None) for stem in stems)), None
+        )
         if stems is None:
-            raise FileError("is a directory without weights of a known name; name a file in it, or a diffusers folder", path=path)
+            raise FileError(
+                "is a directory without weights of a known name; name a file in it, or a diffusers folder", path=path
+            )
         opened = Folder(path)
         try:
             add_component(opened, path, stems, "")

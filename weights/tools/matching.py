@@ -24,13 +24,26 @@ from weights.names import original as names
 from weights.names.detect import REFUSED, TITLES, family, lookup, not_a_model
 from weights.names.layout import ALONE, FOLDER, Layout, Part, diffusers, original, reason
 from weights.names.places import Place, Shape
-from weights.names.sizes import UNET, Shapes, read_diffusers_unet, read_diffusers_vae, read_text, read_unet, read_vae, read_vision
+from weights.names.sizes import (
+    UNET,
+    Shapes,
+    read_diffusers_unet,
+    read_diffusers_vae,
+    read_text,
+    read_unet,
+    read_vae,
+    read_vision,
+)
 
 AVERAGE = "moving average of the weights"
 UNREAD = "part of a text tower after the last block that is read"
 NETWORKS = ("unet", "vae", "text", "vision", "depth")  # components that are networks, without their numbers
 
-_CONTAINERS = {"safetensors": "a .safetensors file", "zip": "a torch checkpoint", "stream": "a torch checkpoint of the kind before 1.6"}
+_CONTAINERS = {
+    "safetensors": "a .safetensors file",
+    "zip": "a torch checkpoint",
+    "stream": "a torch checkpoint of the kind before 1.6",
+}
 _OWN = (  # pattern of a key, component: where names are the file's own
     (r"model_ema\.", "ema"), (r"model\.diffusion_model\.|unet/", "unet"), (r"first_stage_model\.|vae/", "vae"), (r"depth_model\.|depth_estimator/", "depth"),
     (r"cond_stage_model\.|conditioner\.embedders\.0\.|text_encoder/", "text.0"), (r"conditioner\.embedders\.1\.|text_encoder_2/", "text.1"),
@@ -69,7 +82,9 @@ class Side:
     def read(self, name: str) -> Tensor:
         """The tensor in its own type, on the CPU. It is a copy: what passes through is given back to the system."""
         entry = self.entries[name]
-        pieces = [self.file.read(key, rows=entry.place.rows(self.file.shape(key)), mapped=False) for key in entry.place.keys]
+        pieces = [
+            self.file.read(key, rows=entry.place.rows(self.file.shape(key)), mapped=False) for key in entry.place.keys
+        ]
         tensor = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
         return tensor.T if entry.place.how == "transposed" else tensor.reshape(entry.shape)
 
@@ -95,10 +110,17 @@ def by_parameters(file: Weights | Folder, config: ModelConfig | str | None = Non
     entries: dict[str, Entry] = {}
     used: set[str] = set()
     for ours in parameters:
-        place = next((place for place in layout.places(ours) if all(_usable(place, shapes.get(key)) for key in place.keys)), None)
+        place = next(
+            (place for place in layout.places(ours) if all(_usable(place, shapes.get(key)) for key in place.keys)), None
+        )
         if place is None:
             continue
-        entries[ours] = _entry(file, _component(ours), place, read(ours) or (_reason(layout, place.key) if ours.startswith("text.") else ""))
+        entries[ours] = _entry(
+            file,
+            _component(ours),
+            place,
+            read(ours) or (_reason(layout, place.key) if ours.startswith("text.") else ""),
+        )
         used.update(place.keys)
         average = names.ema(place.key) if layout.averaged and place.key.startswith(layout.averaged) else ""
         if average in shapes:
@@ -107,14 +129,21 @@ def by_parameters(file: Weights | Folder, config: ModelConfig | str | None = Non
     for key in shapes:
         if key not in used:
             name = _leftover(layout, key)
-            entries[name if name not in entries else f"other/{key}"] = _entry(file, "other", Place(key), _reason(layout, key))
+            entries[name if name not in entries else f"other/{key}"] = _entry(
+                file, "other", Place(key), _reason(layout, key)
+            )
     return Side(file, title, _container(file), entries, ours=True)
 
 
 def by_keys(file: Weights | Folder) -> Side:
     """The tensors by the file's own names."""
     shapes = {key: file.shape(key) for key in file}
-    entries = {key: _entry(file, next((component for pattern, component in _OWN if re.match(pattern, key)), "other"), Place(key), "") for key in shapes}
+    entries = {
+        key: _entry(
+            file, next((component for pattern, component in _OWN if re.match(pattern, key)), "other"), Place(key), ""
+        )
+        for key in shapes
+    }
     model = isinstance(file, Folder) or f"{UNET}input_blocks.0.0.weight" in shapes
     told = re.match(r"is (an? [^,(;:]+)", not_a_model(shapes)) if not model else None
     title = REFUSED["unknown"] if model else told[1].strip() if told else "a file of weights"
@@ -123,7 +152,9 @@ def by_keys(file: Weights | Folder) -> Side:
 
 # --- what the networks of a file are --------------------------------------------------------------------------------
 
-_Found = tuple[str, Layout, list[str], Callable[[str], str]]  # title, layout, our names of the parameters, why a parameter may be left out
+_Found = tuple[
+    str, Layout, list[str], Callable[[str], str]
+]  # title, layout, our names of the parameters, why a parameter may be left out
 
 
 def _single(shapes: Shapes, known: ModelConfig | None) -> _Found | None:
@@ -136,7 +167,9 @@ def _single(shapes: Shapes, known: ModelConfig | None) -> _Found | None:
     name = known.name if known is not None and unet is None else family(unet, vision is not None, shapes)
     if known is None and unet is not None:
         usual = FAMILIES.get(name, FAMILIES["sd1"])
-        known = replace(usual, unet=unet, vae=read_vae(shapes), text=tuple(towers), vision=vision, depth=FAMILIES["sd2-depth"].depth)
+        known = replace(
+            usual, unet=unet, vae=read_vae(shapes), text=tuple(towers), vision=vision, depth=FAMILIES["sd2-depth"].depth
+        )
     return known and (_title(name), layout, [*_parameters(known, layout)], _unread(name))
 
 
@@ -161,11 +194,17 @@ def _folder(shapes: Shapes, known: ModelConfig | None) -> _Found | None:
 def _alone(shapes: Shapes) -> _Found | None:
     """A VAE or a UNet that comes alone, under its own names or diffusers'."""
     for prefix in ("", "first_stage_model."):
-        for vae, places in ((read_vae(shapes, prefix), lambda config: names.vae), (read_diffusers_vae(shapes, prefix), diffusers_names.in_diffusers_vae)):
+        for vae, places in (
+            (read_vae(shapes, prefix), lambda config: names.vae),
+            (read_diffusers_vae(shapes, prefix), diffusers_names.in_diffusers_vae),
+        ):
             if vae is not None and vae.channel_mult:  # none: its blocks have other names
                 layout = Layout((Part("vae.", prefix, places(vae)),), ALONE)
                 return "a VAE", layout, [f"vae.{name}" for name in blank.shapes(VAE, vae)], lambda ours: ""
-    for unet, places in ((read_unet(shapes, ""), lambda config: names.same), (read_diffusers_unet(shapes, ""), diffusers_names.in_diffusers_unet)):
+    for unet, places in (
+        (read_unet(shapes, ""), lambda config: names.same),
+        (read_diffusers_unet(shapes, ""), diffusers_names.in_diffusers_unet),
+    ):
         if unet is not None:
             layout = Layout((Part("unet.", "", places(unet)),), ALONE)
             return "a UNet", layout, [f"unet.{name}" for name in blank.shapes(UNet, unet)], lambda ours: ""
@@ -232,7 +271,10 @@ def _component(ours: str) -> str:
 def _leftover(layout: Layout, key: str) -> str:
     """A name that the leftovers of a tower have in every layout; the file's own for others."""
     leaf = re.fullmatch(r"(?:.+[./])?(position_ids|logit_scale)", key)
-    part = next((part for part in layout.parts if part.ours.startswith(("text.", "vision.")) and key.startswith(part.theirs)), None)
+    part = next(
+        (part for part in layout.parts if part.ours.startswith(("text.", "vision.")) and key.startswith(part.theirs)),
+        None,
+    )
     return part.ours + leaf[1] if leaf and part else key
 
 

@@ -58,7 +58,9 @@ def slerp(a: Tensor, b: Tensor, alpha: float) -> Tensor:
     angle = _angle(a, b)
     if angle is None or not PARALLEL <= angle <= math.pi - PARALLEL:
         return weighted(a, b, alpha)
-    return a.mul_(math.sin((1 - alpha) * angle) / math.sin(angle)).add_(b.mul_(math.sin(alpha * angle) / math.sin(angle)))
+    return a.mul_(math.sin((1 - alpha) * angle) / math.sin(angle)).add_(
+        b.mul_(math.sin(alpha * angle) / math.sin(angle))
+    )
 
 
 def _angle(a: Tensor, b: Tensor) -> float | None:
@@ -71,11 +73,19 @@ def _angle(a: Tensor, b: Tensor) -> float | None:
 
 def _dot(x: Tensor, y: Tensor) -> float:
     """The scalar product, summed in float64 a piece at a time: no second copy of a large tensor."""
-    return math.fsum((p.double() @ q.double()).item() for p, q in zip(x.flatten().split(CHUNK), y.flatten().split(CHUNK), strict=True))
+    return math.fsum(
+        (p.double() @ q.double()).item()
+        for p, q in zip(x.flatten().split(CHUNK), y.flatten().split(CHUNK), strict=True)
+    )
 
 
 RECIPE = "ldm.merge"  # metadata: method, weights and sources, as JSON
-CARRIED = ("modelspec.architecture", "modelspec.license", "modelspec.prediction_type", "license")  # of A's metadata: what stays true of the result
+CARRIED = (
+    "modelspec.architecture",
+    "modelspec.license",
+    "modelspec.prediction_type",
+    "license",
+)  # of A's metadata: what stays true of the result
 LIMITS = {"weighted": (0.0, 1.0), "slerp": (0.0, 1.0), "add-difference": (-2.0, 2.0)}  # of a weight
 INPUT = "unet.input_blocks.0.0.weight"
 
@@ -102,7 +112,11 @@ class Merged:
         said += [f"{n} kept as in A: {why}" for why, n in Counter(self.kept.values()).items()]
         if self.dropped:
             said.append(f"{len(self.dropped)} of A's moving average dropped: they average other weights than these")
-        said += [f"{len(keys)} of {model} unused: A has no place for them ({', '.join(map(short, keys[:3]))})" for model, keys in self.unused.items() if keys]
+        said += [
+            f"{len(keys)} of {model} unused: A has no place for them ({', '.join(map(short, keys[:3]))})"
+            for model, keys in self.unused.items()
+            if keys
+        ]
         return [*said, *self.notes]
 
 
@@ -143,10 +157,15 @@ def merge(
     _check(method, alpha, c, blocks, dtype, prediction)
     require_writable(out, overwrite)
     if is_folder(a):
-        raise FileError("is a diffusers folder; A must be a single file, whose layout the result has: convert it first (ldm convert)", path=a)
+        raise FileError(
+            "is a diffusers folder; A must be a single file, whose layout the result has: convert it first (ldm convert)",
+            path=a,
+        )
     paths = {"A": a, "B": b} if c is None else {"A": a, "B": b, "C": c}
     with contextlib.ExitStack() as opened:
-        sides = [side_of(letter, opened.enter_context(open_any(path)), config, prediction) for letter, path in paths.items()]
+        sides = [
+            side_of(letter, opened.enter_context(open_any(path)), config, prediction) for letter, path in paths.items()
+        ]
         inpaints = agreeing(sides, method)
         weights = weights_of(blocks, sides[0].config)
         common, kept = _common(sides, inpaints, partial)
@@ -156,13 +175,29 @@ def merge(
             return _merged(sides, name, alphas[name], method, inpaints)
 
         tensors, dropped = _pending(sides[0], common, kept, merged, dtype)
-        recipe = {"method": method, "alpha": alpha, **({"blocks": weights} if weights else {}), "arithmetic": "float32", "sources": [_source(side) for side in sides]}
+        recipe = {
+            "method": method,
+            "alpha": alpha,
+            **({"blocks": weights} if weights else {}),
+            "arithmetic": "float32",
+            "sources": [_source(side) for side in sides],
+        }
         if dropped:
             recipe["moving_average"] = "dropped: it averaged A's weights"
-        path = write(tensors, out, _metadata(sides[0], recipe), overwrite=overwrite, on_write=guarded([side.file for side in sides], on_write))
+        path = write(
+            tensors,
+            out,
+            _metadata(sides[0], recipe),
+            overwrite=overwrite,
+            on_write=guarded([side.file for side in sides], on_write),
+        )
         used = {sides[0].places[name].key for name in common}
         unused = {side.letter: _unused(side, sides[0]) for side in sides[1:]}
-        notes = ["the 4 latent channels of the UNet's input got the difference, its other channels are A's"] if inpaints else []
+        notes = (
+            ["the 4 latent channels of the UNet's input got the difference, its other channels are A's"]
+            if inpaints
+            else []
+        )
         notes += [f"{side.letter} has a moving average, which was not used" for side in sides[1:] if averages(side)]
         return Merged(path, tuple(key for key in tensors if key in used), kept, tuple(dropped), unused, tuple(notes))
 
@@ -170,12 +205,18 @@ def merge(
 # --- what is asked for ----------------------------------------------------------------------------------------------
 
 
-def _check(method: str, alpha: float, c: Any, blocks: Blocks | None, dtype: torch.dtype | None, prediction: str | None) -> None:
+def _check(
+    method: str, alpha: float, c: Any, blocks: Blocks | None, dtype: torch.dtype | None, prediction: str | None
+) -> None:
     """Refuse what no models could be merged with."""
     if method not in METHODS:
         raise ArgumentError(f"method: {str(method)[:40]!r}; there are {', '.join(METHODS)}", key="method")
     if (c is None) == (method == "add-difference"):
-        fault = "needs a third model, C, to take from B" if c is None else f"takes two models; the third is for add-difference, not {method}"
+        fault = (
+            "needs a third model, C, to take from B"
+            if c is None
+            else f"takes two models; the third is for add-difference, not {method}"
+        )
         raise ArgumentError(f"method: {method} {fault}", key="method")
     _check_weight("alpha", alpha, method)
     for name, weight in blocks.items() if isinstance(blocks, Mapping) else enumerate(blocks or ()):
@@ -187,7 +228,12 @@ def _check(method: str, alpha: float, c: Any, blocks: Blocks | None, dtype: torc
 
 def _check_weight(option: str, weight: Any, method: str, where: str = "") -> None:
     low, high = LIMITS[method]
-    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight) or not low <= weight <= high:
+    if (
+        isinstance(weight, bool)
+        or not isinstance(weight, (int, float))
+        or not math.isfinite(weight)
+        or not low <= weight <= high
+    ):
         raise ArgumentError(f"{option}: {where}{str(weight)[:40]}; give {low:g} to {high:g} for {method}", key=option)
 
 
@@ -206,7 +252,10 @@ def _common(sides: Sequence[Side], inpaints: bool, partial: bool) -> tuple[list[
         lacking = [name for name in a.places if name not in side.places and not _unread(name, a.config)]
         if lacking and not partial:
             shown = ", ".join(short(name) for name in lacking[:3])
-            raise side.file.error(f"{side.letter} lacks {len(lacking)} parameters that A has ({shown}); partial=True keeps A's", lacking[0])
+            raise side.file.error(
+                f"{side.letter} lacks {len(lacking)} parameters that A has ({shown}); partial=True keeps A's",
+                lacking[0],
+            )
         for name in common:
             ours = _shape(a, name)
             if inpaints and name == INPUT:
@@ -215,7 +264,9 @@ def _common(sides: Sequence[Side], inpaints: bool, partial: bool) -> tuple[list[
             odd = next((key for key in place.keys if not place.fits(side.file.shape(key), ours)), None)
             if odd:
                 there, want = list(side.file.shape(odd)), list(place.stored(ours))
-                raise side.file.error(f"{short(odd)} is {there} in {side.letter}, {want} would go with A; merge models of one size", odd)
+                raise side.file.error(
+                    f"{short(odd)} is {there} in {side.letter}, {want} would go with A; merge models of one size", odd
+                )
     common = [name for name in common if a.places[name].key not in kept]  # of q, k and v under one key all or none
     if not common:
         raise sides[1].file.error("has no parameter that all of the models have; give complete checkpoints")
@@ -275,7 +326,11 @@ def _pending(
         if key in dropped:
             continue
         if key in parts:
-            tensors[key] = Pending(cast(spec.dtype, dtype), spec.shape, lambda key=key, shape=spec.shape: _stored(parts[key], shape, merged))
+            tensors[key] = Pending(
+                cast(spec.dtype, dtype),
+                spec.shape,
+                lambda key=key, shape=spec.shape: _stored(parts[key], shape, merged),
+            )
             continue
         if key not in parameters:
             kept[key] = reason(a.layout.ignored, key) or FOREIGN
@@ -302,12 +357,21 @@ def _unused(side: Side, a: Side) -> tuple[str, ...]:
 
 
 def _metadata(a: Side, recipe: Mapping[str, Any]) -> dict[str, str]:
-    found = {"format": "pt", **{key: a.file.metadata[key] for key in (*CARRIED, CONFIG_KEY) if key in a.file.metadata}, RECIPE: json.dumps(recipe)}
+    found = {
+        "format": "pt",
+        **{key: a.file.metadata[key] for key in (*CARRIED, CONFIG_KEY) if key in a.file.metadata},
+        RECIPE: json.dumps(recipe),
+    }
     return {**found, CONFIG_KEY: to_json(a.config)} if a.complete else found
 
 
 def _source(side: Side) -> dict[str, str]:
-    return {"model": side.letter, "name": side.file.path.resolve().name, "family": side.config.name, "sha256": sha256_of(side.file)}
+    return {
+        "model": side.letter,
+        "name": side.file.path.resolve().name,
+        "family": side.config.name,
+        "sha256": sha256_of(side.file),
+    }
 
 
 Blocks = Mapping[str, float] | Sequence[float]  # by name, or one number for each block of the UNet
@@ -347,7 +411,9 @@ def weights_of(blocks: Blocks | None, config: ModelConfig) -> dict[str, float]:
     there = unet_blocks(config)
     if not isinstance(blocks, Mapping):
         if len(blocks) != len(there):
-            raise _error(f"{len(blocks)} numbers; the UNet of {config.name} has {len(there)} blocks ({there[0]} to {there[-1]}): give as many, or name blocks")
+            raise _error(
+                f"{len(blocks)} numbers; the UNet of {config.name} has {len(there)} blocks ({there[0]} to {there[-1]}): give as many, or name blocks"
+            )
         return dict(zip(there, blocks, strict=True))
     has = {"text.": config.text, "vae.": config.vae, "vision.": config.vision, "depth.": config.depth}
     there += [block for prefix, block in _OTHERS.items() if has[prefix]]
@@ -356,7 +422,9 @@ def weights_of(blocks: Blocks | None, config: ModelConfig) -> dict[str, float]:
         name = {"M00": "MID"}.get(given.upper(), given.upper())
         if name not in there:
             near = difflib.get_close_matches(name, there, n=1, cutoff=0.0)[0]
-            raise _error(f"{given[:40]} is no block of {config.name} (meant {near}?); there are {', '.join(_ranges(config, there))}")
+            raise _error(
+                f"{given[:40]} is no block of {config.name} (meant {near}?); there are {', '.join(_ranges(config, there))}"
+            )
         if name in found:
             raise _error(f"{name} is given twice")
         found[name] = weight

@@ -19,7 +19,11 @@ from weights.names.places import Place
 from weights.names.prediction import Prediction
 from weights.plan import short
 
-BASES = {"sd1-inpainting": "sd1", "sd2-inpainting": "sd2-base", "sdxl-inpainting": "sdxl-base"}  # family -> what it was made from
+BASES = {
+    "sd1-inpainting": "sd1",
+    "sd2-inpainting": "sd2-base",
+    "sdxl-inpainting": "sdxl-base",
+}  # family -> what it was made from
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,9 @@ class Side:
     complete: bool  # it lacks none
 
 
-def side_of(letter: str, file: Weights | Folder, config: ModelConfig | str | None, prediction: Prediction | None) -> Side:
+def side_of(
+    letter: str, file: Weights | Folder, config: ModelConfig | str | None, prediction: Prediction | None
+) -> Side:
     """A model by what its file says of it. Raises FileError, and AmbiguousCheckpoint where its prediction cannot be known."""
     finding, layout = recognise(file, config, prediction)
     if finding.doubt is not None:
@@ -48,10 +54,16 @@ def side_of(letter: str, file: Weights | Folder, config: ModelConfig | str | Non
 def _place(file: Weights | Folder, layout: Layout, name: str) -> Place | None:
     there = [place for place in layout.places(name) if all(key in file for key in place.keys)]
     if len(there) > 1:
-        raise file.error(f"has {short(there[0].key)} twice, also as {short(there[1].key)}; which is right cannot be known", there[1].key)
+        raise file.error(
+            f"has {short(there[0].key)} twice, also as {short(there[1].key)}; which is right cannot be known",
+            there[1].key,
+        )
     for key in there[0].keys if there else ():
         if not file.specs[key].dtype.is_floating_point:
-            raise file.error(f"{key} holds {file.specs[key].dtype} numbers, not floating-point ones: quantised weights are not merged", key)
+            raise file.error(
+                f"{key} holds {file.specs[key].dtype} numbers, not floating-point ones: quantised weights are not merged",
+                key,
+            )
     return there[0] if there else None
 
 
@@ -63,11 +75,17 @@ def agreeing(sides: Sequence[Side], method: str) -> bool:
     for side, kind in zip(others, kinds[1:], strict=True):
         if kind != kinds[0] and not inpaints and _networks(side) != _networks(a):
             what, other = TITLES.get(kind, kind), TITLES.get(kinds[0], kinds[0])
-            raise side.file.error(f"{side.letter} is {what} and A ({a.file.path.name[-40:]}) is {other}; merge models of one family")
+            raise side.file.error(
+                f"{side.letter} is {what} and A ({a.file.path.name[-40:]}) is {other}; merge models of one family"
+            )
         if side.config.prediction != a.config.prediction:
-            raise side.file.error(f"{side.letter} predicts {side.config.prediction} and A predicts {a.config.prediction}; no average of the two works: merge models that predict alike")
+            raise side.file.error(
+                f"{side.letter} predicts {side.config.prediction} and A predicts {a.config.prediction}; no average of the two works: merge models that predict alike"
+            )
         if side.config.schedule != a.config.schedule:
-            raise side.file.error(f"{side.letter} was trained with another noise schedule than A; merge models with the same one")
+            raise side.file.error(
+                f"{side.letter} was trained with another noise schedule than A; merge models with the same one"
+            )
     return inpaints
 
 

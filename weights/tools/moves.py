@@ -40,7 +40,11 @@ def synthesised(make: Callable[[], Tensor]) -> Move:
 
 
 def renamed(
-    file: Weights | Folder, sources: Mapping[str, Place], wanted: Mapping[str, Shape], layout: Layout, dtype: torch.dtype | None = None
+    file: Weights | Folder,
+    sources: Mapping[str, Place],
+    wanted: Mapping[str, Shape],
+    layout: Layout,
+    dtype: torch.dtype | None = None,
 ) -> dict[str, Move]:
     """The parameters `wanted` (our name: shape) under the keys of another layout. `sources` says where each lies in `file`."""
     parts: dict[str, list[_Part]] = {}
@@ -48,7 +52,10 @@ def renamed(
         place = layout.places(name)[0]
         for i, key in enumerate(place.keys):
             parts.setdefault(key, []).append(_Part(sources[name], place, i, shape))
-    return {key: _move(file, sorted(pieces, key=lambda part: "qkv".find(part.target.how)), dtype) for key, pieces in parts.items()}
+    return {
+        key: _move(file, sorted(pieces, key=lambda part: "qkv".find(part.target.how)), dtype)
+        for key, pieces in parts.items()
+    }
 
 
 @dataclass(frozen=True)
@@ -63,14 +70,22 @@ class _Part:
     @property
     def keys(self) -> tuple[str, ...]:
         """What is read; of rows that are apart on both sides only those of this part."""
-        return self.source.keys[self.index : self.index + 1] if self.source.more and self.target.more else self.source.keys
+        return (
+            self.source.keys[self.index : self.index + 1] if self.source.more and self.target.more else self.source.keys
+        )
 
     @property
     def shape(self) -> Shape:
         """Of what it becomes there."""
         if self.target.more:
             return (self.ours[0] // len(self.target.keys), *self.ours[1:])
-        return self.ours[:2] if self.target.how == "kernel" else self.ours[::-1] if self.target.how == "transposed" else self.ours
+        return (
+            self.ours[:2]
+            if self.target.how == "kernel"
+            else self.ours[::-1]
+            if self.target.how == "transposed"
+            else self.ours
+        )
 
     def made(self, file: Weights | Folder) -> Tensor:
         if self.source.more and self.target.more:
@@ -78,7 +93,13 @@ class _Part:
         ours = read(file, self.source, self.ours)
         if self.target.more:
             return ours.chunk(len(self.target.keys))[self.index]
-        return ours.reshape(self.shape) if self.target.how == "kernel" else ours.T.contiguous() if self.target.how == "transposed" else ours
+        return (
+            ours.reshape(self.shape)
+            if self.target.how == "kernel"
+            else ours.T.contiguous()
+            if self.target.how == "transposed"
+            else ours
+        )
 
 
 def read(file: Weights | Folder, place: Place, ours: Shape) -> Tensor:

@@ -24,7 +24,9 @@ class Conversion:
     """What was done; `route.files` and `dropped` account for every key of the source."""
 
     path: Path
-    config: ModelConfig | None  # of the model; None where the source is none, or only its container changed and it is not known
+    config: (
+        ModelConfig | None
+    )  # of the model; None where the source is none, or only its container changed and it is not known
     route: Route
     dropped: Mapping[str, str]  # key in the source -> why it is nowhere in the target
 
@@ -44,17 +46,27 @@ def sha256(tensor: Tensor) -> str:
     return hashlib.sha256(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()).hexdigest()
 
 
-def manifest(file: Weights | Folder, made: Conversion, facts: Mapping[str, str], digests: Mapping[tuple[str, str], str]) -> str:
+def manifest(
+    file: Weights | Folder, made: Conversion, facts: Mapping[str, str], digests: Mapping[tuple[str, str], str]
+) -> str:
     """The record as JSON. {"source": ..., "target": ..., "facts": ..., "tensors": {key of the source: [{"target", "done", "dtype", "shape", "sha256"}]},
     "synthesised": [{"target", ...}], "dropped": {key of the source: why}}; a target in a folder is the path of its file, a colon and its key."""
     tensors: dict[str, list[dict[str, Any]]] = {}
     synthesised = []
     for path, moves in made.route.files.items():
         for key, move in moves.items():
-            entry = {"target": f"{path}:{key}" if path else key, "done": move.done, "dtype": NAMES[move.pending.dtype], "shape": list(move.pending.shape), "sha256": digests[path, key]}
+            entry = {
+                "target": f"{path}:{key}" if path else key,
+                "done": move.done,
+                "dtype": NAMES[move.pending.dtype],
+                "shape": list(move.pending.shape),
+                "sha256": digests[path, key],
+            }
             for source in move.sources:
                 stored = file.specs[source].dtype
-                tensors.setdefault(source, []).append(entry | ({"from": NAMES[stored]} if stored != move.pending.dtype else {}))
+                tensors.setdefault(source, []).append(
+                    entry | ({"from": NAMES[stored]} if stored != move.pending.dtype else {})
+                )
             if not move.sources:
                 synthesised.append(entry)
     whole = {

@@ -31,7 +31,11 @@ _IDS = re.compile(r"(.*\bembeddings\.)position_ids")
 _WHERE_IDS_BELONG = re.compile(rf"({_TOWERS}text_model\.embeddings\.)position_embedding\.weight")
 _PROJECTION = re.compile(r"((?:cond_stage_model|conditioner\.embedders\.\d)\.model\.text_projection)\.weight")
 _KERNEL = re.compile(r"(?:first_stage_model\.)?(?:encoder|decoder)\.mid\.attn_1\.(?:q|k|v|proj_out)\.weight")
-_ROUNDED = {torch.float16: (2.0**-10, 2.0**-24), torch.bfloat16: (2.0**-7, 2.0**-133), torch.float64: (2.0**-23, 0.0)}  # error: relative, absolute
+_ROUNDED = {
+    torch.float16: (2.0**-10, 2.0**-24),
+    torch.bfloat16: (2.0**-7, 2.0**-133),
+    torch.float64: (2.0**-23, 0.0),
+}  # error: relative, absolute
 
 
 def prefixes(tensors: Tensors, refuse: Refuse) -> Mended:
@@ -41,7 +45,11 @@ def prefixes(tensors: Tensors, refuse: Refuse) -> Mended:
         if match := _BARE.fullmatch(key):
             renamed[key] = f"{match[1]}text_model.{match[2]}"
             count[match[1]] += 1
-    return _moved(tensors, renamed, refuse), [f"{n} names under {prefix} lack text_model.: put in" for prefix, n in count.items()], []
+    return (
+        _moved(tensors, renamed, refuse),
+        [f"{n} names under {prefix} lack text_model.: put in" for prefix, n in count.items()],
+        [],
+    )
 
 
 def projections(tensors: Tensors, refuse: Refuse) -> Mended:
@@ -68,7 +76,11 @@ def position_ids(tensors: Tensors, refuse: Refuse) -> Mended:
             if fault := _ids_fault(tensors[key], n):
                 tensors[key] = _counting(n)
                 said.append(f"{short(key, 60)} {fault}: now 0 to {n - 1} as int64")
-        elif (match := _WHERE_IDS_BELONG.fullmatch(key)) and f"{match[1]}position_ids" not in tensors and tensors[key].shape:
+        elif (
+            (match := _WHERE_IDS_BELONG.fullmatch(key))
+            and f"{match[1]}position_ids" not in tensors
+            and tensors[key].shape
+        ):
             n = tensors[key].shape[0]
             tensors[f"{match[1]}position_ids"] = _counting(n)
             said.append(f"{short(match[1], 50)}position_ids is missing: 0 to {n - 1} as int64 put in")
@@ -97,19 +109,41 @@ def schedules(tensors: Tensors, refuse: Refuse) -> Mended:
         if name not in tables[0] or not entry.dtype.is_floating_point or entry.shape != tables[0][name].shape:
             continue
         stored = entry.make()
-        rounding = next((dtype for dtype in (torch.bfloat16, torch.float16) if stored.equal(stored.to(dtype).to(stored.dtype))), entry.dtype)
+        rounding = next(
+            (dtype for dtype in (torch.bfloat16, torch.float16) if stored.equal(stored.to(dtype).to(stored.dtype))),
+            entry.dtype,
+        )
         if rounding not in _ROUNDED:
             continue
         relative, absolute = _ROUNDED[rounding]
-        exact = next((table[name] for table in tables if ((stored.double() - table[name]).abs() <= relative * table[name].abs() + absolute).all()), None)
-        rounded = f"rounded to {str(rounding).removeprefix('torch.')}" if rounding != torch.float64 else "stored as float64"
+        exact = next(
+            (
+                table[name]
+                for table in tables
+                if ((stored.double() - table[name]).abs() <= relative * table[name].abs() + absolute).all()
+            ),
+            None,
+        )
+        rounded = (
+            f"rounded to {str(rounding).removeprefix('torch.')}" if rounding != torch.float64 else "stored as float64"
+        )
         if exact is None:
             odd[rounded] += 1
         elif entry.dtype != torch.float32 or not stored.equal(exact.float()):
             tensors[key] = Pending(torch.float32, entry.shape, lambda exact=exact: exact.float())
             mended[rounded] += 1
-    said = [f"{n} noise schedule buffers are {rounded}: computed anew in float64, stored as float32" for rounded, n in mended.items()]
-    return tensors, said, [f"{n} noise schedule buffers are {rounded}, of a schedule that no published model has: left as they are" for rounded, n in odd.items()]
+    said = [
+        f"{n} noise schedule buffers are {rounded}: computed anew in float64, stored as float32"
+        for rounded, n in mended.items()
+    ]
+    return (
+        tensors,
+        said,
+        [
+            f"{n} noise schedule buffers are {rounded}, of a schedule that no published model has: left as they are"
+            for rounded, n in odd.items()
+        ],
+    )
 
 
 def _buffers(schedule: ScheduleConfig) -> dict[str, Tensor]:
@@ -140,9 +174,18 @@ def kernels(tensors: Tensors, refuse: Refuse) -> Mended:
     tensors, count = dict(tensors), Counter()
     for key, entry in tensors.items():
         if _KERNEL.fullmatch(key) and len(entry.shape) == 2:
-            tensors[key] = Pending(entry.dtype, (*entry.shape, 1, 1), lambda entry=entry: entry.make()[:, :, None, None])
+            tensors[key] = Pending(
+                entry.dtype, (*entry.shape, 1, 1), lambda entry=entry: entry.make()[:, :, None, None]
+            )
             count[entry.shape] += 1
-    return tensors, [f"{n} matrices {list(shape)} of the VAE's attention: now 1x1 convolutions [{shape[0]}, {shape[1]}, 1, 1]" for shape, n in count.items()], []
+    return (
+        tensors,
+        [
+            f"{n} matrices {list(shape)} of the VAE's attention: now 1x1 convolutions [{shape[0]}, {shape[1]}, 1, 1]"
+            for shape, n in count.items()
+        ],
+        [],
+    )
 
 
 REPAIRS: tuple[Callable[[Tensors, Refuse], Mended], ...] = (prefixes, projections, position_ids, schedules, kernels)
@@ -179,7 +222,12 @@ class Repaired:
 
 
 def repair(
-    path: str | PathLike[str], out: str | PathLike[str] | None = None, *, dry_run: bool = False, overwrite: bool = False, on_write: OnWrite | None = None
+    path: str | PathLike[str],
+    out: str | PathLike[str] | None = None,
+    *,
+    dry_run: bool = False,
+    overwrite: bool = False,
+    on_write: OnWrite | None = None,
 ) -> Repaired:
     """Repair a file of weights and write it anew; where nothing is wrong nothing is written.
 
@@ -197,7 +245,9 @@ def repair(
         require_writable(out, overwrite)
     file, stray, notes = _open(path)
     with file:
-        tensors: Tensors = {key: Pending(spec.dtype, spec.shape, _reading(file, key)) for key, spec in file.specs.items()}
+        tensors: Tensors = {
+            key: Pending(spec.dtype, spec.shape, _reading(file, key)) for key, spec in file.specs.items()
+        }
         done = [f"{stray} stray bytes after the last tensor: left out"] if stray else []
         for mend in REPAIRS:
             tensors, said, seen = mend(tensors, file.error)
@@ -205,7 +255,13 @@ def repair(
         if dry_run or not done:
             return Repaired(None, tuple(done), tuple(notes))
         metadata = {key: value for key, value in file.metadata.items() if key not in TAKEN} | {NOTE: "; ".join(done)}
-        written = write(tensors, _beside(file) if out is None else out, metadata, overwrite=overwrite, on_write=guarded([file], on_write))
+        written = write(
+            tensors,
+            _beside(file) if out is None else out,
+            metadata,
+            overwrite=overwrite,
+            on_write=guarded([file], on_write),
+        )
         return Repaired(written, tuple(done), tuple(notes))
 
 
@@ -217,10 +273,16 @@ def _open(path: str | PathLike[str]) -> tuple[Weights, int, list[str]]:
         suffix = source.path.suffix.lower()
         if kind == "safetensors":
             contents, end = read_header(source)
-            wrong = suffix in TORCH_FILES and f"is a .safetensors by its content, a torch file by its name: rename it to {source.path.stem}.safetensors"
+            wrong = (
+                suffix in TORCH_FILES
+                and f"is a .safetensors by its content, a torch file by its name: rename it to {source.path.stem}.safetensors"
+            )
         else:
             contents, end = (torchfiles.read_zip if kind == "zip" else torchfiles.read_stream)(source), source.size
-            wrong = suffix == ".safetensors" and f"is a torch file by its content, a .safetensors by its name: rename it to {source.path.stem}.ckpt"
+            wrong = (
+                suffix == ".safetensors"
+                and f"is a torch file by its content, a .safetensors by its name: rename it to {source.path.stem}.ckpt"
+            )
         return Weights(source, kind, contents), source.size - end, [wrong] if wrong else []
     except BaseException:
         source.close()
@@ -228,7 +290,13 @@ def _open(path: str | PathLike[str]) -> tuple[Weights, int, list[str]]:
 
 
 def _beside(file: Weights) -> Path:
-    suffix = ".safetensors" if file.kind == "safetensors" else file.path.suffix if file.path.suffix in TORCH_FILES else ".ckpt"
+    suffix = (
+        ".safetensors"
+        if file.kind == "safetensors"
+        else file.path.suffix
+        if file.path.suffix in TORCH_FILES
+        else ".ckpt"
+    )
     return file.path.with_name(f"{file.path.stem}-repaired{suffix}")
 
 

@@ -26,7 +26,11 @@ from weights.plan import AVERAGED, RAW, plan
 from weights.tools.moves import Move, copied, renamed, synthesised
 
 KEPT = "kept beside the networks, in which it has no place"
-ONLY = {"unet": "unet.", "vae": "vae.", "text": "text."}  # the parts that may be converted alone, and their prefix in `LatentDiffusion`
+ONLY = {
+    "unet": "unet.",
+    "vae": "vae.",
+    "text": "text.",
+}  # the parts that may be converted alone, and their prefix in `LatentDiffusion`
 Only = Literal["unet", "vae", "text"]
 
 
@@ -34,7 +38,9 @@ Only = Literal["unet", "vae", "text"]
 class Route:
     """A conversion, planned: every key of the source is in one of the moves, or in `dropped`."""
 
-    files: Mapping[str, Mapping[str, Move]]  # file of weights, its path in a folder or "" for a target that is one file -> key there -> how it is made
+    files: Mapping[
+        str, Mapping[str, Move]
+    ]  # file of weights, its path in a folder or "" for a target that is one file -> key there -> how it is made
     dropped: Mapping[str, str] = field(default_factory=dict)  # key in the source -> why it is nowhere in the target
     texts: Mapping[str, str] = field(default_factory=dict)  # other files of a folder
 
@@ -72,19 +78,39 @@ def _tells(key: str) -> bool:
 
 
 def known(
-    file: Weights | Folder, config: ModelConfig | str | None, prediction: Prediction | None, dtype: torch.dtype | None, ema: bool | None, prune: bool
+    file: Weights | Folder,
+    config: ModelConfig | str | None,
+    prediction: Prediction | None,
+    dtype: torch.dtype | None,
+    ema: bool | None,
+    prune: bool,
 ) -> Known:
     """Recognise the model in an open file. Raises what `load` raises for it."""
     finding, layout = recognise(file, config, prediction)
     wanted, found = shapes(LatentDiffusion, finding.config), {key: file.shape(key) for key in file}
     made = plan(layout, wanted, found, file.error, ema=ema is True)
-    return Known(file, finding.config, finding.doubt, made.sources, made.ignored, _averages(layout, wanted, found), dtype, ema, prune)
+    return Known(
+        file,
+        finding.config,
+        finding.doubt,
+        made.sources,
+        made.ignored,
+        _averages(layout, wanted, found),
+        dtype,
+        ema,
+        prune,
+    )
 
 
 def _averages(layout: Layout, wanted: Mapping[str, Shape], found: Mapping[str, Shape]) -> dict[str, str]:
     if layout.averaged is None:
         return {}
-    keys = [place.key for ours in wanted for place in layout.places(ours) if place.key in found and place.key.startswith(layout.averaged)]
+    keys = [
+        place.key
+        for ours in wanted
+        for place in layout.places(ours)
+        if place.key in found and place.key.startswith(layout.averaged)
+    ]
     return {names.ema(key): key for key in keys if names.ema(key) in found}
 
 
@@ -98,7 +124,16 @@ def is_bookkeeping(key: str) -> bool:
 
 def same_names(file: Weights, dtype: torch.dtype | None, prefix: str = "") -> Route:
     """Another container for the same names, without a prefix: for files of any kind, known or not. Single numbers, alphas and marks, keep their type."""
-    return Route({"": {key.removeprefix(prefix): copied(file, key, None if is_bookkeeping(key) or not file.shape(key) else dtype) for key in file}})
+    return Route(
+        {
+            "": {
+                key.removeprefix(prefix): copied(
+                    file, key, None if is_bookkeeping(key) or not file.shape(key) else dtype
+                )
+                for key in file
+            }
+        }
+    )
 
 
 def file_to_file(model: Known) -> Route:
@@ -107,7 +142,9 @@ def file_to_file(model: Known) -> Route:
     dropped: dict[str, str] = {}
     for key in model.file:
         if model.ema and key in model.raw:
-            moves[model.raw[key]] = copied(model.file, key, model.dtype, "moving average put in the place of the raw weights")
+            moves[model.raw[key]] = copied(
+                model.file, key, model.dtype, "moving average put in the place of the raw weights"
+            )
         elif model.drops(key):
             dropped[key] = model.ignored[key]
         else:
@@ -117,20 +154,33 @@ def file_to_file(model: Known) -> Route:
 
 def folder_to_file(model: Known) -> Route:
     """The names of the published file, with what the folder keeps of it put back."""
-    moves = renamed(model.file, model.sources, shapes(LatentDiffusion, model.config), layouts.published(model.config), model.dtype)
+    moves = renamed(
+        model.file, model.sources, shapes(LatentDiffusion, model.config), layouts.published(model.config), model.dtype
+    )
     dropped: dict[str, str] = {}
     for key, why in model.ignored.items():
         folder, _, name = key.partition("/")
         if folder != LEFTOVERS or (model.prune and not _tells(name)):
             dropped[key] = why
         elif name in moves:
-            raise model.file.error(f"has {name} in {LEFTOVERS} and among its networks; which is right cannot be known: remove that file", name)
+            raise model.file.error(
+                f"has {name} in {LEFTOVERS} and among its networks; which is right cannot be known: remove that file",
+                name,
+            )
         else:
             moves[name] = copied(model.file, key, model.type_of(name), f"put back from {LEFTOVERS}")
-    for part in layouts.published(model.config).parts:  # towers of transformers have position ids in the published files
-        if part.ours.startswith("text.") and part.theirs.endswith("transformer.") and not any(_is_position_ids(key, part.theirs) for key in moves):
+    for part in layouts.published(
+        model.config
+    ).parts:  # towers of transformers have position ids in the published files
+        if (
+            part.ours.startswith("text.")
+            and part.theirs.endswith("transformer.")
+            and not any(_is_position_ids(key, part.theirs) for key in moves)
+        ):
             length = model.config.text[int(part.ours.split(".")[1])].length
-            moves[f"{part.theirs}text_model.embeddings.position_ids"] = synthesised(lambda length=length: torch.arange(length)[None])
+            moves[f"{part.theirs}text_model.embeddings.position_ids"] = synthesised(
+                lambda length=length: torch.arange(length)[None]
+            )
     moves |= {mark: synthesised(lambda: torch.zeros(0)) for mark in marks(model.config) if mark not in moves}
     return Route({"": moves}, dropped)
 
@@ -150,9 +200,13 @@ def to_folder(model: Known) -> Route:
     config, is_folder = as_in_folders(model.config), isinstance(model.file, Folder)
     wanted = shapes(LatentDiffusion, config)
     moves = renamed(model.file, model.sources, wanted, layouts.diffusers(config, components(config)), model.dtype)
-    unread = {name: shape for name, shape in shapes(LatentDiffusion, model.config).items() if name not in wanted}  # of SD 2's text tower
+    unread = {
+        name: shape for name, shape in shapes(LatentDiffusion, model.config).items() if name not in wanted
+    }  # of SD 2's text tower
     left = renamed(model.file, model.sources, unread, layouts.published(model.config), model.dtype)
-    dropped = {key: "read by nothing in a folder" for move in left.values() for key in move.sources} if model.prune else {}
+    dropped = (
+        {key: "read by nothing in a folder" for move in left.values() for key in move.sources} if model.prune else {}
+    )
     left = {} if model.prune else {key: replace(move, done=KEPT) for key, move in left.items()}
     for key in model.ignored:
         folder, _, name = key.partition("/")
@@ -174,7 +228,13 @@ def to_folder(model: Known) -> Route:
 
 def components(config: ModelConfig) -> set[str]:
     """The folders of a model's networks."""
-    return {"unet", "vae", *towers(config), *(["image_encoder"] if config.vision else []), *(["depth_estimator"] if config.depth else [])}
+    return {
+        "unet",
+        "vae",
+        *towers(config),
+        *(["image_encoder"] if config.vision else []),
+        *(["depth_estimator"] if config.depth else []),
+    }
 
 
 def stem(component: str) -> str:
@@ -195,7 +255,11 @@ def network_alone(model: Known, only: Only, to_file: bool) -> Route:
         raise model.file.error(f"has no {layouts.WHAT[prefix]}: a model of family {config.name} has none")
     moves = renamed(model.file, model.sources, wanted, target, model.dtype)
     used = {key for move in moves.values() for key in move.sources}
-    dropped = {key: model.ignored.get(key, f"not of the {layouts.WHAT[prefix]}, which alone was asked for") for key in model.file if key not in used}
+    dropped = {
+        key: model.ignored.get(key, f"not of the {layouts.WHAT[prefix]}, which alone was asked for")
+        for key in model.file
+        if key not in used
+    }
     networks = [part.theirs for part in target.parts if part.ours.startswith(prefix)]
     bare = networks[0] if len(networks) == 1 else ""
     if to_file:
@@ -224,7 +288,10 @@ def sharded(route: Route, limit: int) -> Route:
         names = [f"{base}-{i + 1:05}-of-{len(parts):05}.safetensors" for i in range(len(parts))]
         files |= zip(names, parts, strict=True)
         place = {key: shown.rpartition("/")[2] for part, shown in zip(parts, names, strict=True) for key in part}
-        index = {"metadata": {"total_size": sum(move.pending.size for move in moves.values())}, "weight_map": dict(sorted(place.items()))}
+        index = {
+            "metadata": {"total_size": sum(move.pending.size for move in moves.values())},
+            "weight_map": dict(sorted(place.items())),
+        }
         texts[f"{name}.index.json"] = json.dumps(index, indent=2) + "\n"
     return Route(files, route.dropped, texts)
 

@@ -16,7 +16,9 @@ from weights.tools.matching import Entry, Side, is_network
 # Two networks of one make that were trained apart are as good as orthogonal: |B - A| = sqrt(2) |A| for equal norms. A relative difference
 # of d means a cosine of about 1 - d**2 / 2 between them.
 TRAINED_FROM = 0.5  # up to here, a cosine above 0.87, B's weights still point where A's do
-TRAINED_APART = 1.0  # from here on, a cosine below 0.5, nothing says that one came from the other; in between it stays undecided
+TRAINED_APART = (
+    1.0  # from here on, a cosine below 0.5, nothing says that one came from the other; in between it stays undecided
+)
 SAME_NETWORK = 0.98  # share of a network's tensors that must have one name and shape in both: an inpainting UNet differs in 1 of 686, SD 2's from SD 1's in 64
 ALL_OF_IT = 0.9  # share of a network's tensors that move when all of it is trained: in float16 small steps leave some norms as they were
 LOW_RANK = 0.5  # of the smaller side of a matrix: a trained difference has nearly full rank, a LoRA's at most that of its factors
@@ -29,7 +31,14 @@ SAME: tuple[Kind, ...] = ("identical", "converted")  # no number differs, and no
 
 RENAMED = " under other names"
 
-_TITLES = {"unet": "UNet", "vae": "VAE", "vision": "image encoder", "depth": "depth network", "ema": "moving average", "other": "tensors"}
+_TITLES = {
+    "unet": "UNet",
+    "vae": "VAE",
+    "vision": "image encoder",
+    "depth": "depth network",
+    "ema": "moving average",
+    "other": "tensors",
+}
 
 
 @dataclass(frozen=True)
@@ -94,7 +103,11 @@ class Facts:
     @property
     def main(self) -> str | None:
         """The component that decides: the UNet, or else that with most tensors in both."""
-        return "unet" if "unet" in self.common else max(sorted(self.common), key=lambda component: self.shared.get(component, 0), default=None)
+        return (
+            "unet"
+            if "unet" in self.common
+            else max(sorted(self.common), key=lambda component: self.shared.get(component, 0), default=None)
+        )
 
     @property
     def moved(self) -> list[Compared]:
@@ -136,12 +149,20 @@ def may_be_lora(moved: Sequence[Compared]) -> bool:
     """Did matrices and kernels of the UNet or the text towers move, and none of their norms, biases and embeddings?"""
     changed = [one for one in moved if one.component != "vae"]
     layers = all(len(one.shape) > 1 and ".embeddings." not in one.name for one in changed)
-    return bool(changed) and layers and all(one.component == "unet" or one.component.startswith("text.") for one in changed)
+    return (
+        bool(changed)
+        and layers
+        and all(one.component == "unet" or one.component.startswith("text.") for one in changed)
+    )
 
 
 def judge(facts: Facts) -> Verdict:
     """The verdict: rules are asked one after the other, and the first that has an answer gives it."""
-    return next(verdict for rule in (_structure, _copy, _averaged, _merge, _lora, _swapped, _by_distance) if (verdict := rule(facts)))
+    return next(
+        verdict
+        for rule in (_structure, _copy, _averaged, _merge, _lora, _swapped, _by_distance)
+        if (verdict := rule(facts))
+    )
 
 
 # --- rules ----------------------------------------------------------------------------------------------------------
@@ -155,11 +176,19 @@ def _structure(facts: Facts) -> Verdict | None:
         evidence = f"{sum(facts.shared.values())} tensors have the same name and shape in both, {len(facts.reshaped)} only the name"
         return Verdict("unrelated", f"A and B have no network in common: {titles}.", (evidence,))
     shared, named = facts.shared.get(main, 0), sum(entry.component == main for entry in facts.reshaped.values())
-    of = shared + named + (max(facts.missing(0, main), facts.missing(1, main)) if a.ours else 0)  # a LoRA may change any part of a network
+    of = (
+        shared + named + (max(facts.missing(0, main), facts.missing(1, main)) if a.ours else 0)
+    )  # a LoRA may change any part of a network
     if shared < SAME_NETWORK * of:
         equal = [component for component in sorted(facts.common - {main}) if _all_same(facts, component)]
-        evidence = [f"{shared} of {of} tensors of the {title(main)} have the same name and shape in both, {named} only the name"]
-        return Verdict("unrelated", f"B is another network than A: {titles}.", (*evidence, *(f"their {title(component)} is the same" for component in equal)))
+        evidence = [
+            f"{shared} of {of} tensors of the {title(main)} have the same name and shape in both, {named} only the name"
+        ]
+        return Verdict(
+            "unrelated",
+            f"B is another network than A: {titles}.",
+            (*evidence, *(f"their {title(component)} is the same" for component in equal)),
+        )
     return None
 
 
@@ -172,15 +201,27 @@ def _copy(facts: Facts) -> Verdict | None:
     reshaped = [name for name, entry in facts.reshaped.items() if entry.component in facts.common]
     forward = _forward(facts)
     if reshaped or all(missing) or all(lost):
-        what = [f"A alone has {_besides(facts, 0)}"] * bool(facts.only[0]) + [f"B alone has {_besides(facts, 1)}"] * bool(facts.only[1])
-        return Verdict("overlapping", f"What A and B both have is the same{_how(facts, True)}.", (*what, *_evidence(facts)))
+        what = [f"A alone has {_besides(facts, 0)}"] * bool(facts.only[0]) + [
+            f"B alone has {_besides(facts, 1)}"
+        ] * bool(facts.only[1])
+        return Verdict(
+            "overlapping", f"What A and B both have is the same{_how(facts, True)}.", (*what, *_evidence(facts))
+        )
     if any(lost):
         whole, part = ("A", "B") if lost[0] else ("B", "A")
         own = ", ".join(title(component) for component in sorted(facts.common))
-        return Verdict("part", f"{part} is a part of {whole}: its {own}{_how(facts, part == 'B').removesuffix(RENAMED)}.", tuple(_evidence(facts)))
+        return Verdict(
+            "part",
+            f"{part} is a part of {whole}: its {own}{_how(facts, part == 'B').removesuffix(RENAMED)}.",
+            tuple(_evidence(facts)),
+        )
     if any(missing):
         whole, part = ("A", "B") if missing[0] else ("B", "A")
-        return Verdict("overlapping", f"{part} is a part of {whole}: {max(missing)} tensors are missing, the rest is the same{_how(facts, part == 'B')}.", tuple(_evidence(facts)))
+        return Verdict(
+            "overlapping",
+            f"{part} is a part of {whole}: {max(missing)} tensors are missing, the rest is the same{_how(facts, part == 'B')}.",
+            tuple(_evidence(facts)),
+        )
     near = [one for one in facts.compared if one.near.relation == "different" and one.component in facts.common]
     if near:
         text = f"B is A up to rounding{_how(facts, True)}: {len(near)} tensors differ in the last place{_coverage(facts, True)}."
@@ -196,10 +237,14 @@ def _copy(facts: Facts) -> Verdict | None:
     else:
         kind = "pruned" if facts.only[0] or facts.only[1] else "identical"
     if kind == "identical":
-        return Verdict(kind, f"A and B hold the same {sum(facts.shared.values())} tensors, bit by bit.", tuple(_evidence(facts)))
+        return Verdict(
+            kind, f"A and B hold the same {sum(facts.shared.values())} tensors, bit by bit.", tuple(_evidence(facts))
+        )
     subject, other = ("B", "A") if forward else ("A", "B")
     exactly = "" if kind == "rounded" else ", bit by bit,"
-    text = f"{subject} is {other}{exactly}{_how(facts, forward)}{_coverage(facts, forward)}.".replace(",,", ",").replace(",.", ".")
+    text = f"{subject} is {other}{exactly}{_how(facts, forward)}{_coverage(facts, forward)}.".replace(
+        ",,", ","
+    ).replace(",.", ".")
     return Verdict(kind, text, tuple(_evidence(facts)))
 
 
@@ -208,7 +253,11 @@ def _averaged(facts: Facts) -> Verdict | None:
     if facts.averaged is None:
         return None
     whose, other = ("A", "B") if facts.averaged == "a" else ("B", "A")
-    return Verdict("averaged", f"{other} is {whose} with the moving average as its weights{_beside(facts, 'unet')}.", tuple(_evidence(facts)))
+    return Verdict(
+        "averaged",
+        f"{other} is {whose} with the moving average as its weights{_beside(facts, 'unet')}.",
+        tuple(_evidence(facts)),
+    )
 
 
 def _merge(facts: Facts) -> Verdict | None:
@@ -216,7 +265,11 @@ def _merge(facts: Facts) -> Verdict | None:
     main = next((one for one in facts.weights if one.component == facts.main), None)
     if main is None or not main.fits or main.weight is None or all(one.component != facts.main for one in facts.moved):
         return None
-    others = [f"{title(one.component)} {one.weight:.4g}" for one in facts.weights if one is not main and one.fits and one.weight is not None and one.weight != main.weight]
+    others = [
+        f"{title(one.component)} {one.weight:.4g}"
+        for one in facts.weights
+        if one is not main and one.fits and one.weight is not None and one.weight != main.weight
+    ]
     beside = f" ({', '.join(others)})" if others else ""
     odd = [one.component for one in facts.weights if not one.fits]
     apart = f"; not so its {', '.join(map(title, odd))}" if odd else ""
@@ -233,14 +286,24 @@ def _lora(facts: Facts) -> Verdict | None:
     where = " and ".join(title(component) for component in dict.fromkeys(one.component for one in changed))
     text = f"B is A with a LoRA of rank about {highest} merged into {len(changed)} weights of its {where}{_beside(facts, *{one.component for one in changed})}."
     kernels = sum(len(one.shape) > 2 and math.prod(one.shape[2:]) > 1 for one in changed)
-    return Verdict("lora", text, ("no norm and no bias moved" + (f", {kernels} convolutions did" if kernels else ", and no convolution wider than 1x1"), *_evidence(facts)))
+    return Verdict(
+        "lora",
+        text,
+        (
+            "no norm and no bias moved"
+            + (f", {kernels} convolutions did" if kernels else ", and no convolution wider than 1x1"),
+            *_evidence(facts),
+        ),
+    )
 
 
 def _swapped(facts: Facts) -> Verdict | None:
     """The main network is the same, another one is not."""
     if any(one.component == facts.main for one in facts.moved):
         return None
-    return Verdict("swapped", f"B is A{_beside(facts, facts.main).removeprefix(',')}{_how(facts, True)}.", tuple(_evidence(facts)))
+    return Verdict(
+        "swapped", f"B is A{_beside(facts, facts.main).removeprefix(',')}{_how(facts, True)}.", tuple(_evidence(facts))
+    )
 
 
 def _by_distance(facts: Facts) -> Verdict:
@@ -254,9 +317,17 @@ def _by_distance(facts: Facts) -> Verdict:
     all_moved = len(moved) >= ALL_OF_IT * len(there)
     how = f"{'all of' if all_moved else f'{len(moved)} of {len(there)} tensors of'} its {title(main)} moved, its matrices by {percent(far)}"
     if far > TRAINED_APART:
-        return Verdict("unrelated", f"B was trained apart from A: the weights of its {title(main)} point elsewhere (its matrices differ by {percent(far)}).", evidence)
+        return Verdict(
+            "unrelated",
+            f"B was trained apart from A: the weights of its {title(main)} point elsewhere (its matrices differ by {percent(far)}).",
+            evidence,
+        )
     if far > TRAINED_FROM:
-        return Verdict("undecided", f"B may be trained a long way from A, or merged with something far from it: {how}{_beside(facts, main)}.", evidence)
+        return Verdict(
+            "undecided",
+            f"B may be trained a long way from A, or merged with something far from it: {how}{_beside(facts, main)}.",
+            evidence,
+        )
     return Verdict("fine-tune", f"B looks like a fine-tune of A, or A of B: {how}{_beside(facts, main)}.", evidence)
 
 
@@ -271,7 +342,9 @@ def _evidence(facts: Facts) -> Iterable[str]:
         if moved:
             yield f"{title(component)}: {len(moved)} of {len(there)} tensors differ, by {percent(relative(there))} of the norm of A's"
     if named := [name for name, entry in facts.reshaped.items() if entry.component in facts.common]:
-        shapes = "; ".join(f"{name}: {list(facts.a.entries[name].shape)} and {list(facts.b.entries[name].shape)}" for name in named[:2])
+        shapes = "; ".join(
+            f"{name}: {list(facts.a.entries[name].shape)} and {list(facts.b.entries[name].shape)}" for name in named[:2]
+        )
         yield f"{len(named)} tensors have another shape ({shapes})"
     if facts.ranks:
         listed = ", ".join(f"{one.rank} of {one.highest} ({one.name})" for one in facts.ranks[:3])
@@ -319,25 +392,41 @@ def _besides(facts: Facts, side: int) -> str:
     networks = Counter(entry.component for entry in entries if is_network(entry.component) and not entry.reason)
     ema = sum(entry.component == "ema" for entry in entries)
     known = sum(bool(entry.reason) and entry.component != "ema" for entry in entries)
-    unknown = sum(not entry.reason and not is_network(entry.component) and entry.component != "ema" for entry in entries)
+    unknown = sum(
+        not entry.reason and not is_network(entry.component) and entry.component != "ema" for entry in entries
+    )
     words = [f"{count} tensors of the {title(component)}" for component, count in networks.items()]
-    words += [f"the moving average ({ema} tensors)"] * bool(ema) + [_counted(known, "leftover")] * bool(known) + [_counted(unknown, "unknown tensor")] * bool(unknown)
+    words += (
+        [f"the moving average ({ema} tensors)"] * bool(ema)
+        + [_counted(known, "leftover")] * bool(known)
+        + [_counted(unknown, "unknown tensor")] * bool(unknown)
+    )
     return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
 def _beside(facts: Facts, *but: str | None) -> str:
     """What else moved."""
     words = ""
-    of_c = {one.component for one in facts.weights if one.fits and one.weight is not None and f"{one.weight:.4g}" == "1"}
+    of_c = {
+        one.component for one in facts.weights if one.fits and one.weight is not None and f"{one.weight:.4g}" == "1"
+    }
     for component in sorted({one.component for one in facts.moved} - {*but}):
         far = relative(facts.inside(component))
-        words += f", with the {title(component)} of C" if component in of_c else f", with another {title(component)}" if far > TRAINED_FROM else f", with its {title(component)} changed by {percent(far)}"
+        words += (
+            f", with the {title(component)} of C"
+            if component in of_c
+            else f", with another {title(component)}"
+            if far > TRAINED_FROM
+            else f", with its {title(component)} changed by {percent(far)}"
+        )
     return words
 
 
 def _rounding(facts: Facts) -> list[Rounding]:
     """How the tensors of networks in both were rounded, those that are not equal."""
-    return [one.near.rounding for one in facts.compared if one.component in facts.common and one.near.rounding is not None]
+    return [
+        one.near.rounding for one in facts.compared if one.component in facts.common and one.near.rounding is not None
+    ]
 
 
 def _forward(facts: Facts) -> bool:
@@ -350,13 +439,17 @@ def _forward(facts: Facts) -> bool:
 
 def _odd_leftovers(facts: Facts) -> list[str]:
     """Tensors in both that differ and belong to no network."""
-    return [one.name for one in facts.compared if one.near.relation == "different" and one.component not in facts.common]
+    return [
+        one.name for one in facts.compared if one.near.relation == "different" and one.component not in facts.common
+    ]
 
 
 def _relaid(facts: Facts) -> bool:
     """Does B hold A's tensors under other names, or in a file of another kind?"""
     a, b = facts.a, facts.b
-    return a.container != b.container or any(a.entries[name].place != b.entries[name].place for name in a.entries.keys() & b.entries.keys())
+    return a.container != b.container or any(
+        a.entries[name].place != b.entries[name].place for name in a.entries.keys() & b.entries.keys()
+    )
 
 
 def _all_same(facts: Facts, component: str) -> bool:

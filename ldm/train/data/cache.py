@@ -54,7 +54,11 @@ class Cache:
         """Delete every other tensor, and what cannot be read. Raises OutputError."""
         wanted = set(names)
         for piece, there in list(self._pieces.items()):
-            left = {name: self.get(name) for name in there if name in wanted} if not wanted.issuperset(there) else dict.fromkeys(there)
+            left = (
+                {name: self.get(name) for name in there if name in wanted}
+                if not wanted.issuperset(there)
+                else dict.fromkeys(there)
+            )
             if not left:
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(piece)
@@ -64,7 +68,9 @@ class Cache:
         self._where = {name: piece for piece, there in self._pieces.items() for name in there}
 
     def _write(self, piece: Path, tensors: Mapping[str, Tensor]) -> None:
-        write_whole(piece, lambda path: save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path))
+        write_whole(
+            piece, lambda path: save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+        )
         self._pieces[piece] = list(tensors)
         self._where |= dict.fromkeys(tensors, piece)
 
@@ -88,7 +94,9 @@ def weights_digest(*modules: nn.Module) -> str:
     return h.hexdigest()
 
 
-SETTLED = 2 * 10**9  # nanoseconds after which a file's date can be trusted: a second change within one tick of the clock keeps the date
+SETTLED = (
+    2 * 10**9
+)  # nanoseconds after which a file's date can be trusted: a second change within one tick of the clock keeps the date
 
 
 class Known(NamedTuple):
@@ -132,5 +140,7 @@ def _read(path: Path) -> dict[str, list]:
         rows = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError):
         return {}
-    sound = isinstance(rows, dict) and all(isinstance(row, list) and [type(value) for value in row] == [int, int, int, int, str] for row in rows.values())
+    sound = isinstance(rows, dict) and all(
+        isinstance(row, list) and [type(value) for value in row] == [int, int, int, int, str] for row in rows.values()
+    )
     return rows if sound else {}

@@ -25,7 +25,9 @@ def cleaned(captions: Iterable[object]) -> tuple[str, ...]:
         if text := " ".join(caption.split()):
             said.append(text)
             if len(text.encode("utf-8", "replace")) > MAX_BYTES or max(map(len, text.split())) > MAX_WORD:
-                raise Unusable(f"has a caption of more than {MAX_BYTES} bytes, or with a word of more than {MAX_WORD} characters")
+                raise Unusable(
+                    f"has a caption of more than {MAX_BYTES} bytes, or with a word of more than {MAX_WORD} characters"
+                )
     if not said:
         raise Unusable("has no caption")
     return tuple(said)

@@ -12,7 +12,11 @@ from ldm.pictures.read import FORMATS, MAX_PIXELS
 from ldm.train.data.source import Unusable
 
 ORIENTATION = 0x0112  # the EXIF tag; 5 to 8 lie on their side
-ORIENTED_PNG = (b"eXIf", b"rofile type exif", b"com.adobe.xmp")  # one of these is in a PNG that says how it lies, perhaps after its pixels
+ORIENTED_PNG = (
+    b"eXIf",
+    b"rofile type exif",
+    b"com.adobe.xmp",
+)  # one of these is in a PNG that says how it lies, perhaps after its pixels
 
 
 def size_of(data: bytes, place: str) -> tuple[int, int]:
@@ -45,7 +49,9 @@ def _opened(data: bytes, place: str) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError:
-        raise FileError(f"is not a picture in a format that is read ({', '.join(FORMATS)}); convert it to PNG", path=place) from None
+        raise FileError(
+            f"is not a picture in a format that is read ({', '.join(FORMATS)}); convert it to PNG", path=place
+        ) from None
     except Image.DecompressionBombError:
         raise FileError(f"has more than {MAX_PIXELS // 10**6} million pixels; scale it down", path=place) from None
     except Exception:
@@ -58,4 +64,6 @@ def _opened(data: bytes, place: str) -> Image.Image:
 def require_shape(depth: tuple[int, int], picture: tuple[int, int]) -> None:
     """Raises Unusable for a depth map (height, width) that is not of its picture's shape, to 1 %: as for `ldm.tasks.depth2img`."""
     if abs(depth[1] * picture[0] - depth[0] * picture[1]) > 0.01 * depth[1] * picture[0]:
-        raise Unusable(f"has a depth map of {depth[1]}x{depth[0]} pixels, another shape than its {picture[1]}x{picture[0]}")
+        raise Unusable(
+            f"has a depth map of {depth[1]}x{depth[0]} pixels, another shape than its {picture[1]}x{picture[0]}"
+        )

@@ -71,7 +71,9 @@ class Texts:
         for done, some in _pieces(iter(captions)):
             made: dict[str, Tensor] = {}
             for caption in some:
-                for name, tensor in zip(self.names(caption), encode_text(self.towers, [caption], chunks=1), strict=True):
+                for name, tensor in zip(
+                    self.names(caption), encode_text(self.towers, [caption], chunks=1), strict=True
+                ):
                     made[name] = tensor.float().cpu()[0]
             self.cache.put(made)
             on_progress("captions", done, len(captions))
@@ -82,7 +84,9 @@ class Texts:
         try:
             return self.cache.get(context), self.cache.get(pooled)
         except KeyError:
-            raise ArgumentError(f"caption {caption[:40]!r} is not in the cache; call encode before the first micro-batch") from None
+            raise ArgumentError(
+                f"caption {caption[:40]!r} is not in the cache; call encode before the first micro-batch"
+            ) from None
 
 
 def _pieces(things: Iterator[T]) -> Iterator[tuple[int, list[T]]]:

@@ -61,26 +61,45 @@ class Examples:
         config = model.config
         size, factor = data.size or config.size, config.vae.factor
         if size % factor or (data.buckets and data.bucket_step % factor):
-            raise ArgumentError(f"data.size {size}, data.bucket_step {data.bucket_step}: both must be multiples of {factor}, this model's pixels per latent cell", key="data.size")
+            raise ArgumentError(
+                f"data.size {size}, data.bucket_step {data.bucket_step}: both must be multiples of {factor}, this model's pixels per latent cell",
+                key="data.size",
+            )
         sizes = framing.buckets(size, data.bucket_step) if data.buckets else [(size, size)]
         if not sizes:
-            raise ArgumentError(f"data.bucket_step: {data.bucket_step} leaves no bucket of {size}x{size} pixels; give a smaller one", key="data.bucket_step")
+            raise ArgumentError(
+                f"data.bucket_step: {data.bucket_step} leaves no bucket of {size}x{size} pixels; give a smaller one",
+                key="data.bucket_step",
+            )
         if (data.cache_latents or data.cache_text) and cache is None:
-            raise ArgumentError("cache: no directory for what data.cache_latents or data.cache_text keeps; give one", key="cache")
+            raise ArgumentError(
+                "cache: no directory for what data.cache_latents or data.cache_text keeps; give one", key="cache"
+            )
         if data.cache_latents and data.crop != "center":
-            raise ArgumentError("data.cache_latents: goes with centre crops only; set data.crop to center, or do not keep latents", key="data.cache_latents")
+            raise ArgumentError(
+                "data.cache_latents: goes with centre crops only; set data.crop to center, or do not keep latents",
+                key="data.cache_latents",
+            )
         if data.cache_text and not config.text:
-            raise ArgumentError(f"data.cache_text: a model of family {config.name} is told no text; leave it out", key="data.cache_text")
+            raise ArgumentError(
+                f"data.cache_text: a model of family {config.name} is told no text; leave it out", key="data.cache_text"
+            )
 
         self._parts = [part(open_source(data, size, cache), sizes, run, held_out=data.held_out)]
         if (prior := open_prior(data, cache)) is not None:
             self._parts.append(part(prior, sizes, run, weight=data.prior_weight))
-        self.bad = [bad for some in self._parts for bad in some.bad]  # what is left out, in the order in which it was found
+        self.bad = [
+            bad for some in self._parts for bad in some.bad
+        ]  # what is left out, in the order in which it was found
         self._listed = sum(len(some.source.items) + len(some.source.bad) for some in self._parts)
         self._unreadable: set[tuple[int, int]] = set()  # part and item, known since they were asked for
         self._note(())
         self._depth = "depth" in config.concat and all(some.source.has_depth for some in self._parts)
-        self._pixels = "masked_image" in config.concat or config.vision is not None or ("depth" in config.concat and not self._depth)
+        self._pixels = (
+            "masked_image" in config.concat
+            or config.vision is not None
+            or ("depth" in config.concat and not self._depth)
+        )
         self._latents = Latents(model.vae, cache) if data.cache_latents else None
         self._texts = Texts(model.text, cache) if data.cache_text else None
         self._pool = ThreadPoolExecutor(min(AHEAD, os.cpu_count() or 1), "pictures")
@@ -118,7 +137,10 @@ class Examples:
         """
         step = number - self._last if self._last is not None and number > self._last else 1
         self._last = number
-        self._coming = {n: self._coming.get(n) or self._pool.submit(self._made, n) for n in range(number, number + (AHEAD + 1) * step, step)}
+        self._coming = {
+            n: self._coming.get(n) or self._pool.submit(self._made, n)
+            for n in range(number, number + (AHEAD + 1) * step, step)
+        }
         batch, unreadable = self._coming.pop(number).result()
         self._note(unreadable)
         return batch
@@ -136,7 +158,11 @@ class Examples:
                 unreadable.append((0, i, error))
         self._note(unreadable)
         micro = self.run.micro
-        return [self._batch(0, size, rows[size][n : n + micro]) for size in sorted(rows) for n in range(0, len(rows[size]), micro)]
+        return [
+            self._batch(0, size, rows[size][n : n + micro])
+            for size in sorted(rows)
+            for n in range(0, len(rows[size]), micro)
+        ]
 
     def encode(self, rank: int = 0, world: int = 1, on_progress: Progress = lambda what, done, total: None) -> None:
         """Fill the cache that `data` asks for with what it lacks; delete what belongs to another model, picture or frame.
@@ -145,17 +171,30 @@ class Examples:
         keeps what it has written. Nothing to keep: nothing happens. Raises OutputError; FileError for too many unreadable pictures.
         """
         if self._texts is not None:
-            captions = list(dict.fromkeys(caption for some in self._parts for item in some.source.items for caption in item.captions))
+            captions = list(
+                dict.fromkeys(
+                    caption for some in self._parts for item in some.source.items for caption in item.captions
+                )
+            )
             if rank == 0:
                 self._texts.cache.keep([name for caption in captions for name in self._texts.names(caption)])
-            self._texts.add([caption for caption in captions[rank::world] if self._texts.names(caption)[0] not in self._texts.cache], on_progress)
+            self._texts.add(
+                [
+                    caption
+                    for caption in captions[rank::world]
+                    if self._texts.names(caption)[0] not in self._texts.cache
+                ],
+                on_progress,
+            )
         if self._latents is not None:
             wanted = self._wanted()
             if rank == 0:
                 self._latents.cache.keep(wanted)
             missing = [name for name in list(wanted)[rank::world] if name not in self._latents.cache]
             unread: list[tuple[int, int, FileError]] = []
-            self._latents.add(self._pictures({name: wanted[name] for name in missing}, unread), len(missing), on_progress)
+            self._latents.add(
+                self._pictures({name: wanted[name] for name in missing}, unread), len(missing), on_progress
+            )
             self._note(unread)
 
     def _wanted(self) -> dict[str, tuple[int, int, Frame]]:
@@ -170,9 +209,13 @@ class Examples:
                     wanted[self._latents.name(item, how)] = kind, i, how
         return wanted
 
-    def _pictures(self, wanted: Mapping[str, tuple[int, int, Frame]], unread: list[tuple[int, int, FileError]]) -> Iterator[tuple[str, Tensor]]:
+    def _pictures(
+        self, wanted: Mapping[str, tuple[int, int, Frame]], unread: list[tuple[int, int, FileError]]
+    ) -> Iterator[tuple[str, Tensor]]:
         """Pictures [3, H, W] in turn, decoded in threads a few ahead; what cannot be read is told in `unread`."""
-        coming = ((name, kind, i, self._pool.submit(self._seen, kind, i, how)) for name, (kind, i, how) in wanted.items())
+        coming = (
+            (name, kind, i, self._pool.submit(self._seen, kind, i, how)) for name, (kind, i, how) in wanted.items()
+        )
         while some := list(islice(coming, 4 * AHEAD)):
             for name, kind, i, image in some:
                 try:
@@ -189,7 +232,9 @@ class Examples:
                 self.bad.append(Bad(name, reason(error)))
         if len(self.bad) > self.data.bad_limit * self._listed:
             first = self.bad[0]
-            raise FileError(f"data: {len(self.bad)} of {self._listed} pictures cannot be used, more than data.bad_limit allows: {first.id[-40:]} {first.why[:80]}")
+            raise FileError(
+                f"data: {len(self.bad)} of {self._listed} pictures cannot be used, more than data.bad_limit allows: {first.id[-40:]} {first.why[:80]}"
+            )
 
     # --- one example ------------------------------------------------------------------------------------------------
 
@@ -208,7 +253,9 @@ class Examples:
                 except FileError as error:
                     unreadable.append((kind, i, error))
             else:
-                raise FileError(f"data: none of the {len(group)} pictures of {size[1]}x{size[0]} pixels can be read any more; put them back")
+                raise FileError(
+                    f"data: none of the {len(group)} pictures of {size[1]}x{size[0]} pixels can be read any more; put them back"
+                )
         return self._batch(kind, size, rows), unreadable
 
     def _example(self, kind: int, i: int, index: int) -> Example:
@@ -217,7 +264,9 @@ class Examples:
         item, drawn = some.source.items[i], index >= 0
         if (kind, i) in self._unreadable:
             raise FileError("could not be read before", path=item.id)
-        place = (fraction(seed, index, "top"), fraction(seed, index, "left")) if drawn and data.crop == "random" else None
+        place = (
+            (fraction(seed, index, "top"), fraction(seed, index, "left")) if drawn and data.crop == "random" else None
+        )
         mirrored = drawn and data.flip and fraction(seed, index, "mirror") < 0.5
         how = framing.frame(item.size, some.buckets[i], place, mirrored)
         caption = item.captions[int(fraction(seed, index, "caption of several") * len(item.captions)) if drawn else 0]
@@ -235,7 +284,10 @@ class Examples:
         source = self._parts[kind].source
         image = source.picture(i)
         if image.size != source.items[i].size[::-1]:
-            raise FileError(f"is {image.width}x{image.height} pixels and was {source.items[i].size[1]}x{source.items[i].size[0]} when it was listed", path=source.items[i].id)
+            raise FileError(
+                f"is {image.width}x{image.height} pixels and was {source.items[i].size[1]}x{source.items[i].size[0]} when it was listed",
+                path=source.items[i].id,
+            )
         return from_pil(framing.framed(image, how))[0]
 
     def _moments(self, kind: int, i: int, how: Frame) -> Tensor:
@@ -245,7 +297,9 @@ class Examples:
             return self._latents.get(item, how)
         except KeyError:
             self._seen(kind, i, how)
-            raise ArgumentError(f"picture {item.id[-60:]} is not in the cache; call encode before the first micro-batch") from None
+            raise ArgumentError(
+                f"picture {item.id[-60:]} is not in the cache; call encode before the first micro-batch"
+            ) from None
 
     def _batch(self, kind: int, size: Size, rows: Sequence[Example]) -> Batch:
         def stacked(tensors: Sequence[Tensor | None]) -> Tensor | None:

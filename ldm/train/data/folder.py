@@ -23,7 +23,12 @@ DEPTH = "depth"  # the directory of depth maps, of the pictures' relative names
 def require_directory(path: Path) -> None:
     """Raises FileError for what is no directory."""
     if not path.is_dir():
-        raise FileError("is not a directory; give one with pictures" if path.exists() else "does not exist; give a directory of pictures", path=path)
+        raise FileError(
+            "is not a directory; give one with pictures"
+            if path.exists()
+            else "does not exist; give a directory of pictures",
+            path=path,
+        )
 
 
 class Folder:
@@ -40,18 +45,32 @@ class Folder:
         self.path = Path(path)
         require_directory(self.path)
         names = pictures_in(self.path)
-        depths = {name.rpartition(".")[0]: f"{DEPTH}/{name}" for name in pictures_in(self.path / DEPTH)} if (self.path / DEPTH).is_dir() else None
+        depths = (
+            {name.rpartition(".")[0]: f"{DEPTH}/{name}" for name in pictures_in(self.path / DEPTH)}
+            if (self.path / DEPTH).is_dir()
+            else None
+        )
         names = [name for name in names if depths is None or not name.startswith(f"{DEPTH}/")]
         if not names:
-            raise FileError(f"holds no pictures ({' '.join(SUFFIXES)}); put some there, or give another directory", path=path)
+            raise FileError(
+                f"holds no pictures ({' '.join(SUFFIXES)}); put some there, or give another directory", path=path
+            )
 
         said, unsaid = (None, []) if caption else read_metadata(self.path) or (None, [])
-        listed = [Bad(name, f"is not there, but {self.path.name} says something of it") for name in sorted(set(said or ()) - set(names))]
+        listed = [
+            Bad(name, f"is not there, but {self.path.name} says something of it")
+            for name in sorted(set(said or ()) - set(names))
+        ]
         self.bad = listed + unsaid
         refused = {bad.id for bad in unsaid}
         known = Listing(listing)
         with ThreadPoolExecutor(8) as pool:
-            found = list(pool.map(lambda name: _item(self.path, name, caption, said, depths, known), [name for name in names if name not in refused]))
+            found = list(
+                pool.map(
+                    lambda name: _item(self.path, name, caption, said, depths, known),
+                    [name for name in names if name not in refused],
+                )
+            )
         known.save()
         self.items = [item for item in found if isinstance(item, Item)]
         self.bad += [bad for bad in found if isinstance(bad, Bad)]
@@ -59,7 +78,9 @@ class Folder:
         self._depths = [depths[item.id.rpartition(".")[0]] for item in self.items] if self.has_depth else []
         if not self.items:
             first = self.bad[0]
-            hint = "; write NAME.txt beside each, a metadata.jsonl, or data.caption" if "no caption" in first.why else ""
+            hint = (
+                "; write NAME.txt beside each, a metadata.jsonl, or data.caption" if "no caption" in first.why else ""
+            )
             raise FileError(f"has no picture to train on: {first.id[-60:]} {first.why[:60]}{hint}", path=path)
 
     def picture(self, i: int) -> Image.Image:
@@ -77,7 +98,11 @@ def pictures_in(directory: Path) -> list[str]:
     for place, below, files in os.walk(directory):
         below[:] = [name for name in below if not name.startswith(".")]
         relative = Path(place).relative_to(directory)
-        names += [(relative / name).as_posix() for name in files if not name.startswith(".") and name.lower().endswith(SUFFIXES)]
+        names += [
+            (relative / name).as_posix()
+            for name in files
+            if not name.startswith(".") and name.lower().endswith(SUFFIXES)
+        ]
     return sorted(names)
 
 

@@ -51,7 +51,11 @@ def frame(picture: Size, size: Size, place: tuple[float, float] | None = None, m
     scale = enlarged(picture, size)
     scaled = (max(size[0], round(picture[0] * scale)), max(size[1], round(picture[1] * scale)))
     spare = (scaled[0] - size[0], scaled[1] - size[1])
-    crop = (spare[0] // 2, spare[1] // 2) if place is None else (int(place[0] * (spare[0] + 1)), int(place[1] * (spare[1] + 1)))
+    crop = (
+        (spare[0] // 2, spare[1] // 2)
+        if place is None
+        else (int(place[0] * (spare[0] + 1)), int(place[1] * (spare[1] + 1)))
+    )
     return Frame(size, scaled, crop, mirrored)
 
 

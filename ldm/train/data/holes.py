@@ -35,7 +35,12 @@ def hole(height: int, width: int, generator: torch.Generator, whole: float) -> T
     draw = ImageDraw.Draw(mask)
     if uniform(0, 1) < 0.5:
         for _ in range(count(MAX_CHAINS)):
-            _chain(draw, (uniform(0, width), uniform(0, height)), [(uniform(0, 2 * pi), side * uniform(*LENGTH)) for _ in range(count(MAX_SEGMENTS))], side * uniform(*WIDTH))
+            _chain(
+                draw,
+                (uniform(0, width), uniform(0, height)),
+                [(uniform(0, 2 * pi), side * uniform(*LENGTH)) for _ in range(count(MAX_SEGMENTS))],
+                side * uniform(*WIDTH),
+            )
     else:
         for _ in range(count(MAX_BOXES)):
             w, h = round(side * uniform(*BOX)), round(side * uniform(*BOX))
@@ -44,7 +49,9 @@ def hole(height: int, width: int, generator: torch.Generator, whole: float) -> T
     return torch.from_numpy(np.array(mask, dtype=np.float32))[None]
 
 
-def _chain(draw: ImageDraw.ImageDraw, at: tuple[float, float], segments: list[tuple[float, float]], width: float) -> None:
+def _chain(
+    draw: ImageDraw.ImageDraw, at: tuple[float, float], segments: list[tuple[float, float]], width: float
+) -> None:
     """Line after line, (direction in radians, length in pixels) each, with round ends."""
     for direction, length in [(0.0, 0.0), *segments]:
         to = (at[0] + length * cos(direction), at[1] + length * sin(direction))

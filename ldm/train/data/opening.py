@@ -24,7 +24,9 @@ def open_source(data: Data, size: int, cache: Path | None = None) -> Source:
 def require_path(data: Data) -> None:
     """Raises ArgumentError where pictures are to be read and no path says from where, FileError for a directory that is not there."""
     if data.source != "scenes" and not data.path:
-        raise ArgumentError("data.path: is not given; name the pictures to learn from: --set data.path=DIRECTORY", key="data.path")
+        raise ArgumentError(
+            "data.path: is not given; name the pictures to learn from: --set data.path=DIRECTORY", key="data.path"
+        )
     if data.source == "folder":
         require_directory(Path(data.path))
 
@@ -37,7 +39,10 @@ def missing_prior(data: Data) -> int:
     if not data.prior_pictures:
         return 0
     if data.source == "folder" and Path(data.prior).resolve().is_relative_to(Path(data.path).resolve()):
-        raise ArgumentError("data.prior: lies in data.path, whose pictures are of one particular thing; give a directory outside", key="data.prior")
+        raise ArgumentError(
+            "data.prior: lies in data.path, whose pictures are of one particular thing; give a directory outside",
+            key="data.prior",
+        )
     there = len(pictures_in(Path(data.prior))) if Path(data.prior).is_dir() else 0
     return max(0, data.prior_pictures - there)
 
@@ -48,7 +53,10 @@ def open_prior(data: Data, cache: Path | None = None) -> Source | None:
     Captions of their own, in metadata.jsonl, take the place of `data.prior_caption`.
     """
     if missing := missing_prior(data):
-        raise ArgumentError(f"data.prior: {data.prior[-60:]} lacks {missing} of {data.prior_pictures} pictures; make them first", key="data.prior")
+        raise ArgumentError(
+            f"data.prior: {data.prior[-60:]} lacks {missing} of {data.prior_pictures} pictures; make them first",
+            key="data.prior",
+        )
     if not data.prior_pictures:
         return None
     caption = "" if (Path(data.prior) / "metadata.jsonl").is_file() else data.prior_caption

@@ -23,7 +23,9 @@ def fraction(seed: int, *what: object) -> float:
 
 def permutation(n: int, seed: int, *what: object) -> list[int]:
     """0 to n - 1 in an order drawn for this purpose alone."""
-    generator = torch.Generator().manual_seed(int.from_bytes(_hash(seed, *what)[:4], "little"))  # torch's CPU generator uses 32 bits
+    generator = torch.Generator().manual_seed(
+        int.from_bytes(_hash(seed, *what)[:4], "little")
+    )  # torch's CPU generator uses 32 bits
     return torch.randperm(n, generator=generator).tolist()
 
 
@@ -57,13 +59,20 @@ class Plan:
         """The pictures of one pass, if there is one bucket; otherwise its micro-batches."""
         made = self._kept.get(epoch)
         if made is None:  # several threads may be here: what one of them keeps another may drop
-            shuffled = [[group[i] for i in permutation(len(group), self.seed, "pass", epoch, g)] for g, group in enumerate(self.groups)]
+            shuffled = [
+                [group[i] for i in permutation(len(group), self.seed, "pass", epoch, g)]
+                for g, group in enumerate(self.groups)
+            ]
             made = shuffled[0] if len(shuffled) == 1 else self._mixed(shuffled, epoch)
             self._kept = {n: each for n, each in self._kept.items() if abs(n - epoch) < 2} | {epoch: made}
         return made
 
     def _mixed(self, shuffled: Sequence[list[int]], epoch: int) -> list[tuple[int, ...]]:
-        made = [tuple(group[i % len(group)] for i in range(n, n + self.micro)) for group in shuffled for n in range(0, len(group), self.micro)]
+        made = [
+            tuple(group[i % len(group)] for i in range(n, n + self.micro))
+            for group in shuffled
+            for n in range(0, len(group), self.micro)
+        ]
         return [made[i] for i in permutation(len(made), self.seed, "order", epoch)]
 
 
@@ -104,4 +113,12 @@ def part(source: Source, sizes: Sequence[Size], run: Run, *, weight: float = 1.0
         groups.setdefault(buckets[i], []).append(i)
     if not groups:
         raise FileError(f"data.held_out: leaves none of {len(usable)} pictures to learn from; lower it")
-    return Part(source, weight, buckets, groups, sorted(held), bad, Plan([groups[size] for size in sorted(groups)], run.micro, run.seed))
+    return Part(
+        source,
+        weight,
+        buckets,
+        groups,
+        sorted(held),
+        bad,
+        Plan([groups[size] for size in sorted(groups)], run.micro, run.seed),
+    )

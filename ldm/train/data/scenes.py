@@ -24,10 +24,15 @@ class Scenes:
 
     def __init__(self, n: int, size: int, caption: str = ""):
         if n < 1 or size < 8:
-            raise ArgumentError(f"scenes: {n} of {size} pixels; give at least 1, of at least 8 pixels", key="data.scenes")
+            raise ArgumentError(
+                f"scenes: {n} of {size} pixels; give at least 1, of at least 8 pixels", key="data.scenes"
+            )
         self.size = size
         renderer = digest(blocks.code())  # another renderer, other pictures
-        self.items = [Item(f"scene {i}", (caption,) if caption else said(i, n), (size, size), digest(renderer, f"{i} {size}")) for i in range(n)]
+        self.items = [
+            Item(f"scene {i}", (caption,) if caption else said(i, n), (size, size), digest(renderer, f"{i} {size}"))
+            for i in range(n)
+        ]
 
     def picture(self, i: int) -> Image.Image:
         """Scene i."""

@@ -61,7 +61,9 @@ class Shards:
         with ThreadPoolExecutor(8) as pool:
             groups = list(pool.map(_groups, shards))
             self.has_depth = any(_depth_of(group) for _, there in groups for group in there.values())
-            rows = list(pool.map(lambda shard, there: _rows(shard, *there, caption, self.has_depth, known), shards, groups))
+            rows = list(
+                pool.map(lambda shard, there: _rows(shard, *there, caption, self.has_depth, known), shards, groups)
+            )
         known.save()
         self.bad = [row for some in rows for row in some if isinstance(row, Bad)]
         found = [row for some in rows for row in some if not isinstance(row, Bad)]
@@ -69,7 +71,11 @@ class Shards:
         self._pictures = [picture for _, picture, _ in found]
         self._depths = [depth for _, _, depth in found]
         if not self.items:
-            why = f"{self.bad[0].id[-60:]} {self.bad[0].why[:60]}" if self.bad else "they hold none with a name like 000123.jpg"
+            why = (
+                f"{self.bad[0].id[-60:]} {self.bad[0].why[:60]}"
+                if self.bad
+                else "they hold none with a name like 000123.jpg"
+            )
             raise FileError(f"has no picture to train on: {why}; put NAME.txt or NAME.json beside each", path=pattern)
 
     def picture(self, i: int) -> Image.Image:
@@ -88,9 +94,16 @@ def expanded(pattern: str) -> list[Path]:
         match = next(m for path in paths if (m := _RANGE.search(path)))
         first, last = int(match[1]), int(match[2])
         if first > last or (last - first + 1) * len(paths) > MAX_SHARDS:
-            raise ArgumentError(f"data.path: {match[0]} rises to its end, and names at most {MAX_SHARDS} files", key="data.path")
+            raise ArgumentError(
+                f"data.path: {match[0]} rises to its end, and names at most {MAX_SHARDS} files", key="data.path"
+            )
         names = [str(n).zfill(len(match[1])) for n in range(first, last + 1)]
-        paths = [path[: m.start()] + name + path[m.end() :] for path in paths for m in [_RANGE.search(path)] for name in names]
+        paths = [
+            path[: m.start()] + name + path[m.end() :]
+            for path in paths
+            for m in [_RANGE.search(path)]
+            for name in names
+        ]
     found = []
     for path in paths:
         matching = [path] if os.path.exists(path) else sorted(glob.glob(path))
@@ -111,11 +124,17 @@ def _groups(shard: Path) -> tuple[os.stat_result, dict[str, dict[str, Member]]]:
                 key, dot, ending = name.partition(".")
                 if not (info.isreg() and key and dot) or info.issparse():
                     continue
-                groups.setdefault(f"{place}/{key}" if place else key, {})[ending.lower()] = Member(shard, info.offset_data, info.size)
-            if Member(shard, tar.offset, tarfile.BLOCKSIZE).read() != bytes(tarfile.BLOCKSIZE):  # tarfile takes a cut between members for the end
+                groups.setdefault(f"{place}/{key}" if place else key, {})[ending.lower()] = Member(
+                    shard, info.offset_data, info.size
+                )
+            if Member(shard, tar.offset, tarfile.BLOCKSIZE).read() != bytes(
+                tarfile.BLOCKSIZE
+            ):  # tarfile takes a cut between members for the end
                 raise tarfile.ReadError
     except (tarfile.TarError, EOFError, ValueError):
-        raise FileError("is damaged, cut short, compressed or no tar file; get it again, or unpack the compression", path=shard) from None
+        raise FileError(
+            "is damaged, cut short, compressed or no tar file; get it again, or unpack the compression", path=shard
+        ) from None
     except OSError as error:
         raise FileError(f"cannot be read: {error.strerror or error}", path=shard) from None
     return status, groups

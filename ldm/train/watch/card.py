@@ -31,11 +31,24 @@ def training_section(recipe: Recipe) -> str:
         "Learning rate": _rate(recipe.optimizer),
         "Batch": _batch(recipe),
         "Steps": f"{run.steps:,}",
-        "Precision": run.dtype + (", gradient checkpointing" if run.checkpointing else "") + (f", averaged weights with decay {run.ema:g}" if run.ema else ""),
+        "Precision": run.dtype
+        + (", gradient checkpointing" if run.checkpointing else "")
+        + (f", averaged weights with decay {run.ema:g}" if run.ema else ""),
         "Energy and CO2": _energy(card),
     }
     lines = [f"- **{name}:** {what}" for name, what in facts.items() if what]
-    return "\n".join(["## Training", "", *([recipe.about, ""] if recipe.about else []), *lines, *(f"- {note}" for note in card.notes)]) + "\n"
+    return (
+        "\n".join(
+            [
+                "## Training",
+                "",
+                *([recipe.about, ""] if recipe.about else []),
+                *lines,
+                *(f"- {note}" for note in card.notes),
+            ]
+        )
+        + "\n"
+    )
 
 
 def _method(recipe: Recipe) -> str:
@@ -78,7 +91,9 @@ def _batch(recipe: Recipe) -> str:
     times, rest = divmod(run.batch, gpus * run.micro)
     if rest:
         return f"{run.batch}"
-    return f"{gpus} GPU{'s' * (gpus > 1)} x {times} gradient accumulation{'s' * (times > 1)} x {run.micro} = {run.batch}"
+    return (
+        f"{gpus} GPU{'s' * (gpus > 1)} x {times} gradient accumulation{'s' * (times > 1)} x {run.micro} = {run.batch}"
+    )
 
 
 def _energy(card: Card) -> str:

@@ -27,8 +27,12 @@ class Theme:
     ramp: tuple[str, ...]  # of an ordered family of curves, from the first to the last
 
 
-LIGHT = Theme("#ffffff", "#f8fafc", "#111827", "#64748b", "#e2e8f0", "#c2410c", ("#d97706", "#e11d48", "#7c3aed", "#1e3a8a"))
-DARK = Theme("#0b1120", "#131c2e", "#f1f5f9", "#94a3b8", "#26334a", "#fb923c", ("#fcd34d", "#fb7185", "#a78bfa", "#38bdf8"))
+LIGHT = Theme(
+    "#ffffff", "#f8fafc", "#111827", "#64748b", "#e2e8f0", "#c2410c", ("#d97706", "#e11d48", "#7c3aed", "#1e3a8a")
+)
+DARK = Theme(
+    "#0b1120", "#131c2e", "#f1f5f9", "#94a3b8", "#26334a", "#fb923c", ("#fcd34d", "#fb7185", "#a78bfa", "#38bdf8")
+)
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,9 @@ def blend(colours: Sequence[str], n: int) -> list[str]:
     for i in range(n):
         place = i / max(1, n - 1) * (len(path) - 1)
         k = min(int(place), len(path) - 2)
-        made.append("#" + "".join(f"{round(a + (b - a) * (place - k)):02x}" for a, b in zip(path[k], path[k + 1], strict=True)))
+        made.append(
+            "#" + "".join(f"{round(a + (b - a) * (place - k)):02x}" for a, b in zip(path[k], path[k + 1], strict=True))
+        )
     return made
 
 
@@ -202,7 +208,9 @@ def _range(chart: Chart) -> tuple[float, float]:
     return (0.0 if chart.zero else low - margin), high + margin
 
 
-def _runs(curve: Curve, log: bool, place: Callable[[float, float], tuple[float, float]]) -> list[list[tuple[float, float]]]:
+def _runs(
+    curve: Curve, log: bool, place: Callable[[float, float], tuple[float, float]]
+) -> list[list[tuple[float, float]]]:
     """The curve's points on the picture, apart where it has a gap. In front, points that nobody could tell apart are drawn once."""
     runs: list[list[tuple[float, float]]] = [[]]
     for x, y in zip(curve.x, curve.y, strict=True):

@@ -44,7 +44,9 @@ class Log:
             write_text(out / "log.csv", _csv([COLUMNS, *(_row(record) for record in lines if "event" not in record)]))
             self._files = [open(out / file, "a", encoding="utf-8") for file in ("log.jsonl", "log.csv")]  # noqa: SIM115 (closed by __exit__)
         except OSError as error:
-            raise OutputError(f"the log cannot be written ({error.strerror}); free space, or choose another directory", path=out) from error
+            raise OutputError(
+                f"the log cannot be written ({error.strerror}); free space, or choose another directory", path=out
+            ) from error
         self._writers = [start(module, out, name, done) for module, start in modules]
         self._bar = _bar(name, steps, done)
 
@@ -59,7 +61,9 @@ class Log:
         for write, _ in self._writers:
             write(values, record["step"])
         if self._bar is not None:
-            self._bar.set_postfix({key: f"{record[key]:.3g}" for key in ("loss", "lr") if record.get(key) is not None}, refresh=False)
+            self._bar.set_postfix(
+                {key: f"{record[key]:.3g}" for key in ("loss", "lr") if record.get(key) is not None}, refresh=False
+            )
             self.tick(record["step"])
 
     def event(self, record: Record) -> None:
@@ -67,7 +71,9 @@ class Log:
         self._append(0, _line(record))
         if self._bar is not None:
             rest = ", ".join(f"{key} {value}" for key, value in record.items() if key not in ("step", "event"))
-            self._bar.write(printable(f"update {record['step']}: {record['event']}{': ' if rest else ''}{rest}"), file=sys.stderr)
+            self._bar.write(
+                printable(f"update {record['step']}: {record['event']}{': ' if rest else ''}{rest}"), file=sys.stderr
+            )
 
     def tick(self, step: int) -> None:
         """Move the bar: `step` updates are done. Costs nothing worth counting, so call it after every update."""
@@ -77,7 +83,9 @@ class Log:
     def __enter__(self) -> Log:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         for file in self._files:
             file.close()
         for _, end in self._writers:
@@ -91,7 +99,10 @@ class Log:
             file.write(text)
             file.flush()
         except OSError as error:
-            raise OutputError(f"could not be written ({error.strerror}); free space and start again: the run is resumed", path=file.name) from error
+            raise OutputError(
+                f"could not be written ({error.strerror}); free space and start again: the run is resumed",
+                path=file.name,
+            ) from error
 
 
 def read_log(out: Path) -> list[dict[str, Any]]:
@@ -132,12 +143,18 @@ def _finite(value: Any) -> Any:
 
 def _values(record: Record) -> dict[str, float]:
     """The finite numbers of a record by their columns' names."""
-    flat = {key: record.get(key) for key in VALUES} | {f"band_{i}": mean for i, mean in enumerate(record.get("bands", ()))}
+    flat = {key: record.get(key) for key in VALUES} | {
+        f"band_{i}": mean for i, mean in enumerate(record.get("bands", ()))
+    }
     return {key: value for key, value in flat.items() if value is not None and math.isfinite(value)}
 
 
 def _row(record: Record) -> list[Any]:
-    values = {"step": record["step"]} | _values(record) | {f"count_{i}": count for i, count in enumerate(record.get("band_counts", ()))}
+    values = (
+        {"step": record["step"]}
+        | _values(record)
+        | {f"count_{i}": count for i, count in enumerate(record.get("band_counts", ()))}
+    )
     return [values.get(column, "") for column in COLUMNS]
 
 
@@ -169,7 +186,9 @@ def _installed(package: str) -> Any:
         else:
             from torch.utils import tensorboard as module
     except ImportError:
-        raise ArgumentError(f"{package}: it is not installed; 'pip install {package}', or set watch.{package} = false", key=package) from None
+        raise ArgumentError(
+            f"{package}: it is not installed; 'pip install {package}', or set watch.{package} = false", key=package
+        ) from None
     return module
 
 

@@ -51,7 +51,9 @@ def write_report(out: Path, recipe: Recipe) -> tuple[Path, Path]:
     try:
         write_text(page, html_page(records, samples, recipe))
     except OSError as error:
-        raise OutputError(f"cannot be written ({error.strerror}); free space and write the report again", path=page) from error
+        raise OutputError(
+            f"cannot be written ({error.strerror}); free space and write the report again", path=page
+        ) from error
     return png, page
 
 
@@ -87,20 +89,48 @@ def charts(records: Sequence[Record], theme: Theme) -> list[Chart]:
 
     def curves(key: str) -> tuple[Curve, ...]:
         bold = Curve(x, _smooth(lines, key), theme.accent, 2.2, last=True)
-        return (Curve(x, [record.get(key) for record in lines], pale, 1.0, background=True), bold) if window > 1 else (bold,)
+        return (
+            (Curve(x, [record.get(key) for record in lines], pale, 1.0, background=True), bold)
+            if window > 1
+            else (bold,)
+        )
 
     made = [Chart("Loss", mean, curves("loss"), log=_wide(curves("loss")))]
     banded = [record for record in lines if record.get("bands")]
     if banded:
         made.append(_bands(banded, theme, window))
-    validated = {record["step"]: record["validation_loss"] for record in records if record.get("validation_loss") is not None}
+    validated = {
+        record["step"]: record["validation_loss"] for record in records if record.get("validation_loss") is not None
+    }
     if validated:
-        levels = next(len(record.get("validation_levels", ())) for record in reversed(records) if "validation_loss" in record)
+        levels = next(
+            len(record.get("validation_levels", ())) for record in reversed(records) if "validation_loss" in record
+        )
         note = f"held-out pictures, same noise, {levels} noise level{'s' if levels > 1 else ''}"
         steps = sorted(validated)
-        made.append(Chart("Validation loss", note, (Curve(steps, [validated[step] for step in steps], theme.accent, 2.2, dots=True, last=True),)))
-    made.append(Chart("Learning rate", "of the first group of parameters", (Curve(x, [record.get("lr") for record in lines], theme.accent, 2.2, last=True),), zero=True))
-    made.append(Chart("Norm of the gradient", f"before clipping; {mean}" if window == 1 else "before clipping, smoothed likewise", curves("grad_norm"), log=_wide(curves("grad_norm"))))
+        made.append(
+            Chart(
+                "Validation loss",
+                note,
+                (Curve(steps, [validated[step] for step in steps], theme.accent, 2.2, dots=True, last=True),),
+            )
+        )
+    made.append(
+        Chart(
+            "Learning rate",
+            "of the first group of parameters",
+            (Curve(x, [record.get("lr") for record in lines], theme.accent, 2.2, last=True),),
+            zero=True,
+        )
+    )
+    made.append(
+        Chart(
+            "Norm of the gradient",
+            f"before clipping; {mean}" if window == 1 else "before clipping, smoothed likewise",
+            curves("grad_norm"),
+            log=_wide(curves("grad_norm")),
+        )
+    )
     made.append(Chart("Speed", "examples per second", curves("examples_per_second"), zero=True))
     return [chart for chart in made if any(y is not None for curve in chart.curves for y in curve.y)]
 
@@ -178,7 +208,13 @@ def _head(records: Sequence[Record], recipe: Recipe, theme: Theme, width: int) -
     below = 82 + 22 * len(about)
     part = Image.new("RGB", (width * SCALE, (below + 70) * SCALE), theme.paper)
     pen = ImageDraw.Draw(part)
-    pen.text((MARGIN * SCALE, 62 * SCALE), _wrapped(recipe.name, width - 2 * MARGIN, 34, 1)[0], theme.ink, font(34 * SCALE), "ls")
+    pen.text(
+        (MARGIN * SCALE, 62 * SCALE),
+        _wrapped(recipe.name, width - 2 * MARGIN, 34, 1)[0],
+        theme.ink,
+        font(34 * SCALE),
+        "ls",
+    )
     for i, line in enumerate(about):
         pen.text((MARGIN * SCALE, (88 + 22 * i) * SCALE), line, theme.faint, font(15 * SCALE), "ls")
     x = MARGIN
@@ -207,7 +243,11 @@ def _sample_grid(samples: Samples, theme: Theme, width: int) -> Image.Image:
     head, pitch = 76, cell + GAP // 2
     part = Image.new("RGB", (width * SCALE, (head + pitch * len(samples.prompts)) * SCALE), theme.paper)
     pen = ImageDraw.Draw(part)
-    title = "Samples by step" if len(steps) == len(samples.steps) else f"Samples by step ({len(steps)} of {len(samples.steps)} validations)"
+    title = (
+        "Samples by step"
+        if len(steps) == len(samples.steps)
+        else f"Samples by step ({len(steps)} of {len(samples.steps)} validations)"
+    )
     pen.text((MARGIN * SCALE, 38 * SCALE), title, theme.ink, font(20 * SCALE), "ls")
     pen.text((MARGIN * SCALE, 64 * SCALE), "after so many updates", theme.faint, font(13 * SCALE), "ls")
     for column, step in enumerate(steps):
@@ -215,7 +255,10 @@ def _sample_grid(samples: Samples, theme: Theme, width: int) -> Image.Image:
         pen.text(((x + cell / 2) * SCALE, 64 * SCALE), f"{step:,}", theme.faint, font(13 * SCALE), "ms")
         for row in range(len(samples.prompts)):
             if (step, row) in samples.files:
-                part.paste(_fitted(open_image(samples.files[step, row]), cell * SCALE, theme.panel), (x * SCALE, (head + row * pitch) * SCALE))
+                part.paste(
+                    _fitted(open_image(samples.files[step, row]), cell * SCALE, theme.panel),
+                    (x * SCALE, (head + row * pitch) * SCALE),
+                )
     for row, prompt in enumerate(samples.prompts):
         lines = _wrapped(prompt, PROMPT - 20, 13, max(1, cell // 18))
         for i, line in enumerate(lines):
@@ -229,7 +272,10 @@ def _fitted(image: Image.Image, side: int, colour: str) -> Image.Image:
     factor = side / max(image.size)
     size = tuple(max(1, round(length * factor)) for length in image.size)
     cell = Image.new("RGB", (side, side), colour)
-    cell.paste(image.resize(size, Image.Resampling.NEAREST if factor > 1 else Image.Resampling.LANCZOS), ((side - size[0]) // 2, (side - size[1]) // 2))
+    cell.paste(
+        image.resize(size, Image.Resampling.NEAREST if factor > 1 else Image.Resampling.LANCZOS),
+        ((side - size[0]) // 2, (side - size[1]) // 2),
+    )
     return cell
 
 
@@ -277,7 +323,9 @@ summary { cursor: pointer; color: var(--accent); margin: 10px 0 } code { font-si
 def html_page(records: Sequence[Record], samples: Samples, recipe: Recipe) -> str:
     """The report as one HTML file: for a phone and a desk, by day and by night, without scripts, its pictures inside."""
     name = html.escape(recipe.name)
-    told = "".join(f"<div><dt>{html.escape(key)}</dt><dd>{html.escape(value)}</dd></div>" for key, value in facts(records, recipe))
+    told = "".join(
+        f"<div><dt>{html.escape(key)}</dt><dd>{html.escape(value)}</dd></div>" for key, value in facts(records, recipe)
+    )
     parts = [
         f"<h1>{name}</h1>",
         f'<p class="faint">{html.escape(recipe.about)}</p>' if recipe.about else "",
@@ -290,7 +338,9 @@ def html_page(records: Sequence[Record], samples: Samples, recipe: Recipe) -> st
     ]
     return (
         f'<!doctype html>\n<html lang="en">\n<head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{name}</title><style>{STYLE}</style></head>\n<body><main>\n" + "\n".join(part for part in parts if part) + "\n</main></body>\n</html>\n"
+        f"<title>{name}</title><style>{STYLE}</style></head>\n<body><main>\n"
+        + "\n".join(part for part in parts if part)
+        + "\n</main></body>\n</html>\n"
     )
 
 
@@ -299,7 +349,9 @@ def _html_charts(records: Sequence[Record]) -> str:
     for light, dark in zip(charts(records, LIGHT), charts(records, DARK), strict=True):
         day, night = (_data(draw(chart, CHART, theme, SCALE), "PNG") for chart, theme in ((light, LIGHT), (dark, DARK)))
         size = f'width="{CHART[0]}" height="{CHART[1]}"'
-        made.append(f'<picture><source media="(prefers-color-scheme: dark)" srcset="{night}"><img src="{day}" {size} alt="{html.escape(light.title)}: {html.escape(light.note)}"></picture>')
+        made.append(
+            f'<picture><source media="(prefers-color-scheme: dark)" srcset="{night}"><img src="{day}" {size} alt="{html.escape(light.title)}: {html.escape(light.note)}"></picture>'
+        )
     return "".join(made)
 
 
@@ -307,7 +359,11 @@ def _html_samples(samples: Samples) -> str:
     if not samples.steps:
         return ""
     steps = chosen(samples.steps, COLUMNS_HTML)
-    title = "Samples by step" if len(steps) == len(samples.steps) else f"Samples by step ({len(steps)} of {len(samples.steps)} validations)"
+    title = (
+        "Samples by step"
+        if len(steps) == len(samples.steps)
+        else f"Samples by step ({len(steps)} of {len(samples.steps)} validations)"
+    )
     rows = [f"<h2>{title}</h2>"]
     for row, prompt in enumerate(samples.prompts):
         shown = [_html_sample(samples.files[step, row], step, prompt) for step in steps if (step, row) in samples.files]
@@ -332,7 +388,9 @@ def _html_events(records: Sequence[Record]) -> str:
     rows = []
     for record in events[:EVENTS]:
         rest = ", ".join(f"{key}: {value}" for key, value in record.items() if key not in ("step", "event"))
-        rows.append(f"<tr><td>{record['step']:,}</td><td>{html.escape(str(record['event']))}</td><td>{html.escape(rest)}</td></tr>")
+        rows.append(
+            f"<tr><td>{record['step']:,}</td><td>{html.escape(str(record['event']))}</td><td>{html.escape(rest)}</td></tr>"
+        )
     more = f'<p class="faint">{len(events) - EVENTS} more are in log.jsonl.</p>' if len(events) > EVENTS else ""
     return f"<h2>Events</h2><table><tr><th>update</th><th>what</th><th></th></tr>{''.join(rows)}</table>{more}"
 
@@ -351,7 +409,12 @@ def _html_recipe(recipe: Recipe) -> str:
 def _keys(recipe: Recipe) -> list[tuple[str, Any]]:
     """("run.batch", 8) for every key of every section."""
     sections = [(section.name, getattr(recipe, section.name)) for section in fields(recipe)]
-    return [(f"{name}.{key.name}", getattr(section, key.name)) for name, section in sections if is_dataclass(section) for key in fields(section)]
+    return [
+        (f"{name}.{key.name}", getattr(section, key.name))
+        for name, section in sections
+        if is_dataclass(section)
+        for key in fields(section)
+    ]
 
 
 def _shown(value: Any) -> str:

@@ -43,13 +43,18 @@ def validation_loss(task: nn.Module, batches: Iterable[Batch], recipe: Recipe, s
         if not batch.index:
             break
         for k, t in enumerate(levels):
-            draws = Draws(watch.seed, [-1 - (seen + i) * steps - t for i in range(len(batch.index))])  # below 0: none of these is drawn in training
+            draws = Draws(
+                watch.seed, [-1 - (seen + i) * steps - t for i in range(len(batch.index))]
+            )  # below 0: none of these is drawn in training
             sums[k] += task.at(batch, draws, torch.full((len(batch.index),), t)).each.double().sum().item()
         seen += len(batch.index)
     if not seen:
         return {}
     means = [total / seen for total in sums]
-    return {"validation_loss": sum(means) / len(means), "validation_levels": [[t, mean] for t, mean in zip(levels, means, strict=True)]}
+    return {
+        "validation_loss": sum(means) / len(means),
+        "validation_levels": [[t, mean] for t, mean in zip(levels, means, strict=True)],
+    }
 
 
 def _first(batch: Batch, n: int) -> Batch:
@@ -58,7 +63,9 @@ def _first(batch: Batch, n: int) -> Batch:
     return replace(batch, **{name: value[: max(0, n)] for name, value in values.items() if value is not None})
 
 
-def validation_pictures(model: LatentDiffusion, recipe: Recipe, held_out: Iterable[Batch] = (), **sampling: Any) -> list[Image.Image]:
+def validation_pictures(
+    model: LatentDiffusion, recipe: Recipe, held_out: Iterable[Batch] = (), **sampling: Any
+) -> list[Image.Image]:
     """One picture for each of `watch.prompts`, of seeds from `watch.seed` on, by DPM++ 2M.
 
     held_out  inpainting, depth and image-variations models are given the first picture in it: with a hole over its middle, for its depth alone,
@@ -68,7 +75,14 @@ def validation_pictures(model: LatentDiffusion, recipe: Recipe, held_out: Iterab
     """
     watch, kinds = recipe.watch, model.config.concat
     seeds = range(watch.seed, watch.seed + (len(watch.prompts) if model.vision is None else VARIATIONS))
-    job: dict[str, Any] = {"seeds": seeds, "batch": 1, "steps": watch.steps, "cfg": watch.cfg, "sampler": "dpmpp_2m", **sampling}
+    job: dict[str, Any] = {
+        "seeds": seeds,
+        "batch": 1,
+        "steps": watch.steps,
+        "cfg": watch.cfg,
+        "sampler": "dpmpp_2m",
+        **sampling,
+    }
     if not seeds:
         return []
     size = dict.fromkeys(("height", "width"), recipe.data.size or model.config.size)
@@ -89,7 +103,10 @@ def first_batch(model: LatentDiffusion, held_out: Iterable[Batch]) -> Batch:
     """What a model that is told a picture makes its pictures from. Raises ArgumentError where nothing is held out."""
     batch = next(iter(held_out), None)
     if batch is None:
-        raise ArgumentError(f"validation: a model of family {model.config.name} needs a picture; set data.held_out above 0, or leave watch.prompts out", key="held_out")
+        raise ArgumentError(
+            f"validation: a model of family {model.config.name} needs a picture; set data.held_out above 0, or leave watch.prompts out",
+            key="held_out",
+        )
     return batch
 
 
@@ -97,7 +114,9 @@ def first_batch(model: LatentDiffusion, held_out: Iterable[Batch]) -> Batch:
 def _picture(model: LatentDiffusion, held_out: Iterable[Batch]) -> Image.Image:
     """The first held-out picture; decoded, where only its latent is kept."""
     batch = first_batch(model, held_out)
-    image = decode(model, model.vae.latent(batch.moments[:1].to(model.device))) if batch.image is None else batch.image[:1]
+    image = (
+        decode(model, model.vae.latent(batch.moments[:1].to(model.device))) if batch.image is None else batch.image[:1]
+    )
     return to_pil(image)[0]
 
 
@@ -111,7 +130,9 @@ def _hole(size: tuple[int, int]) -> Image.Image:
     """A mask that hides the middle, half as wide and as high as the picture."""
     width, height = size
     mask = Image.new("L", size)
-    ImageDraw.Draw(mask).rectangle((width // 4, height // 4, width - width // 4 - 1, height - height // 4 - 1), fill=255)
+    ImageDraw.Draw(mask).rectangle(
+        (width // 4, height // 4, width - width // 4 - 1, height - height // 4 - 1), fill=255
+    )
     return mask
 
 
@@ -121,6 +142,12 @@ def save_pictures(pictures: Sequence[Image.Image], recipe: Recipe, out: Path, st
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OutputError(f"validation pictures cannot be written ({error.strerror}); free space, or choose another directory", path=directory) from error
+        raise OutputError(
+            f"validation pictures cannot be written ({error.strerror}); free space, or choose another directory",
+            path=directory,
+        ) from error
     prompts = [*recipe.watch.prompts, *[""] * len(pictures)]
-    return [save(picture, directory / f"{i:02d}.png", {"prompt": prompts[i], "step": str(step)}, overwrite=True) for i, picture in enumerate(pictures)]
+    return [
+        save(picture, directory / f"{i:02d}.png", {"prompt": prompts[i], "step": str(step)}, overwrite=True)
+        for i, picture in enumerate(pictures)
+    ]

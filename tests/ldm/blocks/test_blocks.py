@@ -38,8 +38,18 @@ def test_training_shows_everything_that_a_held_out_combination_is_made_of():
     seen, every = Counter(), set()
     for scene in pairs():
         (a, b), (relation,) = scene.solids, scene.relations
-        parts = [("first", a.color, a.shape), ("second", b.color, b.shape), (relation, a.color), (relation, "second", b.color)]
-        parts += [(relation, a.shape, b.shape), (relation, "second", b.color, b.shape), (a.color, b.color), (a.color, a.shape, b.color)]
+        parts = [
+            ("first", a.color, a.shape),
+            ("second", b.color, b.shape),
+            (relation, a.color),
+            (relation, "second", b.color),
+        ]
+        parts += [
+            (relation, a.shape, b.shape),
+            (relation, "second", b.color, b.shape),
+            (a.color, b.color),
+            (a.color, a.shape, b.color),
+        ]
         every.update(parts)
         if not blocks.held_out(scene):
             seen.update(parts)

@@ -42,7 +42,9 @@ def told(network: LatentDiffusion, prompt: str, **how: object) -> Tensor:
 def test_a_new_word_starts_as_the_word_it_is_like(family: str, widths: list[int]):
     network = model(family)
     parameters = new_token(network, "<seal>", "cat", 2)
-    assert {name: tuple(p.shape) for name, p in parameters.items()} == {f"<seal>.{width}": (2, width) for width in widths}
+    assert {name: tuple(p.shape) for name, p in parameters.items()} == {
+        f"<seal>.{width}": (2, width) for width in widths
+    }
     assert all(p.requires_grad and p.is_leaf and p.dtype == torch.float32 for p in parameters.values())
     word = as_embedding("<seal>", parameters)
     assert torch.equal(told(network, "a <seal> on a rock", embeddings=[word]), told(network, "a cat cat on a rock"))
@@ -98,10 +100,18 @@ def test_condition_is_tell_without_gradients():
 
 @pytest.mark.parametrize(
     ("family", "vectors", "keys"),
-    [("sd1", {64: TWO}, {"<seal>": TWO}), ("sdxl-base", {80: WIDE, 64: TWO}, {"clip_l": TWO, "clip_g": WIDE}), ("sdxl-refiner", {80: WIDE}, {"clip_g": WIDE})],
+    [
+        ("sd1", {64: TWO}, {"<seal>": TWO}),
+        ("sdxl-base", {80: WIDE, 64: TWO}, {"clip_l": TWO, "clip_g": WIDE}),
+        ("sdxl-refiner", {80: WIDE}, {"clip_g": WIDE}),
+    ],
 )
-def test_a_saved_word_has_the_keys_of_other_programs_and_is_read_again(family: str, vectors: dict[int, Tensor], keys: dict[str, Tensor], tmp_path: Path):
-    path = weights.save_embedding(Embedding("<seal>", vectors), tmp_path / "seal.safetensors", tiny(family), metadata={"steps": "100"})
+def test_a_saved_word_has_the_keys_of_other_programs_and_is_read_again(
+    family: str, vectors: dict[int, Tensor], keys: dict[str, Tensor], tmp_path: Path
+):
+    path = weights.save_embedding(
+        Embedding("<seal>", vectors), tmp_path / "seal.safetensors", tiny(family), metadata={"steps": "100"}
+    )
     stored = load_file(path)
     assert stored.keys() == keys.keys()
     assert all(torch.equal(stored[key], tensor) for key, tensor in keys.items())
@@ -115,7 +125,9 @@ def test_a_saved_word_has_the_keys_of_other_programs_and_is_read_again(family: s
 
 def test_what_learns_can_be_saved_as_it_is_and_in_half_the_space(tmp_path: Path):
     parameters = new_token(model(), "<seal>", "cat", 2)
-    path = weights.save_embedding(as_embedding("<seal>", parameters), tmp_path / "seal.safetensors", tiny("sd1"), dtype=torch.float16)
+    path = weights.save_embedding(
+        as_embedding("<seal>", parameters), tmp_path / "seal.safetensors", tiny("sd1"), dtype=torch.float16
+    )
     assert torch.equal(load_file(path)["<seal>"], parameters["<seal>.64"].half())
 
 
@@ -128,7 +140,9 @@ def test_diffusers_reads_the_word_and_its_vectors(tmp_path: Path):
             return {}
 
     path = weights.save_embedding(Embedding("<seal>", {64: TWO}), tmp_path / "seal.safetensors", tiny("sd1"))
-    tokens, vectors = TextualInversionLoaderMixin._retrieve_tokens_and_embeddings([None], load_textual_inversion_state_dicts([str(path)]), NoWords())
+    tokens, vectors = TextualInversionLoaderMixin._retrieve_tokens_and_embeddings(
+        [None], load_textual_inversion_state_dicts([str(path)]), NoWords()
+    )
     assert tokens == ["<seal>"]
     assert torch.equal(vectors[0], TWO)
 
@@ -165,10 +179,25 @@ def test_what_cannot_be_learnt_is_refused_with_the_reason(attempt: Callable[[], 
 def test_what_cannot_be_saved_is_refused_and_nothing_is_written(tmp_path: Path):
     path, word, config = tmp_path / "seal.safetensors", Embedding("<seal>", {64: TWO}), tiny("sd1")
     for embedding, to, family, message in (
-        (word, tmp_path / "seal.pt", config, "seal.pt: other programs read a word from a .safetensors; give it that ending"),
-        (word, path, tiny("sdxl-base"), "made for text of width 64; this model's is 64 and 80: give the config that was trained"),
+        (
+            word,
+            tmp_path / "seal.pt",
+            config,
+            "seal.pt: other programs read a word from a .safetensors; give it that ending",
+        ),
+        (
+            word,
+            path,
+            tiny("sdxl-base"),
+            "made for text of width 64; this model's is 64 and 80: give the config that was trained",
+        ),
         (word, path, tiny("sd-image-variations"), "made for text of width 64; this model's is no width"),
-        (Embedding("lora_seal", {64: TWO}), path, config, "lora_seal: a file with a tensor of this name is read as something else; choose another word"),
+        (
+            Embedding("lora_seal", {64: TWO}),
+            path,
+            config,
+            "lora_seal: a file with a tensor of this name is read as something else; choose another word",
+        ),
         (Embedding("clip_l", {64: TWO}), path, config, "choose another word"),
     ):
         with pytest.raises(ArgumentError, match=message):

@@ -16,7 +16,19 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import weights
-from ldm.changes.lora import Change, Changes, Decomposed, Full, Generalised, Hadamard, Kronecker, LowRank, apply, delta, merge
+from ldm.changes.lora import (
+    Change,
+    Changes,
+    Decomposed,
+    Full,
+    Generalised,
+    Hadamard,
+    Kronecker,
+    LowRank,
+    apply,
+    delta,
+    merge,
+)
 from ldm.config import FAMILIES, ModelConfig
 from ldm.errors import ArgumentError, FileError
 from ldm.model import LatentDiffusion
@@ -46,7 +58,9 @@ def test_lora_of_a_matrix_is_up_times_down_times_alpha_over_rank():
     exact = sum(torch.outer(up.double()[:, i], down.double()[i]) for i in range(4))
     assert close(delta(LowRank(down, up, 2.0), WEIGHT), exact * 2 / 4)
     assert close(delta(LowRank(down, up), WEIGHT), exact)  # no alpha: alpha is the rank
-    assert close(delta(LowRank(down[:, :, None, None], up[:, :, None, None]), WEIGHT), exact)  # stored as 1x1 convolutions
+    assert close(
+        delta(LowRank(down[:, :, None, None], up[:, :, None, None]), WEIGHT), exact
+    )  # stored as 1x1 convolutions
     assert torch.equal(delta(LowRank(down, up), WEIGHT[:, :, None, None])[:, :, 0, 0], delta(LowRank(down, up), WEIGHT))
 
 
@@ -54,8 +68,16 @@ def test_lora_of_a_matrix_is_up_times_down_times_alpha_over_rank():
 def test_lora_of_a_convolution_does_what_its_layers_do_in_a_row(mid: bool):
     """The factors as the layers that they were trained as: a convolution down, perhaps one between, a 1x1 one up."""
     x = normal("x", (1, 8, 6, 6)).double()
-    down, up, core = normal("d", (4, 8, 1, 1) if mid else (4, 8, 3, 3)), normal("u", (12, 4, 1, 1)), normal("m", (4, 4, 3, 3))
-    layers = F.conv2d(F.conv2d(F.conv2d(x, down.double()), core.double()), up.double()) if mid else F.conv2d(F.conv2d(x, down.double()), up.double())
+    down, up, core = (
+        normal("d", (4, 8, 1, 1) if mid else (4, 8, 3, 3)),
+        normal("u", (12, 4, 1, 1)),
+        normal("m", (4, 4, 3, 3)),
+    )
+    layers = (
+        F.conv2d(F.conv2d(F.conv2d(x, down.double()), core.double()), up.double())
+        if mid
+        else F.conv2d(F.conv2d(x, down.double()), up.double())
+    )
     made = delta(LowRank(down, up, 6.0, core if mid else None), KERNEL)
     assert made.shape == KERNEL.shape
     assert close(F.conv2d(x, made.double()).float(), layers * 6 / 4)
@@ -65,7 +87,9 @@ def test_lora_of_a_convolution_does_what_its_layers_do_in_a_row(mid: bool):
 def test_loha_is_the_elementwise_product_of_two(weight: Tensor):
     n = weight[0].numel()
     a, b, c, d = normal("1a", (12, 3)), normal("1b", (3, n)), normal("2a", (12, 3)), normal("2b", (3, n))
-    exact = torch.from_numpy(np.matmul(a.double().numpy(), b.double().numpy()) * np.matmul(c.double().numpy(), d.double().numpy())).reshape(weight.shape)
+    exact = torch.from_numpy(
+        np.matmul(a.double().numpy(), b.double().numpy()) * np.matmul(c.double().numpy(), d.double().numpy())
+    ).reshape(weight.shape)
     assert close(delta(Hadamard(a, b, c, d, 1.5), weight), exact * 1.5 / 3)
 
 
@@ -75,7 +99,9 @@ def test_loha_of_a_convolution_may_be_two_tucker_products():
     exact = torch.empty(12, 8, 3, 3, dtype=torch.float64)
     for i in range(3):
         for j in range(3):
-            exact[:, :, i, j] = (a.double().T @ t1[:, :, i, j].double() @ b.double()) * (c.double().T @ t2[:, :, i, j].double() @ d.double())
+            exact[:, :, i, j] = (a.double().T @ t1[:, :, i, j].double() @ b.double()) * (
+                c.double().T @ t2[:, :, i, j].double() @ d.double()
+            )
     assert close(delta(Hadamard(a, b, c, d, 2.0, t1, t2), KERNEL), exact * 2 / 3)
 
 
@@ -86,16 +112,36 @@ def blocks(one: Tensor, two: Tensor) -> Tensor:
 
 def test_lokr_is_a_kronecker_product_whose_alpha_counts_only_with_factors():
     w1, w2, kernel = normal("w1", (3, 2)), normal("w2", (4, 4)), normal("w2k", (4, 4, 3, 3))
-    a1, b1, a2, b2, b2k = normal("a1", (3, 2)), normal("b1", (2, 2)), normal("a2", (4, 2)), normal("b2", (2, 4)), normal("b2k", (2, 36))
+    a1, b1, a2, b2, b2k = (
+        normal("a1", (3, 2)),
+        normal("b1", (2, 2)),
+        normal("a2", (4, 2)),
+        normal("b2", (2, 4)),
+        normal("b2k", (2, 36)),
+    )
     core, out, into = normal("t", (2, 2, 3, 3)), normal("to", (2, 4)), normal("ti", (2, 4))
-    tucker = torch.stack([torch.stack([out.double().T @ core[:, :, i, j].double() @ into.double() for j in range(3)], -1) for i in range(3)], -2)
+    tucker = torch.stack(
+        [
+            torch.stack([out.double().T @ core[:, :, i, j].double() @ into.double() for j in range(3)], -1)
+            for i in range(3)
+        ],
+        -2,
+    )
     half = 0.5 / 2  # alpha / rank
     for change, weight, exact in (
         (Kronecker(w1, w2, 0.5), WEIGHT, blocks(w1.double(), w2.double())),
         (Kronecker(w1, kernel, 0.5), KERNEL, blocks(w1.double(), kernel.double())),
         (Kronecker((a1, b1), w2, 0.5), WEIGHT, blocks(a1.double() @ b1.double(), w2.double()) * half),
-        (Kronecker((a1, b1), (a2, b2), 0.5), WEIGHT, blocks(a1.double() @ b1.double(), a2.double() @ b2.double()) * half),
-        (Kronecker(w1, (a2, b2k), 0.5), KERNEL, blocks(w1.double(), (a2.double() @ b2k.double()).reshape(4, 4, 3, 3)) * half),
+        (
+            Kronecker((a1, b1), (a2, b2), 0.5),
+            WEIGHT,
+            blocks(a1.double() @ b1.double(), a2.double() @ b2.double()) * half,
+        ),
+        (
+            Kronecker(w1, (a2, b2k), 0.5),
+            KERNEL,
+            blocks(w1.double(), (a2.double() @ b2k.double()).reshape(4, 4, 3, 3)) * half,
+        ),
         (Kronecker(w1, (out, into), 0.5, core), KERNEL, blocks(w1.double(), tucker) * half),
     ):
         assert close(delta(change, weight), exact)
@@ -107,7 +153,9 @@ def test_glora_follows_the_weight():
     assert close(delta(Generalised(a1, a2, b1, b2, 1.0), WEIGHT), exact / 2)
     kernel = normal("b2k", (2, 8, 3, 3))
     x = normal("x", (1, 8, 6, 6)).double()
-    mixed = F.conv2d(x, (a1.double() @ a2.double())[:, :, None, None])  # every pixel's channels, then the convolution itself
+    mixed = F.conv2d(
+        x, (a1.double() @ a2.double())[:, :, None, None]
+    )  # every pixel's channels, then the convolution itself
     layers = F.conv2d(mixed, KERNEL.double()) + F.conv2d(F.conv2d(x, kernel.double()), b1.double()[:, :, None, None])
     made = delta(Generalised(a1, a2, b1, kernel), KERNEL)
     assert close(F.conv2d(x, made.double()).float(), layers)
@@ -133,19 +181,55 @@ def test_dora_leaves_a_column_of_zeros_at_zero():
 
 BAD: dict[str, tuple[Change, tuple[int, ...], str]] = {
     "another weight": (LowRank(torch.ones(4, 8), torch.ones(12, 4)), (12, 9), r"\[12, 8\], the model's is \[12, 9\]"),
-    "another kernel": (LowRank(torch.ones(4, 8, 3, 3), torch.ones(12, 4)), (12, 8, 1, 1), r"\[12, 8, 3, 3\], the model's is \[12, 8, 1, 1\]"),
-    "ranks": (LowRank(torch.ones(4, 8), torch.ones(12, 3)), (12, 8), r"ranks of down and up do not fit: \[4, 8\], \[12, 3\]"),
+    "another kernel": (
+        LowRank(torch.ones(4, 8, 3, 3), torch.ones(12, 4)),
+        (12, 8, 1, 1),
+        r"\[12, 8, 3, 3\], the model's is \[12, 8, 1, 1\]",
+    ),
+    "ranks": (
+        LowRank(torch.ones(4, 8), torch.ones(12, 3)),
+        (12, 8),
+        r"ranks of down and up do not fit: \[4, 8\], \[12, 3\]",
+    ),
     "rank 0": (LowRank(torch.ones(0, 8), torch.ones(12, 0)), (12, 8), "rank is 0"),
     "vectors": (LowRank(torch.ones(8), torch.ones(12)), (12, 8), "down and up do not fit"),
-    "mid": (LowRank(torch.ones(4, 8), torch.ones(12, 4), mid=torch.ones(3, 4, 3, 3)), (12, 8, 3, 3), "ranks of mid, up and down"),
-    "two products": (Hadamard(torch.ones(12, 2), torch.ones(2, 8), torch.ones(12, 2), torch.ones(2, 9)), (12, 8), "the two products"),
-    "loha ranks": (Hadamard(torch.ones(12, 2), torch.ones(2, 8), torch.ones(12, 3), torch.ones(3, 8)), (12, 8), "w1_b and w2_b"),
-    "tucker": (Kronecker(torch.ones(2, 2), (torch.ones(2, 6), torch.ones(2, 4)), t2=torch.ones(2, 3, 3, 3)), (12, 8, 3, 3), "Tucker core"),
+    "mid": (
+        LowRank(torch.ones(4, 8), torch.ones(12, 4), mid=torch.ones(3, 4, 3, 3)),
+        (12, 8, 3, 3),
+        "ranks of mid, up and down",
+    ),
+    "two products": (
+        Hadamard(torch.ones(12, 2), torch.ones(2, 8), torch.ones(12, 2), torch.ones(2, 9)),
+        (12, 8),
+        "the two products",
+    ),
+    "loha ranks": (
+        Hadamard(torch.ones(12, 2), torch.ones(2, 8), torch.ones(12, 3), torch.ones(3, 8)),
+        (12, 8),
+        "w1_b and w2_b",
+    ),
+    "tucker": (
+        Kronecker(torch.ones(2, 2), (torch.ones(2, 6), torch.ones(2, 4)), t2=torch.ones(2, 3, 3, 3)),
+        (12, 8, 3, 3),
+        "Tucker core",
+    ),
     "lokr": (Kronecker(torch.ones(2, 2, 2), torch.ones(6, 4)), (12, 8), "w1 and w2"),
     "lokr pair": (Kronecker((torch.ones(2, 3), torch.ones(2, 2)), torch.ones(6, 4)), (12, 8), "pair of factors"),
-    "glora": (Generalised(torch.ones(9, 2), torch.ones(2, 9), torch.ones(12, 2), torch.ones(2, 8)), (12, 8), "a1, a2 and the weight"),
-    "glora ranks": (Generalised(torch.ones(8, 2), torch.ones(2, 8), torch.ones(12, 3), torch.ones(2, 8)), (12, 8), "the ranks of a1"),
-    "glora vectors": (Generalised(torch.ones(8), torch.ones(8), torch.ones(12), torch.ones(8)), (12, 8), "a1, a2, b1, b2 do not fit"),
+    "glora": (
+        Generalised(torch.ones(9, 2), torch.ones(2, 9), torch.ones(12, 2), torch.ones(2, 8)),
+        (12, 8),
+        "a1, a2 and the weight",
+    ),
+    "glora ranks": (
+        Generalised(torch.ones(8, 2), torch.ones(2, 8), torch.ones(12, 3), torch.ones(2, 8)),
+        (12, 8),
+        "the ranks of a1",
+    ),
+    "glora vectors": (
+        Generalised(torch.ones(8), torch.ones(8), torch.ones(12), torch.ones(8)),
+        (12, 8),
+        "a1, a2, b1, b2 do not fit",
+    ),
     "difference": (Full(torch.ones(8, 12)), (12, 8), r"\[8, 12\], the model's is \[12, 8\]"),
     "magnitudes": (Decomposed(Full(torch.ones(12, 8)), torch.ones(9, 1)), (12, 8), r"magnitudes are \[9, 1\]"),
 }
@@ -164,7 +248,9 @@ def test_factors_that_do_not_fit_are_refused_with_their_shapes(case: str):
 def model(config: ModelConfig = TINY) -> LatentDiffusion:
     torch.manual_seed(0)
     made = LatentDiffusion(config).requires_grad_(False).eval()
-    made.load_state_dict({name: normal(name, p.shape) * 0.1 for name, p in made.state_dict().items()})  # the last layers start as zeros
+    made.load_state_dict(
+        {name: normal(name, p.shape) * 0.1 for name, p in made.state_dict().items()}
+    )  # the last layers start as zeros
     return made
 
 
@@ -180,7 +266,9 @@ def changes(seed: str, name: str = "a", r: int = 4) -> Changes:
 
 
 def same_bits(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(x.view(torch.uint8), b[name].view(torch.uint8)) for name, x in a.items())
+    return a.keys() == b.keys() and all(
+        torch.equal(x.view(torch.uint8), b[name].view(torch.uint8)) for name, x in a.items()
+    )
 
 
 def test_a_merge_changes_only_what_the_lora_names_and_reports_it():
@@ -200,14 +288,19 @@ def test_two_loras_add_up_in_any_order():
     tiny, other, base = model(), model(), model().state_dict()[Q]
     merge(tiny, [(a, 0.8), (b, -0.5)])
     merge(other, [(b, -0.5), (a, 0.8)])
-    assert close(tiny.state_dict()[Q], base.double() + 0.8 * delta(a[Q], base).double() - 0.5 * delta(b[Q], base).double())
+    assert close(
+        tiny.state_dict()[Q], base.double() + 0.8 * delta(a[Q], base).double() - 0.5 * delta(b[Q], base).double()
+    )
     assert same_bits(state(tiny), state(other))
 
 
 @pytest.mark.parametrize(
     ("values", "result"),
     [
-        ((2.0**-12,) * 3, 1 + 2.0**-10),  # 1 + 2^-12 is 1: only a sum of three, made before rounding, reaches the next number
+        (
+            (2.0**-12,) * 3,
+            1 + 2.0**-10,
+        ),  # 1 + 2^-12 is 1: only a sum of three, made before rounding, reaches the next number
         ((2048.0, 0.5, -2048.0), 1.5),  # 2048.5 is 2048
     ],
 )
@@ -263,7 +356,11 @@ def test_the_old_tensors_and_the_file_they_are_mapped_from_keep_their_values(tmp
     [
         (changes("one"), math.nan, "nan is no finite number"),
         (changes("one"), "1", "'1' is no finite number"),
-        (Changes({Q: Full(torch.ones(32, 31))}), 1.0, r"to_q.weight: it changes a weight of \[32, 31\], the model's is \[32, 32\]"),
+        (
+            Changes({Q: Full(torch.ones(32, 31))}),
+            1.0,
+            r"to_q.weight: it changes a weight of \[32, 31\], the model's is \[32, 32\]",
+        ),
         (Changes({"unet.nothing.weight": Full(torch.ones(1))}), 1.0, "has no parameter unet.nothing.weight"),
     ],
 )
@@ -282,7 +379,9 @@ def targets(manifest: str) -> list[dict]:
     return json.loads(gzip.decompress((GOLDEN / f"{manifest}.json.gz").read_bytes()))["targets"]
 
 
-def published(manifest: str, groups: tuple[str, ...] = ("lora",), *, unet: bool = True, text: bool = True, spelling: int = 0) -> dict[str, Tensor]:
+def published(
+    manifest: str, groups: tuple[str, ...] = ("lora",), *, unet: bool = True, text: bool = True, spelling: int = 0
+) -> dict[str, Tensor]:
     """A LoRA of rank 1 with kohya's names for all of a family's targets, as zeros."""
     tensors: dict[str, Tensor] = {}
     for target in targets(manifest):
@@ -316,8 +415,14 @@ def test_every_published_target_is_found_under_all_its_names(manifest: str):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_no_name_stands_for_two_modules(family: str):
     config = FAMILIES[family]
-    joined = [name.rpartition(".")[0].replace(".", "_") for name in diffusers_unet(config.unet) if name.endswith(".weight")]
-    theirs = [name.rpartition(".")[0].replace(".", "_") for name in diffusers_unet(config.unet).values() if name.endswith(".weight")]
+    joined = [
+        name.rpartition(".")[0].replace(".", "_") for name in diffusers_unet(config.unet) if name.endswith(".weight")
+    ]
+    theirs = [
+        name.rpartition(".")[0].replace(".", "_")
+        for name in diffusers_unet(config.unet).values()
+        if name.endswith(".weight")
+    ]
     assert len({*joined}) == len(joined)
     assert len({*theirs}) == len(theirs)
     both = {*joined} & {*theirs}
@@ -347,7 +452,14 @@ def test_a_published_lora_is_used_whole(manifest, families, options, count, tmp_
 
 @pytest.mark.parametrize(
     ("manifest", "family", "is_for"),
-    [("sd1", "sd2-v", "sd1"), ("sd2", "sd1", "sd2-base"), ("sdxl", "sd1", "sdxl-base"), ("sd1", "sdxl-base", "sd1"), ("sdxl", "ssd-1b", "sdxl-base"), ("ssd-1b", "sdxl-base", "ssd-1b")],
+    [
+        ("sd1", "sd2-v", "sd1"),
+        ("sd2", "sd1", "sd2-base"),
+        ("sdxl", "sd1", "sdxl-base"),
+        ("sd1", "sdxl-base", "sd1"),
+        ("sdxl", "ssd-1b", "sdxl-base"),
+        ("ssd-1b", "sdxl-base", "ssd-1b"),
+    ],
 )
 def test_a_lora_for_another_family_is_refused_with_both_families(manifest: str, family: str, is_for: str, tmp_path):
     """The last is the hard one: all of SSD-1B's modules exist in SDXL, with the same shapes."""
@@ -359,14 +471,18 @@ def test_a_lora_for_another_family_is_refused_with_both_families(manifest: str, 
 
 
 def test_a_lora_of_some_blocks_is_no_other_family(tmp_path):
-    some = {key: value for key, value in published("sdxl", text=False).items() if "mid_block" in key or "up_blocks_0" in key}
+    some = {
+        key: value for key, value in published("sdxl", text=False).items() if "mid_block" in key or "up_blocks_0" in key
+    }
     found = load_lora(save_safetensors(some, tmp_path / "a.safetensors"), FAMILIES["sdxl-base"])
     assert found.modules == len(some) // 3
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
 
-Spell = Callable[[str, str], tuple[str, str]]  # (our module, diffusers' name of it with its component) -> start of the keys of down and up
+Spell = Callable[
+    [str, str], tuple[str, str]
+]  # (our module, diffusers' name of it with its component) -> start of the keys of down and up
 
 
 def kohya(ours: str, theirs: str) -> tuple[str, str]:
@@ -400,7 +516,11 @@ def peft_transformers_5(ours: str, theirs: str) -> tuple[str, str]:
 
 
 def diffusers_lora(ours: str, theirs: str) -> tuple[str, str]:
-    return (f"{theirs}.lora.down", f"{theirs}.lora.up") if theirs.startswith("unet.") else (f"{theirs}.lora_linear_layer.down", f"{theirs}.lora_linear_layer.up")
+    return (
+        (f"{theirs}.lora.down", f"{theirs}.lora.up")
+        if theirs.startswith("unet.")
+        else (f"{theirs}.lora_linear_layer.down", f"{theirs}.lora_linear_layer.up")
+    )
 
 
 def diffusers_processors(ours: str, theirs: str) -> tuple[str, str]:
@@ -414,7 +534,16 @@ def diffusers_processors(ours: str, theirs: str) -> tuple[str, str]:
     return f"{start}.down", f"{start}.up"
 
 
-SPELLS = (kohya, kohya_ldm, peft, peft_wrapped, peft_component, peft_transformers_5, diffusers_lora, diffusers_processors)
+SPELLS = (
+    kohya,
+    kohya_ldm,
+    peft,
+    peft_wrapped,
+    peft_component,
+    peft_transformers_5,
+    diffusers_lora,
+    diffusers_processors,
+)
 
 
 def layers(config: ModelConfig = TINY) -> dict[str, str]:
@@ -422,9 +551,17 @@ def layers(config: ModelConfig = TINY) -> dict[str, str]:
     names = {f"unet.{ours}": f"unet.{theirs}" for ours, theirs in diffusers_unet(config.unet).items()}
     for i, _ in enumerate(config.text):
         component = "text_encoder" if i == 0 else f"text_encoder_{i + 1}"
-        names |= {name: name.replace(f"text.{i}.", f"{component}.") for name in lora_names.shapes(config) if name.startswith(f"text.{i}.text_model.encoder.")}
+        names |= {
+            name: name.replace(f"text.{i}.", f"{component}.")
+            for name in lora_names.shapes(config)
+            if name.startswith(f"text.{i}.text_model.encoder.")
+        }
     shapes = lora_names.shapes(config)
-    return {ours.removesuffix(".weight"): theirs.removesuffix(".weight") for ours, theirs in names.items() if ours.endswith(".weight") and len(shapes[ours]) > 1}
+    return {
+        ours.removesuffix(".weight"): theirs.removesuffix(".weight")
+        for ours, theirs in names.items()
+        if ours.endswith(".weight") and len(shapes[ours]) > 1
+    }
 
 
 def file_of(spell: Spell, path: Path, config: ModelConfig = TINY, rank: int = 2) -> Path:
@@ -457,13 +594,19 @@ def test_the_two_towers_of_sdxl_are_told_apart(tmp_path):
     tensors["text_encoder_2.text_model.encoder.layers.1.mlp.fc1.lora_B.weight"] = torch.ones(256, 1)
     found = load_lora(save_safetensors(tensors, tmp_path / "a.safetensors"), SDXL_TINY)
     values = {name: change.down[0, 0].item() for name, change in found.items()}
-    assert values == {f"text.{i}.text_model.encoder.layers.{j}.mlp.fc1.weight": n for i, j, n in ((0, 0, 1.0), (1, 0, 2.0), (1, 1, 3.0))}
+    assert values == {
+        f"text.{i}.text_model.encoder.layers.{j}.mlp.fc1.weight": n
+        for i, j, n in ((0, 0, 1.0), (1, 0, 2.0), (1, 1, 3.0))
+    }
     bare = parts(f"lora_te_{name}", lora_down__weight=torch.ones(1, 64), lora_up__weight=torch.ones(256, 1))
     with pytest.raises(FileError, match="1 of 1 modules are not in a model of family sdxl-base"):
         load_lora(save_safetensors(bare, tmp_path / "b.safetensors"), SDXL_TINY)
 
 
-KEY, MODULE = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q", "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+KEY, MODULE = (
+    "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q",
+    "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q",
+)
 CONV, CONV_KEY = "unet.input_blocks.1.0.in_layers.2.weight", "lora_unet_down_blocks_0_resnets_0_conv1"  # [32, 32, 3, 3]
 
 
@@ -501,21 +644,30 @@ def test_each_kind_is_read_as_what_it_is(tmp_path):
     ]  # fmt: skip
     shapes, tiny, tensors, expected = lora_names.shapes(TINY), model(), {}, {}
     for shape, cases in (((32, 32), matrices), ((32, 32, 3, 3), kernels)):
-        places = [(ours, theirs) for ours, theirs in layers().items() if shapes[f"{ours}.weight"] == shape][: len(cases)]
+        places = [(ours, theirs) for ours, theirs in layers().items() if shapes[f"{ours}.weight"] == shape][
+            : len(cases)
+        ]
         for (ours, theirs), (stored, change) in zip(places, cases, strict=True):
             start = theirs if "lora_A__weight" in stored else kohya(ours, theirs)[0].removesuffix(".lora_down")
-            tensors |= {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in parts(start, **stored).items()}
+            tensors |= {
+                name: tensor.clone(memory_format=torch.contiguous_format)
+                for name, tensor in parts(start, **stored).items()
+            }
             expected[f"{ours}.weight"] = change
     found = loaded(tensors, tmp_path)
     assert found.keys() == expected.keys()
     for name, change in expected.items():
         assert type(found[name]) is type(change)
-        assert torch.equal(delta(found[name], tiny.get_parameter(name)), delta(change, tiny.get_parameter(name))), change
+        assert torch.equal(delta(found[name], tiny.get_parameter(name)), delta(change, tiny.get_parameter(name))), (
+            change
+        )
 
 
 def test_differences_of_biases_and_norms_are_changes_too(tmp_path):
     norm = "lora_unet_down_blocks_0_attentions_0_norm"
-    tensors = parts(norm, w_norm=normal("w", (32,)), b_norm=normal("b", (32,))) | parts(CONV_KEY, diff_b=normal("c", (32,)), diff=normal("d", (32, 32, 3, 3)))
+    tensors = parts(norm, w_norm=normal("w", (32,)), b_norm=normal("b", (32,))) | parts(
+        CONV_KEY, diff_b=normal("c", (32,)), diff=normal("d", (32, 32, 3, 3))
+    )
     found, tiny, base = loaded(tensors, tmp_path), model(), model()
     assert found.report() == "2 of 2 modules"
     apply(tiny, found, 2.0)
@@ -525,7 +677,12 @@ def test_differences_of_biases_and_norms_are_changes_too(tmp_path):
 
 
 def test_a_pickled_lora_is_read_too(tmp_path):
-    tensors = parts(KEY, lora_down__weight=normal("d", (2, 32)).bfloat16(), lora_up__weight=normal("u", (32, 2)).bfloat16(), alpha=torch.tensor(1.0).bfloat16())
+    tensors = parts(
+        KEY,
+        lora_down__weight=normal("d", (2, 32)).bfloat16(),
+        lora_up__weight=normal("u", (32, 2)).bfloat16(),
+        alpha=torch.tensor(1.0).bfloat16(),
+    )
     one = load_lora(save_zip(tensors, tmp_path / "a.pt"), TINY)
     two = loaded(tensors, tmp_path)
     assert torch.equal(delta(one[Q], torch.zeros(32, 32)), delta(two[Q], torch.zeros(32, 32)))
@@ -549,7 +706,9 @@ def one_peft() -> dict[str, Tensor]:
 def test_alpha_comes_from_the_metadata_of_peft(settings: dict, alpha: float | None, tmp_path):
     found = loaded(one_peft(), tmp_path, {"lora_adapter_metadata": json.dumps(settings)})
     assert found[Q].alpha == alpha
-    tensor = loaded(one_peft() | {f"{MODULE}.alpha": torch.tensor(5.0)}, tmp_path, {"lora_adapter_metadata": json.dumps(settings)})
+    tensor = loaded(
+        one_peft() | {f"{MODULE}.alpha": torch.tensor(5.0)}, tmp_path, {"lora_adapter_metadata": json.dumps(settings)}
+    )
     assert tensor[Q].alpha == 5.0
 
 
@@ -560,7 +719,13 @@ def test_alpha_comes_from_the_settings_beside_an_adapter_of_peft(tmp_path):
     beside = tmp_path / "adapter_config.json"
     beside.write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 16}))
     assert load_lora(path, TINY)[Q].alpha == 16.0
-    for text, what in (("[", "not a JSON object"), ('{"lora_alpha": NaN}', "no finite number"), ("{}", "no finite number"), ('{"lora_alpha": 1, "alpha_pattern": {"(a+)+": 1}}', "alpha_pattern"), (" " * 1_000_001, "more than 1000000 bytes")):
+    for text, what in (
+        ("[", "not a JSON object"),
+        ('{"lora_alpha": NaN}', "no finite number"),
+        ("{}", "no finite number"),
+        ('{"lora_alpha": 1, "alpha_pattern": {"(a+)+": 1}}', "alpha_pattern"),
+        (" " * 1_000_001, "more than 1000000 bytes"),
+    ):
         beside.write_text(text)
         with pytest.raises(FileError, match=f"adapter_config.json: .*{what}"):
             load_lora(path, TINY)
@@ -580,16 +745,37 @@ ELSEWHERE = parts("lora_unet_nowhere", lora_down__weight=torch.ones(2, 32), lora
         (GOOD | parts(KEY, diff=torch.ones(32, 32)), "parts of two kinds of LoRA"),
         (GOOD | parts(KEY, alpha=torch.ones(2)), r"alpha is no finite number but \[2\]"),
         (GOOD | parts(KEY, alpha=torch.tensor(math.inf)), "alpha is no finite number"),
-        (parts(KEY, lora_down__weight=torch.ones(2, 32, dtype=torch.int8), lora_up__weight=torch.ones(32, 2)), "holds torch.int8 numbers"),
-        (parts(KEY, lora_down__weight=torch.ones(2, 31), lora_up__weight=torch.ones(32, 2)), r"attn1_to_q: it changes a weight of \[32, 31\], the model's is \[32, 32\]"),
-        (parts(KEY, lora_down__weight=torch.ones(2, 32), lora_up__weight=torch.ones(32, 3)), r"attn1_to_q: the ranks of down and up do not fit: \[2, 32\], \[32, 3\]"),
+        (
+            parts(KEY, lora_down__weight=torch.ones(2, 32, dtype=torch.int8), lora_up__weight=torch.ones(32, 2)),
+            "holds torch.int8 numbers",
+        ),
+        (
+            parts(KEY, lora_down__weight=torch.ones(2, 31), lora_up__weight=torch.ones(32, 2)),
+            r"attn1_to_q: it changes a weight of \[32, 31\], the model's is \[32, 32\]",
+        ),
+        (
+            parts(KEY, lora_down__weight=torch.ones(2, 32), lora_up__weight=torch.ones(32, 3)),
+            r"attn1_to_q: the ranks of down and up do not fit: \[2, 32\], \[32, 3\]",
+        ),
         (GOOD | {f"{KEY}.lora.down.weight": torch.ones(2, 32)}, "down under two names"),
-        (GOOD | parts("lora_unet_input_blocks_1_1_transformer_blocks_0_attn1_to_q", diff=torch.ones(32, 32)), f"changes {Q} twice"),
+        (
+            GOOD | parts("lora_unet_input_blocks_1_1_transformer_blocks_0_attn1_to_q", diff=torch.ones(32, 32)),
+            f"changes {Q} twice",
+        ),
         (ELSEWHERE, r"1 of 1 modules are not in a model of family sd1 \(lora_unet_nowhere\); use a LoRA for it"),
-        (GOOD | ELSEWHERE, r"1 of 2 modules are not in a model of family sd1 \(lora_unet_nowhere\); allow_unmatched leaves them out"),
+        (
+            GOOD | ELSEWHERE,
+            r"1 of 2 modules are not in a model of family sd1 \(lora_unet_nowhere\); allow_unmatched leaves them out",
+        ),
         (GOOD | {"bundle_emb.cat": torch.ones(1)}, r"1 of 2 modules .* \(bundle_emb.cat\)"),
-        (GOOD | parts(KEY, diff_b=torch.ones(32)), "1 of 2 modules are not in a model of family sd1"),  # to_q has no bias
-        ({"model.diffusion_model.input_blocks.0.0.weight": torch.ones(1), "b": torch.ones(1)}, "is no LoRA but a model"),
+        (
+            GOOD | parts(KEY, diff_b=torch.ones(32)),
+            "1 of 2 modules are not in a model of family sd1",
+        ),  # to_q has no bias
+        (
+            {"model.diffusion_model.input_blocks.0.0.weight": torch.ones(1), "b": torch.ones(1)},
+            "is no LoRA but a model",
+        ),
         ({"emb_params": torch.ones(1, 64)}, "is no LoRA but a textual-inversion embedding"),
         ({"a": torch.ones(1), "b": torch.ones(1)}, "is no LoRA: it begins with a"),
     ],
@@ -612,7 +798,9 @@ def test_what_has_no_place_can_be_left_out_and_is_reported(tmp_path):
     assert list(found) == [Q]
     assert found.unmatched == ("bundle_emb.cat", "lora_unet_nowhere")
     assert found.report() == "1 of 3 modules; not used: bundle_emb.cat, lora_unet_nowhere"
-    assert merge(model(), [(found, 1)]).lines == ("a.safetensors at 1: 1 of 3 modules; not used: bundle_emb.cat, lora_unet_nowhere",)
+    assert merge(model(), [(found, 1)]).lines == (
+        "a.safetensors at 1: 1 of 3 modules; not used: bundle_emb.cat, lora_unet_nowhere",
+    )
     with pytest.raises(FileError, match="1 of 1 modules are not"):  # nothing left is an error even so
         loaded(ELSEWHERE, tmp_path, allow_unmatched=True)
 
@@ -620,7 +808,11 @@ def test_what_has_no_place_can_be_left_out_and_is_reported(tmp_path):
 # --- peers ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", [{}, {"use_rslora": True}, {"use_dora": True}, {"alpha_pattern": {"to_k": 9}}], ids=lambda kind: next(iter(kind), "lora"))
+@pytest.mark.parametrize(
+    "kind",
+    [{}, {"use_rslora": True}, {"use_dora": True}, {"alpha_pattern": {"to_k": 9}}],
+    ids=lambda kind: next(iter(kind), "lora"),
+)
 def test_diffusers_and_peft_merge_their_own_files_to_the_same_weights(kind: dict, tmp_path):
     pytest.importorskip("peft")
     diffusers = pytest.importorskip("diffusers")
@@ -633,18 +825,26 @@ def test_diffusers_and_peft_merge_their_own_files_to_the_same_weights(kind: dict
     tiny = model()
     names = diffusers_unet(TINY.unet)
     peer.load_state_dict({theirs: tiny.unet.state_dict()[ours] for ours, theirs in names.items()})
-    peer.add_adapter(LoraConfig(r=4, lora_alpha=6, target_modules=["to_q", "to_k", "proj_in", "conv1", "ff.net.0.proj"], **kind))
+    peer.add_adapter(
+        LoraConfig(r=4, lora_alpha=6, target_modules=["to_q", "to_k", "proj_in", "conv1", "ff.net.0.proj"], **kind)
+    )
     for name, p in peer.named_parameters():
         if "lora_" in name:
             p.data = normal(name, p.shape) * 0.1 + ("magnitude" in name)
     peer.save_lora_adapter(tmp_path)
     peer.fuse_lora()
-    fused = {name.replace(".base_layer", ""): tensor for name, tensor in peer.state_dict().items() if "lora_" not in name}
+    fused = {
+        name.replace(".base_layer", ""): tensor for name, tensor in peer.state_dict().items() if "lora_" not in name
+    }
     found = load_lora(tmp_path / "pytorch_lora_weights.safetensors", TINY)
     assert len(found) >= 20
     apply(tiny, found)
     before = model().unet.state_dict()
     for ours, theirs in names.items():
         changed = f"unet.{ours}" in found
-        assert close(tiny.unet.state_dict()[ours], fused[theirs].double()) if changed else torch.equal(tiny.unet.state_dict()[ours], fused[theirs])
+        assert (
+            close(tiny.unet.state_dict()[ours], fused[theirs].double())
+            if changed
+            else torch.equal(tiny.unet.state_dict()[ours], fused[theirs])
+        )
         assert changed == (not torch.equal(fused[theirs], before[ours]))

@@ -36,7 +36,9 @@ GOLDEN = Path(__file__).parents[2] / "golden" / "lora"
 ALL = Spec(4, 2.0, conv_rank=2, conv_alpha=3.0, text=True)
 MATRIX, PROJECTION = "unet.middle_block.1.transformer_blocks.0.attn2.to_k", "unet.middle_block.1.proj_in"
 CONV, STRIDED = "unet.middle_block.0.in_layers.2", "unet.input_blocks.2.0.op"
-ONE_EACH = replace(ALL, text=False, targets="|".join(re.escape(name) + "$" for name in (MATRIX, PROJECTION, CONV, STRIDED)))
+ONE_EACH = replace(
+    ALL, text=False, targets="|".join(re.escape(name) + "$" for name in (MATRIX, PROJECTION, CONV, STRIDED))
+)
 
 
 @lru_cache(maxsize=4)
@@ -51,7 +53,12 @@ def model(family: str = "sd1") -> LatentDiffusion:
 def drawn(model: LatentDiffusion) -> Tensor:
     """What the UNet says to a fixed input under a fixed prompt."""
     cond = model.tell(["a red cube on a blue sphere", ""], (64, 64))
-    return model.unet(normal("x", (2, model.config.unet.in_channels, 8, 8)).to(model.dtype), torch.tensor([3, 500]), cond.context, cond.y)
+    return model.unet(
+        normal("x", (2, model.config.unet.in_channels, 8, 8)).to(model.dtype),
+        torch.tensor([3, 500]),
+        cond.context,
+        cond.y,
+    )
 
 
 def learn(factors: dict[str, nn.Parameter]) -> None:
@@ -71,7 +78,11 @@ def same(a: LowRank | Decomposed, b: LowRank | Decomposed) -> bool:
         return False
     if isinstance(a, Decomposed):
         return torch.equal(a.magnitude, b.magnitude) and same(a.inner, b.inner)
-    return torch.equal(a.down.flatten(1), b.down.flatten(1)) and torch.equal(a.up.flatten(1), b.up.flatten(1)) and a.alpha == b.alpha
+    return (
+        torch.equal(a.down.flatten(1), b.down.flatten(1))
+        and torch.equal(a.up.flatten(1), b.up.flatten(1))
+        and a.alpha == b.alpha
+    )
 
 
 # --- before anything is learnt ----------------------------------------------------------------------------------------
@@ -120,7 +131,10 @@ def test_what_is_drawn_depends_on_seed_and_name_alone():
     assert all(not a[name].any() for name in a if name.endswith(".up"))
 
 
-@pytest.mark.parametrize(("manifest", "family", "unheard"), [("sd1", "sd1", 0), ("sd2", "sd2-base", 0), ("sdxl", "sdxl-base", 6), ("ssd-1b", "ssd-1b", 6)])
+@pytest.mark.parametrize(
+    ("manifest", "family", "unheard"),
+    [("sd1", "sd1", 0), ("sd2", "sd2-base", 0), ("sdxl", "sdxl-base", 6), ("ssd-1b", "ssd-1b", 6)],
+)
 def test_the_usual_targets_are_those_of_published_loras(manifest: str, family: str, unheard: int):
     """But for the last layer of SDXL's first tower, whose output goes nowhere."""
     published = json.loads(gzip.decompress((GOLDEN / f"{manifest}.json.gz").read_bytes()))["targets"]
@@ -132,7 +146,11 @@ def test_the_usual_targets_are_those_of_published_loras(manifest: str, family: s
         return names
 
     def wanted(group: str) -> list[set[str]]:
-        return [set(target["kohya"]) for target in published if target["group"] == group and (group == "lora" or target["kind"] != "linear")]
+        return [
+            set(target["kohya"])
+            for target in published
+            if target["group"] == group and (group == "lora" or target["kind"] != "linear")
+        ]
 
     linear, both = hit(Spec(1, text=True)), hit(Spec(1, text=True, conv_rank=1))
     missing = [names for names in wanted("lora") if not names & linear]
@@ -160,7 +178,12 @@ def by_hand(layer: nn.Module, x: Tensor, down: Tensor, up: Tensor, scale: float,
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
 @pytest.mark.parametrize(
     ("name", "shape", "scale"),
-    [(MATRIX, (2, 5, 64), 2 / 4), (PROJECTION, (2, 5, 64), 2 / 4), (CONV, (2, 64, 6, 6), 3 / 2), (STRIDED, (2, 32, 6, 6), 3 / 2)],
+    [
+        (MATRIX, (2, 5, 64), 2 / 4),
+        (PROJECTION, (2, 5, 64), 2 / 4),
+        (CONV, (2, 64, 6, 6), 3 / 2),
+        (STRIDED, (2, 32, 6, 6), 3 / 2),
+    ],
     ids=["matrix", "projection", "conv", "strided conv"],
 )
 def test_output_and_gradient_are_those_of_the_formula(name: str, shape: tuple[int, ...], scale: float, dora: bool):
@@ -170,11 +193,18 @@ def test_output_and_gradient_are_those_of_the_formula(name: str, shape: tuple[in
     learn(factors)
     layer = network.double().get_submodule(name)
     x = normal("x", shape).double().requires_grad_()
-    held = [dict(network.named_parameters())[f"{name}.lora.{leaf}"] for leaf in ("down", "up", *(["magnitude"] if dora else []))]
+    held = [
+        dict(network.named_parameters())[f"{name}.lora.{leaf}"]
+        for leaf in ("down", "up", *(["magnitude"] if dora else []))
+    ]
     ours, theirs = layer(x), by_hand(layer, x, held[0], held[1], scale, held[2] if dora else None)
     tolerance = 8 * 2**-24 if dora else 1e-12
     toward = normal("g", ours.shape).double()
-    for a, b in zip([ours, *torch.autograd.grad(ours, [x, *held], toward)], [theirs, *torch.autograd.grad(theirs, [x, *held], toward)], strict=True):
+    for a, b in zip(
+        [ours, *torch.autograd.grad(ours, [x, *held], toward)],
+        [theirs, *torch.autograd.grad(theirs, [x, *held], toward)],
+        strict=True,
+    ):
         assert b.abs().max() > 0
         assert (a - b).abs().max() <= tolerance * b.abs().max()
 
@@ -198,7 +228,9 @@ def test_dora_gives_the_gradients_of_peft():
     ours = torch.autograd.grad(layer(x), [layer.lora.down, layer.lora.up, layer.lora.magnitude], toward)
     theirs = torch.autograd.grad(peer(x), factors, toward)
     for a, b in zip(ours, theirs, strict=True):
-        assert (a - b.reshape(a.shape)).abs().max() <= 64 * 2**-24 * b.abs().max() * 8  # 64 roundings of sums, in a chain of 8
+        assert (
+            a - b.reshape(a.shape)
+        ).abs().max() <= 64 * 2**-24 * b.abs().max() * 8  # 64 roundings of sums, in a chain of 8
 
 
 def test_only_factors_learn_and_every_one_does():
@@ -221,7 +253,11 @@ def test_under_autocast_factors_learn_in_float32():
             out = drawn(network)
         out.float().square().mean().backward()
         assert (out - exact).abs().max() < 0.2 * exact.abs().max()
-        assert all(factors[name].grad.dtype == torch.float32 and factors[name].grad.any() for name in factors if name.endswith(".up"))
+        assert all(
+            factors[name].grad.dtype == torch.float32 and factors[name].grad.any()
+            for name in factors
+            if name.endswith(".up")
+        )
 
 
 def test_lengths_are_measured_in_float32_under_autocast():
@@ -291,7 +327,9 @@ def test_changes_are_a_copy_and_may_be_of_averages():
     copied = lora_layers.changes(network)
     learn(factors)
     assert not copied[f"{MATRIX}.weight"].up.any()
-    averaged = lora_layers.changes(network, {name: normal(f"ema {name}", factor.shape) for name, factor in factors.items()})
+    averaged = lora_layers.changes(
+        network, {name: normal(f"ema {name}", factor.shape) for name, factor in factors.items()}
+    )
     assert torch.equal(averaged[f"{MATRIX}.weight"].up, normal(f"ema {MATRIX}.lora.up", (64, 4)))
     assert not averaged[f"{MATRIX}.weight"].up.requires_grad
     assert (averaged[f"{MATRIX}.weight"].alpha, averaged[f"{CONV}.weight"].alpha) == (2.0, 3.0)
@@ -308,19 +346,29 @@ def test_training_goes_on_from_what_was_learnt(dora: bool):
     assert torch.equal(drawn(other), drawn(one))
     assert all(same(change, learnt[name]) for name, change in lora_layers.changes(other).items())
     learn(factors)
-    assert all(same(change, learnt[name]) for name, change in lora_layers.changes(one).items())  # which shares nothing with them
+    assert all(
+        same(change, learnt[name]) for name, change in lora_layers.changes(one).items()
+    )  # which shares nothing with them
 
 
 @pytest.mark.parametrize(
     ("start", "kind", "to"),
-    [("shipped", "lora", "kohya"), ("shipped", "lora", "diffusers"), ("sdxl-base", "dora", "kohya"), ("sdxl-base", "dora", "diffusers"), ("sdxl-base", "lora", "peft")],
+    [
+        ("shipped", "lora", "kohya"),
+        ("shipped", "lora", "diffusers"),
+        ("sdxl-base", "dora", "kohya"),
+        ("sdxl-base", "dora", "diffusers"),
+        ("sdxl-base", "lora", "peft"),
+    ],
 )
 def test_a_saved_lora_is_read_again_bit_by_bit(start: str, kind: str, to: str, tmp_path: Path):
     network = weights.load() if start == "shipped" else model(start)
     learn(attach(network, replace(ALL, dora=kind == "dora")))
     learnt = lora_layers.changes(network)
     detach(network)
-    path = weights.save_lora(learnt, tmp_path / ("folder" if to == "peft" else "a.safetensors"), network.config, to, metadata={"by": "us"})
+    path = weights.save_lora(
+        learnt, tmp_path / ("folder" if to == "peft" else "a.safetensors"), network.config, to, metadata={"by": "us"}
+    )
     source = read_lora(path, network.config)
     assert source.dialect == to
     assert source.metadata["by"] == "us"
@@ -342,7 +390,13 @@ def test_rank_and_alpha_are_noted_as_kohya_does(tmp_path: Path):
     for spec in (Spec(4, 2.0), Spec(4, 2.0, dora=True)):
         network = model()
         attach(network, spec)
-        path = weights.save_lora(lora_layers.changes(network), tmp_path / "a.safetensors", network.config, dtype=torch.float16, overwrite=True)
+        path = weights.save_lora(
+            lora_layers.changes(network),
+            tmp_path / "a.safetensors",
+            network.config,
+            dtype=torch.float16,
+            overwrite=True,
+        )
         with weights.open_file(path) as file:
             assert (file.metadata["ss_network_dim"], file.metadata["ss_network_alpha"]) == ("4", "2.0")
             assert {spec.dtype for spec in file.specs.values()} == {torch.float16}
@@ -420,9 +474,24 @@ def test_what_cannot_be_saved_is_refused_and_nothing_is_written(tmp_path: Path):
     for changes, to, error, message in (
         (Changes({}), "kohya", ArgumentError, "there is no change to save"),
         (good, "ours", ArgumentError, "to 'ours': there are kohya, diffusers, peft"),
-        (Changes({"unet.x.weight": low(1, 64, 64)}), "kohya", ArgumentError, "a model of family sd1 has no parameter unet.x.weight; give the config that was trained"),
-        (Changes({f"{PROJECTION}.weight": low(1, 32, 64)}), "kohya", ArgumentError, r"it changes a weight of \[32, 64\], the model's is"),
-        (Changes({f"{PROJECTION}.weight": Full(torch.ones(64, 64, 1, 1))}), "diffusers", FileError, "is a full difference, which diffusers cannot hold"),
+        (
+            Changes({"unet.x.weight": low(1, 64, 64)}),
+            "kohya",
+            ArgumentError,
+            "a model of family sd1 has no parameter unet.x.weight; give the config that was trained",
+        ),
+        (
+            Changes({f"{PROJECTION}.weight": low(1, 32, 64)}),
+            "kohya",
+            ArgumentError,
+            r"it changes a weight of \[32, 64\], the model's is",
+        ),
+        (
+            Changes({f"{PROJECTION}.weight": Full(torch.ones(64, 64, 1, 1))}),
+            "diffusers",
+            FileError,
+            "is a full difference, which diffusers cannot hold",
+        ),
     ):
         with pytest.raises(error, match=message):
             weights.save_lora(changes, path, config, to)

@@ -78,9 +78,13 @@ def test_a_widened_model_predicts_what_it_did_whatever_is_in_the_new_channels(fa
 
 def test_widening_changes_one_tensor_and_copies_no_other(ships):
     wide = surgery.widen(ships, ("mask", "masked_image"))
-    assert wide.config == replace(ships.config, unet=replace(ships.config.unet, in_channels=9), concat=("mask", "masked_image"))
+    assert wide.config == replace(
+        ships.config, unet=replace(ships.config.unet, in_channels=9), concat=("mask", "masked_image")
+    )
     before, after = ships.state_dict(), wide.state_dict()
-    assert [name for name in after if after[name].data_ptr() != before[name].data_ptr()] == ["unet.input_blocks.0.0.weight"]
+    assert [name for name in after if after[name].data_ptr() != before[name].data_ptr()] == [
+        "unet.input_blocks.0.0.weight"
+    ]
     assert ships.unet.input_blocks[0][0].weight.shape[1] == 4
 
 
@@ -144,7 +148,9 @@ def test_ssd_1b_has_the_published_sizes_and_every_block_begins_as_one_of_sdxl_s(
     state = sdxl.unet.state_dict()
     begins = {}
     for name, value in small.unet.state_dict().items():
-        (source,) = [theirs for theirs in state if state[theirs].equal(value) and theirs.split(".")[-2:] == name.split(".")[-2:]]
+        (source,) = [
+            theirs for theirs in state if state[theirs].equal(value) and theirs.split(".")[-2:] == name.split(".")[-2:]
+        ]
         if block := re.match(r"(.+\.transformer_blocks)\.(\d+)\.", name):
             theirs = re.match(r"(.+\.transformer_blocks)\.(\d+)\.", source)
             assert theirs[1] == block[1]
@@ -171,7 +177,9 @@ def test_a_pruned_sdxl_is_recognised_as_ssd_1b_when_saved(sdxl, tmp_path: Path):
 
 def test_the_unet_of_a_pruned_model_is_a_copy_and_the_rest_is_shared(ships):
     small = surgery.prune(ships, "half")
-    assert {p.untyped_storage().data_ptr() for p in small.unet.parameters()}.isdisjoint(p.untyped_storage().data_ptr() for p in ships.unet.parameters())
+    assert {p.untyped_storage().data_ptr() for p in small.unet.parameters()}.isdisjoint(
+        p.untyped_storage().data_ptr() for p in ships.unet.parameters()
+    )
     for part in ("vae", "text"):
         ours, theirs = getattr(small, part).state_dict(), getattr(ships, part).state_dict()
         assert all(ours[name].data_ptr() == theirs[name].data_ptr() for name in theirs)
@@ -189,10 +197,15 @@ def test_half_of_the_model_that_ships_loads_again_and_still_predicts(ships, tmp_
     x = normal("x", (2, 4, 16, 16))
     before, after = predicted(ships, x), predicted(again, x)
     assert after.equal(predicted(small, x))
-    assert (after - before).square().mean() < 0.1 * before.square().mean()  # what is left still tells noise from picture; 0 would be 1.0
+    assert (
+        after - before
+    ).square().mean() < 0.1 * before.square().mean()  # what is left still tells noise from picture; 0 would be 1.0
 
 
-@pytest.mark.parametrize(("family", "share"), [("sd1", 0.597), ("sd2-v", 0.597), ("x4-upscaler", 0.581), ("sdxl-base", 0.493), ("sdxl-refiner", 0.635)])
+@pytest.mark.parametrize(
+    ("family", "share"),
+    [("sd1", 0.597), ("sd2-v", 0.597), ("x4-upscaler", 0.581), ("sdxl-base", 0.493), ("sdxl-refiner", 0.635)],
+)
 def test_half_of_a_family_is_about_half(family, share):
     config = FAMILIES[family]
     assert parameters(surgery.half(config).unet) / parameters(config.unet) == pytest.approx(share, abs=5e-4)
@@ -206,7 +219,11 @@ def test_half_of_sd_1_keeps_the_blocks_of_bk_sdm():
         "middle_block.0": "middle_block.0", "output_blocks.0": "output_blocks.0", "output_blocks.1": "output_blocks.2", "output_blocks.2": "output_blocks.3",
         "output_blocks.3": "output_blocks.5", "output_blocks.7": "output_blocks.11", "out": "out", "time_embed": "time_embed",
     }.items():  # fmt: skip
-        found = {name.removeprefix(ours): value for name, value in small.unet.state_dict().items() if name.startswith(ours + ".")}
+        found = {
+            name.removeprefix(ours): value
+            for name, value in small.unet.state_dict().items()
+            if name.startswith(ours + ".")
+        }
         assert found
         assert all(value.equal(state[theirs + name]) for name, value in found.items())
     assert predicted(small, normal("x", (2, 4, 8, 8))).isfinite().all()
@@ -228,7 +245,11 @@ NARROWED = UNetConfig(
 def doubled(value: torch.Tensor, name: str, shape: torch.Size) -> torch.Tensor:
     """A parameter of NARROWED's half as NARROWED needs it: what gives a channel gives it twice, side by side; nothing takes the doubles."""
     stream = 2 * torch.arange(32)
-    joined = {0: torch.cat([stream, 64 + stream]), 1: torch.cat([stream, 64 + torch.arange(32)]), 2: torch.cat([stream, 64 + torch.arange(32)])}
+    joined = {
+        0: torch.cat([stream, 64 + stream]),
+        1: torch.cat([stream, 64 + torch.arange(32)]),
+        2: torch.cat([stream, 64 + torch.arange(32)]),
+    }
     block = re.match(r"output_blocks\.(\d)\.0\.(in_layers|skip_connection)", name)
     for axis in [axis for axis in range(value.ndim) if value.shape[axis] != shape[axis]]:
         if (axis == 0 and re.search(r"to_[qkv]\.weight", name)) or (axis == 1 and "to_out.0" in name):
@@ -244,7 +265,9 @@ def doubled(value: torch.Tensor, name: str, shape: torch.Size) -> torch.Tensor:
             continue
         else:
             places = stream
-        value = value.new_zeros([*value.shape[:axis], shape[axis], *value.shape[axis + 1 :]]).index_copy(axis, places, value)
+        value = value.new_zeros([*value.shape[:axis], shape[axis], *value.shape[axis + 1 :]]).index_copy(
+            axis, places, value
+        )
     return value
 
 
@@ -256,7 +279,9 @@ def test_the_channels_that_are_kept_of_a_level_belong_together():
     """
     config = replace(tiny("sd1"), unet=NARROWED)
     small = build(surgery.half(config)).unet
-    large = LatentDiffusion(config).eval().requires_grad_(False)  # as made, the middle's transformer and second ResBlock add nothing
+    large = (
+        LatentDiffusion(config).eval().requires_grad_(False)
+    )  # as made, the middle's transformer and second ResBlock add nothing
     for i in (1, 2):
         small.output_blocks[i][0].out_layers[3].weight.zero_()
     state = large.unet.state_dict()
@@ -265,7 +290,9 @@ def test_the_channels_that_are_kept_of_a_level_belong_together():
     for kind in ("weight", "bias"):  # both halves of what is joined have doubles
         norm = f"output_blocks.0.0.in_layers.0.{kind}"
         state[norm].copy_(small.state_dict()[norm].repeat_interleave(2))
-    widening = large.unet.input_blocks[3][0].skip_connection  # which is no layer where the level is as wide as the one above
+    widening = large.unet.input_blocks[3][
+        0
+    ].skip_connection  # which is no layer where the level is as wide as the one above
     widening.weight.copy_(torch.eye(32).repeat_interleave(2, dim=0)[:, :, None, None])
     widening.bias.zero_()
     x, t, context = normal("x", (2, 4, 8, 8)), torch.tensor([900.0, 3.0]), normal("context", (2, 7, 24))

@@ -75,31 +75,59 @@ def heeding_interrupts() -> None:
 
 def in_a_process(line: str, cwd: Path, **how) -> subprocess.Popen:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | how.pop("env", {})
-    return subprocess.Popen([sys.executable, "-m", "ldm", *shlex.split(line)], cwd=cwd, env=environment, stderr=subprocess.PIPE, text=True, preexec_fn=heeding_interrupts, **how)
+    return subprocess.Popen(
+        [sys.executable, "-m", "ldm", *shlex.split(line)],
+        cwd=cwd,
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=heeding_interrupts,
+        **how,
+    )
 
 
 # --- pictures -------------------------------------------------------------------------------------------------------
 
 
 def test_txt2img_writes_the_picture_of_the_python_function(here, ldm):
-    result = ldm(f"txt2img 'a cat' {QUICK} --negative 'a dog' --sampler euler_ancestral --cfg 5 --eta 0.5 --width 40 --height 16")
+    result = ldm(
+        f"txt2img 'a cat' {QUICK} --negative 'a dog' --sampler euler_ancestral --cfg 5 --eta 0.5 --width 40 --height 16"
+    )
     assert (result.code, result.lines, result.errors) == (0, ["outputs/00001.png"], [])
     model = weights.load("tiny.safetensors")
-    (image,) = tasks.txt2img(model, "a cat", weighting=True, seeds=[7], negative="a dog", steps=2, sampler="euler_ancestral", cfg=5.0, eta=0.5, width=40, height=16)
+    (image,) = tasks.txt2img(
+        model,
+        "a cat",
+        weighting=True,
+        seeds=[7],
+        negative="a dog",
+        steps=2,
+        sampler="euler_ancestral",
+        cfg=5.0,
+        eta=0.5,
+        width=40,
+        height=16,
+    )
     assert np.array_equal(open_image("outputs/00001.png"), image)
 
 
 def test_img2img_writes_the_picture_of_the_python_function(here, ldm):
     result = ldm(f"img2img 'a cat' {QUICK} --init photo.png --strength 0.5 --width 32")
     assert (result.code, result.lines, result.errors) == (0, ["outputs/00001.png"], [])
-    (image,) = tasks.img2img(weights.load("tiny.safetensors"), open_image("photo.png"), "a cat", seeds=[7], steps=2, strength=0.5, width=32)
+    (image,) = tasks.img2img(
+        weights.load("tiny.safetensors"), open_image("photo.png"), "a cat", seeds=[7], steps=2, strength=0.5, width=32
+    )
     assert np.array_equal(open_image("outputs/00001.png"), image)
     assert image.size == (32, 24)
 
 
 def test_without_a_checkpoint_the_model_that_ships_is_used(here, ldm, checkpoint, monkeypatch):
     loaded = []
-    monkeypatch.setattr(weights, "load", lambda path, *args, **how: (loaded.append((path, args, how)), load(checkpoint, *args, **how))[1])
+    monkeypatch.setattr(
+        weights,
+        "load",
+        lambda path, *args, **how: (loaded.append((path, args, how)), load(checkpoint, *args, **how))[1],
+    )
     monkeypatch.setattr("ldm.__main__.embedded", lambda: checkpoint)
     assert ldm("txt2img 'a cat' --steps 1 --seed 7 --dtype float32").code == 0
     assert loaded == [(None, (None,), {"dtype": torch.float32, "ema": False, "prediction": None, "variant": None})]
@@ -108,15 +136,23 @@ def test_without_a_checkpoint_the_model_that_ships_is_used(here, ldm, checkpoint
 
 def test_options_of_the_model_reach_the_loader(here, ldm, checkpoint, monkeypatch):
     asked = []
-    monkeypatch.setattr(weights, "load", lambda path, *args, **how: (asked.append((path, args, how)), load(checkpoint, None, dtype=how["dtype"]))[1])
+    monkeypatch.setattr(
+        weights,
+        "load",
+        lambda path, *args, **how: (asked.append((path, args, how)), load(checkpoint, None, dtype=how["dtype"]))[1],
+    )
     assert ldm(f"txt2img a {QUICK} --config sd1 --ema --dtype bfloat16 --device cpu --prediction eps").code == 0
-    assert asked == [("tiny.safetensors", ("sd1",), {"dtype": torch.bfloat16, "ema": True, "prediction": "eps", "variant": None})]
+    assert asked == [
+        ("tiny.safetensors", ("sd1",), {"dtype": torch.bfloat16, "ema": True, "prediction": "eps", "variant": None})
+    ]
     facts = read_metadata("outputs/00001.png")
     assert (facts["dtype"], facts["ema"]) == ("bfloat16", "true")
 
 
 def test_a_picture_says_how_it_was_made(here, ldm):
-    ldm(f"txt2img 'un café 🙂' {QUICK} --negative 赤い --n 2 --cfg-rescale 0.7 --cfg-interval 0.5 9 --clip-skip 2 --sampler ddim --eta 1")
+    ldm(
+        f"txt2img 'un café 🙂' {QUICK} --negative 赤い --n 2 --cfg-rescale 0.7 --cfg-interval 0.5 9 --clip-skip 2 --sampler ddim --eta 1"
+    )
     facts = read_metadata("outputs/00002.png")
     digest = facts.pop("model_hash")
     version = facts.pop("version")
@@ -172,7 +208,9 @@ def test_a_sheet_holds_all_pictures(here, ldm):
 def test_a_preview_shows_the_current_estimate_in_one_file(here, ldm, monkeypatch):
     seen = []
     save = write.save
-    monkeypatch.setattr(write, "save", lambda picture, *args, **how: (seen.append(picture.size), save(picture, *args, **how))[1])
+    monkeypatch.setattr(
+        write, "save", lambda picture, *args, **how: (seen.append(picture.size), save(picture, *args, **how))[1]
+    )
     ldm("txt2img 'a cat' --ckpt tiny.safetensors --seed 7 --steps 6 --preview 2 --n 3 --batch 2")
     assert sorted(os.listdir("outputs")) == ["00001-preview.png", "00001.png", "00002.png", "00003.png"]
     assert seen == [(88, 48)] * 3 + [(32, 32)] * 2 + [(32, 32)] * 3 + [(32, 32)]
@@ -182,7 +220,11 @@ def test_a_preview_shows_the_current_estimate_in_one_file(here, ldm, monkeypatch
 
 def test_a_preview_that_cannot_be_drawn_is_left_out(here, ldm, monkeypatch):
     decode = precision.decode
-    monkeypatch.setattr(place.precision, "decode", lambda model, x, **how: decode(model, x * float("nan") if decoding.pop() else x, **how))
+    monkeypatch.setattr(
+        place.precision,
+        "decode",
+        lambda model, x, **how: decode(model, x * float("nan") if decoding.pop() else x, **how),
+    )
     decoding = [False, True]
     assert ldm(f"txt2img 'a cat' {QUICK} --preview 2").code == 0
     assert os.listdir("outputs") == ["00001.png"]
@@ -201,14 +243,21 @@ def test_overwrite_replaces_what_out_names_and_no_more(here, ldm):
     Path("cat.png").write_text("old")
     Path("cat-2.png").write_text("old")
     Path("cat-3.png").write_text("precious")
-    assert ldm(f"txt2img a {QUICK} --out cat.png --overwrite --n 2 --sheet").lines == ["cat.png", "cat-2.png", "cat-sheet.png"]
+    assert ldm(f"txt2img a {QUICK} --out cat.png --overwrite --n 2 --sheet").lines == [
+        "cat.png",
+        "cat-2.png",
+        "cat-sheet.png",
+    ]
     assert open_image("cat.png").size == open_image("cat-2.png").size == (32, 32)
     assert Path("cat-3.png").read_text() == "precious"
 
 
 def test_a_directory_is_made_only_on_request(here, ldm):
     result = ldm(f"txt2img a {QUICK} --out runs/today")
-    assert (result.code, result.errors) == (2, ["ldm: error: --out: directory runs/today/ does not exist; make it, or add --mkdir"])
+    assert (result.code, result.errors) == (
+        2,
+        ["ldm: error: --out: directory runs/today/ does not exist; make it, or add --mkdir"],
+    )
     assert ldm(f"txt2img a {QUICK} --out runs/today --mkdir").lines == ["runs/today/00001.png"]
     assert ldm(f"txt2img a {QUICK} --out runs/b/cat.png --mkdir").lines == ["runs/b/cat.png"]
 
@@ -331,7 +380,10 @@ def test_a_device_that_is_not_there_is_never_replaced_by_another(here, ldm, monk
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     result = ldm(f"txt2img x {QUICK} --device cuda")
     assert result.code == 2
-    assert re.fullmatch(r"ldm: error: --device: there is no cuda, 0 CUDA devices were found \(torch [^)]*\); use --device cpu", result.errors[0])
+    assert re.fullmatch(
+        r"ldm: error: --device: there is no cuda, 0 CUDA devices were found \(torch [^)]*\); use --device cpu",
+        result.errors[0],
+    )
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert "there is no cuda:2, 2 CUDA devices" in ldm(f"txt2img x {QUICK} --device cuda:2").errors[0]
@@ -377,7 +429,10 @@ def test_running_out_of_memory_is_exit_code_4(here, ldm, monkeypatch):
     for error in (torch.OutOfMemoryError("CUDA out of memory"), MemoryError()):
         monkeypatch.setattr(tasks, "txt2img", raising(error))
         result = ldm(f"txt2img x {QUICK}")
-        assert (result.code, result.errors) == (4, ["ldm: error: out of memory; use a smaller --width and --height, --batch 1 or --dtype bfloat16"])
+        assert (result.code, result.errors) == (
+            4,
+            ["ldm: error: out of memory; use a smaller --width and --height, --batch 1 or --dtype bfloat16"],
+        )
 
 
 def test_a_result_that_is_no_number_is_exit_code_5_and_no_picture(here, ldm):
@@ -386,7 +441,10 @@ def test_a_result_that_is_no_number_is_exit_code_5_and_no_picture(here, ldm):
     weights.save(model, "nan.safetensors")
     result = ldm("txt2img x --steps 2 --seed 7 --dtype float32 --ckpt nan.safetensors")
     assert result.code == NonFinite.exit_code == 5
-    assert re.match(r"ldm: error: UNet: NaN or infinity at sigma 14\.61 in float32, first at out\.2; weights not finite: out\.2\.bias", result.errors[0])
+    assert re.match(
+        r"ldm: error: UNet: NaN or infinity at sigma 14\.61 in float32, first at out\.2; weights not finite: out\.2\.bias",
+        result.errors[0],
+    )
     assert os.listdir("outputs") == []
 
 
@@ -429,7 +487,9 @@ def test_an_interrupt_keeps_the_finished_pictures(error, code, here, ldm, monkey
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_stops_a_run_and_leaves_no_temporary_file(number, code, here):
-    process = in_a_process("txt2img x --ckpt tiny.safetensors --steps 2 --seed 1 --n 1000", here, stdout=subprocess.PIPE)
+    process = in_a_process(
+        "txt2img x --ckpt tiny.safetensors --steps 2 --seed 1 --n 1000", here, stdout=subprocess.PIPE
+    )
     assert process.stdout.readline() == "outputs/00001.png\n"
     process.send_signal(number)
     out, err = process.communicate(timeout=900)
@@ -459,7 +519,12 @@ def test_an_output_that_is_full_is_exit_code_3(here):
 
 
 def test_a_terminal_without_unicode_gets_escapes(here):
-    process = in_a_process(f"txt2img 🙂 {QUICK} --mkdir --out größe🙂", here, stdout=subprocess.PIPE, env={"PYTHONIOENCODING": "ascii", "LC_ALL": "C"})
+    process = in_a_process(
+        f"txt2img 🙂 {QUICK} --mkdir --out größe🙂",
+        here,
+        stdout=subprocess.PIPE,
+        env={"PYTHONIOENCODING": "ascii", "LC_ALL": "C"},
+    )
     out, err = process.communicate(timeout=900)
     assert (process.returncode, err) == (0, "")
     assert out == "gr\\xf6\\xdfe\\U0001f642/00001.png\n"
@@ -472,7 +537,9 @@ def test_a_size_is_rounded_with_one_warning(here, ldm):
     result = ldm(f"txt2img x {QUICK} --width 30 --n 2")
     assert result.errors == ["ldm: warning: --width: 30 becomes 32, a multiple of 8"]
     assert open_image("outputs/00001.png").size == (32, 32)
-    assert ldm(f"img2img x {QUICK} --init photo.png").errors == ["ldm: warning: --init: 50x37 becomes 48x40, multiples of 8"]
+    assert ldm(f"img2img x {QUICK} --init photo.png").errors == [
+        "ldm: warning: --init: 50x37 becomes 48x40, multiples of 8"
+    ]
 
 
 def test_a_prompt_that_is_cut_is_reported_once(here, ldm):
@@ -535,7 +602,13 @@ def test_samplers_lists_everything_with_its_real_cost(ldm):
     text = "\n".join(result.lines)
     for name in (*SAMPLERS, *GRIDS):
         assert re.search(rf"^{name} ", text, re.MULTILINE), name
-    for name, grid, calls in (("ddim", "ddim", 10), ("plms", "ddim", 11), ("heun", "karras", 19), ("dpmpp_2m", "karras", 10), ("lcm", "trailing", 10)):
+    for name, grid, calls in (
+        ("ddim", "ddim", 10),
+        ("plms", "ddim", 11),
+        ("heun", "karras", 19),
+        ("dpmpp_2m", "karras", 10),
+        ("lcm", "trailing", 10),
+    ):
         assert re.search(rf"^{name} +{grid} +{calls}  \S", text, re.MULTILINE), name
     assert "(Song et al. 2021, eq. 12)" in text
     assert "  t      901 801 701 601 501 401 301 201 101 1 end" in result.lines

@@ -24,16 +24,44 @@ def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def test_there_and_back(source: str, capsys: pytest.CaptureFixture) -> None:
-    assert main(["convert", source, "half/", "--ema", "--dtype", "fp16", "--shard-size", "1.1MB", "--manifest", "m.json", "--licence", "MIT"]) == 0
+    assert (
+        main(
+            [
+                "convert",
+                source,
+                "half/",
+                "--ema",
+                "--dtype",
+                "fp16",
+                "--shard-size",
+                "1.1MB",
+                "--manifest",
+                "m.json",
+                "--licence",
+                "MIT",
+            ]
+        )
+        == 0
+    )
     out, err = capsys.readouterr()
     assert err == ""
     lines = out.splitlines()
     assert lines[0].startswith("half: ")
     assert lines[0].endswith(" MB")
     assert "tensors of a model of family sd1" in lines[0]
-    assert lines[1] == "  13 of them in original_only.safetensors: the folder's networks have no place for them, the way back needs them"
+    assert (
+        lines[1]
+        == "  13 of them in original_only.safetensors: the folder's networks have no place for them, the way back needs them"
+    )
     assert "left out: the moving average was asked for in place of these" in out
-    assert set(json.loads(Path("m.json").read_text())) == {"source", "target", "facts", "tensors", "synthesised", "dropped"}
+    assert set(json.loads(Path("m.json").read_text())) == {
+        "source",
+        "target",
+        "facts",
+        "tensors",
+        "synthesised",
+        "dropped",
+    }
     assert len(list(Path("half/unet").glob("*.safetensors"))) > 1
     assert main(["convert", "half", "back.ckpt"]) == 0
     with open_file("back.ckpt") as file:
@@ -43,7 +71,12 @@ def test_there_and_back(source: str, capsys: pytest.CaptureFixture) -> None:
 
 
 def test_every_option_reaches_its_argument(source: str, capsys: pytest.CaptureFixture) -> None:
-    assert main(["convert", source, "raw.safetensors", "--raw", "--prune", "--dtype", "bf16", "--drop", r"model_ema\.decay"]) == 0
+    assert (
+        main(
+            ["convert", source, "raw.safetensors", "--raw", "--prune", "--dtype", "bf16", "--drop", r"model_ema\.decay"]
+        )
+        == 0
+    )
     with open_file("raw.safetensors") as file:
         assert not [key for key in file if key.startswith("model_ema")]
         assert {spec.dtype for key, spec in file.specs.items() if "position_ids" not in key} == {torch.bfloat16}
@@ -72,7 +105,9 @@ def test_every_option_reaches_its_argument(source: str, capsys: pytest.CaptureFi
         (["full.ckpt", "no/b.safetensors"], 3, "does not exist; make it first"),
     ],
 )
-def test_a_wrong_command_is_one_line(argv: list[str], code: int, text: str, source: str, capsys: pytest.CaptureFixture) -> None:
+def test_a_wrong_command_is_one_line(
+    argv: list[str], code: int, text: str, source: str, capsys: pytest.CaptureFixture
+) -> None:
     assert main(["convert", *argv]) == code
     out, err = capsys.readouterr()
     assert out == ""

@@ -122,13 +122,17 @@ def test_what_is_not_in_the_mask_stays_to_the_last_bit(here, ldm, models):
 
 
 def test_the_transparent_part_of_a_picture_can_be_its_mask(here, ldm, models):
-    code, _, errors = ldm(f"inpaint 'a cat' --init clear.png --mask-from alpha --ckpt {models('sd1')} --steps 2 --seed 7")
+    code, _, errors = ldm(
+        f"inpaint 'a cat' --init clear.png --mask-from alpha --ckpt {models('sd1')} --steps 2 --seed 7"
+    )
     assert (code, errors) == (0, [])
     photo, painted = np.asarray(open_image("clear.png")), np.asarray(open_image("outputs/00001.png"))
     changed = np.mean(painted != photo, axis=(1, 2)) > 0.5
     assert changed.tolist() == [True] * 16 + [False] * 16  # alpha rises from 0 to 255 over 32 rows
     assert np.array_equal(painted[16:], photo[16:])
-    ldm(f"inpaint 'a cat' --init photo.png --mask clear.png --mask-from alpha --ckpt {models('sd1')} --steps 2 --seed 7")
+    ldm(
+        f"inpaint 'a cat' --init photo.png --mask clear.png --mask-from alpha --ckpt {models('sd1')} --steps 2 --seed 7"
+    )
     assert np.array_equal(np.asarray(open_image("outputs/00002.png"))[16:], np.asarray(open_image("photo.png"))[16:])
 
 
@@ -147,10 +151,14 @@ def test_the_refiner_takes_over_or_redraws(here, ldm, models):
 
 
 def test_interpolate_writes_frames_and_an_animation(here, ldm, models):
-    code, lines, errors = ldm(f"interpolate 'a cat' 'a dog' --seeds 7 --frames 4 --ckpt {models('sd1')} --steps 2 --dtype float32 --no-fast --fps 5")
+    code, lines, errors = ldm(
+        f"interpolate 'a cat' 'a dog' --seeds 7 --frames 4 --ckpt {models('sd1')} --steps 2 --dtype float32 --no-fast --fps 5"
+    )
     assert (code, errors) == (0, [])
     assert lines == [*(f"outputs/0000{n}.png" for n in (1, 2, 3, 4)), "outputs/00001-animation.webp"]
-    frames = tasks.interpolate(weights.load(models("sd1")), ["a cat", "a dog"], seeds=[7], frames=4, steps=2, weighting=True, batch=1)
+    frames = tasks.interpolate(
+        weights.load(models("sd1")), ["a cat", "a dog"], seeds=[7], frames=4, steps=2, weighting=True, batch=1
+    )
     assert all(same(f"outputs/0000{n}.png", frame) for n, frame in enumerate(frames, 1))
     facts = read_metadata("outputs/00003.png")
     assert (facts["prompt"], facts["seed"], facts["frame"]) == ("a cat\na dog", "7", "3 of 4")
@@ -210,7 +218,9 @@ def scene(here) -> np.ndarray:
 
 
 def test_the_floor_of_a_scene_is_repainted_and_the_rest_is_not_touched(scene, ldm):
-    code, _, errors = ldm(f"inpaint 'a red cube to the left of a yellow sphere' --init scene.png --mask floor.png --feather 4 {SHIPPED} --steps 8")
+    code, _, errors = ldm(
+        f"inpaint 'a red cube to the left of a yellow sphere' --init scene.png --mask floor.png --feather 4 {SHIPPED} --steps 8"
+    )
     assert (code, errors) == (0, [])
     painted = np.asarray(open_image("outputs/00001.png"))
     kept = np.asarray(Image.open("floor.png")) == 0
@@ -237,7 +247,9 @@ def test_a_scene_of_twice_the_size_looks_like_the_small_one(here, ldm):
 
 
 def test_a_way_between_scenes_begins_and_ends_with_them(here, ldm):
-    assert ldm(f"interpolate 'a red cube' 'a blue sphere' --seeds 7 --frames 3 {SHIPPED.replace('--seed 7', '')}")[0] == 0
+    assert (
+        ldm(f"interpolate 'a red cube' 'a blue sphere' --seeds 7 --frames 3 {SHIPPED.replace('--seed 7', '')}")[0] == 0
+    )
     ldm(f"txt2img 'a red cube' {SHIPPED}")
     ldm(f"txt2img 'a blue sphere' {SHIPPED}")
     assert same("outputs/00004.png", open_image("outputs/00001.png"))

@@ -45,7 +45,11 @@ def folder(tmp_path_factory) -> Path:
     weights.save(build(tiny("sd1")), path / "tiny.safetensors")
     vae = {name: weight(f"another {name}", value.shape) for name, value in build(tiny("sd1")).vae.state_dict().items()}
     save_file(vae, path / "vae.safetensors")
-    factors = {f"{QUERY}.lora_down.weight": weight("down", (4, 32)), f"{QUERY}.lora_up.weight": 3 * weight("up", (32, 4)), f"{QUERY}.alpha": torch.tensor(4.0)}
+    factors = {
+        f"{QUERY}.lora_down.weight": weight("down", (4, 32)),
+        f"{QUERY}.lora_up.weight": 3 * weight("up", (32, 4)),
+        f"{QUERY}.alpha": torch.tensor(4.0),
+    }
     save_file(factors, path / "style.safetensors")
     strange = {key.replace("to_q", "to_nowhere"): value.clone() for key, value in factors.items()}
     save_file(factors | strange, path / "partly.safetensors")
@@ -78,7 +82,9 @@ def test_another_autoencoder_takes_the_place_of_the_models(here, ldm):
     code, _, errors = ldm(f"txt2img 'a cat' {QUICK} --vae vae.safetensors")
     assert (code, errors) == (0, [])
     model = weights.load("tiny.safetensors")
-    model.vae.load_state_dict({name: weight(f"another {name}", value.shape) for name, value in model.vae.state_dict().items()})
+    model.vae.load_state_dict(
+        {name: weight(f"another {name}", value.shape) for name, value in model.vae.state_dict().items()}
+    )
     assert same("outputs/00001.png", drawn(model))
     facts = read_metadata("outputs/00001.png")
     assert (facts["vae"], facts["vae_hash"]) == ("vae.safetensors", files.file_hash(Path("vae.safetensors")))
@@ -93,7 +99,9 @@ def test_loras_are_merged_at_their_scales_and_reported(here, ldm):
     lora.merge(model, [(changes, 0.8), (changes, -0.3)])
     assert same("outputs/00001.png", drawn(model))
     digest = files.file_hash(Path("style.safetensors"))
-    assert read_metadata("outputs/00001.png")["loras"] == f"style.safetensors:0.8:{digest} style.safetensors:-0.3:{digest}"
+    assert (
+        read_metadata("outputs/00001.png")["loras"] == f"style.safetensors:0.8:{digest} style.safetensors:-0.3:{digest}"
+    )
 
 
 def test_a_lora_that_the_model_has_no_place_for_is_used_only_if_that_is_allowed(here, ldm):
@@ -107,7 +115,15 @@ def test_a_lora_that_the_model_has_no_place_for_is_used_only_if_that_is_allowed(
 
 @pytest.mark.parametrize(
     ("text", "file", "scale"),
-    [("a.pt:0.8", "a.pt", 0.8), ("a.pt", "a.pt", 1), ("C:\\x\\a.pt", "C:\\x\\a.pt", 1), ("C:\\x\\a.pt:-1", "C:\\x\\a.pt", -1), ("a:b:.5", "a:b", 0.5), ("a.pt:1e-1", "a.pt", 0.1), ("a:2x", "a:2x", 1)],
+    [
+        ("a.pt:0.8", "a.pt", 0.8),
+        ("a.pt", "a.pt", 1),
+        ("C:\\x\\a.pt", "C:\\x\\a.pt", 1),
+        ("C:\\x\\a.pt:-1", "C:\\x\\a.pt", -1),
+        ("a:b:.5", "a:b", 0.5),
+        ("a.pt:1e-1", "a.pt", 0.1),
+        ("a:2x", "a:2x", 1),
+    ],
 )
 def test_the_last_colon_and_number_is_the_scale(text, file, scale):
     assert arguments.scaled_file(text) == (file, scale)
@@ -115,12 +131,17 @@ def test_the_last_colon_and_number_is_the_scale(text, file, scale):
 
 def test_an_embedding_stands_for_its_word(here, ldm):
     save_file({"emb_params": weight("other", (1, 64))}, "x=y.safetensors")
-    code, _, errors = ldm(f"txt2img 'a zebra and a horse' {QUICK} --embedding zebra.safetensors --embedding horse=x=y.safetensors")
+    code, _, errors = ldm(
+        f"txt2img 'a zebra and a horse' {QUICK} --embedding zebra.safetensors --embedding horse=x=y.safetensors"
+    )
     assert (code, errors) == (0, [])
     words = [Embedding("zebra", {64: weight("word", (2, 64))}), Embedding("horse", {64: weight("other", (1, 64))})]
     assert same("outputs/00001.png", drawn(weights.load("tiny.safetensors"), "a zebra and a horse", embeddings=words))
     zebra, other = (files.file_hash(Path(name)) for name in ("zebra.safetensors", "x=y.safetensors"))
-    assert read_metadata("outputs/00001.png")["embeddings"] == f"zebra=zebra.safetensors:{zebra} horse=x=y.safetensors:{other}"
+    assert (
+        read_metadata("outputs/00001.png")["embeddings"]
+        == f"zebra=zebra.safetensors:{zebra} horse=x=y.safetensors:{other}"
+    )
 
 
 def test_what_the_network_predicts_can_be_said(here, ldm):
@@ -132,7 +153,9 @@ def test_what_the_network_predicts_can_be_said(here, ldm):
 def test_tiles_give_the_same_picture_and_are_noted(here, ldm, monkeypatch):
     asked = []
     real = precision.decode
-    monkeypatch.setattr(precision, "decode", lambda model, x, *, tile=None: (asked.append(tile), real(model, x, tile=tile))[1])
+    monkeypatch.setattr(
+        precision, "decode", lambda model, x, *, tile=None: (asked.append(tile), real(model, x, tile=tile))[1]
+    )
     assert ldm(f"txt2img 'a cat' {QUICK} --tile 16")[0] == 0
     assert asked == [16]
     assert read_metadata("outputs/00001.png")["tile"] == "16"
@@ -142,7 +165,16 @@ def test_tiles_give_the_same_picture_and_are_noted(here, ldm, monkeypatch):
 
 
 @compiled_only
-@pytest.mark.parametrize(("options", "used"), [("", "cpu"), ("--fast", "cpu"), ("--no-fast", None), ("--dtype bfloat16", None), ("--dtype bfloat16 --fast", "plain")])
+@pytest.mark.parametrize(
+    ("options", "used"),
+    [
+        ("", "cpu"),
+        ("--fast", "cpu"),
+        ("--no-fast", None),
+        ("--dtype bfloat16", None),
+        ("--dtype bfloat16 --fast", "plain"),
+    ],
+)
 def test_fast_code_runs_where_it_pays_or_is_asked_for_and_the_picture_says_so(options, used, here, ldm):
     line = f"txt2img 'a cat' {QUICK.replace(' --no-fast', '')} {options}"
     assert [ldm(line)[0], ldm(line)[0]] == [0, 0]
@@ -163,14 +195,22 @@ def test_without_a_compiler_the_readable_networks_run_unless_fast_ones_are_asked
     assert ldm(line)[::2] == (0, [])
     assert "fast" not in read_metadata("outputs/00001.png")
     code, _, errors = ldm(f"{line} --fast")
-    assert (code, errors) == (0, ["ldm: warning: fast: no C++ compiler; plain PyTorch instead, which is slower; install g++ or set CXX"])
+    assert (code, errors) == (
+        0,
+        ["ldm: warning: fast: no C++ compiler; plain PyTorch instead, which is slower; install g++ or set CXX"],
+    )
     assert read_metadata("outputs/00002.png")["fast"] == "plain"
 
 
 def test_fast_code_and_weights_that_come_and_go_are_refused_together(here, ldm, monkeypatch):
     monkeypatch.setattr(making.models, "device_of", lambda name: torch.device("cuda"))
     code, _, errors = ldm(f"txt2img 'a cat' {QUICK.replace(' --no-fast', '')} --fast --offload")
-    assert (code, errors) == (2, ["ldm: error: --fast: with --offload weights come and go, and the readable networks run; leave one of them out"])
+    assert (code, errors) == (
+        2,
+        [
+            "ldm: error: --fast: with --offload weights come and go, and the readable networks run; leave one of them out"
+        ],
+    )
 
 
 def test_offloading_hands_every_model_over(here, ldm, monkeypatch):
@@ -221,7 +261,9 @@ def test_flagged_pictures_are_black_reported_and_marked(checker, here, ldm):
     checker += [[False, True], [False]]
     code, lines, errors = ldm(f"txt2img 'a cat' {QUICK} --n 3 --batch 2 --sheet --safety safety.safetensors")
     assert (code, len(lines)) == (0, 4)
-    assert errors == ["ldm: outputs/00002.png: flagged by the safety checker and blacked; --keep-flagged keeps such pictures"]
+    assert errors == [
+        "ldm: outputs/00002.png: flagged by the safety checker and blacked; --keep-flagged keeps such pictures"
+    ]
     assert [open_image(f"outputs/0000{n}.png").getbbox() is None for n in (1, 2, 3)] == [False, True, False]
     assert [read_metadata(f"outputs/0000{n}.png")["flagged"] for n in (1, 2, 3)] == ["false", "true, blacked", "false"]
     assert open_image("outputs/00001-sheet.png").crop((48, 8, 80, 40)).getbbox() is None
@@ -238,7 +280,9 @@ def test_flagged_pictures_can_be_kept(checker, here, ldm):
 
 def test_frames_are_checked_before_they_are_shown(checker, here, ldm):
     checker += [[True, True, True]]
-    code, lines, errors = ldm(f"interpolate a b --frames 3 --safety safety.safetensors {QUICK.replace('--seed 7', '--seeds 7')}")
+    code, lines, errors = ldm(
+        f"interpolate a b --frames 3 --safety safety.safetensors {QUICK.replace('--seed 7', '--seeds 7')}"
+    )
     assert (code, len(errors)) == (0, 3)
     with Image.open(lines[-1]) as animation:
         assert max(value for _, value in animation.convert("RGB").getextrema()) <= 2
@@ -247,10 +291,19 @@ def test_frames_are_checked_before_they_are_shown(checker, here, ldm):
 def test_the_checker_of_a_file_judges_the_pictures(here, ldm):
     """A real one: with thresholds below -1 all is flagged, above 1 nothing."""
     checker = SafetyChecker(VisionConfig(image=28, patch=7, width=64, layers=2, heads=4, mlp=128, projection=48))
-    sizes = {"image_size": 28, "patch_size": 7, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
+    sizes = {
+        "image_size": 28,
+        "patch_size": 7,
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 128,
+    }
     for threshold, code in ((-2.0, "true, blacked"), (2.0, "false")):
         state = {name: weight(f"safety_checker.{name}", value.shape) for name, value in checker.state_dict().items()}
-        state |= {name: torch.full_like(value, threshold) for name, value in state.items() if name.endswith("embeds_weights")}
+        state |= {
+            name: torch.full_like(value, threshold) for name, value in state.items() if name.endswith("embeds_weights")
+        }
         Path("safety").mkdir(exist_ok=True)
         save_file(state, "safety/model.safetensors")
         Path("safety/config.json").write_text(json.dumps({"projection_dim": 48, "vision_config": sizes}))
@@ -267,7 +320,12 @@ def test_prompts_come_from_a_file_one_a_line(here, ldm):
     code, lines, _ = ldm(f"txt2img --prompts prompts.txt {QUICK} --n 2 --batch 3 --sheet")
     assert (code, len(lines)) == (0, 5)
     facts = [read_metadata(path) for path in lines[:4]]
-    assert [(each["prompt"], each["seed"]) for each in facts] == [("a cat", "7"), ("a cat", "8"), ("a dög", "7"), ("a dög", "8")]
+    assert [(each["prompt"], each["seed"]) for each in facts] == [
+        ("a cat", "7"),
+        ("a cat", "8"),
+        ("a dög", "7"),
+        ("a dög", "8"),
+    ]
     for path, seed in ((lines[2], 7), (lines[3], 8)):
         image = np.asarray(drawn(weights.load("tiny.safetensors"), "a dög", seeds=[seed])).astype(int)
         assert np.abs(np.asarray(open_image(path)) - image).max() <= 1  # made in a batch
@@ -370,14 +428,26 @@ def forbidden(*args, **how):
         ("txt2img x --vae empty", "--vae: empty is a directory without model_index.json or config.json"),
         ("txt2img x --ckpt empty", "--ckpt: empty is a directory without model_index.json"),
         ("txt2img x --lora style.safetensor:0.8", "style.safetensor: does not exist"),
-        ("txt2img x --lora style.safetensors:1e9", "--lora: style.safetensors: scale 1e+09; give a number from -100 to 100"),
-        ("txt2img x --allow-unmatched", "--allow-unmatched: says something of --lora, which is not given; leave it out"),
+        (
+            "txt2img x --lora style.safetensors:1e9",
+            "--lora: style.safetensors: scale 1e+09; give a number from -100 to 100",
+        ),
+        (
+            "txt2img x --allow-unmatched",
+            "--allow-unmatched: says something of --lora, which is not given; leave it out",
+        ),
         ("txt2img x --embedding missing.pt", "missing.pt: does not exist"),
         ("txt2img x --embedding style.safetensors", "style.safetensors: is a LoRA"),
-        ("txt2img x --embedding a=zebra.safetensors --embedding A=zebra.safetensors", "--embedding: two are called a; give one of them another name"),
+        (
+            "txt2img x --embedding a=zebra.safetensors --embedding A=zebra.safetensors",
+            "--embedding: two are called a; give one of them another name",
+        ),
         ("txt2img x --safety missing.bin", "missing.bin: does not exist"),
         ("txt2img x --keep-flagged", "--keep-flagged: says something of --safety, which is not given; leave it out"),
-        ("txt2img x --safety vae.safetensors --preview", "--preview: would show pictures before --safety has seen them"),
+        (
+            "txt2img x --safety vae.safetensors --preview",
+            "--preview: would show pictures before --safety has seen them",
+        ),
         ("txt2img x --prediction x0", "--prediction: invalid choice: 'x0'"),
         ("txt2img x --offload", "--offload: the device is the CPU, where every network rests already; leave it out"),
         ("txt2img x --tile -1", "--tile: -1; give a whole number from 0"),
@@ -392,13 +462,22 @@ def forbidden(*args, **how):
         ("hires x --scale big", "--scale/--hires: 'big' is not a number"),
         ("hires x --strength 0", "--strength: 0 would only enlarge; give more"),
         ("hires x --enlarge vae", "--enlarge: invalid choice: 'vae'"),
-        ("txt2img x --strength 0.5", "--strength: says how --hires redraws, which is not given; add --hires 2x, or leave it out"),
+        (
+            "txt2img x --strength 0.5",
+            "--strength: says how --hires redraws, which is not given; add --hires 2x, or leave it out",
+        ),
         ("txt2img x --enlarge pixel", "--enlarge: says how --hires redraws"),
         ("txt2img x --refine-from 0.5", "--refine-from: says when --refiner takes over, which is not given"),
         ("txt2img x --refiner tiny.safetensors --hires 2x", "--refiner: does not go together with --hires"),
         ("txt2img x --refiner tiny.safetensors --refine-from 2", "--refine-from: 2.0; give a number from 0 to 1"),
-        ("txt2img x --refiner tiny.safetensors --refine-strength 2", "--refine-strength: 2.0; give a number from 0 to 1"),
-        ("txt2img x --refiner tiny.safetensors --refine-strength 0.5 --refine-from 0.5", "--refine-strength: the refiner redraws the finished picture"),
+        (
+            "txt2img x --refiner tiny.safetensors --refine-strength 2",
+            "--refine-strength: 2.0; give a number from 0 to 1",
+        ),
+        (
+            "txt2img x --refiner tiny.safetensors --refine-strength 0.5 --refine-from 0.5",
+            "--refine-strength: the refiner redraws the finished picture",
+        ),
         ("txt2img x --refiner missing.pt", "missing.pt: does not exist"),
         ("inpaint x --init photo.png", "--mask: none given; name a picture that is white where to repaint"),
         ("inpaint x --init photo.png --mask-from alpha", "photo.png: has no transparency to read a mask from"),
@@ -419,7 +498,10 @@ def forbidden(*args, **how):
         ("variations --init photo.png --negative x", "--negative: unknown to ldm variations"),
         ("variations --init photo.png --preprocessing clip", "--preprocessing: invalid choice: 'clip'"),
         ("interpolate a b --seeds 1,2,3", "--seeds: 3 with 2 prompts; give one, or 2"),
-        ("interpolate a --seeds 1", "--seeds: one prompt and one seed are no way; give several prompts, or several seeds"),
+        (
+            "interpolate a --seeds 1",
+            "--seeds: one prompt and one seed are no way; give several prompts, or several seeds",
+        ),
         ("interpolate a b --seeds 1,x", "--seeds: 'x' is not a whole number"),
         ("interpolate a b --seeds=-1,2", "--seeds: -1; give a whole number from 0"),
         ("interpolate a b --frames 1", "--frames: 1; give a whole number from 2"),
@@ -434,14 +516,23 @@ def forbidden(*args, **how):
         ("txt2img x --grid-of cfg=1,two", "--grid-of: cfg: 'two' is not a number"),
         ("txt2img x --grid-of cfg=1,1.0", "--grid-of: cfg has a value twice"),
         ("txt2img x --grid-of cfg=1,2 --grid-of cfg=3", "--grid-of: cfg twice; put all its values into one"),
-        ("txt2img x --grid-of cfg=1 --grid-of steps=1 --grid-of eta=1", "--grid-of: a sheet has two axes; give it once or twice"),
-        (f"txt2img x --grid-of seed={','.join(map(str, range(1001)))}", "--grid-of: 1001 combinations; the limit is 1000"),
+        (
+            "txt2img x --grid-of cfg=1 --grid-of steps=1 --grid-of eta=1",
+            "--grid-of: a sheet has two axes; give it once or twice",
+        ),
+        (
+            f"txt2img x --grid-of seed={','.join(map(str, range(1001)))}",
+            "--grid-of: 1001 combinations; the limit is 1000",
+        ),
         ("txt2img x --grid-of seed=1,2 --n 2", "--grid-of: seed together with --n; name all the seeds in --grid-of"),
         ("txt2img x --grid-of cfg=5,500", "--cfg: 500.0; give a number from -100 to 100"),
         ("txt2img x --grid-of sampler=ddim,dimm", "--sampler: 'dimm' is unknown; ddim?"),
         ("txt2img x --grid-of eta=0,1 --grid-of sampler=ddim,plms", "--eta: sampler plms has none"),
         ("img2img x --init photo.png --grid-of strength=0.5,0.01", "--strength: 0.01 leaves none of 25 steps"),
-        ("txt2img x --n 1000000 --grid-of cfg=1,2", "2 combinations of 1000000 pictures are 2000000; the limit is 1000000"),
+        (
+            "txt2img x --n 1000000 --grid-of cfg=1,2",
+            "2 combinations of 1000000 pictures are 2000000; the limit is 1000000",
+        ),
     ],
 )
 def test_a_wrong_option_is_one_line_and_exit_code_2_before_any_weight_is_read(line, message, here, ldm, monkeypatch):
@@ -467,13 +558,26 @@ def test_a_file_of_prompts_that_is_too_large_is_refused(here, ldm, monkeypatch):
 
 def test_a_seed_beyond_what_torch_tells_apart_is_said(here, ldm):
     code, _, errors = ldm(f"interpolate a --seeds 1,4294967296 --frames 2 {QUICK.replace('--seed 7', '')}")
-    assert (code, errors) == (0, ["ldm: warning: --seeds: torch uses the low 32 bits, so 4294967296 gives the same picture as 0"])
+    assert (code, errors) == (
+        0,
+        ["ldm: warning: --seeds: torch uses the low 32 bits, so 4294967296 gives the same picture as 0"],
+    )
 
 
 def test_nothing_is_left_out_of_the_metadata_of_sdxl(here, ldm):
     weights.save(build(replace(tiny("sdxl-refiner"), size=16)), "refiner.safetensors")
-    assert ldm("txt2img x --ckpt refiner.safetensors --steps 1 --seed 1 --aesthetic 7 --negative-aesthetic 1 --original-size 20x10 --crop 1,2")[0] == 0
+    assert (
+        ldm(
+            "txt2img x --ckpt refiner.safetensors --steps 1 --seed 1 --aesthetic 7 --negative-aesthetic 1 --original-size 20x10 --crop 1,2"
+        )[0]
+        == 0
+    )
     facts = read_metadata("outputs/00001.png")
-    assert [facts[key] for key in ("aesthetic", "negative_aesthetic", "original_size", "crop")] == ["7.0", "1.0", "20x10", "1,2"]
+    assert [facts[key] for key in ("aesthetic", "negative_aesthetic", "original_size", "crop")] == [
+        "7.0",
+        "1.0",
+        "20x10",
+        "1,2",
+    ]
     assert "target_size" not in facts
     assert os.listdir("outputs") == ["00001.png"]

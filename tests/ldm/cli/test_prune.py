@@ -31,7 +31,9 @@ def test_half_of_the_model_that_ships_is_written_loads_and_is_recognised(ldm, tm
     assert family == "blocks"
 
 
-def test_what_cannot_be_pruned_is_refused_before_any_weight_is_read(ldm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_what_cannot_be_pruned_is_refused_before_any_weight_is_read(
+    ldm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     def read(*given, **named):
         raise AssertionError("a weight was read")
 

@@ -128,13 +128,27 @@ def test_a_break_begins_a_section_inside_brackets_too():
     assert parse("BREAKFAST break") == [[("BREAKFAST break", 1)]]
 
 
-@pytest.mark.parametrize("prompt", ["(" * 65536, "([" * 32768, "(a:1.1" * 10000, ":" * 65536, "(" * 32768 + ")" * 32768, ": " * 32768, "(a:" + "9" * 65000 + ")", "\\" * 65536])
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "(" * 65536,
+        "([" * 32768,
+        "(a:1.1" * 10000,
+        ":" * 65536,
+        "(" * 32768 + ")" * 32768,
+        ": " * 32768,
+        "(a:" + "9" * 65000 + ")",
+        "\\" * 65536,
+    ],
+)
 def test_parsing_takes_time_in_proportion_to_the_prompt(prompt):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", PromptWarning)
         begin = time.process_time()
         parse(prompt)
-    assert time.process_time() - begin < 1  # FAULTS 2.2; of the processor, as the machine may be busy: a quadratic way through takes minutes
+    assert (
+        time.process_time() - begin < 1
+    )  # FAULTS 2.2; of the processor, as the machine may be busy: a quadratic way through takes minutes
 
 
 def test_a_prompt_over_64_kib_is_refused_before_it_is_parsed():
@@ -192,7 +206,9 @@ def test_weights_in_half_precision_are_applied_in_float32(one):
     expected[:, 2:9] *= 1.3
     expected *= plain.float().mean() / expected.mean()
     assert weighted.dtype == torch.bfloat16
-    assert ((weighted.float() - expected).abs() <= (2**-9 + 1e-5) * 2 * expected.abs()).all()  # half a unit in the last place of 8 bits: one rounding
+    assert (
+        (weighted.float() - expected).abs() <= (2**-9 + 1e-5) * 2 * expected.abs()
+    ).all()  # half a unit in the last place of 8 bits: one rounding
 
 
 # --- pieces ---------------------------------------------------------------------------------------------------------
@@ -225,7 +241,9 @@ def test_prompts_of_one_batch_are_drawn_out_with_empty_pieces(one):
 
 def test_the_number_of_pieces_can_be_asked_for_and_given(one):
     long = words(80)
-    assert [chunks_needed(one, prompts) for prompts in ([], [""], ["a cat"], [words(75)], [words(76)], ["a", long])] == [1, 1, 1, 1, 2, 2]
+    assert [
+        chunks_needed(one, prompts) for prompts in ([], [""], ["a cat"], [words(75)], [words(76)], ["a", long])
+    ] == [1, 1, 1, 1, 2, 2]
     assert chunks_needed(one, ["a BREAK b BREAK c"]) == 1
     assert chunks_needed(one, ["a BREAK b BREAK c"], weighting=True) == 3
     count = chunks_needed(one, [long, ""])
@@ -320,7 +338,14 @@ def test_a_learnt_word_gives_what_an_added_token_gives_in_transformers(one):
         )
     )  # fmt: skip
     own = theirs.state_dict()
-    theirs.load_state_dict({k: one[0].state_dict()[k if k.startswith("text_model.") else f"text_model.{k}"] for k in own if "position_ids" not in k}, strict=False)
+    theirs.load_state_dict(
+        {
+            k: one[0].state_dict()[k if k.startswith("text_model.") else f"text_model.{k}"]
+            for k in own
+            if "position_ids" not in k
+        },
+        strict=False,
+    )
     theirs.eval().resize_token_embeddings(c.vocab + 2, mean_resizing=False)
     vectors = normal("learnt", (2, c.width))
     theirs.get_input_embeddings().weight[c.vocab :] = vectors
@@ -328,7 +353,9 @@ def test_a_learnt_word_gives_what_an_added_token_gives_in_transformers(one):
     ids = [START, *before, c.vocab, c.vocab + 1, *after, END]
     ids += [END] * (77 - len(ids))
     expected = theirs(torch.tensor([ids])).last_hidden_state
-    tokens, pooled = encode_text(one, ["a photo of <seal> in the rain"], embeddings=[Embedding("<seal>", {64: vectors})])
+    tokens, pooled = encode_text(
+        one, ["a photo of <seal> in the rain"], embeddings=[Embedding("<seal>", {64: vectors})]
+    )
     assert relative(tokens, expected) < TOLERANCE
     assert relative(pooled, expected[:, ids.index(END)]) < TOLERANCE  # not where the largest id is
 
@@ -343,7 +370,11 @@ def test_each_tower_gets_the_vectors_of_its_width():
     vectors = {64: normal("64", (2, 64)), 32: normal("32", (2, 32))}
     tokens, _ = encode_text(towers, ["a seal"], embeddings=[Embedding("seal", vectors)])
     for tower, part in zip(towers, tokens.split([64, 32], dim=-1), strict=True):
-        alone, _ = encode_text(nn.ModuleList([tower]), ["a seal"], embeddings=[Embedding("seal", {tower.config.width: vectors[tower.config.width]})])
+        alone, _ = encode_text(
+            nn.ModuleList([tower]),
+            ["a seal"],
+            embeddings=[Embedding("seal", {tower.config.width: vectors[tower.config.width]})],
+        )
         assert torch.equal(part, alone)
         assert not torch.equal(part, encode_text(nn.ModuleList([tower]), ["a seal"])[0])
 
@@ -352,19 +383,28 @@ def test_the_vectors_of_a_token_of_the_vocabulary_change_nothing(one):
     """The same place, the same numbers: only the way there differs."""
     (token,) = encode("cat")
     own = one[0].text_model.embeddings.token_embedding.weight[[token]]
-    assert torch.equal(encode_text(one, ["a cat here"], embeddings=[Embedding("cat", {64: own})])[0], encode_text(one, ["a cat here"])[0])
+    assert torch.equal(
+        encode_text(one, ["a cat here"], embeddings=[Embedding("cat", {64: own})])[0],
+        encode_text(one, ["a cat here"])[0],
+    )
 
 
 def test_learnt_words_stand_where_they_are_written(one):
     own = one[0].text_model.embeddings.token_embedding.weight
     learnt = [Embedding(name, {64: own[encode(words_)]}) for name, words_ in (("xx", "cat dog rain"), ("yy", "roof"))]
-    assert encode("a cat dog rain roof by cat dog rain") == [token for word in ["a", "cat", "dog", "rain", "roof", "by", "cat", "dog", "rain"] for token in encode(word)]
+    assert encode("a cat dog rain roof by cat dog rain") == [
+        token for word in ["a", "cat", "dog", "rain", "roof", "by", "cat", "dog", "rain"] for token in encode(word)
+    ]
     ours, _ = encode_text(one, ["a xx yy by xx", "yy"], embeddings=learnt)
     assert torch.equal(ours, encode_text(one, ["a cat dog rain roof by cat dog rain", "roof"])[0])
 
 
 def test_a_name_is_found_as_a_word_of_its_own_the_longest_first(one):
-    learnt = [Embedding("sea", {64: normal("sea", (1, 64))}), Embedding("sea lion", {64: normal("sea lion", (3, 64))}), Embedding("<s>", {64: normal("s", (2, 64))})]
+    learnt = [
+        Embedding("sea", {64: normal("sea", (1, 64))}),
+        Embedding("sea lion", {64: normal("sea lion", (3, 64))}),
+        Embedding("<s>", {64: normal("s", (2, 64))}),
+    ]
 
     def ids(prompt: str) -> list[int]:
         return ids_of(one[0], [prompt], embeddings=learnt)[0]
@@ -409,7 +449,11 @@ def test_a_learnt_word_longer_than_a_piece_is_refused(one):
 
 def test_two_learnt_words_of_one_name_are_refused(one):
     with pytest.raises(ArgumentError, match="two have this name"):
-        encode_text(one, ["a"], embeddings=[Embedding("seal", {64: torch.zeros(1, 64)}), Embedding("Seal", {64: torch.zeros(1, 64)})])
+        encode_text(
+            one,
+            ["a"],
+            embeddings=[Embedding("seal", {64: torch.zeros(1, 64)}), Embedding("Seal", {64: torch.zeros(1, 64)})],
+        )
 
 
 @pytest.mark.parametrize(

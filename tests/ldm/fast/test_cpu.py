@@ -55,7 +55,9 @@ def close(ours: Tensor, exact: Tensor, terms: int, size: Tensor | float = 1.0) -
     assert ((ours.double() - exact).abs() <= allowed).all(), ((ours.double() - exact).abs() / allowed).max()
 
 
-@pytest.mark.parametrize(("rows", "inputs", "outputs"), [(1, 1, 1), (7, 33, 17), (100, 64, 48), (2, 900, 40), (300, 30, 330)])
+@pytest.mark.parametrize(
+    ("rows", "inputs", "outputs"), [(1, 1, 1), (7, 33, 17), (100, 64, 48), (2, 900, 40), (300, 30, 330)]
+)
 @pytest.mark.parametrize("extras", [False, True], ids=["", "bias and residual"])
 def test_linear(lanes: int | None, threads: None, rows: int, inputs: int, outputs: int, extras: bool) -> None:
     x, w = normal("x", (1, rows, inputs)), normal("w", (outputs, inputs))
@@ -70,19 +72,40 @@ def test_geglu(lanes: int | None, threads: None, rows: int, inputs: int, outputs
     x, w, bias = normal("x", (rows, inputs)), normal("w", (2 * outputs, inputs)), 20 * normal("bias", (2 * outputs,))
     projected = torch.nn.functional.linear(x.double().abs(), w.double().abs(), bias.double().abs())
     value, gate = projected.chunk(2, dim=-1)
-    close(cpu.geglu(x, w, bias), plain.geglu(x.double(), w.double(), bias.double()), inputs, 4 * value * gate.clamp_min(1))  # |gelu'| < 1.13
+    close(
+        cpu.geglu(x, w, bias), plain.geglu(x.double(), w.double(), bias.double()), inputs, 4 * value * gate.clamp_min(1)
+    )  # |gelu'| < 1.13
 
 
-@pytest.mark.parametrize(("shape", "outputs"), [((1, 1, 1, 16), 16), ((2, 5, 7, 32), 48), ((1, 8, 8, 20), 33), ((3, 2, 9, 130), 16), ((1, 40, 40, 64), 64)])
+@pytest.mark.parametrize(
+    ("shape", "outputs"),
+    [((1, 1, 1, 16), 16), ((2, 5, 7, 32), 48), ((1, 8, 8, 20), 33), ((3, 2, 9, 130), 16), ((1, 40, 40, 64), 64)],
+)
 @pytest.mark.parametrize("kind", ["nothing", "embedding", "residual"])
 def test_conv(lanes: int | None, threads: None, shape: tuple[int, ...], outputs: int, kind: str) -> None:
     b, h, w, c = shape
     x, conv = normal("x", shape), filled(nn.Conv2d(c, outputs, 3, padding=1))
-    add = {"nothing": None, "embedding": normal("add", (b, outputs)), "residual": normal("add", (b, h, w, outputs))}[kind]
-    close(cpu.conv(x, conv, add), plain.conv(x.double(), double(conv), None if add is None else add.double()), 9 * c, sizes(x, conv) + 4)
+    add = {"nothing": None, "embedding": normal("add", (b, outputs)), "residual": normal("add", (b, h, w, outputs))}[
+        kind
+    ]
+    close(
+        cpu.conv(x, conv, add),
+        plain.conv(x.double(), double(conv), None if add is None else add.double()),
+        9 * c,
+        sizes(x, conv) + 4,
+    )
 
 
-@pytest.mark.parametrize(("shape", "size"), [((1, 1, 1, 16), (2, 2)), ((2, 3, 4, 32), (6, 8)), ((1, 3, 4, 20), (5, 8)), ((1, 4, 3, 33), (7, 5)), ((1, 2, 2, 16), (3, 3))])
+@pytest.mark.parametrize(
+    ("shape", "size"),
+    [
+        ((1, 1, 1, 16), (2, 2)),
+        ((2, 3, 4, 32), (6, 8)),
+        ((1, 3, 4, 20), (5, 8)),
+        ((1, 4, 3, 33), (7, 5)),
+        ((1, 2, 2, 16), (3, 3)),
+    ],
+)
 def test_conv_up(lanes: int | None, threads: None, shape: tuple[int, ...], size: tuple[int, int]) -> None:
     x, conv = normal("x", shape), filled(nn.Conv2d(shape[-1], 24, 3, padding=1))
     close(cpu.conv_up(x, conv, size), plain.conv_up(x.double(), double(conv), size), 9 * shape[-1], 16.0)
@@ -94,11 +117,20 @@ def sizes(x: Tensor, conv: nn.Conv2d) -> float:
     return float(x.double().abs().max() * kernel) * 4
 
 
-@pytest.mark.parametrize(("n", "m", "heads", "d"), [(1, 1, 1, 1), (5, 77, 2, 40), (100, 300, 3, 20), (300, 600, 1, 64), (3, 17, 2, 160)])
+@pytest.mark.parametrize(
+    ("n", "m", "heads", "d"), [(1, 1, 1, 1), (5, 77, 2, 40), (100, 300, 3, 20), (300, 600, 1, 64), (3, 17, 2, 160)]
+)
 def test_attend(lanes: int | None, threads: None, n: int, m: int, heads: int, d: int) -> None:
     q, k, v = 2 * normal("q", (2, n, heads * d)), normal("k", (2, m, heads * d)), normal("v", (2, m, heads * d))
-    largest = float((q.abs().max() * k.abs().max() * d) ** 0.5)  # of a score, which rounding moves by so many units in its last place
-    close(cpu.attend(q, k, v, heads), plain.attend(q.double(), k.double(), v.double(), heads), m, float(v.abs().max()) * largest)
+    largest = float(
+        (q.abs().max() * k.abs().max() * d) ** 0.5
+    )  # of a score, which rounding moves by so many units in its last place
+    close(
+        cpu.attend(q, k, v, heads),
+        plain.attend(q.double(), k.double(), v.double(), heads),
+        m,
+        float(v.abs().max()) * largest,
+    )
 
 
 def test_attention_to_very_different_keys_is_that_to_the_best_one() -> None:
@@ -108,11 +140,15 @@ def test_attention_to_very_different_keys_is_that_to_the_best_one() -> None:
 
 
 @pytest.mark.parametrize("silu", [False, True])
-@pytest.mark.parametrize(("shape", "mean"), [((1, 2, 32), 0.0), ((2, 3, 5, 64), 1.0), ((1, 700, 96), 300.0), ((3, 65, 32), -1e4)])
+@pytest.mark.parametrize(
+    ("shape", "mean"), [((1, 2, 32), 0.0), ((2, 3, 5, 64), 1.0), ((1, 700, 96), 300.0), ((3, 65, 32), -1e4)]
+)
 def test_norm(lanes: int | None, threads: None, shape: tuple[int, ...], mean: float, silu: bool) -> None:
     x, norm = normal("x", shape) + mean, filled(nn.GroupNorm(32, shape[-1]))
     exact = plain.norm(x.double(), double(norm), silu)
-    close(cpu.norm(x, norm, silu), exact, 1, 8 + 4 * abs(mean))  # x times a factor, less the mean times it: the digits that both have are lost
+    close(
+        cpu.norm(x, norm, silu), exact, 1, 8 + 4 * abs(mean)
+    )  # x times a factor, less the mean times it: the digits that both have are lost
 
 
 def test_a_number_that_is_none_is_not_lost() -> None:
@@ -131,7 +167,9 @@ def test_the_same_numbers_come_out_every_time() -> None:
 
 
 def test_what_the_kernels_do_not_take_is_an_error_not_a_wrong_number() -> None:
-    with pytest.raises(TypeError, match=r"^ldm_linear: torch.float64 on cpu; these operations are for float32 on the CPU$"):
+    with pytest.raises(
+        TypeError, match=r"^ldm_linear: torch.float64 on cpu; these operations are for float32 on the CPU$"
+    ):
         cpu.linear(normal("x", (4, 8)).double(), normal("w", (8, 8)))
     x, w = normal("x", (8, 4)), normal("w", (4, 6))
     close(cpu.linear(x, w.t()), plain.linear(x.double(), w.t().double()), 4, 16.0)
@@ -192,8 +230,16 @@ def test_a_cache_that_cannot_be_written_is_said(cache: Path, monkeypatch: pytest
         compiler.compiled("cpu.cpp")
 
 
-@pytest.mark.parametrize(("where", "error"), [("home", RuntimeError("Could not determine home directory.")), ("exists", PermissionError(13, "Permission denied"))])
-def test_a_home_that_is_missing_or_closed_is_said(where: str, error: Exception, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("where", "error"),
+    [
+        ("home", RuntimeError("Could not determine home directory.")),
+        ("exists", PermissionError(13, "Permission denied")),
+    ],
+)
+def test_a_home_that_is_missing_or_closed_is_said(
+    where: str, error: Exception, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*_: object) -> None:
         raise error
 
@@ -212,7 +258,9 @@ def test_the_compiler_may_be_given_with_options(cache: Path, monkeypatch: pytest
 def test_what_failed_is_not_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tried = []
     monkeypatch.setenv("LDM_CACHE", str(tmp_path))
-    monkeypatch.setattr(compiler, "_compile", lambda *_: (tried.append(1), (_ for _ in ()).throw(CannotCompile("no")))[1])
+    monkeypatch.setattr(
+        compiler, "_compile", lambda *_: (tried.append(1), (_ for _ in ()).throw(CannotCompile("no")))[1]
+    )
     for _ in range(2):
         with pytest.raises(CannotCompile, match=r"^no$"):
             compiler.compiled("cpu.cpp", "-DNEVER")

@@ -30,7 +30,12 @@ def unet_inputs(name: str, dtype: torch.dtype, device: str) -> tuple[Tensor, Ten
         if config.vector_dim is None
         else normal("y", (2, config.vector_dim)).to(dtype)
     )
-    return x.to(device, dtype), torch.tensor([500.0, 37.0], device=device), context.to(device, dtype), None if y is None else y.to(device)
+    return (
+        x.to(device, dtype),
+        torch.tensor([500.0, 37.0], device=device),
+        context.to(device, dtype),
+        None if y is None else y.to(device),
+    )
 
 
 def test_laying_out_leaves_parameters_and_numbers_as_they_are() -> None:
@@ -74,7 +79,9 @@ def test_the_quickest_attention_is_found_once_for_every_shape(three: list[SDPBac
     assert len(three) == 6
 
 
-def test_nothing_is_measured_while_a_graph_is_captured(three: list[SDPBackend], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_measured_while_a_graph_is_captured(
+    three: list[SDPBackend], monkeypatch: pytest.MonkeyPatch
+) -> None:
     q = normal("q", (1, 2, 8, 16))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     assert gpu._backend(q, q, q) == next(iter(gpu.BACKENDS))
@@ -90,7 +97,9 @@ def test_a_backend_that_refuses_after_all_is_not_taken(monkeypatch: pytest.Monke
     assert gpu._milliseconds(SDPBackend.CUDNN_ATTENTION, q, q, q) == float("inf")
 
 
-def test_where_no_fused_attention_can_do_it_the_plain_one_does(three: list[SDPBackend], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_no_fused_attention_can_do_it_the_plain_one_does(
+    three: list[SDPBackend], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(gpu, "BACKENDS", {backend: lambda _: False for backend in gpu.BACKENDS})
     q = normal("q", (1, 2, 8, 16))
     assert gpu._backend(q, q, q) == SDPBackend.MATH
@@ -121,7 +130,9 @@ def record(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What graphs were asked to do, in order."""
     record: list[str] = []
 
-    def capture(run: Callable[[], Tensor], device: torch.device, pool: tuple[int, int] | None) -> tuple[Playback, Tensor]:
+    def capture(
+        run: Callable[[], Tensor], device: torch.device, pool: tuple[int, int] | None
+    ) -> tuple[Playback, Tensor]:
         record.append("capture" if pool is None else "capture beside another")
         playback = Playback(run, record)
         return playback, playback.out
@@ -137,7 +148,9 @@ class GraphedOnTheCPU(GraphedUNet):
 
 
 def graphed(plainly: UNet) -> GraphedUNet:
-    return shared(plainly, {UNet: GraphedOnTheCPU if plainly.time_embed[0].weight.device.type == "cpu" else GraphedUNet})
+    return shared(
+        plainly, {UNet: GraphedOnTheCPU if plainly.time_embed[0].weight.device.type == "cpu" else GraphedUNet}
+    )
 
 
 @pytest.mark.parametrize("name", ["sd1-tiny", "sdxl-tiny", "x4-upscaler-tiny"])
@@ -185,7 +198,11 @@ def test_parameters_that_moved_or_were_exchanged_are_captured_anew(how: str, rec
             project.weight.data = weight
         else:
             project.weight = nn.Parameter(weight, requires_grad=False)
-    for done in ([] if how == "moved" else ["replay"], ["capture", "replay"], ["replay"]):  # nothing is read where a parameter no longer is
+    for done in (
+        [] if how == "moved" else ["replay"],
+        ["capture", "replay"],
+        ["replay"],
+    ):  # nothing is read where a parameter no longer is
         record.clear()
         assert relative(unet(x, t, context), plainly(x, t, context)) < SAME
         assert record == done
@@ -198,7 +215,11 @@ def test_who_looks_inside_gets_the_readable_network(record: list[str]) -> None:
     for _ in range(3):
         out = unet(x, t, context)
     seen: list[Tensor] = []
-    hook = unet.middle_block[1].transformer_blocks[0].attn1.attend.register_forward_hook(lambda module, args, out: seen.append(out))
+    hook = (
+        unet.middle_block[1]
+        .transformer_blocks[0]
+        .attn1.attend.register_forward_hook(lambda module, args, out: seen.append(out))
+    )
     assert relative(unet(x, t, context), out) < SAME
     assert len(seen) == 1
     hook.remove()
@@ -208,7 +229,9 @@ def test_who_looks_inside_gets_the_readable_network(record: list[str]) -> None:
 
 
 @torch.no_grad()
-def test_few_graphs_are_kept_and_the_longest_unused_goes_first(record: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_few_graphs_are_kept_and_the_longest_unused_goes_first(
+    record: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(graphs, "KEPT", 2)
     unet, (x, t, context, _) = graphed(tiny_unet("sd1-tiny").double()), unet_inputs("sd1-tiny", torch.float64, "cpu")
 
@@ -217,7 +240,12 @@ def test_few_graphs_are_kept_and_the_longest_unused_goes_first(record: list[str]
         unet(x[..., :width], t, context)
         return list(record)
 
-    assert [call(width) for width in (8, 8, 4, 4)] == [[], ["capture", "replay"], [], ["capture beside another", "replay"]]
+    assert [call(width) for width in (8, 8, 4, 4)] == [
+        [],
+        ["capture", "replay"],
+        [],
+        ["capture beside another", "replay"],
+    ]
     assert call(8) == ["replay"]
     assert call(6) == []  # in the place of width 4
     assert call(8) == ["replay"]
@@ -225,7 +253,9 @@ def test_few_graphs_are_kept_and_the_longest_unused_goes_first(record: list[str]
 
 
 @torch.no_grad()
-def test_where_memory_does_not_suffice_for_a_graph_the_others_give_up_theirs(record: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_memory_does_not_suffice_for_a_graph_the_others_give_up_theirs(
+    record: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     unet, (x, t, context, _) = graphed(tiny_unet("sd1-tiny").double()), unet_inputs("sd1-tiny", torch.float64, "cpu")
     unet(x, t, context)
     unet(x, t, context)
@@ -289,8 +319,12 @@ def test_on_a_gpu_a_graph_gives_what_the_plain_network_gives(name: str, dtype: t
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("n", "m", "heads", "d"), [(64, 64, 8, 40), (4096, 77, 8, 40), (1024, 1024, 10, 64), (256, 256, 1, 512)])
+@pytest.mark.parametrize(
+    ("n", "m", "heads", "d"), [(64, 64, 8, 40), (4096, 77, 8, 40), (1024, 1024, 10, 64), (256, 256, 1, 512)]
+)
 def test_on_a_gpu_every_attention_gives_what_the_plain_one_gives(n: int, m: int, heads: int, d: int) -> None:
     q, k, v = (normal(name, (2, size, heads * d)).to("cuda") for name, size in (("q", n), ("k", m), ("v", m)))
     exact = plain.attend(q.double(), k.double(), v.double(), heads)
-    assert relative(gpu.attend(q.half(), k.half(), v.half(), heads).double(), exact) < 2**-8  # 2^-11 of q, k, v, the weights and the result
+    assert (
+        relative(gpu.attend(q.half(), k.half(), v.half(), heads).double(), exact) < 2**-8
+    )  # 2^-11 of q, k, v, the weights and the result

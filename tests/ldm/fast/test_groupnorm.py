@@ -22,7 +22,9 @@ def test_the_fast_group_norm_has_the_value_and_the_gradient_of_the_plain_one(sha
     fast = fast_group_norms(nn.Sequential(plain))
     assert torch.equal(fast(x), y)
     for ours, theirs in zip(torch.autograd.grad(fast(x), inputs, dy), expected, strict=True):
-        assert torch.allclose(ours, theirs, rtol=1e-9, atol=1e-9)  # float64: 1e-16 times the few thousand terms of a sum
+        assert torch.allclose(
+            ours, theirs, rtol=1e-9, atol=1e-9
+        )  # float64: 1e-16 times the few thousand terms of a sum
 
 
 def test_the_fast_group_norm_passes_the_numerical_gradient_check() -> None:

@@ -41,7 +41,9 @@ if not INTERPRETED:
         files = [f"tests/{name}.py" for name in ("test_fast_kernels", "test_fast_vae_scale")]
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
         environment = os.environ | {"TRITON_INTERPRET": "1"}
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False)
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False
+        )
         assert done.returncode == 0, done.stdout[-4000:]
         assert "skipped" not in done.stdout.splitlines()[-1]
 
@@ -75,9 +77,13 @@ if not INTERPRETED:
                 for i, name in enumerate(names)
                 if name in pointers or (name in ("c", "h") and kernel is not kernels._fold)
             }
-            source = ASTSource(kernel, types, {(names.index(name),): value for name, value in constants.items()}, aligned)
+            source = ASTSource(
+                kernel, types, {(names.index(name),): value for name, value in constants.items()}, aligned
+            )
             lines = [
-                line for line in compile(source, target=GPUTarget("cuda", capability, 32)).asm["ptx"].splitlines() if "ld.global" in line
+                line
+                for line in compile(source, target=GPUTarget("cuda", capability, 32)).asm["ptx"].splitlines()
+                if "ld.global" in line
             ]
             assert lines
             assert kernel is kernels._fold or all(".v4.b32" in line for line in lines), lines
@@ -113,7 +119,9 @@ def require_group_norm(x: Tensor, groups: int, eps: float, silu: bool = False, u
     a = (weight.double().view(groups, -1) / (var + eps).sqrt()).flatten(2)
     summand = bias.double() - (mean.expand(-1, -1, -1, c // groups).flatten(2)) * a
     exact = value * a + summand
-    terms = (value * a).abs() + (bias.double().abs() + (mean.abs().expand(-1, -1, -1, c // groups).flatten(2)) * a.abs())
+    terms = (value * a).abs() + (
+        bias.double().abs() + (mean.abs().expand(-1, -1, -1, c // groups).flatten(2)) * a.abs()
+    )
     exact = F.silu(exact) if silu else exact
     require_close(ours.flatten(1, -2), unit * exact, unit * terms)
 
@@ -153,17 +161,27 @@ def test_group_norm_in_units(dtype: torch.dtype) -> None:
 def test_the_group_norm_of_a_picture_does_not_depend_on_its_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not even its last bit: here in two parts, whatever the batch."""
     monkeypatch.setattr(gpu.kernels(), "PROGRAMS", 2)
-    x, weight, bias = given("x", (2, 70, 64), torch.float16), given("weight", (64,), torch.float16), given("bias", (64,), torch.float16)
+    x, weight, bias = (
+        given("x", (2, 70, 64), torch.float16),
+        given("weight", (64,), torch.float16),
+        given("bias", (64,), torch.float16),
+    )
     together = gpu.kernels().group_norm(x, weight, bias, 4, 1e-5, silu=True)
     for i in range(2):
-        assert torch.equal(together[i : i + 1], gpu.kernels().group_norm(x[i : i + 1], weight, bias, 4, 1e-5, silu=True))
+        assert torch.equal(
+            together[i : i + 1], gpu.kernels().group_norm(x[i : i + 1], weight, bias, 4, 1e-5, silu=True)
+        )
 
 
 @on_the_device
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(2, 11, 320), (5, 64), (1, 3, 2500)], ids=str)
 def test_layer_norm(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    x, weight, bias = 3 * given("x", shape, dtype) + 1, given("weight", shape[-1:], dtype), given("bias", shape[-1:], dtype)
+    x, weight, bias = (
+        3 * given("x", shape, dtype) + 1,
+        given("weight", shape[-1:], dtype),
+        given("bias", shape[-1:], dtype),
+    )
     d = x.double() - x.double().mean(-1, keepdim=True)
     a = weight.double() / (d.square().mean(-1, keepdim=True) + 1e-5).sqrt()
     terms = a.abs() * (x.double().abs() + x.double().mean(-1, keepdim=True).abs()) + bias.double().abs()
@@ -219,7 +237,9 @@ def few_groups(network: nn.Module) -> nn.Module:
 def test_a_convolution_with_a_stride_and_with_what_is_added(add: str) -> None:
     conv = nn.Conv2d(32, 64, 3, stride=2, padding=1, device=DEVICE).double().requires_grad_(False)
     x = normal("x", (2, 9, 8, 32)).to(DEVICE).double()
-    on_top = {"nothing": None, "an embedding": normal("emb", (2, 64)), "a residual": normal("residual", (2, 5, 4, 64))}[add]
+    on_top = {"nothing": None, "an embedding": normal("emb", (2, 64)), "a residual": normal("residual", (2, 5, 4, 64))}[
+        add
+    ]
     on_top = None if on_top is None else on_top.to(DEVICE).double()
     assert torch.allclose(gpu.conv(x, conv, on_top), plain.conv(x, conv, on_top), rtol=0, atol=1e-13)
 
@@ -251,7 +271,9 @@ def test_more_than_two_to_the_31_numbers() -> None:
     assert torch.equal(x[0, -1].cpu(), torch.arange(1, 257).half())
     assert torch.equal(x[0, 0], x[0, -1])
     ones = torch.ones(256, device="cuda").half()
-    y = gpu.kernels().group_norm(x, ones, ones, 32, 1e-5, silu=False)  # of channels that are the same everywhere: as of one position
+    y = gpu.kernels().group_norm(
+        x, ones, ones, 32, 1e-5, silu=False
+    )  # of channels that are the same everywhere: as of one position
     assert torch.equal(y[0, 0], y[0, -1])
     exact = F.group_norm(torch.arange(1, 257).double()[None], 32, eps=1e-5)[0] + 1
     assert (y[0, 0].cpu() - exact).abs().max() < 2**-11 * 3  # of numbers up to 3

@@ -48,7 +48,13 @@ def inputs(model: LatentDiffusion, *, guided: bool = False, size: tuple[int, int
     unet = model.config.unet
     x, t = normal("x", (2, unet.in_channels, *size)), torch.tensor([500.0, 37.0])
     context = normal("context", (2, 5, unet.context_dim))
-    y = torch.tensor([20, 350]) if unet.noise_levels else None if unet.vector_dim is None else normal("y", (2, unet.vector_dim))
+    y = (
+        torch.tensor([20, 350])
+        if unet.noise_levels
+        else None
+        if unet.vector_dim is None
+        else normal("y", (2, unet.vector_dim))
+    )
     return (x[:1].repeat(2, 1, 1, 1), t[:1].repeat(2), context, y) if guided else (x, t, context, y)
 
 
@@ -130,10 +136,14 @@ def counted(sd1: LatentDiffusion, monkeypatch: pytest.MonkeyPatch) -> tuple[Fast
 
 
 @torch.no_grad()
-def test_keys_and_values_of_a_context_are_computed_once(sd1: LatentDiffusion, counted: tuple[FastUNet, Counted]) -> None:
+def test_keys_and_values_of_a_context_are_computed_once(
+    sd1: LatentDiffusion, counted: tuple[FastUNet, Counted]
+) -> None:
     unet, ops = counted
     x, t, context, _ = inputs(sd1)
-    layers = sum(isinstance(module, CrossAttention) for module in unet.modules())  # as many as half of them have keys and values to compute
+    layers = sum(
+        isinstance(module, CrossAttention) for module in unet.modules()
+    )  # as many as half of them have keys and values to compute
 
     def told() -> int:
         ops.calls.clear()
@@ -153,7 +163,9 @@ def test_keys_and_values_of_a_context_are_computed_once(sd1: LatentDiffusion, co
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.no_grad()
-def test_they_are_computed_once_in_a_run(sd1: LatentDiffusion, counted: tuple[FastUNet, Counted], dtype: torch.dtype) -> None:
+def test_they_are_computed_once_in_a_run(
+    sd1: LatentDiffusion, counted: tuple[FastUNet, Counted], dtype: torch.dtype
+) -> None:
     unet, ops = counted
     fast = optimize(sd1)
     fast.unet = unet
@@ -164,11 +176,15 @@ def test_they_are_computed_once_in_a_run(sd1: LatentDiffusion, counted: tuple[Fa
     denoise = guided(fast, conds, cfg(3.0))
     for sigma in (9.0, 3.0, 1.0):
         denoise(normal("x", (1, 4, 8, 8)), sigma)
-    assert ops.calls.count(("linear", (2, 5, 64))) == sum(isinstance(module, CrossAttention) for module in unet.modules())
+    assert ops.calls.count(("linear", (2, 5, 64))) == sum(
+        isinstance(module, CrossAttention) for module in unet.modules()
+    )
 
 
 @torch.no_grad()
-def test_what_both_halves_of_a_guided_batch_share_is_computed_once(sd1: LatentDiffusion, counted: tuple[FastUNet, Counted]) -> None:
+def test_what_both_halves_of_a_guided_batch_share_is_computed_once(
+    sd1: LatentDiffusion, counted: tuple[FastUNet, Counted]
+) -> None:
     unet, ops = counted
     first = next(i for i, block in enumerate(unet.input_blocks) if len(block) > 1)  # the first with a transformer
     for given, rows in ((inputs(sd1), 2), (inputs(sd1, guided=True), 1)):
@@ -206,7 +222,9 @@ def test_who_looks_inside_or_changes_a_part_gets_the_readable_networks(sd1: Late
     fast, given = optimize(sd1).unet, inputs(sd1)
     with torch.no_grad():
         readable = sd1.unet(*given)
-        assert not torch.equal(fast(*given), readable)  # it is the fast one that runs, so that what follows says something
+        assert not torch.equal(
+            fast(*given), readable
+        )  # it is the fast one that runs, so that what follows says something
 
         seen: list[Tensor] = []
         hook = fast.middle_block[0].register_forward_hook(lambda module, args, out: seen.append(out))
@@ -292,7 +310,11 @@ def test_gradients_reach_every_input(sd1: LatentDiffusion, which: int) -> None:
     for _ in range(2):
         (gradient,) = torch.autograd.grad(optimize(sd1).unet(*given).sum(), given[which])
         assert gradient.abs().max() > 0
-    with torch.no_grad(), forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):  # the only one that has such derivatives
+    with (
+        torch.no_grad(),
+        forward_ad.dual_level(),
+        sdpa_kernel(SDPBackend.MATH),
+    ):  # the only one that has such derivatives
         given[which] = forward_ad.make_dual(given[which].detach(), torch.ones_like(given[which]))
         assert forward_ad.unpack_dual(optimize(sd1).unet(*given)).tangent is not None
 
@@ -388,12 +410,17 @@ def test_large_pictures_decode_in_strips_by_the_readable_networks(sd1: LatentDif
 
 
 @torch.no_grad()
-def test_without_a_compiler_the_plain_operations_run_and_a_warning_says_so(sd1: LatentDiffusion, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_compiler_the_plain_operations_run_and_a_warning_says_so(
+    sd1: LatentDiffusion, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def library() -> None:
         raise CannotCompile("no C++ compiler: g++, c++ not found, $CXX not set")
 
     monkeypatch.setattr(cpu, "library", library)
-    with pytest.warns(UserWarning, match=r"^fast: no C\+\+ compiler.*plain PyTorch instead, which is slower; install g\+\+ or set CXX$"):
+    with pytest.warns(
+        UserWarning,
+        match=r"^fast: no C\+\+ compiler.*plain PyTorch instead, which is slower; install g\+\+ or set CXX$",
+    ):
         fast = optimize(sd1)
     assert fast.unet.ops is plain
     assert relative(fast.unet(*inputs(sd1)), sd1.unet(*inputs(sd1))) < STATED

@@ -23,7 +23,9 @@ pytestmark = pytest.mark.usefixtures("plain_attention", "large_tiles")
 
 def tame() -> VAE:
     """Two levels of one block, and inner numbers of about 1."""
-    return few_groups(fill(VAE(VAEConfig(channels=32, channel_mult=(1, 2), num_res_blocks=1)), lambda key: key)).to(DEVICE)
+    return few_groups(fill(VAE(VAEConfig(channels=32, channel_mult=(1, 2), num_res_blocks=1)), lambda key: key)).to(
+        DEVICE
+    )
 
 
 def wild() -> VAE:
@@ -34,7 +36,9 @@ def wild() -> VAE:
     vae = tame()
     for name, parameter in vae.named_parameters():
         layer = name.split(".")[-2]
-        if layer in ("conv_in", "conv1", "conv2", "proj_out") or (layer in ("nin_shortcut", "conv") and parameter.ndim == 1):
+        if layer in ("conv_in", "conv1", "conv2", "proj_out") or (
+            layer in ("nin_shortcut", "conv") and parameter.ndim == 1
+        ):
             parameter.mul_(2.0**15)
     for module in vae.modules():
         if isinstance(module, nn.GroupNorm):

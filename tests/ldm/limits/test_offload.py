@@ -68,11 +68,15 @@ def watched(model: LatentDiffusion) -> list[tuple[str, list[str]]]:
     for name, network in networks(model).items():
         for module in network.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
-                module.register_forward_hook(lambda module, args, out, name=name: seen.append((name, [each for each in resting if away(each)])))
+                module.register_forward_hook(
+                    lambda module, args, out, name=name: seen.append((name, [each for each in resting if away(each)]))
+                )
     return seen
 
 
-def test_the_result_is_bit_for_bit_the_same_and_one_network_at_a_time_is_there(model: LatentDiffusion, carried: list[Tensor]) -> None:
+def test_the_result_is_bit_for_bit_the_same_and_one_network_at_a_time_is_there(
+    model: LatentDiffusion, carried: list[Tensor]
+) -> None:
     plain = picture(model)
     undo = offload(model, CPU)
     seen = watched(model)
@@ -118,12 +122,17 @@ def test_what_is_not_offloaded_moves_to_the_device_at_once(model: LatentDiffusio
     undo()
 
 
-def test_the_model_says_where_it_runs_and_what_it_is_given_comes_with_it(model: LatentDiffusion, carried: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_model_says_where_it_runs_and_what_it_is_given_comes_with_it(
+    model: LatentDiffusion, carried: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
     meta, asked = torch.device("meta"), []
     monkeypatch.setattr(offloading, "_moved", lambda given, device: asked.append((given, device)) or given)
     undo = offload(model, meta)
     assert model.device == meta
-    ids, given = torch.zeros(1, model.config.text[0].length, dtype=torch.long), (torch.tensor([0]), torch.tensor([1]), torch.zeros(1, model.config.text[0].width))
+    ids, given = (
+        torch.zeros(1, model.config.text[0].length, dtype=torch.long),
+        (torch.tensor([0]), torch.tensor([1]), torch.zeros(1, model.config.text[0].width)),
+    )
     model.text[0](ids, given=given)
     (((args, keywords), device),) = asked
     assert device == meta
@@ -142,7 +151,9 @@ def test_tensors_are_moved_wherever_they_are() -> None:
 
 @pytest.mark.parametrize(("kind", "config"), [(CLIPVision, VISION_TINY), (DPT, DEPTH_TINY)])
 @torch.no_grad()
-def test_vision_and_depth_come_too(model: LatentDiffusion, carried: list[Tensor], kind: type[nn.Module], config: VisionConfig | DepthConfig) -> None:
+def test_vision_and_depth_come_too(
+    model: LatentDiffusion, carried: list[Tensor], kind: type[nn.Module], config: VisionConfig | DepthConfig
+) -> None:
     network = kind(config).eval()
     setattr(model, {CLIPVision: "vision", DPT: "depth"}[kind], network)
     image = normal("image", (1, 3, config.image, config.image))
@@ -154,7 +165,9 @@ def test_vision_and_depth_come_too(model: LatentDiffusion, carried: list[Tensor]
     undo()
 
 
-def test_a_network_that_does_not_fit_leaves_nothing_there(model: LatentDiffusion, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_network_that_does_not_fit_leaves_nothing_there(
+    model: LatentDiffusion, monkeypatch: pytest.MonkeyPatch
+) -> None:
     places = {name: p.data_ptr() for name, p in model.named_parameters()}
     count = 0
 

@@ -25,12 +25,19 @@ from tests.made.warned import caught
 
 SMALL = VAEConfig(channels=32, channel_mult=(1, 2), num_res_blocks=1, scale=0.5)
 CONFIG = ModelConfig("tiny", unet=replace(SD1, model_channels=32, context_dim=64), vae=SMALL, text=(), size=64)
-LATENT, IMAGE, NOISE = normal("z", (2, 4, 8, 8)), normal("image", (2, 3, 16, 16)).clamp(-1, 1), normal("noise", (2, 4, 8, 8))
+LATENT, IMAGE, NOISE = (
+    normal("z", (2, 4, 8, 8)),
+    normal("image", (2, 3, 16, 16)).clamp(-1, 1),
+    normal("noise", (2, 4, 8, 8)),
+)
 WAYS: dict[str, Callable[..., Tensor]] = {
     "decode": lambda model, **options: precision.decode(model, LATENT, **options),
     "encode": lambda model, **options: precision.encode(model, IMAGE, NOISE, **options),
 }
-FIRST = {"decode": "decoder.conv_in", "encode": "encoder.conv_in"}  # its output, made large, is taken back by the norms after it
+FIRST = {
+    "decode": "decoder.conv_in",
+    "encode": "encoder.conv_in",
+}  # its output, made large, is taken back by the norms after it
 
 
 @pytest.fixture(params=WAYS)
@@ -47,7 +54,9 @@ def model() -> LatentDiffusion:
     return model
 
 
-def overflowing(model: LatentDiffusion, way: str, dtype: torch.dtype = torch.float16, by: float = 3e4) -> LatentDiffusion:
+def overflowing(
+    model: LatentDiffusion, way: str, dtype: torch.dtype = torch.float16, by: float = 3e4
+) -> LatentDiffusion:
     """The model with a first layer that is `by` times as large, in another type. 65504 is the largest float16."""
     layer = model.vae.get_submodule(FIRST[way])
     with torch.no_grad():
@@ -74,7 +83,9 @@ def test_half_precision_stays_inside(model: LatentDiffusion, way: str, dtype: to
     out, seen = caught(lambda: WAYS[way](model))
     assert out.dtype == torch.float32
     assert not seen
-    assert (out - exact).square().mean().sqrt() < 0.1 * exact.square().mean().sqrt()  # bfloat16 has 3 digits, for about 20 layers
+    assert (
+        out - exact
+    ).square().mean().sqrt() < 0.1 * exact.square().mean().sqrt()  # bfloat16 has 3 digits, for about 20 layers
 
 
 def test_autocast_does_not_narrow_it(model: LatentDiffusion, way: str) -> None:
@@ -92,7 +103,9 @@ def test_one_image_can_be_sampled_several_times(model: LatentDiffusion) -> None:
 def test_what_overflows_float16_is_done_again_in_bfloat16_with_one_warning(model: LatentDiffusion, way: str) -> None:
     broken = overflowing(model, way)
     with torch.no_grad():
-        assert not torch.isfinite(broken.vae.decode(LATENT.half()) if way == "decode" else broken.vae.moments(IMAGE.half())).all()
+        assert not torch.isfinite(
+            broken.vae.decode(LATENT.half()) if way == "decode" else broken.vae.moments(IMAGE.half())
+        ).all()
     out, seen = caught(lambda: WAYS[way](broken))
     wide = copy.copy(broken)
     wide._modules = {**broken._modules, "vae": converted(broken.vae, torch.bfloat16)}
@@ -100,7 +113,9 @@ def test_what_overflows_float16_is_done_again_in_bfloat16_with_one_warning(model
     assert out.dtype == torch.float32
     assert torch.isfinite(out).all()
     (message,) = seen
-    assert message == f"VAE: cannot {way} 16x16 in float16, NaN or infinity first at {FIRST[way]}; done again in bfloat16"
+    assert (
+        message == f"VAE: cannot {way} 16x16 in float16, NaN or infinity first at {FIRST[way]}; done again in bfloat16"
+    )
     assert {p.dtype for p in broken.vae.parameters()} == {torch.float16}
 
 
@@ -125,28 +140,41 @@ def test_what_overflows_bfloat16_too_is_done_again_in_float32(model: LatentDiffu
     out, seen = caught(lambda: WAYS["decode"](model))
     assert torch.equal(out, expected)
     (message,) = seen
-    assert message == f"VAE: cannot decode 16x16 in {str(dtype)[6:]}, NaN or infinity first at decoder.mid.block_1; done again in float32"
+    assert (
+        message
+        == f"VAE: cannot decode 16x16 in {str(dtype)[6:]}, NaN or infinity first at decoder.mid.block_1; done again in float32"
+    )
 
 
 def test_what_overflows_float32_is_an_error_that_names_the_module(model: LatentDiffusion, way: str) -> None:
-    with pytest.raises(NonFinite, match=rf"cannot {way} 16x16 in float32, NaN or infinity first at {FIRST[way]}; use other weights"):
+    with pytest.raises(
+        NonFinite, match=rf"cannot {way} 16x16 in float32, NaN or infinity first at {FIRST[way]}; use other weights"
+    ):
         WAYS[way](overflowing(model, way, torch.float32, 3e38))
 
 
 def test_what_no_type_can_do_is_an_error(model: LatentDiffusion) -> None:
     model.vae.decoder.conv_out.register_forward_hook(lambda module, args, out: out / 0)
     model.vae.half()
-    with pytest.raises(NonFinite, match=r"cannot decode 16x16 even in float32, NaN or infinity first at decoder.conv_out; use other weights"):
+    with pytest.raises(
+        NonFinite,
+        match=r"cannot decode 16x16 even in float32, NaN or infinity first at decoder.conv_out; use other weights",
+    ):
         caught(lambda: WAYS["decode"](model))
 
 
-def test_weights_that_are_not_finite_are_named_and_nothing_is_tried_again(model: LatentDiffusion, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_that_are_not_finite_are_named_and_nothing_is_tried_again(
+    model: LatentDiffusion, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model.vae.half()
     with torch.no_grad():
         model.vae.decoder.mid.attn_1.q.weight[0] = torch.inf
         model.vae.decoder.conv_out.bias[0] = torch.nan
     monkeypatch.setattr(recover, "wider", lambda vae: pytest.fail("tried again"))
-    with pytest.raises(NonFinite, match=r"first at decoder.mid.attn_1.q; weights not finite: decoder.mid.attn_1.q.weight and 1 more; use other weights"):
+    with pytest.raises(
+        NonFinite,
+        match=r"first at decoder.mid.attn_1.q; weights not finite: decoder.mid.attn_1.q.weight and 1 more; use other weights",
+    ):
         WAYS["decode"](model)
 
 
@@ -154,18 +182,24 @@ def test_weights_that_are_not_finite_are_named_and_nothing_is_tried_again(model:
 def test_what_is_broken_before_the_vae_is_not_its_fault(model: LatentDiffusion, value: float) -> None:
     latent, image = LATENT.clone(), IMAGE.clone()
     latent[1, 2, 3, 4] = image[0, 1, 2, 3] = value
-    with pytest.raises(NonFinite, match=r"latents: NaN or infinity in number 2 of 2 before the VAE has seen it; sample again"):
+    with pytest.raises(
+        NonFinite, match=r"latents: NaN or infinity in number 2 of 2 before the VAE has seen it; sample again"
+    ):
         precision.decode(model, latent)
     with pytest.raises(NonFinite, match=r"pictures to encode: NaN or infinity in number 1 of 2"):
         precision.encode(model, image)
 
 
 @pytest.mark.parametrize(("tile", "expected"), [(None, None), (0, None), (16, None), (8, 8)])
-def test_tiles_are_used_above_their_size(model: LatentDiffusion, way: str, tile: int | None, expected: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tiles_are_used_above_their_size(
+    model: LatentDiffusion, way: str, tile: int | None, expected: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     sides = []
     for name in ("decode", "moments"):
         real = getattr(tiles, name)
-        monkeypatch.setattr(tiles, name, lambda vae, x, side, rest=None, real=real: sides.append(side) or real(vae, x, side, rest))
+        monkeypatch.setattr(
+            tiles, name, lambda vae, x, side, rest=None, real=real: sides.append(side) or real(vae, x, side, rest)
+        )
     out = WAYS[way](model, tile=tile)
     assert sides == ([] if expected is None else [expected])
     assert torch.allclose(out, WAYS[way](model, tile=0), atol=1e-4)
@@ -182,7 +216,9 @@ def no_memory(*_: Any) -> Tensor:
     raise torch.OutOfMemoryError("CUDA out of memory")
 
 
-def test_without_memory_it_is_done_in_strips_that_rest_on_the_cpu(model: LatentDiffusion, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_memory_it_is_done_in_strips_that_rest_on_the_cpu(
+    model: LatentDiffusion, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     expected, name = WAYS[way](model), {"decode": "decode", "encode": "moments"}[way]
     real, asked = getattr(tiles, name), []
     monkeypatch.setattr(VAE, name, no_memory)
@@ -190,14 +226,22 @@ def test_without_memory_it_is_done_in_strips_that_rest_on_the_cpu(model: LatentD
     out, (message,) = caught(lambda: WAYS[way](model))
     assert torch.allclose(out, expected, atol=1e-4)
     assert asked == [(tiles.TILE, torch.device("cpu"))]
-    assert message == f"VAE: the GPU's memory does not suffice to {way} 16x16 at once: done in strips that rest in the CPU's memory"
+    assert (
+        message
+        == f"VAE: the GPU's memory does not suffice to {way} 16x16 at once: done in strips that rest in the CPU's memory"
+    )
 
 
-def test_without_memory_for_strips_it_is_an_error(model: LatentDiffusion, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_memory_for_strips_it_is_an_error(
+    model: LatentDiffusion, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for place in (VAE, tiles):
         for name in ("decode", "moments"):
             monkeypatch.setattr(place, name, no_memory)
-    with pytest.raises(MemoryLimit, match=rf"does not suffice to {way} 16x16, even in strips; use a smaller size or batch, or --offload"):
+    with pytest.raises(
+        MemoryLimit,
+        match=rf"does not suffice to {way} 16x16, even in strips; use a smaller size or batch, or --offload",
+    ):
         caught(lambda: WAYS[way](model, tile=8))
 
 
@@ -245,7 +289,9 @@ def test_a_converted_copy_leaves_the_original_alone() -> None:
         (None, False),
     ],
 )
-def test_bfloat16_is_chosen_where_the_processor_multiplies_it(text: str | None, has: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bfloat16_is_chosen_where_the_processor_multiplies_it(
+    text: str | None, has: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def read(path: Path) -> str:
         assert path == Path("/proc/cpuinfo")
         if text is None:

@@ -59,7 +59,9 @@ def test_strips_give_what_the_whole_gives(name: str, rows: int) -> None:
 
 
 @torch.no_grad()
-def test_no_seam_is_seen_in_pictures_of_the_model_that_ships(shipped: LatentDiffusion, scene: tuple[Tensor, Tensor]) -> None:
+def test_no_seam_is_seen_in_pictures_of_the_model_that_ships(
+    shipped: LatentDiffusion, scene: tuple[Tensor, Tensor]
+) -> None:
     latent, whole = scene
     tiled = tiles.decode(shipped.vae, latent, 48)
     assert psnr(tiled, whole) >= 60  # FAULTS.md, D7, asks for 45
@@ -73,7 +75,9 @@ def test_encoding_in_strips_gives_the_same_latents(shipped: LatentDiffusion, sce
 
 
 @torch.no_grad()
-def test_norms_that_look_at_one_strip_only_would_be_seen(shipped: LatentDiffusion, scene: tuple[Tensor, Tensor]) -> None:
+def test_norms_that_look_at_one_strip_only_would_be_seen(
+    shipped: LatentDiffusion, scene: tuple[Tensor, Tensor]
+) -> None:
     latent, whole = scene
     alone = torch.cat([shipped.vae.decode(part) for part in latent.split(8, dim=2)], dim=2)
     assert (levels(alone) - levels(whole)).abs().max() > 2
@@ -86,7 +90,9 @@ def test_half_precision_in_strips_is_as_exact_as_in_one_piece() -> None:
     exact, half = vae.decode(latent), vae.to(torch.bfloat16)
     plain, tiled = half.decode(latent.bfloat16()), tiles.decode(half, latent.bfloat16(), 8)
     assert tiled.dtype == torch.bfloat16
-    assert (tiled - exact).square().mean() < 1.5 * (plain - exact).square().mean()  # roundings of one size in the same places
+    assert (tiled - exact).square().mean() < 1.5 * (
+        plain - exact
+    ).square().mean()  # roundings of one size in the same places
 
 
 @torch.no_grad()
@@ -131,7 +137,14 @@ def test_a_layer_at_full_size_is_never_computed_at_once(monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize(
     ("tile", "size", "side"),
-    [(None, (1024, 1024), None), (None, (1024, 1032), 512), (None, (512, 2048), None), (0, (4096, 4096), None), (256, (256, 256), None), (256, (256, 264), 256)],
+    [
+        (None, (1024, 1024), None),
+        (None, (1024, 1032), 512),
+        (None, (512, 2048), None),
+        (0, (4096, 4096), None),
+        (256, (256, 256), None),
+        (256, (256, 264), 256),
+    ],
 )
 def test_tiles_begin_above_what_was_asked_for(tile: int | None, size: tuple[int, int], side: int | None) -> None:
     assert tiles.side_for(tile, *size) == side

@@ -60,14 +60,18 @@ def peer(ours: DPT) -> nn.Module:
 @torch.no_grad()
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, TOLERANCE), (torch.float64, 1e-12)])
 @pytest.mark.parametrize("size", [(64, 64), (64, 96), (160, 32)])
-def test_it_agrees_with_transformers_on_the_same_weights_at_every_size(size: tuple[int, int], dtype: torch.dtype, tolerance: float) -> None:
+def test_it_agrees_with_transformers_on_the_same_weights_at_every_size(
+    size: tuple[int, int], dtype: torch.dtype, tolerance: float
+) -> None:
     """In float64, whose rounding is 2^29 times finer, to 1e-12: the same function, and not only near. Measured: 7e-6 and 2e-14."""
     pytest.importorskip("transformers", reason="the comparison needs the extra 'bench'")
     ours, x = dpt(DEPTH_TINY).to(dtype), normal("depth/x", (2, 3, *size)).clamp(-1, 1).to(dtype)
     depth = ours(x)
     assert depth.std() > 0.05, "a comparison of zeros would say nothing"
     theirs = peer(ours)
-    theirs.dpt.embeddings.image_size = size  # it resizes its places as the original does, but first refuses to, and then
+    theirs.dpt.embeddings.image_size = (
+        size  # it resizes its places as the original does, but first refuses to, and then
+    )
     stage = theirs.neck.reassemble_stage  # believes tokens to be of a square
     forward, cells = stage.forward, [side // DEPTH_TINY.patch for side in size]
     stage.forward = lambda tokens, *_: forward(tokens, *cells)
@@ -78,18 +82,27 @@ def test_its_names_and_shapes_are_those_of_the_published_file_without_the_classi
     published = inside(manifest("sd2-depth"), "depth_model.model.")
     with torch.device("meta"):
         network = shapes(DPT(DepthConfig()))
-    assert network == {name: shape for name, shape in published.items() if not name.startswith("pretrained.model.head.")}
+    assert network == {
+        name: shape for name, shape in published.items() if not name.startswith("pretrained.model.head.")
+    }
     assert len(published) - len(network) == 2
 
 
 @torch.no_grad()
 def test_what_is_said_to_be_unread_is_unread_and_all_else_is_read() -> None:
-    network, x = dpt(replace(DEPTH_TINY, blocks=(1, 1, 1), layers=2, hooks=(0, 1))), normal("depth/x", (1, 3, 64, 64)).clamp(-1, 1)
+    network, x = (
+        dpt(replace(DEPTH_TINY, blocks=(1, 1, 1), layers=2, hooks=(0, 1))),
+        normal("depth/x", (1, 3, 64, 64)).clamp(-1, 1),
+    )
     network.requires_grad_(True)
     with torch.enable_grad():
         network(x).sum().backward()
     unread = {name for name, p in network.named_parameters() if p.grad is None}
-    assert {name.rsplit(".", 1)[0] for name in unread} == {"pretrained.model.norm", "scratch.refinenet4.resConfUnit1.conv1", "scratch.refinenet4.resConfUnit1.conv2"}
+    assert {name.rsplit(".", 1)[0] for name in unread} == {
+        "pretrained.model.norm",
+        "scratch.refinenet4.resConfUnit1.conv1",
+        "scratch.refinenet4.resConfUnit1.conv2",
+    }
     assert not [name for name, p in network.named_parameters() if p.grad is not None and not p.grad.any()]
 
 
@@ -164,7 +177,9 @@ def test_a_file_whose_config_cannot_be_built_is_refused(family: str, part: str, 
         ((20, 2000), (32, 384)),  # 0.192 and 19.2: 3.84 would round to 0
     ],
 )
-def test_a_picture_keeps_about_its_shape_with_one_side_near_384(picture: tuple[int, int], network: tuple[int, int]) -> None:
+def test_a_picture_keeps_about_its_shape_with_one_side_near_384(
+    picture: tuple[int, int], network: tuple[int, int]
+) -> None:
     assert tuple(depth_input(torch.zeros(1, 3, *picture)).shape[2:]) == network
 
 
@@ -173,7 +188,9 @@ def test_the_picture_is_resized_by_opencvs_cubic_and_ends_in_the_networks_range(
     image = normal("picture", (1, 3, 90, 60)).clamp(-1, 1)
     x = depth_input(image, 64)  # scales 0.711 and 1.067: the second, 96 by 64
     down, across = resampling(90, 96, corners=False), resampling(60, 64, corners=False)
-    levels = torch.einsum("ih,bchw,jw->bcij", down, (image.double() + 1) / 2, across)  # the original resizes levels in [0, 1], and then
+    levels = torch.einsum(
+        "ih,bchw,jw->bcij", down, (image.double() + 1) / 2, across
+    )  # the original resizes levels in [0, 1], and then
     assert (x - (levels - 0.5) / 0.5).abs().max() < 3.2e-4  # takes mean and deviation 0.5 out
 
 
@@ -187,7 +204,10 @@ def test_each_picture_s_depth_fills_the_range_and_constant_depth_is_no_nan() -> 
     depth = normalised_depth(torch.cat([ramp, 1000 * ramp, torch.full_like(ramp, 7.0)]), (8, 8))
     assert depth.shape == (3, 1, 8, 8)
     assert (depth[:, 0].amin((1, 2)) == -1).all()
-    low, high = (3.5 * 50 / 63, 59.5 * 50 / 63)  # of cells 8 pixels wide, in their middles; a straight line survives cubic interpolation
+    low, high = (
+        3.5 * 50 / 63,
+        59.5 * 50 / 63,
+    )  # of cells 8 pixels wide, in their middles; a straight line survives cubic interpolation
     assert depth[0].amax().item() == pytest.approx(2 * (high - low) / (high - low + 0.001) - 1, abs=1e-6)
     assert depth[0, 0, 0].diff().min() > 0, "near is large, and stays so"
     assert torch.allclose(depth[0], depth[1], atol=1e-4)  # 0.001 counts for 2 * 0.001 / 44

@@ -52,8 +52,15 @@ def test_it_flags_what_diffusers_flags_on_the_same_weights() -> None:
         "hidden_act": "quick_gelu", "projection_dim": 48,
     }  # fmt: skip
     theirs = StableDiffusionSafetyChecker(CLIPConfig(vision_config=vision, projection_dim=48)).eval()
-    single = "vision_model.embeddings.class_embedding" in theirs.state_dict()  # the second prefix went in transformers 5
-    theirs.load_state_dict({(name.replace("vision_model.", "", 1) if single else name): value for name, value in checker.state_dict().items()})
+    single = (
+        "vision_model.embeddings.class_embedding" in theirs.state_dict()
+    )  # the second prefix went in transformers 5
+    theirs.load_state_dict(
+        {
+            (name.replace("vision_model.", "", 1) if single else name): value
+            for name, value in checker.state_dict().items()
+        }
+    )
     pixels = normal("safety/many", (400, 3, 28, 28)) + normal("safety/means", (400, 3, 1, 1))
     ours = checker(pixels)
     assert ours.tolist() == theirs(pixels, np.zeros((400, 1)))[1]
@@ -65,7 +72,9 @@ def test_it_flags_what_diffusers_flags_on_the_same_weights() -> None:
 @pytest.mark.parametrize(("beyond", "special", "expected"), [
     (-0.0004, -0.1, False), (0.0004, -0.1, False), (0.0006, -0.1, True), (-0.0092, 0.0006, True), (-0.0092, 0.0004, False), (-0.0098, 0.1, False),
 ])  # fmt: skip
-def test_a_threshold_counts_from_half_a_thousandth_on_and_special_care_lowers_it(beyond: float, special: float, expected: bool) -> None:
+def test_a_threshold_counts_from_half_a_thousandth_on_and_special_care_lowers_it(
+    beyond: float, special: float, expected: bool
+) -> None:
     checker, pixels = tiny_safety(), normal("safety/pixels", (1, 3, 28, 28))
     near = F.normalize(embeddings(checker, pixels))
     checker.concept_embeds_weights.fill_(1.0)
@@ -90,7 +99,9 @@ def test_its_names_and_shapes_are_exactly_those_of_the_published_folder(family: 
 def test_pictures_are_prepared_as_the_published_processor_does(size: tuple[int, int]) -> None:
     """Exact to rounding: (level / 255 - mean) / std, of values up to 2.7, has four roundings of at most 2^-24 times that, before and after 1 / std."""
     transformers = pytest.importorskip("transformers", reason="the comparison needs the extra 'bench'")
-    make = getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor  # from transformers 5 on the other one is torchvision
+    make = (
+        getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor
+    )  # from transformers 5 on the other one is torchvision
     theirs = make(size={"shortest_edge": 224}, crop_size=224)(photo(*size), return_tensors="pt").pixel_values
     ours = safety_pixels([photo(*size)])
     assert ours.shape == (1, 3, 224, 224)
@@ -110,7 +121,9 @@ def test_a_tensor_is_prepared_like_the_picture_that_would_be_saved() -> None:
     picture = photo(300, 200)
     tensor = torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1)[None] / 127.5 - 1
     assert torch.equal(safety_pixels(tensor), safety_pixels([picture]))
-    assert torch.equal(safety_pixels(2 * torch.ones(1, 3, 8, 8), 8), safety_pixels([Image.new("RGB", (8, 8), "white")], 8))
+    assert torch.equal(
+        safety_pixels(2 * torch.ones(1, 3, 8, 8), 8), safety_pixels([Image.new("RGB", (8, 8), "white")], 8)
+    )
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK"])

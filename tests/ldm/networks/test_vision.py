@@ -28,11 +28,20 @@ def test_the_vision_tower_gives_what_transformers_gives() -> None:
 @pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
 def test_it_agrees_with_transformers_on_the_same_weights(activation: str) -> None:
     transformers = pytest.importorskip("transformers", reason="the comparison needs the extra 'bench'")
-    config = VisionConfig(image=42, patch=14, width=96, layers=2, heads=3, mlp=160, activation=activation, projection=40)
+    config = VisionConfig(
+        image=42, patch=14, width=96, layers=2, heads=3, mlp=160, activation=activation, projection=40
+    )
     ours = fill(CLIPVision(config), lambda key: f"vision/{key}")
     theirs = transformers.CLIPVisionModelWithProjection(
         transformers.CLIPVisionConfig(
-            hidden_size=96, intermediate_size=160, num_hidden_layers=2, num_attention_heads=3, image_size=42, patch_size=14, hidden_act=activation, projection_dim=40
+            hidden_size=96,
+            intermediate_size=160,
+            num_hidden_layers=2,
+            num_attention_heads=3,
+            image_size=42,
+            patch_size=14,
+            hidden_act=activation,
+            projection_dim=40,
         )
     ).eval()
     theirs.load_state_dict(ours.state_dict())
@@ -50,7 +59,10 @@ def test_its_names_and_shapes_are_exactly_those_of_the_published_folder() -> Non
 def test_only_image_variations_have_a_vision_tower() -> None:
     assert [family for family, config in FAMILIES.items() if config.vision is not None] == ["sd-image-variations"]
     assert LatentDiffusion(tiny("sd1")).vision is None
-    assert inside(shapes(LatentDiffusion(tiny("sd-image-variations"))), "vision.")["visual_projection.weight"] == (48, 64)
+    assert inside(shapes(LatentDiffusion(tiny("sd-image-variations"))), "vision.")["visual_projection.weight"] == (
+        48,
+        64,
+    )
 
 
 # --- preprocessing --------------------------------------------------------------------------------------------------
@@ -75,7 +87,9 @@ def resampling(length: int, size: int, corners: bool) -> Tensor:
 
 @pytest.mark.parametrize(("how", "corners"), [("original", True), ("card", False)])
 @pytest.mark.parametrize("shape", [(37, 91), (300, 260)])
-def test_both_preprocessings_are_bicubic_without_antialias_or_crop(how: str, corners: bool, shape: tuple[int, int]) -> None:
+def test_both_preprocessings_are_bicubic_without_antialias_or_crop(
+    how: str, corners: bool, shape: tuple[int, int]
+) -> None:
     """Tolerance: 16 products of float32 weights, each rounded relative to values up to about 3 (noise), is 16 * 3 * 6e-8 = 3e-6; and the place
     of a pixel, up to 300, is known to 300 * 6e-8 = 2e-5 pixels, over which noise changes by at most about 8 times that; divided by STD: 6e-4."""
     image = normal("picture", (2, 3, *shape)).clamp(-1, 1)

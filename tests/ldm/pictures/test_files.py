@@ -49,7 +49,9 @@ def test_every_level_of_a_picture_comes_back_from_a_tensor_as_it_was(noisy):
     assert all(np.array_equal(back, noisy) for back in to_pil(tensor))
 
 
-@pytest.mark.parametrize(("value", "level"), [(-7.0, 0), (-1.0, 0), (0.0, 128), (0.0039, 128), (0.9999, 255), (7.0, 255)])
+@pytest.mark.parametrize(
+    ("value", "level"), [(-7.0, 0), (-1.0, 0), (0.0, 128), (0.0039, 128), (0.9999, 255), (7.0, 255)]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_values_are_clipped_and_rounded_to_the_nearest_level(value, level, dtype):
     assert color(to_pil(torch.full((1, 3, 2, 2), value, dtype=dtype))[0]) == (level,) * 3
@@ -82,10 +84,18 @@ def test_sixteen_bit_grey_is_scaled_and_not_clipped(tmp_path):
     assert np.asarray(image)[0].tolist() == [[level] * 3 for level in (0, 1, 128, 255)]
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV", "I", "I;16"])
+@pytest.mark.parametrize(
+    "mode", ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV", "I", "I;16"]
+)
 def test_every_mode_becomes_rgb(mode):
     white = Image.new("RGB", (3, 2), WHITE)
-    image = Image.new(mode, (3, 2), 65535) if mode.startswith("I") else white.convert("P").convert("PA") if mode == "PA" else white.convert(mode)
+    image = (
+        Image.new(mode, (3, 2), 65535)
+        if mode.startswith("I")
+        else white.convert("P").convert("PA")
+        if mode == "PA"
+        else white.convert(mode)
+    )
     assert color(images.to_rgb(image)) == WHITE
 
 
@@ -203,7 +213,9 @@ def test_a_flipped_bit_in_a_png_is_noticed(tmp_path, noisy):
 @pytest.mark.parametrize("frames", ["webp", "png"])
 def test_of_an_animation_the_first_frame_is_taken_with_a_warning(frames, tmp_path):
     path = tmp_path / f"moving.{frames}"
-    Image.new("RGB", (8, 8), RED).save(path, save_all=True, append_images=[Image.new("RGB", (8, 8), (0, 0, 255))], lossless=True)
+    Image.new("RGB", (8, 8), RED).save(
+        path, save_all=True, append_images=[Image.new("RGB", (8, 8), (0, 0, 255))], lossless=True
+    )
     with pytest.warns(ImageWarning, match=r"moving.*first of its 2 frames"):
         assert color(open_image(path)) == RED
 
@@ -216,7 +228,13 @@ def chunk(kind: bytes, data: bytes) -> bytes:
 def png_of(width: int, height: int, *more: bytes) -> bytes:
     """A PNG that claims a size it does not have the pixels for."""
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + b"".join(more) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + b"".join(more)
+        + chunk(b"IDAT", zlib.compress(b""))
+        + chunk(b"IEND", b"")
+    )
 
 
 @pytest.mark.parametrize("size", [(8001, 8000), (10_000, 10_000), (2**31 - 1, 2**31 - 1)])
@@ -238,7 +256,14 @@ def test_what_is_no_file_is_refused_by_name(tmp_path, monkeypatch):
     (tmp_path / "empty.png").touch()
     (tmp_path / "loop.png").symlink_to("loop.png")
     os.mkfifo(tmp_path / "pipe.png")
-    for path, what in [(tmp_path, "is a directory"), (tmp_path / "empty.png", "empty"), (tmp_path / "pipe.png", "not a regular file"), ("/dev/zero", "not a regular file"), (tmp_path / "loop.png", "cannot be opened"), ("nul\0.png", "cannot be opened")]:
+    for path, what in [
+        (tmp_path, "is a directory"),
+        (tmp_path / "empty.png", "empty"),
+        (tmp_path / "pipe.png", "not a regular file"),
+        ("/dev/zero", "not a regular file"),
+        (tmp_path / "loop.png", "cannot be opened"),
+        ("nul\0.png", "cannot be opened"),
+    ]:
         with pytest.raises(FileError, match=what):
             open_image(path)
     monkeypatch.setattr(read, "MAX_BYTES", 10)
@@ -285,7 +310,9 @@ def test_a_picture_of_the_right_size_is_not_resampled(noisy):
 # --- writing --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("text", ["a red cube", "größer", "赤い立方体 🙂\n\u202egnirts", "", "x" * 65536, "a\0b", "half a pair \ud83d end"])
+@pytest.mark.parametrize(
+    "text", ["a red cube", "größer", "赤い立方体 🙂\n\u202egnirts", "", "x" * 65536, "a\0b", "half a pair \ud83d end"]
+)
 def test_metadata_come_back_as_they_were(text, tmp_path, noisy):
     save(noisy, tmp_path / "a.png", {"prompt": text, "seed": "7"})
     assert read_metadata(tmp_path / "a.png") == {"prompt": text.replace("\ud83d", "\ufffd"), "seed": "7"}
@@ -337,7 +364,9 @@ def test_a_link_is_never_written_through(tmp_path, noisy):
 
 @pytest.mark.parametrize("call", ["open", "fsync", "link"])
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_a_fault_while_writing_leaves_nothing_behind_and_the_old_file_whole(call, overwrite, tmp_path, noisy, monkeypatch):
+def test_a_fault_while_writing_leaves_nothing_behind_and_the_old_file_whole(
+    call, overwrite, tmp_path, noisy, monkeypatch
+):
     path = tmp_path / "a.png"
     if overwrite:
         path.write_text("precious")
@@ -353,7 +382,9 @@ def test_a_fault_while_writing_leaves_nothing_behind_and_the_old_file_whole(call
         patch.setattr(os, call, full)
         if call == "link":  # no links and no room to reserve the name either
             opened = os.open
-            patch.setattr(os, "open", lambda name, flags, *mode: full() if str(name) == str(path) else opened(name, flags, *mode))
+            patch.setattr(
+                os, "open", lambda name, flags, *mode: full() if str(name) == str(path) else opened(name, flags, *mode)
+            )
         with pytest.raises(OutputError, match=r"a\.png: could not be written: No space left") as caught:
             save(noisy, path, overwrite=overwrite)
     assert caught.value.exit_code == 3
@@ -412,7 +443,9 @@ for i in range(20):
 def test_several_writers_in_one_directory_lose_nothing(tmp_path):
     """Four processes with 20 pictures each: 80 files, each of them one writer's picture."""
     environment = os.environ | {"PYTHONPATH": str(Path(images.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
-    writers = [subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path), str(k)], env=environment) for k in range(4)]
+    writers = [
+        subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path), str(k)], env=environment) for k in range(4)
+    ]
     assert [writer.wait(timeout=120) for writer in writers] == [0] * 4
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"{n:05d}.png" for n in range(1, 81)]
     assert {color(open_image(path)) for path in tmp_path.iterdir()} == {(k, i, 0) for k in range(4) for i in range(20)}
@@ -426,11 +459,18 @@ def frames() -> list[Image.Image]:
     return [Image.new("RGB", (24, 16), (60 * i, 255 - 60 * i, 128)) for i in range(4)]
 
 
-@pytest.mark.parametrize(("kind", "fps", "time"), [("webp", 8, 125), ("gif", 8, 120), ("gif", 50, 20), ("webp", 0.5, 2000)])
+@pytest.mark.parametrize(
+    ("kind", "fps", "time"), [("webp", 8, 125), ("gif", 8, 120), ("gif", 50, 20), ("webp", 0.5, 2000)]
+)
 def test_an_animation_shows_every_frame_for_its_time_and_begins_again(kind, fps, time, tmp_path, frames):
     path = save_animation(frames, tmp_path / f"a.{kind}", kind=kind, fps=fps)
     with Image.open(path) as animation:
-        assert (animation.format, animation.n_frames, animation.size, animation.info["loop"]) == (kind.upper(), 4, (24, 16), 0)
+        assert (animation.format, animation.n_frames, animation.size, animation.info["loop"]) == (
+            kind.upper(),
+            4,
+            (24, 16),
+            0,
+        )
         for i, frame in enumerate(frames):
             animation.seek(i)
             shown = np.asarray(animation.convert("RGB")).astype(int)
@@ -450,7 +490,13 @@ def test_an_animation_takes_the_next_number_and_is_replaced_only_on_request(tmp_
 
 
 def test_what_is_no_animation_is_refused(tmp_path, frames, noisy):
-    for given, how, what in [(frames, {"kind": "mp4"}, "animation: 'mp4' is unknown"), (frames, {"fps": 0}, "fps: 0; give more than 0"), (frames, {"fps": float("nan")}, "fps"), ([*frames, noisy], {}, "one size"), ([], {}, "none")]:
+    for given, how, what in [
+        (frames, {"kind": "mp4"}, "animation: 'mp4' is unknown"),
+        (frames, {"fps": 0}, "fps: 0; give more than 0"),
+        (frames, {"fps": float("nan")}, "fps"),
+        ([*frames, noisy], {}, "one size"),
+        ([], {}, "none"),
+    ]:
         with pytest.raises(ArgumentError, match=what):
             save_animation(given, tmp_path / "a.webp", **how)
     assert os.listdir(tmp_path) == []

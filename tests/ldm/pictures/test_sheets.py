@@ -122,6 +122,12 @@ def test_a_table_that_would_be_too_large_is_made_of_smaller_pictures(monkeypatch
 
 
 def test_a_table_that_is_none_is_refused(noisy):
-    for rows, across, down, what in [([], (), (), "one row or more"), ([[]], (), (), "one row or more"), ([[noisy], [noisy, noisy]], (), (), "of one length"), ([[noisy]], ["a", "b"], (), "one for each"), ([[noisy]], (), ["a", "b"], "one for each")]:
+    for rows, across, down, what in [
+        ([], (), (), "one row or more"),
+        ([[]], (), (), "one row or more"),
+        ([[noisy], [noisy, noisy]], (), (), "of one length"),
+        ([[noisy]], ["a", "b"], (), "one for each"),
+        ([[noisy]], (), ["a", "b"], "one for each"),
+    ]:
         with pytest.raises(ArgumentError, match=what):
             table(rows, across, down)

@@ -51,14 +51,23 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, ...]]:
 
     seen: list[tuple[Tensor, ...]] = []
     forward = UNet.forward
-    monkeypatch.setattr(UNet, "forward", lambda self, x, t, context, y=None: (seen.append((x, t, context, y)), forward(self, x, t, context, y))[1])
+    monkeypatch.setattr(
+        UNet,
+        "forward",
+        lambda self, x, t, context, y=None: (seen.append((x, t, context, y)), forward(self, x, t, context, y))[1],
+    )
     return seen
 
 
 @pytest.fixture
 def shown(monkeypatch: pytest.MonkeyPatch) -> None:
     """Latents are shown as they are: decoding large pictures takes most of the time, and is another test's subject."""
-    monkeypatch.setattr("ldm.limits.precision.decode", lambda model, latent, tile=None: F.interpolate(latent[:, :3], scale_factor=model.config.vae.factor).clamp(-1, 1))
+    monkeypatch.setattr(
+        "ldm.limits.precision.decode",
+        lambda model, latent, tile=None: F.interpolate(latent[:, :3], scale_factor=model.config.vae.factor).clamp(
+            -1, 1
+        ),
+    )
 
 
 # --- SDXL -------------------------------------------------------------------------------------------------------------
@@ -202,7 +211,13 @@ def test_outpainting_keeps_the_picture_and_adds_its_surroundings() -> None:
 
 @pytest.mark.parametrize(
     ("extend", "message"),
-    [({}, "nothing to add"), ({"left": 0}, "nothing to add"), ({"up": 8}, "'up' is no side; there are left, right, top, bottom"), ({"top": -1}, "top=-1"), ({"top": 1.5}, r"top=1\.5")],
+    [
+        ({}, "nothing to add"),
+        ({"left": 0}, "nothing to add"),
+        ({"up": 8}, "'up' is no side; there are left, right, top, bottom"),
+        ({"top": -1}, "top=-1"),
+        ({"top": 1.5}, r"top=1\.5"),
+    ],
 )
 def test_an_extension_that_makes_no_sense_is_refused(extend: dict, message: str) -> None:
     with pytest.raises(ArgumentError, match=message):
@@ -269,7 +284,11 @@ def test_windows_are_blended_without_changing_what_does_not_look_around(shown, m
     from ldm.networks.unet import UNet
 
     sides = []
-    monkeypatch.setattr(UNet, "forward", lambda self, x, t, context, y=None: (sides.append(tuple(x.shape[2:])), torch.tanh(x[:, :4] + x[:, 4:5]))[1])
+    monkeypatch.setattr(
+        UNet,
+        "forward",
+        lambda self, x, t, context, y=None: (sides.append(tuple(x.shape[2:])), torch.tanh(x[:, :4] + x[:, 4:5]))[1],
+    )
     m, init = model("x4-upscaler"), photo(192, 128)
     whole, tiled = (upscale(m, init, "a", seeds=[1], steps=2, window=window)[0] for window in (0, 64))
     assert np.abs(levels(whole) - levels(tiled)).max() <= 1
@@ -281,7 +300,14 @@ def test_a_large_picture_is_seen_through_windows(shown, calls) -> None:
     assert [tuple(c[0].shape[2:]) for c in calls] == [(64, 64)] * 3
 
 
-@pytest.mark.parametrize(("options", "message"), [({"noise_level": 351}, "noise_level: 351; give a whole number from 0 to 350"), ({"noise_level": 1.5}, "noise_level"), ({"window": 8}, "window: 8")])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"noise_level": 351}, "noise_level: 351; give a whole number from 0 to 350"),
+        ({"noise_level": 1.5}, "noise_level"),
+        ({"window": 8}, "window: 8"),
+    ],
+)
 def test_an_upscaling_option_out_of_range_is_refused(options: dict, message: str) -> None:
     with pytest.raises(ArgumentError, match=message):
         upscale(model("x4-upscaler"), photo(), "a", seeds=[1], **options)
@@ -323,7 +349,11 @@ def test_hires_draws_small_then_redraws_large(enlarge: str, calls) -> None:
 
 
 def test_hires_needs_a_scale_and_a_strength(calls) -> None:
-    for options, message in (({"scale": 0.5}, "scale: 0.5"), ({"strength": 0}, "strength: 0 would only enlarge"), ({"enlarge": "magic"}, "enlarge: 'magic' is unknown")):
+    for options, message in (
+        ({"scale": 0.5}, "scale: 0.5"),
+        ({"strength": 0}, "strength: 0 would only enlarge"),
+        ({"enlarge": "magic"}, "enlarge: 'magic' is unknown"),
+    ):
         with pytest.raises(ArgumentError, match=message):
             hires(model("sd1"), "a", seeds=[1], **options)
     assert not calls
@@ -352,7 +382,14 @@ def test_the_way_between_two_seeds_keeps_the_noise_at_its_length() -> None:
         assert np.abs(levels(frames[k]) - levels(txt2img(model("sdxl-base"), "a", seeds=[seed], steps=1)[0])).max() <= 1
 
 
-@pytest.mark.parametrize(("given", "message"), [({"seeds": [1]}, "1 with 1 seeds"), ({"seeds": [1, 2, 3], "prompts": ["a", "b"]}, "2 with 3 seeds"), ({"seeds": [1, 2], "frames": 1}, "frames: 1")])
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"seeds": [1]}, "1 with 1 seeds"),
+        ({"seeds": [1, 2, 3], "prompts": ["a", "b"]}, "2 with 3 seeds"),
+        ({"seeds": [1, 2], "frames": 1}, "frames: 1"),
+    ],
+)
 def test_a_way_needs_two_stations_and_two_frames(given: dict, message: str) -> None:
     with pytest.raises(ArgumentError, match=message):
         interpolate(model("sd1"), given.pop("prompts", "a"), **given)

@@ -95,7 +95,10 @@ def test_an_image_does_not_depend_on_its_batch(sampler, model):
     prompts, seeds = ["a cat", "a dog", "a cat"], [5, 6, 7]
     together = txt2img(model, prompts, seeds=seeds, steps=4, sampler=sampler)
     in_twos = txt2img(model, prompts, seeds=seeds, steps=4, sampler=sampler, batch=2)
-    alone = [txt2img(model, prompt, seeds=[seed], steps=4, sampler=sampler)[0] for prompt, seed in zip(prompts, seeds, strict=True)]
+    alone = [
+        txt2img(model, prompt, seeds=[seed], steps=4, sampler=sampler)[0]
+        for prompt, seed in zip(prompts, seeds, strict=True)
+    ]
     # The noise is bit-equal; sums in another order inside the network move a value across a rounding edge here and there.
     assert np.abs(levels(together) - levels(alone)).max() <= 1
     assert np.abs(levels(in_twos) - levels(alone)).max() <= 1
@@ -116,7 +119,13 @@ def test_the_noise_of_an_image_is_the_same_to_the_bit_in_every_batch(model):
 
 def test_nothing_outside_has_an_effect_or_is_changed(model):
     def state() -> tuple:
-        return torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist(), torch.get_default_dtype(), torch.is_grad_enabled()  # noqa: NPY002
+        return (
+            torch.get_rng_state().tolist(),
+            random.getstate(),
+            np.random.get_state()[1].tolist(),
+            torch.get_default_dtype(),
+            torch.is_grad_enabled(),
+        )  # noqa: NPY002
 
     torch.manual_seed(1)
     before = state()
@@ -169,7 +178,10 @@ def test_guidance_within_an_interval_saves_passes_outside_it(model, monkeypatch)
 )  # fmt: skip
 def test_every_option_does_something(changed, model):
     plain = {"steps": 3, "sampler": "euler_ancestral"} if "eta" in changed else {"steps": 3}
-    assert not np.array_equal(levels(txt2img(model, "a cat", seeds=[1], **plain)), levels(txt2img(model, "a cat", seeds=[1], **plain | changed)))
+    assert not np.array_equal(
+        levels(txt2img(model, "a cat", seeds=[1], **plain)),
+        levels(txt2img(model, "a cat", seeds=[1], **plain | changed)),
+    )
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -234,7 +246,9 @@ def test_more_strength_runs_more_steps_and_strays_further(model, photo, monkeypa
     distances = []
     for strength, calls in ((0.1, 1), (0.5, 5), (1.0, 10)):
         sizes.clear()
-        distances.append(np.abs(levels(img2img(model, photo, "a", seeds=[1], strength=strength, steps=10)) - base).mean())
+        distances.append(
+            np.abs(levels(img2img(model, photo, "a", seeds=[1], strength=strength, steps=10)) - base).mean()
+        )
         assert len(sizes) == calls
     assert distances[0] < distances[1]
     assert distances[0] < distances[2]
@@ -290,7 +304,9 @@ def broken(change: Callable[[LatentDiffusion], None]) -> LatentDiffusion:
 
 def test_a_network_that_gives_nan_is_an_error_that_names_the_noise_level_and_the_layer(photo):
     model = broken(lambda model: model.unet.out[2].bias.fill_(float("nan")))
-    with pytest.raises(NonFinite, match=r"sigma 14\.61 in float32, first at out\.2; weights not finite: out\.2\.bias") as caught:
+    with pytest.raises(
+        NonFinite, match=r"sigma 14\.61 in float32, first at out\.2; weights not finite: out\.2\.bias"
+    ) as caught:
         txt2img(model, "a", seeds=[1], steps=3)
     assert caught.value.exit_code == 5
     with pytest.raises(NonFinite, match="UNet: NaN"):
@@ -299,7 +315,11 @@ def test_a_network_that_gives_nan_is_an_error_that_names_the_noise_level_and_the
 
 def test_the_noise_level_named_is_the_one_where_it_happened(model, monkeypatch):
     forward, calls = model.unet.forward, []
-    monkeypatch.setattr(model.unet, "forward", lambda x, *rest: (calls.append(0), forward(x, *rest) * (float("inf") if len(calls) == 3 else 1))[1])
+    monkeypatch.setattr(
+        model.unet,
+        "forward",
+        lambda x, *rest: (calls.append(0), forward(x, *rest) * (float("inf") if len(calls) == 3 else 1))[1],
+    )
     with pytest.raises(NonFinite, match=r"sigma 1\.274 "):
         txt2img(model, "a", seeds=[1], steps=5)
 
@@ -381,7 +401,16 @@ def test_what_cannot_be_honoured_is_refused_with_the_remedy(options, message, mo
 
 
 def test_what_is_at_the_edge_is_honoured(model):
-    for options in ({"cfg": 100}, {"cfg": -100}, {"interval": (0, float("inf"))}, {"eta": 0, "sampler": "ddim"}, {"rescale": 1}, {"clip_skip": 3}):
+    for options in (
+        {"cfg": 100},
+        {"cfg": -100},
+        {"interval": (0, float("inf"))},
+        {"eta": 0, "sampler": "ddim"},
+        {"rescale": 1},
+        {"clip_skip": 3},
+    ):
         assert len(txt2img(model, "", seeds=[2**64 - 1], steps=1, height=16, width=16, **options)) == 1
     assert Sampling(steps=1000).sigmas(model.schedule)[-1] == 0
-    assert np.array_equal(levels(txt2img(model, "a", seeds=[2**33 + 5], steps=1)), levels(txt2img(model, "a", seeds=[5], steps=1)))
+    assert np.array_equal(
+        levels(txt2img(model, "a", seeds=[2**33 + 5], steps=1)), levels(txt2img(model, "a", seeds=[5], steps=1))
+    )

@@ -59,7 +59,9 @@ def test_a_saved_file_has_the_marks_that_other_programs_read(path, tmp_path):
     assert load(bare, replace(TINY, prediction="v")).config == CONFIG
     plain = save(load(bare, replace(TINY, prediction="v")), tmp_path / "c.safetensors")
     assert load(plain).schedule.zero_snr
-    ordinary = save_safetensors({key: value for key, value in found.items() if key not in MARKS}, tmp_path / "d.safetensors")
+    ordinary = save_safetensors(
+        {key: value for key, value in found.items() if key not in MARKS}, tmp_path / "d.safetensors"
+    )
     with open_file(save(load(ordinary, replace(TINY, prediction="v")), tmp_path / "e.safetensors")) as file:
         assert not MARKS & set(file)
 
@@ -67,9 +69,17 @@ def test_a_saved_file_has_the_marks_that_other_programs_read(path, tmp_path):
 def test_a_folder_keeps_the_schedule_and_gives_the_file_back(path, tmp_path):
     convert(path, tmp_path / "b")
     told = scheduler(tmp_path / "b")
-    assert (told["prediction_type"], told["rescale_betas_zero_snr"], told["timestep_spacing"]) == ("v_prediction", True, "trailing")
+    assert (told["prediction_type"], told["rescale_betas_zero_snr"], told["timestep_spacing"]) == (
+        "v_prediction",
+        True,
+        "trailing",
+    )
     loaded = load(tmp_path / "b")
-    assert (loaded.config.prediction, loaded.config.schedule, loaded.schedule) == ("v", PURE_NOISE, Schedule(zero_snr=True))
+    assert (loaded.config.prediction, loaded.config.schedule, loaded.schedule) == (
+        "v",
+        PURE_NOISE,
+        Schedule(zero_snr=True),
+    )
     shutil.copytree(tmp_path / "b", tmp_path / "c")
     (tmp_path / "c" / LEFTOVERS).unlink()  # as diffusers writes a folder
     for source in "bc":
@@ -90,7 +100,10 @@ def test_metadata_of_earlier_versions_are_read_and_impossible_ones_refused(tmp_p
     assert from_json(json.dumps(told)) == replace(TINY, prediction="v")
     told["schedule"]["zero_snr"] = True
     assert from_json(json.dumps(told)) == CONFIG
-    for change, message in (({"prediction": "eps"}, "zero_snr with prediction 'eps'"), ({"schedule": {"zero_snr": 1}}, r"schedule\.zero_snr is 1, not bool")):
+    for change, message in (
+        ({"prediction": "eps"}, "zero_snr with prediction 'eps'"),
+        ({"schedule": {"zero_snr": 1}}, r"schedule\.zero_snr is 1, not bool"),
+    ):
         bad = save_safetensors(checkpoint(), tmp_path / "x.safetensors", {CONFIG_KEY: json.dumps(told | change)})
         with pytest.raises(FileError, match=message):
             load(bad)
@@ -135,7 +148,9 @@ def test_the_network_is_first_asked_about_the_noise_itself(told, monkeypatch):
 
     monkeypatch.setattr(model.unet, "forward", watched)
     noise = []
-    (picture,) = txt2img(model, "", seeds=[3], steps=3, cfg=1, height=32, width=32, on_step=lambda step: noise.append(step.x))
+    (picture,) = txt2img(
+        model, "", seeds=[3], steps=3, cfg=1, height=32, width=32, on_step=lambda step: noise.append(step.x)
+    )
     assert [t.tolist() for _, t in asked] == [[999.0], [666.0], [332.0]]
     assert asked[0][0].equal(noise[0] / (1 + model.schedule.sigma_max**2) ** 0.5)
     assert 0.8 < asked[0][0].std() < 1.2

@@ -26,7 +26,11 @@ def text_loss(text: nn.Module) -> Tensor:
     return tokens.square().mean() + pooled.square().mean()
 
 
-CASES = {"unet": (lambda: tiny_unet("sd2-tiny"), unet_loss), "vae": (lambda: tiny_vae("vae-f8-tiny"), vae_loss), "text": (tiny_clip_l, text_loss)}
+CASES = {
+    "unet": (lambda: tiny_unet("sd2-tiny"), unet_loss),
+    "vae": (lambda: tiny_vae("vae-f8-tiny"), vae_loss),
+    "text": (tiny_clip_l, text_loss),
+}
 
 
 def gradients(network: nn.Module, loss) -> tuple[dict[str, Tensor], int]:
@@ -82,7 +86,9 @@ def test_names_and_classes_stay_and_nothing_is_left_even_after_an_error():
     state = list(unet.state_dict())
     with checkpoint_blocks(unet):
         assert list(unet.state_dict()) == state
-        assert {name: type(module) for name, module in unet.named_modules()} == {name: kind for name, (kind, _) in before.items()}
+        assert {name: type(module) for name, module in unet.named_modules()} == {
+            name: kind for name, (kind, _) in before.items()
+        }
     assert {name: (type(module), set(vars(module))) for name, module in unet.named_modules()} == before
     with pytest.raises(ZeroDivisionError), checkpoint_blocks(unet):
         raise ZeroDivisionError
@@ -103,5 +109,8 @@ def test_the_precision_of_autocast_holds_in_what_is_computed_again():
 
 
 def test_a_network_without_blocks_is_refused():
-    with pytest.raises(ArgumentError, match="Linear has no block to compute again; train without it"), checkpoint_blocks(nn.Linear(2, 2)):
+    with (
+        pytest.raises(ArgumentError, match="Linear has no block to compute again; train without it"),
+        checkpoint_blocks(nn.Linear(2, 2)),
+    ):
         pass

@@ -23,7 +23,9 @@ from ldm.train.tasks import Diffusion
 from tests.made.families import UNET, build, tiny
 from tests.made.seeded import normal
 
-CONFIG = replace(tiny("sd1"), unet=replace(UNET, num_res_blocks=2, down_depth=((1, 1), (0, 0)), up_depth=((0, 0, 0), (1, 1, 1))))
+CONFIG = replace(
+    tiny("sd1"), unet=replace(UNET, num_res_blocks=2, down_depth=((1, 1), (0, 0)), up_depth=((0, 0, 0), (1, 1, 1)))
+)
 
 
 @pytest.fixture(scope="module")
@@ -33,14 +35,23 @@ def model() -> LatentDiffusion:
 
 def batch_of(n: int = 2, *, first: int = 0, weight: Tensor | None = None) -> Batch:
     moments = torch.cat([normal("mean", (n, 4, 8, 8)), torch.full((n, 4, 8, 8), -9.0)], dim=1)
-    return Batch(tuple(range(first, first + n)), ("a red cube", "a blue sphere")[:n], (64, 64), (Sizes(),) * n, torch.ones(n) if weight is None else weight, moments=moments)
+    return Batch(
+        tuple(range(first, first + n)),
+        ("a red cube", "a blue sphere")[:n],
+        (64, 64),
+        (Sizes(),) * n,
+        torch.ones(n) if weight is None else weight,
+        moments=moments,
+    )
 
 
 def distil(student: LatentDiffusion, *teachers: UNet, **settings) -> Distil:
     return Distil(Diffusion(student, Objective()), teachers, **({"steps": 10, "batch": 2} | settings))
 
 
-def by_hand(unet: UNet, x: Tensor, t: Tensor, context: Tensor, down: list[int], up: list[int]) -> tuple[Tensor, list[Tensor]]:
+def by_hand(
+    unet: UNet, x: Tensor, t: Tensor, context: Tensor, down: list[int], up: list[int]
+) -> tuple[Tensor, list[Tensor]]:
     """A UNet's forward written out, with what its numbered blocks and its middle give."""
     emb = unet.time_embed(timestep_embedding(t, unet.config.model_channels))
     skips, seen = [], []
@@ -77,11 +88,21 @@ def test_the_loss_is_the_task_s_the_outputs_and_the_sum_of_the_features(model):
     wanted = (own + 0.5 * output + 0.25 * features) * torch.tensor([1.0, 3.0])
     assert torch.allclose(found.each, wanted, rtol=1e-5)
     assert found.t.equal(asked.t)
-    assert torch.allclose(task.at(batch, draws, asked.t).each, own * torch.tensor([1.0, 3.0]), rtol=1e-5), "the validation loss is the student's own"
+    assert torch.allclose(task.at(batch, draws, asked.t).each, own * torch.tensor([1.0, 3.0]), rtol=1e-5), (
+        "the validation loss is the student's own"
+    )
 
 
 def test_the_stages_of_sdxl_and_of_its_student_end_in_the_same_blocks():
-    assert stages(SDXL) == ["input_blocks.3", "input_blocks.6", "input_blocks.8", "middle_block", "output_blocks.2", "output_blocks.5", "output_blocks.8"]
+    assert stages(SDXL) == [
+        "input_blocks.3",
+        "input_blocks.6",
+        "input_blocks.8",
+        "middle_block",
+        "output_blocks.2",
+        "output_blocks.5",
+        "output_blocks.8",
+    ]
     assert stages(FAMILIES["ssd-1b"].unet) == stages(SDXL)
 
 
@@ -89,7 +110,14 @@ def test_a_narrower_student_is_compared_with_the_channels_that_it_began_with():
     ships = weights.load()
     student = surgery.prune(ships, "half")
     with torch.no_grad():
-        _, seen = by_hand(ships.unet, normal("x", (1, 4, 8, 8)), torch.tensor([500]), normal("context", (1, 5, 64)), [2, 4, 5], [1, 3, 5])
+        _, seen = by_hand(
+            ships.unet,
+            normal("x", (1, 4, 8, 8)),
+            torch.tensor([500]),
+            normal("context", (1, 5, 64)),
+            [2, 4, 5],
+            [1, 3, 5],
+        )
     assert [x.shape[1] for x in seen] == [64, 128, 192, 192, 192, 128, 64]
     kept = torch.arange(32)[:, None] * 6 + torch.arange(4)  # four of the six channels of each group
     assert _difference(seen[3][:, kept.flatten()], seen[3]).item() == 0
@@ -103,7 +131,9 @@ def test_teachers_follow_each_other_in_equal_parts_of_the_run(model):
     first, second, third = (build(CONFIG).unet for _ in range(3))
     task = distil(student, first, second, third, steps=7, batch=4)  # 28 examples: updates 0 to 2, 3 and 4, 5 and 6
     taught = [[task.teacher(4 * step + j) for j in range(4)] for step in range(7)]
-    assert [{id(unet) for unet in each} for each in taught] == [{id(unet)} for unet in (first, first, first, second, second, third, third)]
+    assert [{id(unet) for unet in each} for each in taught] == [
+        {id(unet)} for unet in (first, first, first, second, second, third, third)
+    ]
     assert task.teacher(1000) is third, "validation is not part of the run"
 
 

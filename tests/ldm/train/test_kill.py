@@ -49,7 +49,15 @@ def train(out: Path, progress: Path) -> None:
     with only_run(out):
         task = Small()
         watchers = Watchers(tick=lambda step: os.pwrite(descriptor, b"%6d" % step, 0))
-        fit(task, dict(task.named_parameters()), micro, RECIPE, out, state=latest_state(out / "states"), watchers=watchers)
+        fit(
+            task,
+            dict(task.named_parameters()),
+            micro,
+            RECIPE,
+            out,
+            state=latest_state(out / "states"),
+            watchers=watchers,
+        )
 
 
 def finished(out: Path) -> bytes:
@@ -89,7 +97,9 @@ def kill_at_random(folder: Path, kills: int) -> None:
             killed += 1
             in_saving += any((out / "states").glob("*.tmp"))
             done = int(out.with_suffix(".txt").read_text() or 0)
-            state = latest_state(out / "states")  # a warning would be an error here: nothing half-written has a state's name
+            state = latest_state(
+                out / "states"
+            )  # a warning would be an error here: nothing half-written has a state's name
             assert done - (state.step if state else 0) <= RECIPE.run.save_every
         else:
             assert process.exitcode == 0, said.read_text()

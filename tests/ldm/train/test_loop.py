@@ -53,7 +53,9 @@ def micro(size: int):
 
 def run(out: Path, recipe: Recipe = RECIPE, task: Line | None = None, **more) -> tuple[Fitted, Line]:
     task = task or Line()
-    return fit(task, task.named(), micro(recipe.run.micro), recipe, out, state=latest_state(out / "states"), **more), task
+    return fit(
+        task, task.named(), micro(recipe.run.micro), recipe, out, state=latest_state(out / "states"), **more
+    ), task
 
 
 def changed(**keys) -> Recipe:
@@ -73,7 +75,9 @@ def test_the_loop_minimises_the_loss(tmp_path: Path) -> None:
 
 def test_an_update_is_adamw_on_the_mean_of_its_examples(tmp_path: Path) -> None:
     """Loshchilov & Hutter 2019, algorithm 2, written out for the first update; the average is LitEma's."""
-    recipe = replace(changed(steps=1), optimizer=Optimizer(lr=0.1, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.5, clip=0.0))
+    recipe = replace(
+        changed(steps=1), optimizer=Optimizer(lr=0.1, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.5, clip=0.0)
+    )
     fitted, task = run(tmp_path, recipe)
     start = Line()
     draws = Draws(0, range(4))
@@ -107,7 +111,9 @@ def test_the_gradient_is_clipped_to_its_norm(tmp_path: Path) -> None:
 
 
 def test_parameters_have_the_rates_of_their_groups(tmp_path: Path) -> None:
-    recipe = replace(changed(steps=1, ema=0.0), optimizer=Optimizer(lr=0.1, weight_decay=0.0, groups=(Group("bias", 0.0),)))
+    recipe = replace(
+        changed(steps=1, ema=0.0), optimizer=Optimizer(lr=0.1, weight_decay=0.0, groups=(Group("bias", 0.0),))
+    )
     _, task = run(tmp_path, recipe)
     assert torch.equal(task.bias, Line().bias)
     assert not torch.equal(task.w, Line().w)
@@ -145,7 +151,9 @@ def test_a_finished_run_goes_on_where_more_updates_are_asked_for(tmp_path: Path)
 
 def test_the_state_of_another_run_is_refused_with_what_differs(tmp_path: Path) -> None:
     run(tmp_path, identity={"optimizer": {"lr": 0.01}, "data": {"hash": "a"}})
-    with pytest.raises(ArgumentError, match=r"holds a run with another optimizer.lr \(0.01, not 0.02\); use another run.out"):
+    with pytest.raises(
+        ArgumentError, match=r"holds a run with another optimizer.lr \(0.01, not 0.02\); use another run.out"
+    ):
         run(tmp_path, identity={"optimizer": {"lr": 0.02}, "data": {"hash": "a"}})
     with pytest.raises(ArgumentError, match=r"another data.hash \(a, not b\)"):
         run(tmp_path, identity={"optimizer": {"lr": 0.01}, "data": {"hash": "b"}})
@@ -159,11 +167,15 @@ def test_an_update_with_a_loss_that_is_not_finite_is_left_out_and_counted(tmp_pa
     skips = [event for event in events if event["event"] == "skipped"]
     assert [event["step"] for event in skips] == [3, 4]
     assert math.isnan(skips[0]["loss"])
-    assert [event["step"] for event in events if event["event"] == "saved"] == [8, 12], "step 4, right after such an update, is no state to go back to"
+    assert [event["step"] for event in events if event["event"] == "saved"] == [8, 12], (
+        "step 4, right after such an update, is no state to go back to"
+    )
 
 
 def test_ten_such_updates_in_a_row_end_the_run_and_keep_the_last_good_state(tmp_path: Path) -> None:
-    with pytest.raises(NonFinite, match=r"10 times in a row, at step 15 last; the state of step 4 is kept: lower optimizer.lr"):
+    with pytest.raises(
+        NonFinite, match=r"10 times in a row, at step 15 last; the state of step 4 is kept: lower optimizer.lr"
+    ):
         run(tmp_path, changed(steps=40), task=Line(broken=range(24, 4 * 40)))
     state = latest_state(tmp_path / "states")
     assert state.step == 4
@@ -191,7 +203,14 @@ def test_validation_sees_the_averaged_weights(tmp_path: Path) -> None:
     seen: list[tuple[int, float]] = []
     recipe = replace(RECIPE, watch=Watch(every=4))
     task = Line()
-    run(tmp_path, recipe, task, watchers=Watchers(validate=lambda step, averaged: seen.append((step, (averaged["w"] - task.w).abs().max().item()))))
+    run(
+        tmp_path,
+        recipe,
+        task,
+        watchers=Watchers(
+            validate=lambda step, averaged: seen.append((step, (averaged["w"] - task.w).abs().max().item()))
+        ),
+    )
     assert [step for step, _ in seen] == [4, 8]
     assert all(apart > 0 for _, apart in seen)
 
@@ -229,7 +248,10 @@ def test_overflow_of_the_loss_scale_is_not_counted_as_a_fault(tmp_path: Path) ->
 
 def test_a_batch_that_ranks_cannot_share_is_refused() -> None:
     assert accumulation(changed(batch=8, micro=2), 4) == 1
-    with pytest.raises(ArgumentError, match=r"run.batch: 8 examples cannot be shared evenly by 3 ranks with 2 at once; give a multiple of 6"):
+    with pytest.raises(
+        ArgumentError,
+        match=r"run.batch: 8 examples cannot be shared evenly by 3 ranks with 2 at once; give a multiple of 6",
+    ):
         accumulation(changed(batch=8, micro=2), 3)
 
 

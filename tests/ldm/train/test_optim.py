@@ -64,22 +64,37 @@ def test_where_groups_take_everything_there_is_no_other():
     assert [group["lr"] for group in optimizer(network(), Optimizer(groups=(Group(".", 0.5),))).param_groups] == [0.5]
 
 
-@pytest.mark.parametrize("groups", [(Group("vae", 1e-5),), (Group("text", 1e-5), Group("text.bias", 1e-4))], ids=["nothing", "taken already"])
+@pytest.mark.parametrize(
+    "groups", [(Group("vae", 1e-5),), (Group("text", 1e-5), Group("text.bias", 1e-4))], ids=["nothing", "taken already"]
+)
 def test_a_group_without_parameters_is_refused(groups):
-    with pytest.raises(ArgumentError, match=rf"optimizer\.groups: '{groups[-1].match}' is in the name of no parameter left for it; names look like unet\.weight"):
+    with pytest.raises(
+        ArgumentError,
+        match=rf"optimizer\.groups: '{groups[-1].match}' is in the name of no parameter left for it; names look like unet\.weight",
+    ):
         optimizer(network(), Optimizer(groups=groups))
 
 
 def test_an_expression_that_is_none_is_refused():
-    with pytest.raises(ArgumentError, match=r"optimizer\.groups: '\(' is no regular expression \(missing \), unterminated subpattern at position 0\)"):
+    with pytest.raises(
+        ArgumentError,
+        match=r"optimizer\.groups: '\(' is no regular expression \(missing \), unterminated subpattern at position 0\)",
+    ):
         optimizer(network(), Optimizer(groups=(Group("(", 1e-5),)))
 
 
 def test_8_bit_is_asked_of_bitsandbytes_and_says_so_where_that_is_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    with pytest.raises(ArgumentError, match=r"adamw8bit needs bitsandbytes, which is not installed; pip install bitsandbytes, or take adamw"):
+    with pytest.raises(
+        ArgumentError,
+        match=r"adamw8bit needs bitsandbytes, which is not installed; pip install bitsandbytes, or take adamw",
+    ):
         optimizer(network(), Optimizer(kind="adamw8bit"))
-    monkeypatch.setitem(sys.modules, "bitsandbytes", SimpleNamespace(optim=SimpleNamespace(AdamW8bit=type("AdamW8bit", (torch.optim.AdamW,), {}))))
+    monkeypatch.setitem(
+        sys.modules,
+        "bitsandbytes",
+        SimpleNamespace(optim=SimpleNamespace(AdamW8bit=type("AdamW8bit", (torch.optim.AdamW,), {}))),
+    )
     assert type(optimizer(network(), Optimizer(kind="adamw8bit"))).__name__ == "AdamW8bit"
 
 
@@ -90,7 +105,9 @@ def test_an_optimiser_that_went_away_and_came_back_goes_on_bit_by_bit():
     before = optimizer(resumed, settings)
     update(before, resumed, range(3))
     kept = {key: tensor.clone() for key, tensor in state_tensors(before, resumed).items()}
-    assert set(kept) == {f"{key}/{name}" for key in ("step", "exp_avg", "exp_avg_sq") for name in resumed if name != "text.bias"}
+    assert set(kept) == {
+        f"{key}/{name}" for key in ("step", "exp_avg", "exp_avg_sq") for name in resumed if name != "text.bias"
+    }
     after = optimizer(resumed, settings)
     load_state_tensors(after, resumed, kept)
     update(after, resumed, range(3, 6))
@@ -103,18 +120,29 @@ def test_counts_in_python_and_tables_of_another_shape_come_back_as_they_were():
     parameters = network()
     adam = optimizer(parameters, Optimizer())
     p = parameters["unet.weight"]
-    adam.state[p] = {"step": 7, "state1": torch.arange(12, dtype=torch.uint8).reshape(4, 3), "qmap1": torch.linspace(-1, 1, 256), "absmax1": torch.ones(1), "none": None}
+    adam.state[p] = {
+        "step": 7,
+        "state1": torch.arange(12, dtype=torch.uint8).reshape(4, 3),
+        "qmap1": torch.linspace(-1, 1, 256),
+        "absmax1": torch.ones(1),
+        "none": None,
+    }
     kept = state_tensors(adam, parameters)
     other = optimizer(parameters, Optimizer())
     load_state_tensors(other, parameters, kept)
     back = other.state[p]
     assert back["step"] == 7
     assert type(back["step"]) is int
-    assert all(back[key].dtype == adam.state[p][key].dtype and back[key].equal(adam.state[p][key]) for key in ("state1", "qmap1", "absmax1"))
+    assert all(
+        back[key].dtype == adam.state[p][key].dtype and back[key].equal(adam.state[p][key])
+        for key in ("state1", "qmap1", "absmax1")
+    )
     assert set(back) == {"step", "state1", "qmap1", "absmax1"}
 
 
 def test_the_memory_of_a_parameter_that_is_not_trained_is_refused():
     parameters = network()
-    with pytest.raises(FileError, match=r"the state remembers vae\.weight, which is not trained; use another directory"):
+    with pytest.raises(
+        FileError, match=r"the state remembers vae\.weight, which is not trained; use another directory"
+    ):
         load_state_tensors(optimizer(parameters, Optimizer()), parameters, {"exp_avg/vae.weight": torch.zeros(1)})

@@ -52,7 +52,10 @@ def test_without_torchrun_a_process_is_alone_and_nothing_is_shared(monkeypatch):
         ({"WORLD_SIZE": "2"}, r"not what else torchrun sets \('RANK'\)"),
         ({"WORLD_SIZE": "2", "RANK": "x", "LOCAL_RANK": "0"}, "not what else torchrun sets"),
         ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}, r"not what else torchrun sets \('MASTER_ADDR'\)"),
-        ({"WORLD_SIZE": "2", "RANK": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}, "says rank 2 of 2"),
+        (
+            {"WORLD_SIZE": "2", "RANK": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"},
+            "says rank 2 of 2",
+        ),
     ],
 )
 def test_an_environment_that_is_not_torchruns_is_refused(environment, why, monkeypatch):
@@ -65,11 +68,29 @@ def test_an_environment_that_is_not_torchruns_is_refused(environment, why, monke
 
 
 def test_a_rank_without_a_device_and_one_whose_others_do_not_come_say_so(monkeypatch):
-    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "99", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
+    for name, value in {
+        "WORLD_SIZE": "2",
+        "RANK": "0",
+        "LOCAL_RANK": "99",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "0",
+    }.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(DeviceError, match=r"rank 0 of 2: there is no CUDA device 99, \d+ were found; start as many ranks as there are devices"), ranks("cuda"):
+    with (
+        pytest.raises(
+            DeviceError,
+            match=r"rank 0 of 2: there is no CUDA device 99, \d+ were found; start as many ranks as there are devices",
+        ),
+        ranks("cuda"),
+    ):
         pass
-    with pytest.raises(LdmError, match=r"rank 0 of 2: not all ranks came to 127\.0\.0\.1:0 within 1 s; start all of them, with the same address"), ranks("cpu", join=1.0):
+    with (
+        pytest.raises(
+            LdmError,
+            match=r"rank 0 of 2: not all ranks came to 127\.0\.0\.1:0 within 1 s; start all of them, with the same address",
+        ),
+        ranks("cpu", join=1.0),
+    ):
         pass
 
 
@@ -83,9 +104,16 @@ class Small(nn.Module):
         super().__init__()
         with torch.random.fork_rng():
             torch.manual_seed(3)
-            self.first, self.block, self.last, self.unused = nn.Conv2d(2, 64, 3), ResBlock(64, 8, 64), nn.Conv2d(64, 1, 1), nn.Linear(2, 2)
+            self.first, self.block, self.last, self.unused = (
+                nn.Conv2d(2, 64, 3),
+                ResBlock(64, 8, 64),
+                nn.Conv2d(64, 1, 1),
+                nn.Linear(2, 2),
+            )
             for p in self.block.parameters():
-                if not p.any():  # as a training starts, but then all of it would be what gradients added up to, with their rounding
+                if (
+                    not p.any()
+                ):  # as a training starts, but then all of it would be what gradients added up to, with their rounding
                     nn.init.normal_(p, std=0.1)
         self.first.bias.requires_grad_(False)
         self.unused.requires_grad_(trains_unused)
@@ -138,7 +166,9 @@ def two_ranks_backward(how: str, out: Path) -> None:
                     p.copy_(once_more[name])
                 here, there = task(batch, Draws(0, batch.index)).each, alone(batch, Draws(0, batch.index)).each
                 assert here.equal(there)
-                assert task.block(torch.ones(1, 64, 4, 4), torch.ones(1, 8)).equal(alone.block(torch.ones(1, 64, 4, 4), torch.ones(1, 8)))
+                assert task.block(torch.ones(1, 64, 4, 4), torch.ones(1, 8)).equal(
+                    alone.block(torch.ones(1, 64, 4, 4), torch.ones(1, 8))
+                )
         network(batch, Draws(0, batch.index)).each.mean().backward()  # and all goes on as before
         if place.rank == 0:
             torch.save(gradients, out / "gradients")
@@ -160,7 +190,11 @@ def test_two_ranks_give_the_gradients_of_one_and_what_is_shared_goes_away_and_co
 # --- the loop on one, two and again one -----------------------------------------------------------------------------
 
 # eps is far above the clipped gradients: with Adam's own, a gradient near zero is divided by itself, and its rounding becomes a step of size lr
-RECIPE = Recipe("two", run=Run(steps=4, batch=8, micro=2, ema=0.9, save_every=2, keep=9), optimizer=Optimizer(lr=1e-2, eps=1e-2, clip=0.05))
+RECIPE = Recipe(
+    "two",
+    run=Run(steps=4, batch=8, micro=2, ema=0.9, save_every=2, keep=9),
+    optimizer=Optimizer(lr=1e-2, eps=1e-2, clip=0.05),
+)
 
 
 def run_loop(out: Path, steps: int, how: str, place: Ranks) -> None:
@@ -188,7 +222,10 @@ def runs(tmp_path_factory) -> dict[str, dict[str, torch.Tensor]]:
         succeed(processes, out / "said")
     for how in ("ddp", "fsdp"):
         run_loop(out / f"{how} first", 4, how, Ranks())
-    states = {name: latest_state(out / name / "states") for name in ("one", "ddp", "fsdp", "ddp first", "fsdp first", "one first/ddp", "one first/fsdp")}
+    states = {
+        name: latest_state(out / name / "states")
+        for name in ("one", "ddp", "fsdp", "ddp first", "fsdp first", "one first/ddp", "one first/fsdp")
+    }
     assert {state.step for state in states.values()} == {4}
     return {name: dict(state.open()) for name, state in states.items()}
 
@@ -265,7 +302,10 @@ FAILURES = {  # how, codes of both, what is said
     "exit": ([1, 0], GONE),
     "hang": ([1, None], GONE),
     "all": ([2, 2], r"ldm: error: rank [01] of 2: run\.batch: 2 is too much"),
-    "unused": ([1, 1], r"ldm: error: rank [01] of 2: a trained parameter takes no part in the loss, which DDP cannot do; narrow method\.targets, or set run\.parallel to fsdp"),
+    "unused": (
+        [1, 1],
+        r"ldm: error: rank [01] of 2: a trained parameter takes no part in the loss, which DDP cannot do; narrow method\.targets, or set run\.parallel to fsdp",
+    ),
     "stopped": ([1, 1], None),
     "waits": ([0, 0], ""),
 }
@@ -275,7 +315,12 @@ FAILURES = {  # how, codes of both, what is said
 def failures(tmp_path_factory) -> Iterator[dict[str, tuple[list[BaseProcess], Path, float]]]:
     """All pairs at once, since they mostly wait."""
     out = tmp_path_factory.mktemp("failures")
-    functions = {"all": (all_fail,), "unused": (one_part_is_not_used,), "stopped": (all_are_stopped,), "waits": (one_waits_for_the_other,)}
+    functions = {
+        "all": (all_fail,),
+        "unused": (one_part_is_not_used,),
+        "stopped": (all_are_stopped,),
+        "waits": (one_waits_for_the_other,),
+    }
     with ExitStack() as stack:
         yield {
             how: (stack.enter_context(together(*functions.get(how, (rank_one_fails, how)), world=2, said=out / how)), out / how, time.monotonic())

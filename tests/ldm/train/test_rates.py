@@ -52,7 +52,9 @@ def test_restarts_begin_each_cycle_with_the_whole_rate() -> None:
 
 
 def test_one_cycle_of_restarts_is_a_cosine() -> None:
-    assert curve(Optimizer(schedule="cosine-restarts", warmup=3), 17) == curve(Optimizer(schedule="cosine", warmup=3), 17)
+    assert curve(Optimizer(schedule="cosine-restarts", warmup=3), 17) == curve(
+        Optimizer(schedule="cosine", warmup=3), 17
+    )
 
 
 def test_more_cycles_than_updates_stay_between_nothing_and_the_whole() -> None:
@@ -60,7 +62,14 @@ def test_more_cycles_than_updates_stay_between_nothing_and_the_whole() -> None:
 
 
 def test_the_next_run_takes_the_last_rate_that_was_logged(tmp_path: Path) -> None:
-    lines = ['{"step": 1, "lr": 1e-05}', '{"step": 2, "lr": 2.5e-06}', '{"step": 2, "event": "saved"}', '{"step": 3, "validation_loss": 1, "lr": null}', '[1]', '{"step": 4, "lr": 9e-0']
+    lines = [
+        '{"step": 1, "lr": 1e-05}',
+        '{"step": 2, "lr": 2.5e-06}',
+        '{"step": 2, "event": "saved"}',
+        '{"step": 3, "validation_loss": 1, "lr": null}',
+        "[1]",
+        '{"step": 4, "lr": 9e-0',
+    ]
     (tmp_path / "log.jsonl").write_text("\n".join(lines))
     assert last_rate(tmp_path) == 2.5e-06
 

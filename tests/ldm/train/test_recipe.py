@@ -39,14 +39,22 @@ def test_every_number_of_a_recipe_has_a_range() -> None:
     assert len(sections) >= 8
     for section in (*sections, Group):
         for name, kind in get_type_hints(section, include_extras=True).items():
-            assert not {int, float} & {kind, *get_args(kind) * (get_origin(kind) is tuple)}, f"{section.__name__}.{name}"
+            assert not {int, float} & {kind, *get_args(kind) * (get_origin(kind) is tuple)}, (
+                f"{section.__name__}.{name}"
+            )
 
 
 def test_what_a_file_says_reaches_its_section_and_whole_numbers_do_for_fractions(tmp_path: Path) -> None:
     path = tmp_path / "a.toml"
-    path.write_text('name = "b"\n[data]\nflip = true\nprior_weight = 2\n[optimizer]\nbetas = [0.8, 0.9]\ngroups = [{match = "^text", lr = 1e-3}]\n')
+    path.write_text(
+        'name = "b"\n[data]\nflip = true\nprior_weight = 2\n[optimizer]\nbetas = [0.8, 0.9]\ngroups = [{match = "^text", lr = 1e-3}]\n'
+    )
     recipe = load_recipe(path)
-    assert recipe == Recipe("b", data=Data(flip=True, prior_weight=2.0), optimizer=Optimizer(betas=(0.8, 0.9), groups=(Group("^text", 1e-3),)))
+    assert recipe == Recipe(
+        "b",
+        data=Data(flip=True, prior_weight=2.0),
+        optimizer=Optimizer(betas=(0.8, 0.9), groups=(Group("^text", 1e-3),)),
+    )
     assert isinstance(recipe.data.prior_weight, float)
 
 
@@ -97,7 +105,9 @@ def test_a_key_is_changed_from_the_command_line(text: str, section: str, key: st
 
 
 def test_of_two_changes_of_a_key_the_later_wins(empty: Path) -> None:
-    assert load_recipe(empty, ["run.steps=5", "about=a b", "run.steps=7"]) == replace(load_recipe(empty, ["run.steps=7"]), about="a b")
+    assert load_recipe(empty, ["run.steps=5", "about=a b", "run.steps=7"]) == replace(
+        load_recipe(empty, ["run.steps=7"]), about="a b"
+    )
 
 
 @pytest.mark.parametrize(
@@ -175,12 +185,23 @@ def test_a_wrong_file_is_refused(text: str, kind: type[LdmError], parts: list[st
         (["data.cache_latents=true", "data.crop=random"], ["data.cache_latents"]),
         (["data.cache_latents=true", "method.kind=vae"], ["data.cache_latents"]),
         (["data.cache_text=true", "method.text=true"], ["data.cache_text"]),
-        (["data.cache_text=true", "method.kind=inversion", "method.token=sks", "method.token_from=dog"], ["data.cache_text"]),
+        (
+            ["data.cache_text=true", "method.kind=inversion", "method.token=sks", "method.token_from=dog"],
+            ["data.cache_text"],
+        ),
         (["model.zero_snr=true", "model.prediction=eps"], ["model.zero_snr", "model.prediction"]),
         (["method.unet=false"], ["method.unet"]),
         (["method.kind=shipped"], ["data.source: the model that ships is trained on rendered scenes"]),
         (
-            ["method.kind=inversion", "method.token=a", "method.token_from=b", "data.prior=c", "data.prior_caption=d", "data.prior_pictures=2", "run.batch=2"],
+            [
+                "method.kind=inversion",
+                "method.token=a",
+                "method.token_from=b",
+                "data.prior=c",
+                "data.prior_caption=d",
+                "data.prior_pictures=2",
+                "run.batch=2",
+            ],
             ["data.prior_pictures: what is not called by the new word teaches it nothing"],
         ),
         (["method.kind=inversion", "method.token_from=dog"], ["method.token: is missing"]),
@@ -203,22 +224,55 @@ def test_keys_that_contradict_each_other_are_refused(sets: list[str], parts: lis
 @pytest.mark.parametrize(
     ("sets", "message"),
     [
-        (["method.unet=false", "method.kind=distill", "method.plan=half"], 'method.unet: is read where method.kind is "full" or "lora", not "distill"; leave it out'),
-        (["method.text=true", "method.kind=vae"], 'method.text: is read where method.kind is "full" or "lora", not "vae"; leave it out'),
-        (["method.teachers=['a.safetensors']"], 'method.teachers: is read where method.kind is "distill", not "full"; leave it out'),
+        (
+            ["method.unet=false", "method.kind=distill", "method.plan=half"],
+            'method.unet: is read where method.kind is "full" or "lora", not "distill"; leave it out',
+        ),
+        (
+            ["method.text=true", "method.kind=vae"],
+            'method.text: is read where method.kind is "full" or "lora", not "vae"; leave it out',
+        ),
+        (
+            ["method.teachers=['a.safetensors']"],
+            'method.teachers: is read where method.kind is "distill", not "full"; leave it out',
+        ),
         (["method.rank=4"], 'method.rank: is read where method.kind is "lora", not "full"; leave it out'),
-        (["method.vectors=2", "method.kind=lora"], 'method.vectors: is read where method.kind is "inversion", not "lora"; leave it out'),
-        (["method.targets=x", "method.kind=shipped", "data.source=scenes"], "method.targets: is read where method.kind is"),
+        (
+            ["method.vectors=2", "method.kind=lora"],
+            'method.vectors: is read where method.kind is "inversion", not "lora"; leave it out',
+        ),
+        (
+            ["method.targets=x", "method.kind=shipped", "data.source=scenes"],
+            "method.targets: is read where method.kind is",
+        ),
         (["objective.min_snr=5", "method.kind=vae"], "objective.min_snr: is read where method.kind is"),
-        (["objective.kl_weight=0"], 'objective.kl_weight: is read where method.kind is "vae", not "full"; leave it out'),
-        (["objective.kl_weight=0", "method.kind=shipped-vae", "data.source=scenes"], "objective.kl_weight: is read where"),
-        (["model.widen=['mask']", "method.kind=shipped", "data.source=scenes"], "model.widen: is read where method.kind is"),
+        (
+            ["objective.kl_weight=0"],
+            'objective.kl_weight: is read where method.kind is "vae", not "full"; leave it out',
+        ),
+        (
+            ["objective.kl_weight=0", "method.kind=shipped-vae", "data.source=scenes"],
+            "objective.kl_weight: is read where",
+        ),
+        (
+            ["model.widen=['mask']", "method.kind=shipped", "data.source=scenes"],
+            "model.widen: is read where method.kind is",
+        ),
         (["data.flip=true", "method.kind=shipped", "data.source=scenes"], "data.flip: is read where method.kind is"),
         (["data.scenes=5"], 'data.scenes: is read where data.source is "scenes", not "folder"; leave it out'),
-        (["data.path=photos", "data.source=scenes"], 'data.path: is read where data.source is "folder" or "shards", not "scenes"; leave it out'),
+        (
+            ["data.path=photos", "data.source=scenes"],
+            'data.path: is read where data.source is "folder" or "shards", not "scenes"; leave it out',
+        ),
         (["data.bucket_step=32"], "data.bucket_step: is read where data.buckets is true, not false; leave it out"),
-        (["optimizer.decay=0.5"], 'optimizer.decay: is read where optimizer.schedule is "linear", not "constant"; leave it out'),
-        (["optimizer.cycles=3", "optimizer.schedule=cosine"], 'optimizer.cycles: is read where optimizer.schedule is "cosine-restarts", not "cosine"; leave it out'),
+        (
+            ["optimizer.decay=0.5"],
+            'optimizer.decay: is read where optimizer.schedule is "linear", not "constant"; leave it out',
+        ),
+        (
+            ["optimizer.cycles=3", "optimizer.schedule=cosine"],
+            'optimizer.cycles: is read where optimizer.schedule is "cosine-restarts", not "cosine"; leave it out',
+        ),
     ],
 )
 def test_keys_that_nobody_reads_in_such_a_run_are_refused(sets: list[str], message: str, empty: Path) -> None:
@@ -228,7 +282,14 @@ def test_keys_that_nobody_reads_in_such_a_run_are_refused(sets: list[str], messa
 
 
 def test_keys_that_only_seem_to_contradict_each_other_are_not_refused(empty: Path) -> None:
-    sets = ["data.cache_text=true", "method.kind=distill", "method.plan=half", "data.cache_latents=true", "data.flip=true", "model.zero_snr=true"]
+    sets = [
+        "data.cache_text=true",
+        "method.kind=distill",
+        "method.plan=half",
+        "data.cache_latents=true",
+        "data.flip=true",
+        "model.zero_snr=true",
+    ]
     assert load_recipe(empty, sets).data.cache_text
 
 
@@ -251,7 +312,13 @@ def test_what_is_no_file_of_text_is_refused(kind: str, tmp_path: Path) -> None:
         path.write_bytes(b"#" * (2**20 + 1))
     elif kind == "binary":
         path.write_bytes(b"\xff\xfe")
-    said = {"missing": "does not exist", "directory": "is no file", "fifo": "is no file", "large": "is over 1048576 bytes", "binary": "UTF-8"}[kind]
+    said = {
+        "missing": "does not exist",
+        "directory": "is no file",
+        "fifo": "is no file",
+        "large": "is over 1048576 bytes",
+        "binary": "UTF-8",
+    }[kind]
     with pytest.raises(FileError) as caught:
         load_recipe(path)
     refused(caught.value, said)

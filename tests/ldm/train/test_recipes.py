@@ -25,7 +25,16 @@ from ldm.train.watch.card import training_section
 from tests.made.families import build, tiny
 from tests.made.seeded import weight
 
-CARDS = ("sygil", "sd15-inpainting", "sd2-depth", "image-variations", "image-variations-2", "ssd1b-distill", "ssd1b-lora", "ssd1b-dreambooth")
+CARDS = (
+    "sygil",
+    "sd15-inpainting",
+    "sd2-depth",
+    "image-variations",
+    "image-variations-2",
+    "ssd1b-distill",
+    "ssd1b-lora",
+    "ssd1b-dreambooth",
+)
 
 
 def rate(recipe: Recipe, number: int) -> float:
@@ -60,7 +69,9 @@ def test_the_cards_training_ships() -> None:
         ("ssd1b-dreambooth", 1, 4, 1, 4, 500),
     ],
 )
-def test_batch_and_steps_are_the_cards(name: str, gpus: int, accumulated: int, micro: int, batch: int, steps: int) -> None:
+def test_batch_and_steps_are_the_cards(
+    name: str, gpus: int, accumulated: int, micro: int, batch: int, steps: int
+) -> None:
     recipe = load_recipe(name)
     assert gpus * accumulated * micro == batch
     assert (recipe.card.gpus or 1, recipe.run.micro, recipe.run.batch, recipe.run.steps) == (gpus, micro, batch, steps)
@@ -92,14 +103,38 @@ def test_what_else_the_cards_say_is_in_the_recipes() -> None:
     for recipe in (distil, lora, booth):
         assert (recipe.data.size, recipe.run.dtype) == (1024, "float16")
     o = sygil.optimizer
-    assert (o.kind, o.betas, o.weight_decay, o.eps, sygil.run.checkpointing, sygil.method.text) == ("adamw", (0.9, 0.999), 0.01, 1e-8, True, True)
-    assert (inpainting.model.widen, inpainting.objective.caption_dropout, inpainting.objective.whole_hole) == (("mask", "masked_image"), 0.1, 0.25)
+    assert (o.kind, o.betas, o.weight_decay, o.eps, sygil.run.checkpointing, sygil.method.text) == (
+        "adamw",
+        (0.9, 0.999),
+        0.01,
+        1e-8,
+        True,
+        True,
+    )
+    assert (inpainting.model.widen, inpainting.objective.caption_dropout, inpainting.objective.whole_hole) == (
+        ("mask", "masked_image"),
+        0.1,
+        0.25,
+    )
     assert depth.model.widen == ("depth",)
-    assert (variations.method.targets, second.method.targets, second.model.family) == (r"\.attn2\.", "", "sd-image-variations")
+    assert (variations.method.targets, second.method.targets, second.model.family) == (
+        r"\.attn2\.",
+        "",
+        "sd-image-variations",
+    )
     assert variations.model.vision
     assert (distil.method.plan, len(distil.method.teachers)) == ("ssd-1b", 3)
-    assert (lora.run.seed, lora.data.flip, lora.watch.prompts, lora.data.crop) == (42, True, ("cute dragon creature",), "random")
-    assert (booth.run.seed, booth.data.caption, booth.watch.prompts) == (0, "a photo of sks dog", ("A photo of sks dog in a bucket",))
+    assert (lora.run.seed, lora.data.flip, lora.watch.prompts, lora.data.crop) == (
+        42,
+        True,
+        ("cute dragon creature",),
+        "random",
+    )
+    assert (booth.run.seed, booth.data.caption, booth.watch.prompts) == (
+        0,
+        "a photo of sks dog",
+        ("A photo of sks dog in a bucket",),
+    )
 
 
 @pytest.mark.parametrize(
@@ -124,7 +159,16 @@ def start_of(family: str) -> LatentDiffusion:
     """A tiny seeded model of a family; of SDXL with all its blocks, for a plan says which of them stay."""
     config = tiny(family)
     if family == "sdxl-base":
-        config = replace(config, unet=replace(SDXL, model_channels=32, context_dim=config.unet.context_dim, head_dim=16, vector_dim=config.unet.vector_dim))
+        config = replace(
+            config,
+            unet=replace(
+                SDXL,
+                model_channels=32,
+                context_dim=config.unet.context_dim,
+                head_dim=16,
+                vector_dim=config.unet.vector_dim,
+            ),
+        )
     return build(config)
 
 
@@ -146,7 +190,9 @@ def pictures(directory: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", CARDS)
-def test_a_recipe_dry_runs_on_a_tiny_model_of_its_family(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_recipe_dry_runs_on_a_tiny_model_of_its_family(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     family, saved = load_recipe(name).model.family, {}
 
     models = chain([deepcopy(start_of(family))], repeat(start_of(family)))  # what learns, then teachers
@@ -180,9 +226,15 @@ def test_a_recipe_dry_runs_on_a_tiny_model_of_its_family(name: str, tmp_path: Pa
     if kind == "lora":
         assert {"lora.safetensors", "lora-diffusers.safetensors"} <= saved.keys()
     else:
-        assert changed(start_of(family).state_dict(), saved) == {"image-variations": {"attn2"}}.get(name, {"unet", "attn2"})
+        assert changed(start_of(family).state_dict(), saved) == {"image-variations": {"attn2"}}.get(
+            name, {"unet", "attn2"}
+        )
 
 
 def changed(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:
     """Kinds of parameters that are others than they were, where there still are such of that shape."""
-    return {"attn2" if ".attn2." in key else key.split(".")[0] for key, value in after.items() if key in before and value.shape == before[key].shape and not torch.equal(value, before[key])}
+    return {
+        "attn2" if ".attn2." in key else key.split(".")[0]
+        for key, value in after.items()
+        if key in before and value.shape == before[key].shape and not torch.equal(value, before[key])
+    }

@@ -39,4 +39,7 @@ def test_what_is_saved_is_the_whole_model_with_what_was_learnt(how: str | None, 
             succeed(processes, tmp_path / "said")
     before, after = build(tiny("sd1")).state_dict(), weights.load(tmp_path / "model.safetensors").state_dict()
     assert before.keys() == after.keys()
-    assert all(torch.equal(after[name], value + 1 if "unet." in name and "attn2" in name else value) for name, value in before.items())
+    assert all(
+        torch.equal(after[name], value + 1 if "unet." in name and "attn2" in name else value)
+        for name, value in before.items()
+    )

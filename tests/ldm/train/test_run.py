@@ -22,7 +22,17 @@ from tests.made.checkpoints import save_safetensors
 from tests.made.networks import tiny_vision
 from tests.made.seeded import weight
 
-TINY = ["data.path=pictures", "data.size=64", "data.held_out=0.25", "run.steps=6", "run.batch=4", "run.micro=4", "run.save_every=3", "run.save_dtype=float32", "watch.timesteps=2"]
+TINY = [
+    "data.path=pictures",
+    "data.size=64",
+    "data.held_out=0.25",
+    "run.steps=6",
+    "run.batch=4",
+    "run.micro=4",
+    "run.save_every=3",
+    "run.save_dtype=float32",
+    "watch.timesteps=2",
+]
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +51,10 @@ def pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def train(*sets: str, recipe: str = "[optimizer]\nlr = 1e-3\n", out: str = "run", code: int = 0) -> list[dict]:
     """Train; the lines of the log."""
     Path("recipe.toml").write_text(recipe)
-    assert main(["train", "recipe.toml", "--out", out, *(part for each in (*TINY, *sets) for part in ("--set", each))]) == code
+    assert (
+        main(["train", "recipe.toml", "--out", out, *(part for each in (*TINY, *sets) for part in ("--set", each))])
+        == code
+    )
     log = Path(out) / "log.jsonl"
     return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
 
@@ -50,10 +63,20 @@ def vision_tower() -> str:
     """A folder with a small CLIP vision tower whose embedding is as wide as the text that the model that ships is told."""
     tower = tiny_vision()
     state = tower.state_dict() | {"visual_projection.weight": weight("projection", (64, tower.config.width))}
-    sizes = {"image_size": 28, "patch_size": 7, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 256, "hidden_act": "quick_gelu"}
+    sizes = {
+        "image_size": 28,
+        "patch_size": 7,
+        "hidden_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "intermediate_size": 256,
+        "hidden_act": "quick_gelu",
+    }
     Path("vision").mkdir()
     save_safetensors(state, Path("vision/model.safetensors"))
-    Path("vision/config.json").write_text(json.dumps({"architectures": ["CLIPVisionModelWithProjection"], "projection_dim": 64, **sizes}))
+    Path("vision/config.json").write_text(
+        json.dumps({"architectures": ["CLIPVisionModelWithProjection"], "projection_dim": 64, **sizes})
+    )
     return "vision"
 
 
@@ -104,7 +127,17 @@ def test_a_lora_learns_beside_the_weights_and_is_written_in_both_spellings(more:
 
 def test_a_new_word_learns_and_no_weight_does() -> None:
     caption = ["data.caption=a picture of sks"]
-    assert fell(train("watch.every=6", "method.kind=inversion", "method.token=sks", "method.token_from=cube", "method.vectors=2", *caption, recipe="[optimizer]\nlr = 0.05\nweight_decay = 0.0\n"))
+    assert fell(
+        train(
+            "watch.every=6",
+            "method.kind=inversion",
+            "method.token=sks",
+            "method.token_from=cube",
+            "method.vectors=2",
+            *caption,
+            recipe="[optimizer]\nlr = 0.05\nweight_decay = 0.0\n",
+        )
+    )
     word = weights.load_embedding("run/embedding.safetensors")
     assert word.n == 2
     assert not Path("run/model.safetensors").exists()
@@ -114,7 +147,10 @@ def test_a_new_word_learns_and_no_weight_does() -> None:
 def test_a_word_that_is_not_read_in_a_caption_is_refused(caption: str, capsys) -> None:
     """Where it is missing, a part of another word, or after the last token that is read."""
     train("method.kind=inversion", "method.token=sks", "method.token_from=cube", f"data.caption={caption}", code=2)
-    assert "method.token: 'sks' is not in what is read of the caption of 0.png; say it in data.caption, or early in every caption" in capsys.readouterr().err
+    assert (
+        "method.token: 'sks' is not in what is read of the caption of 0.png; say it in data.caption, or early in every caption"
+        in capsys.readouterr().err
+    )
 
 
 def test_the_autoencoder_learns_and_nothing_else() -> None:
@@ -134,7 +170,14 @@ def test_a_student_of_half_the_blocks_learns_from_the_whole() -> None:
 
 def test_teachers_teach_one_after_another() -> None:
     train(out="other")
-    assert fell(train("watch.every=6", "method.kind=distill", "method.plan=half", 'method.teachers=["other/model.safetensors", "other/model.safetensors"]'))
+    assert fell(
+        train(
+            "watch.every=6",
+            "method.kind=distill",
+            "method.plan=half",
+            'method.teachers=["other/model.safetensors", "other/model.safetensors"]',
+        )
+    )
 
 
 def test_a_widened_model_learns_to_paint_holes_and_knows_itself_when_loaded() -> None:
@@ -151,7 +194,14 @@ def test_a_model_learns_to_predict_v_with_zero_terminal_snr() -> None:
 
 
 def test_dreambooth_makes_the_missing_pictures_of_the_class_itself() -> None:
-    prior = ["data.caption=a sks cube", "data.prior=class", "data.prior_caption=a cube", "data.prior_pictures=2", "run.micro=2", "run.steps=2"]
+    prior = [
+        "data.caption=a sks cube",
+        "data.prior=class",
+        "data.prior_caption=a cube",
+        "data.prior_pictures=2",
+        "run.micro=2",
+        "run.steps=2",
+    ]
     train(*prior)
     made = sorted(Path("class").glob("*.png"))
     assert len(made) == 2
@@ -170,7 +220,14 @@ def test_what_is_made_beside_pictures_with_captions_of_their_own_is_learnt_from_
 
 
 def test_the_pictures_of_the_class_are_of_the_model_as_it_was(capsys) -> None:
-    train("data.prior=class", "data.prior_caption=a cube", "data.prior_pictures=1", "run.micro=2", "run.steps=1", 'model.widen=["mask", "masked_image"]')
+    train(
+        "data.prior=class",
+        "data.prior_caption=a cube",
+        "data.prior_pictures=1",
+        "run.micro=2",
+        "run.steps=1",
+        'model.widen=["mask", "masked_image"]',
+    )
     assert len(list(Path("class").glob("*.png"))) == 1
 
 
@@ -179,7 +236,15 @@ def test_a_vision_tower_takes_the_place_of_the_text() -> None:
     assert weights.load("run/model.safetensors").config.text == ()
 
 
-@pytest.mark.parametrize("options", [("data.cache_latents=true", "data.cache_text=true"), ("run.checkpointing=true",), ("run.micro=1",), ("run.micro=2", "run.checkpointing=true")])
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("data.cache_latents=true", "data.cache_text=true"),
+        ("run.checkpointing=true",),
+        ("run.micro=1",),
+        ("run.micro=2", "run.checkpointing=true"),
+    ],
+)
 def test_caches_checkpointing_and_accumulation_change_nothing_but_rounding(options: tuple[str, ...]) -> None:
     train("run.steps=2", out="plain")
     train("run.steps=2", *options, out="other")
@@ -209,8 +274,23 @@ def test_other_data_is_not_taken_for_the_same(capsys) -> None:
     Path("pictures/0.txt").write_text("something else")
     train(code=2)
     error = capsys.readouterr().err
-    assert "holds a run whose pictures or captions were others; use another run.out, or go on with --allow-data-change" in error
-    assert main(["train", "recipe.toml", "--out", "run", "--allow-data-change", *(part for each in TINY for part in ("--set", each))]) == 0
+    assert (
+        "holds a run whose pictures or captions were others; use another run.out, or go on with --allow-data-change"
+        in error
+    )
+    assert (
+        main(
+            [
+                "train",
+                "recipe.toml",
+                "--out",
+                "run",
+                "--allow-data-change",
+                *(part for each in TINY for part in ("--set", each)),
+            ]
+        )
+        == 0
+    )
     train()  # what was allowed once is what the state remembers
 
 
@@ -239,7 +319,13 @@ def test_a_result_can_be_a_diffusers_folder() -> None:
 
 
 def test_pictures_on_the_way_are_drawn_with_what_was_learnt_so_far() -> None:
-    train("watch.every=3", "watch.prompts=['a red cube']", "watch.steps=2", "run.ema=0.5", recipe="[optimizer]\nlr = 1e-2\n")
+    train(
+        "watch.every=3",
+        "watch.prompts=['a red cube']",
+        "watch.steps=2",
+        "run.ema=0.5",
+        recipe="[optimizer]\nlr = 1e-2\n",
+    )
     pictures = [np.asarray(Image.open(f"run/validation/step-{step:06d}/00.png"), dtype=int) for step in (0, 3, 6)]
     assert pictures[0].shape == (64, 64, 3)
     assert all((a != b).any() for a, b in pairwise(pictures))
@@ -250,22 +336,52 @@ def test_pictures_on_the_way_are_drawn_with_what_was_learnt_so_far() -> None:
     [
         (["data.path=nowhere"], "nowhere"),
         (["model.family=sd1"], "model.start: is of family blocks, and the recipe recipe trains sd1; give such a model"),
-        (["model.start=nowhere.safetensors"], "model.start: nowhere.safetensors does not exist; give a file of weights or a diffusers folder"),
-        (["method.kind=distill", "method.plan=half", "method.teachers=['nowhere']"], "method.teachers: nowhere does not exist"),
+        (
+            ["model.start=nowhere.safetensors"],
+            "model.start: nowhere.safetensors does not exist; give a file of weights or a diffusers folder",
+        ),
+        (
+            ["method.kind=distill", "method.plan=half", "method.teachers=['nowhere']"],
+            "method.teachers: nowhere does not exist",
+        ),
         (["data.path=''"], "data.path: is not given; name the pictures to learn from"),
         (["optimizer.kind=adamw8bit"], "pip install bitsandbytes"),
-        (["model.zero_snr=true"], 'model.zero_snr: this model predicts eps, which says nothing where there is no signal; set model.prediction to "v"'),
+        (
+            ["model.zero_snr=true"],
+            'model.zero_snr: this model predicts eps, which says nothing where there is no signal; set model.prediction to "v"',
+        ),
         (["method.kind=lora", "method.targets=nothing"], "nothing"),
-        (["method.targets=nothing"], "method.targets: 'nothing' is found in no parameter's name; leave it out for all of them"),
+        (
+            ["method.targets=nothing"],
+            "method.targets: 'nothing' is found in no parameter's name; leave it out for all of them",
+        ),
         (["run.micro=3"], "run.batch"),
-        (["method.kind=inversion", "method.token=sks", "method.token_from=cube", "objective.caption_dropout=0.1"], "teaches the new word nothing; set it to 0"),
-        (["data.prior=a", "data.prior_caption=a cube", "data.prior_pictures=2"], "every other micro-batch is of the prior's pictures"),
+        (
+            ["method.kind=inversion", "method.token=sks", "method.token_from=cube", "objective.caption_dropout=0.1"],
+            "teaches the new word nothing; set it to 0",
+        ),
+        (
+            ["data.prior=a", "data.prior_caption=a cube", "data.prior_pictures=2"],
+            "every other micro-batch is of the prior's pictures",
+        ),
         (["objective.min_snr=1", "objective.least_snr=2"], "objective.least_snr: 2 is above objective.min_snr, 1"),
-        (["method.kind=inversion", "method.token=sks", "method.token_from=cube", "run.parallel=fsdp"], "a new word is not shared among ranks; set it to ddp"),
-        (["method.kind=distill", "method.plan=half", "run.compile=true"], "run.compile: what a compiled student sees inside cannot be compared"),
+        (
+            ["method.kind=inversion", "method.token=sks", "method.token_from=cube", "run.parallel=fsdp"],
+            "a new word is not shared among ranks; set it to ddp",
+        ),
+        (
+            ["method.kind=distill", "method.plan=half", "run.compile=true"],
+            "run.compile: what a compiled student sees inside cannot be compared",
+        ),
         (["model.widen=['depth', 'mask']"], "depth"),
-        (["objective.whole_hole=0.5"], "objective.whole_hole: family blocks is told of no holes; leave it out, or widen the model"),
-        (["model.widen=['mask', 'masked_image']", "data.held_out=0", "watch.prompts=['a cube']"], "needs a picture; set data.held_out above 0"),
+        (
+            ["objective.whole_hole=0.5"],
+            "objective.whole_hole: family blocks is told of no holes; leave it out, or widen the model",
+        ),
+        (
+            ["model.widen=['mask', 'masked_image']", "data.held_out=0", "watch.prompts=['a cube']"],
+            "needs a picture; set data.held_out above 0",
+        ),
         (["method.kind=distill", "method.plan=third"], "third"),
         (["optimizer.lr_from=nowhere"], "nowhere"),
         (["watch.tensorboard=true"], "pip install tensorboard"),
@@ -290,8 +406,12 @@ def test_bad_pictures_are_left_out_counted_and_listed(pictures: Path, capsys) ->
     assert "broken.png" in error
 
 
-@pytest.mark.parametrize(("kind", "networks"), [("full", ["UNet"]), ("lora", ["UNet"]), ("vae", ["Encoder", "Decoder"])])
-def test_the_network_that_learns_is_compiled_where_it_is_asked_for(kind: str, networks: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("kind", "networks"), [("full", ["UNet"]), ("lora", ["UNet"]), ("vae", ["Encoder", "Decoder"])]
+)
+def test_the_network_that_learns_is_compiled_where_it_is_asked_for(
+    kind: str, networks: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen: list[str] = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda module: seen.append(type(module).__name__))
     train("run.steps=1", "run.batch=1", "run.micro=1", f"method.kind={kind}", "run.compile=true")
@@ -333,4 +453,9 @@ def test_only_one_run_trains_in_a_directory(capsys) -> None:
 def test_captions_that_nobody_reads_need_not_be_written(kind: str, pictures: Path) -> None:
     for caption in pictures.glob("*.txt"):
         caption.unlink()
-    train("run.steps=1", "run.batch=1", "run.micro=1", *(["method.kind=vae"] if kind == "vae" else [f"model.vision={vision_tower()}"]))
+    train(
+        "run.steps=1",
+        "run.batch=1",
+        "run.micro=1",
+        *(["method.kind=vae"] if kind == "vae" else [f"model.vision={vision_tower()}"]),
+    )

@@ -26,7 +26,12 @@ def test_both_stages_make_a_model_that_draws(tmp_path: Path, monkeypatch, capsys
     monkeypatch.chdir(tmp_path)
     few = ["--set", "run.steps=2", "--set", "run.batch=1", "--set", "run.micro=1", "--set", "run.dtype=float32"]
     assert main(["train", "blocks-vae", *few]) == 0
-    assert main(["train", "blocks", "--set", "model.vae=runs/blocks-vae/model.safetensors", "--set", "data.scenes=3", *few]) == 0
+    assert (
+        main(
+            ["train", "blocks", "--set", "model.vae=runs/blocks-vae/model.safetensors", "--set", "data.scenes=3", *few]
+        )
+        == 0
+    )
     assert "encoding 3 pictures" in capsys.readouterr().err
     model = "runs/blocks/model.safetensors"
     assert main(["txt2img", "a red cube", "--ckpt", model, "--steps", "1", "--seed", "1", "--out", "cube.png"]) == 0
@@ -90,7 +95,9 @@ def test_the_diffusion_loss_reads_captions_of_the_drawn_scenes() -> None:
 def test_the_facts_of_a_scene_do_not_depend_on_which_end_it_is_told_from() -> None:
     red, blue = Solid("cube", "red"), Solid("sphere", "blue")
     for relation, inverse in blocks.INVERSE.items():
-        assert torch.equal(shipped.facts_of(Scene((red, blue), (relation,))), shipped.facts_of(Scene((blue, red), (inverse,))))
+        assert torch.equal(
+            shipped.facts_of(Scene((red, blue), (relation,))), shipped.facts_of(Scene((blue, red), (inverse,)))
+        )
     stacked = Scene((red, blue), ("on top of",))
     assert not torch.equal(shipped.facts_of(stacked), shipped.facts_of(Scene((blue, red), ("on top of",))))
     assert len({tuple(shipped.facts_of(blocks.sample(seed)).tolist()) for seed in range(50)}) > 45

@@ -33,7 +33,9 @@ def tensors(seed: float) -> dict[str, torch.Tensor]:
 
 
 def same(found, wanted) -> bool:
-    return set(found) == set(wanted) and all(found[key].dtype == value.dtype and found[key].equal(value) for key, value in wanted.items())
+    return set(found) == set(wanted) and all(
+        found[key].dtype == value.dtype and found[key].equal(value) for key, value in wanted.items()
+    )
 
 
 def names(directory: Path) -> list[str]:
@@ -96,13 +98,21 @@ class Faults:
                 if call == "write":
                     real(arguments[0], arguments[1][: len(arguments[1]) // 2])  # a part had room
                 raise OSError(self.code, os.strerror(self.code))
-            return None if call == "fsync" else real(*arguments, **keywords)  # nobody pulls a plug here, and it takes long
+            return (
+                None if call == "fsync" else real(*arguments, **keywords)
+            )  # nobody pulls a plug here, and it takes long
 
         return wrapper
 
 
-@pytest.mark.parametrize(("code", "step"), [(errno.ENOSPC, 15), (errno.EIO, 10)], ids=["full disk", "broken disk, in place of one of the same step"])
-def test_whichever_call_fails_the_state_before_stays_and_the_new_one_is_whole_or_not_there(tmp_path, monkeypatch, code, step):
+@pytest.mark.parametrize(
+    ("code", "step"),
+    [(errno.ENOSPC, 15), (errno.EIO, 10)],
+    ids=["full disk", "broken disk, in place of one of the same step"],
+)
+def test_whichever_call_fails_the_state_before_stays_and_the_new_one_is_whole_or_not_there(
+    tmp_path, monkeypatch, code, step
+):
     """Every call that writes fails once, from the temporary directory's making to the oldest state's deletion."""
     before = tmp_path / "before"
     for k in (5, 10):
@@ -123,11 +133,17 @@ def test_whichever_call_fails_the_state_before_stays_and_the_new_one_is_whole_or
         failed |= {calls[k]} if said else set()
         assert said is None or os.strerror(code) in said
         found, warned = caught(lambda directory=directory: latest_state(directory))
-        old, new = found.step == 10 and same(found.open(), tensors(10)), found.step == step and same(found.open(), tensors(0.5))
+        old, new = (
+            found.step == 10 and same(found.open(), tensors(10)),
+            found.step == step and same(found.open(), tensors(0.5)),
+        )
         assert new or (old and said)
         assert found.path.name == f"step-{found.step:06d}"
         assert not warned
-        assert not list(directory.glob("*.tmp")) or calls[k] in ("rmdir", "unlink")  # what could not be deleted has a name that nobody reads
+        assert not list(directory.glob("*.tmp")) or calls[k] in (
+            "rmdir",
+            "unlink",
+        )  # what could not be deleted has a name that nobody reads
         save_state(directory, 20, tensors(2.0), FACTS, keep=2)  # the next one is written as if nothing had been
         assert latest_state(directory).step == 20
         assert not list(directory.glob("*.tmp"))
@@ -168,8 +184,13 @@ def test_what_does_not_fit_is_not_begun(tmp_path, monkeypatch):
 def test_a_disk_that_does_not_keep_what_was_written_is_found_before_an_older_state_goes(tmp_path, monkeypatch):
     save_state(tmp_path, 5, tensors(1.0), FACTS, keep=1)
     real = os.write
-    monkeypatch.setattr(os, "write", lambda descriptor, data: real(descriptor, bytes(len(data)) if len(data) == 60 else data))
-    with pytest.raises(OutputError, match=r"does not read back as it was written \(tensors\.safetensors does not fit its checksum\); check the disk"):
+    monkeypatch.setattr(
+        os, "write", lambda descriptor, data: real(descriptor, bytes(len(data)) if len(data) == 60 else data)
+    )
+    with pytest.raises(
+        OutputError,
+        match=r"does not read back as it was written \(tensors\.safetensors does not fit its checksum\); check the disk",
+    ):
         save_state(tmp_path, 10, tensors(2.0), FACTS, keep=1)
     assert names(tmp_path) == ["LATEST", "step-000005"]
 
@@ -284,9 +305,20 @@ except BlockingIOError:
 
 def test_a_second_run_in_a_directory_is_refused_with_the_process_of_the_first(tmp_path):
     with only_run(tmp_path / "run"):
-        with pytest.raises(ArgumentError, match=rf"run: a run is under way in it \(process {os.getpid()}\); wait for it, stop it or choose another directory"), only_run(tmp_path / "run"):
+        with (
+            pytest.raises(
+                ArgumentError,
+                match=rf"run: a run is under way in it \(process {os.getpid()}\); wait for it, stop it or choose another directory",
+            ),
+            only_run(tmp_path / "run"),
+        ):
             pass
-        held = subprocess.run([sys.executable, "-S", "-c", HOLD, tmp_path / "run" / "run.lock"], capture_output=True, text=True, check=True)
+        held = subprocess.run(
+            [sys.executable, "-S", "-c", HOLD, tmp_path / "run" / "run.lock"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
         assert held.stdout == "held\n"
     with only_run(tmp_path / "run"):
         pass
@@ -294,12 +326,20 @@ def test_a_second_run_in_a_directory_is_refused_with_the_process_of_the_first(tm
 
 def test_a_directory_that_no_run_can_lock_is_said(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
-    with pytest.raises(OutputError, match="file: cannot be written to: File exists; choose another directory"), only_run(tmp_path / "file"):
+    with (
+        pytest.raises(OutputError, match="file: cannot be written to: File exists; choose another directory"),
+        only_run(tmp_path / "file"),
+    ):
         pass
 
     def refuse(*_):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr(module.fcntl, "flock", refuse)
-    with pytest.raises(OutputError, match="run: cannot be locked: No locks available; choose a directory on another disk"), only_run(tmp_path / "run"):
+    with (
+        pytest.raises(
+            OutputError, match="run: cannot be locked: No locks available; choose a directory on another disk"
+        ),
+        only_run(tmp_path / "run"),
+    ):
         pass

@@ -29,7 +29,14 @@ ALPHAS = torch.tensor(Schedule().alphas_cumprod)
 def batch_of(n: int = 2, side: int = 64, *, first: int = 0, **fields) -> Batch:
     images = torch.stack([normal(f"image{i}", (3, side, side)).clamp(-1, 1) for i in range(n)])
     captions = tuple(("a red cube", "a blue sphere behind a green cone")[i % 2] for i in range(n))
-    return Batch(tuple(range(first, first + n)), captions, (side, side), (Sizes(),) * n, torch.ones(n), **({"image": images} | fields))
+    return Batch(
+        tuple(range(first, first + n)),
+        captions,
+        (side, side),
+        (Sizes(),) * n,
+        torch.ones(n),
+        **({"image": images} | fields),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +53,9 @@ def test_the_noisy_latent_and_both_targets_are_the_formulas_of_the_papers() -> N
     x, v = losses.noised(x0, noise, a), losses.target("v", x0, noise, a)
     for i, alpha in enumerate(a):
         assert torch.allclose(x[i], alpha.sqrt() * x0[i] + (1 - alpha).sqrt() * noise[i])
-        assert torch.allclose(alpha.sqrt() * x[i] - (1 - alpha).sqrt() * v[i], x0[i]), "v gives x0 back (Salimans & Ho 2022, appendix D)"
+        assert torch.allclose(alpha.sqrt() * x[i] - (1 - alpha).sqrt() * v[i], x0[i]), (
+            "v gives x0 back (Salimans & Ho 2022, appendix D)"
+        )
     assert losses.target("eps", x0, noise, a) is noise
 
 
@@ -57,7 +66,9 @@ def test_the_error_of_x0_weighs_as_much_as_the_limited_snr_says(prediction: str)
     snr = a / (1 - a)
     of_x0 = (1 - a) / a if prediction == "eps" else 1 - a
     assert torch.allclose(losses.snr_weight(prediction, a, 0.2, 5.0), snr.clamp(0.2, 5.0) * of_x0, rtol=1e-6)
-    assert torch.allclose(losses.snr_weight("eps", a, 0.0, 5.0), snr.clamp(max=5.0) / snr), "min-SNR as in Hang et al. 2023, section 3.4"
+    assert torch.allclose(losses.snr_weight("eps", a, 0.0, 5.0), snr.clamp(max=5.0) / snr), (
+        "min-SNR as in Hang et al. 2023, section 3.4"
+    )
 
 
 def test_the_autoencoder_loss_is_the_error_plus_the_weighted_divergence() -> None:
@@ -65,13 +76,18 @@ def test_the_autoencoder_loss_is_the_error_plus_the_weighted_divergence() -> Non
     noise = normal("z", (2, 4, 2, 2))
     plain = (vae.decode(vae.encode(image, noise)) - image).abs().mean(dim=(1, 2, 3))
     mean, logvar = vae.moments(image).chunk(2, dim=1)
-    kl = torch.distributions.kl_divergence(torch.distributions.Normal(mean, (logvar / 2).exp()), torch.distributions.Normal(0.0, 1.0)).mean(dim=(1, 2, 3))
+    kl = torch.distributions.kl_divergence(
+        torch.distributions.Normal(mean, (logvar / 2).exp()), torch.distributions.Normal(0.0, 1.0)
+    ).mean(dim=(1, 2, 3))
     assert torch.allclose(losses.vae_loss(vae, image, noise, 0.0), plain)
     assert torch.allclose(losses.vae_loss(vae, image, noise, 0.5), plain + 0.5 * kl)
     batch = replace(batch_of(side=16), weight=torch.tensor([1.0, 0.5]))
     task = Autoencoding(vae, 0.5)
     each = task(batch, Draws(0, batch.index)).each
-    assert torch.allclose(each, losses.vae_loss(vae, batch.image, Draws(0, batch.index).normal("posterior", (4, 2, 2)), 0.5) * batch.weight)
+    assert torch.allclose(
+        each,
+        losses.vae_loss(vae, batch.image, Draws(0, batch.index).normal("posterior", (4, 2, 2)), 0.5) * batch.weight,
+    )
 
 
 # --- randomness -----------------------------------------------------------------------------------------------------
@@ -81,7 +97,11 @@ def test_what_is_drawn_depends_on_seed_example_and_purpose_alone() -> None:
     both, second = Draws(3, [7, 8]), Draws(3, [8])
     assert torch.equal(both.normal("noise", (2, 2))[1:], second.normal("noise", (2, 2)))
     assert torch.equal(both.integers("timestep", 1000)[1:], second.integers("timestep", 1000))
-    for other in (Draws(4, [8]).normal("noise", (9,)), Draws(3, [9]).normal("noise", (9,)), second.normal("offset", (9,))):
+    for other in (
+        Draws(4, [8]).normal("noise", (9,)),
+        Draws(3, [9]).normal("noise", (9,)),
+        second.normal("offset", (9,)),
+    ):
         assert not torch.equal(second.normal("noise", (9,)), other)
     u = Draws(0, range(2000)).uniform("caption")
     assert 0 <= u.min() < 0.01
@@ -91,8 +111,12 @@ def test_what_is_drawn_depends_on_seed_example_and_purpose_alone() -> None:
 def test_every_micro_batch_sees_all_noise_levels_in_time(shipped: LatentDiffusion) -> None:
     """Every other one may be of other pictures: were the parts dealt out in order, those would never see much noise, or little."""
     task = Diffusion(shipped, Objective(timesteps="spread"), batch=8)
-    seen = torch.stack([task.timesteps(Draws(0, range(8 * update, 8 * update + 4))) for update in range(500)]) * 8 // 1000
-    assert torch.bincount(seen.flatten(), minlength=8).tolist() == pytest.approx([250] * 8, abs=5 * (250 * 0.5) ** 0.5)  # five deviations of 500 coins
+    seen = (
+        torch.stack([task.timesteps(Draws(0, range(8 * update, 8 * update + 4))) for update in range(500)]) * 8 // 1000
+    )
+    assert torch.bincount(seen.flatten(), minlength=8).tolist() == pytest.approx(
+        [250] * 8, abs=5 * (250 * 0.5) ** 0.5
+    )  # five deviations of 500 coins
     alone = [task.timesteps(Draws(0, [i])).item() for i in range(24, 32)]
     assert alone == task.timesteps(Draws(0, range(24, 32))).tolist(), "whatever is at once"
 
@@ -116,7 +140,9 @@ def plain_loss(model: LatentDiffusion, batch: Batch, draws: Draws) -> Tensor:
     x0 = model.vae.encode(batch.image, draws.normal("posterior", (4, 8, 8)))
     noise = draws.normal("noise", (4, 8, 8))
     a = ALPHAS.float()[t][:, None, None, None]
-    out = model.unet(a.sqrt() * x0 + (1 - a).sqrt() * noise, t, model.condition(batch.captions, batch.size, chunks=1).context)
+    out = model.unet(
+        a.sqrt() * x0 + (1 - a).sqrt() * noise, t, model.condition(batch.captions, batch.size, chunks=1).context
+    )
     return (out - noise).square().mean(dim=(1, 2, 3))
 
 
@@ -148,9 +174,13 @@ def test_every_option_of_the_objective_changes_what_it_says(shipped: LatentDiffu
     perturbed = prepared(input_perturbation=0.1)
     assert torch.equal(perturbed.target, plain.target)
     a = ALPHAS.float()[plain.t][:, None, None, None]
-    assert torch.allclose(perturbed.x - plain.x, (1 - a).sqrt() * 0.1 * draws.normal("perturbation", (4, 8, 8)), atol=1e-5), "Ning et al. 2023, algorithm 1"
+    assert torch.allclose(
+        perturbed.x - plain.x, (1 - a).sqrt() * 0.1 * draws.normal("perturbation", (4, 8, 8)), atol=1e-5
+    ), "Ning et al. 2023, algorithm 1"
     assert torch.allclose(prepared(min_snr=5.0).weight, losses.snr_weight("eps", ALPHAS.float()[plain.t], 0.0, 5.0))
-    assert torch.allclose(prepared(least_snr=0.2).weight, losses.snr_weight("eps", ALPHAS.float()[plain.t], 0.2, torch.inf))
+    assert torch.allclose(
+        prepared(least_snr=0.2).weight, losses.snr_weight("eps", ALPHAS.float()[plain.t], 0.2, torch.inf)
+    )
     dropped = prepared(caption_dropout=1.0)
     assert torch.equal(dropped.context, shipped.condition(["", ""], (64, 64)).context)
     assert torch.equal(plain.context, shipped.condition(list(batch.captions), (64, 64), chunks=1).context)
@@ -173,7 +203,9 @@ def test_the_prior_pictures_weigh_what_they_are_given(shipped: LatentDiffusion) 
     assert torch.allclose(weighted.each, task(batch, draws).each * torch.tensor([1.0, 0.25]))
 
 
-@pytest.mark.parametrize("family", ["sd1", "sd1-inpainting", "sd-image-variations", "sd2-base", "sd2-v", "sd2-depth", "sdxl-base", "ssd-1b"])
+@pytest.mark.parametrize(
+    "family", ["sd1", "sd1-inpainting", "sd-image-variations", "sd2-base", "sd2-v", "sd2-depth", "sdxl-base", "ssd-1b"]
+)
 def test_every_family_is_told_what_its_task_tells_it(family: str) -> None:
     model = build(tiny(family))
     batch, draws = batch_of(1, 64), Draws(0, [5])
@@ -187,7 +219,9 @@ def test_every_family_is_told_what_its_task_tells_it(family: str) -> None:
         assert asked.x[:, 4].max() <= 1
     if family in ("sdxl-base", "ssd-1b"):
         assert torch.equal(asked.y, model.condition(list(batch.captions), (64, 64), sizes=batch.sizes[0], chunks=1).y)
-        assert not Diffusion(model, Objective(caption_dropout=1.0)).prepare(batch, draws).context.any(), "SDXL hears zeros where nothing is said"
+        assert not Diffusion(model, Objective(caption_dropout=1.0)).prepare(batch, draws).context.any(), (
+            "SDXL hears zeros where nothing is said"
+        )
     if family == "sd-image-variations":
         assert asked.context.shape[1] == 1
         assert not Diffusion(model, Objective(caption_dropout=1.0)).prepare(batch, draws).context.any()
@@ -230,4 +264,6 @@ def test_what_is_concatenated_has_the_order_of_the_config() -> None:
 def test_at_given_timesteps_the_loss_is_the_plain_one_whatever_is_minimised(shipped: LatentDiffusion) -> None:
     batch, draws, t = batch_of(), Draws(0, [0, 1]), torch.tensor([300, 900])
     odd = Objective(min_snr=5.0, noise_offset=0.1, input_perturbation=0.1, caption_dropout=1.0)
-    assert torch.equal(Diffusion(shipped, odd).at(batch, draws, t).each, Diffusion(shipped, Objective()).at(batch, draws, t).each)
+    assert torch.equal(
+        Diffusion(shipped, odd).at(batch, draws, t).each, Diffusion(shipped, Objective()).at(batch, draws, t).each
+    )

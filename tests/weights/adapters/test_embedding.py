@@ -41,10 +41,16 @@ FORMS: dict[str, tuple[Callable[[Path], Path], dict[int, Tensor]]] = {
     "A1111": (lambda p: save_zip(a1111(TWO), p / "seal.pt"), {64: TWO}),
     "A1111, a parameter, before torch 1.6": (lambda p: save_stream(a1111(nn.Parameter(TWO)), p / "seal.pt"), {64: TWO}),
     "original": (lambda p: original(p / "seal.pt"), {64: TWO}),
-    "today's ParameterDict": (lambda p: save_zip({"string_to_param": nn.ParameterDict({"*": nn.Parameter(TWO)})}, p / "seal.pt"), {64: TWO}),
+    "today's ParameterDict": (
+        lambda p: save_zip({"string_to_param": nn.ParameterDict({"*": nn.Parameter(TWO)})}, p / "seal.pt"),
+        {64: TWO},
+    ),
     "diffusers .bin, one vector": (lambda p: save_zip({"<cat-toy>": ONE}, p / "seal.bin"), {64: ONE[None]}),
     "diffusers .safetensors": (lambda p: save_safetensors({"<cat.toy>": TWO}, p / "seal.safetensors"), {64: TWO}),
-    "kohya": (lambda p: save_safetensors({"emb_params": TWO.half()}, p / "seal.safetensors", {"ss_v": "1"}), {64: TWO.half().float()}),
+    "kohya": (
+        lambda p: save_safetensors({"emb_params": TWO.half()}, p / "seal.safetensors", {"ss_v": "1"}),
+        {64: TWO.half().float()},
+    ),
     "SDXL": (lambda p: save_safetensors({"clip_l": TWO, "clip_g": WIDE}, p / "seal.safetensors"), {64: TWO, 128: WIDE}),
     "SDXL's refiner": (lambda p: save_safetensors({"clip_g": WIDE}, p / "seal.safetensors"), {128: WIDE}),
     "a bare tensor": (lambda p: save_zip(TWO, p / "seal.pt"), {64: TWO}),
@@ -65,7 +71,9 @@ def test_every_published_form_gives_its_vectors_by_width(form, tmp_path):
 
 
 def test_it_may_be_given_another_name(tmp_path):
-    assert load_embedding(save_safetensors({"x": TWO}, tmp_path / "learned_embeds.safetensors"), "<seal>").name == "<seal>"
+    assert (
+        load_embedding(save_safetensors({"x": TWO}, tmp_path / "learned_embeds.safetensors"), "<seal>").name == "<seal>"
+    )
 
 
 @torch.no_grad()
@@ -118,5 +126,8 @@ def test_other_files_are_refused_with_what_they_are(other, tmp_path):
 def test_a_list_and_code_are_refused_by_the_reader(tmp_path):
     with pytest.raises(FileError, match="holds list, not named tensors"):
         load_embedding(save_zip([{"*": TWO}], tmp_path / "seal.pt"))
-    with pretended("trainer.words.Learner") as (kind,), pytest.raises(FileError, match=r"refers to trainer\.words\.Learner"):
+    with (
+        pretended("trainer.words.Learner") as (kind,),
+        pytest.raises(FileError, match=r"refers to trainer\.words\.Learner"),
+    ):
         load_embedding(save_zip({"x": TWO, "y": kind()}, tmp_path / "evil.pt"))

@@ -48,7 +48,12 @@ def seeded(config: ModelConfig) -> LatentDiffusion:
     return build(config)
 
 
-def saved(path: Path, config: ModelConfig = TINY, change: Callable[[dict[str, Tensor]], None] | None = None, dtype: torch.dtype = torch.float32) -> Path:
+def saved(
+    path: Path,
+    config: ModelConfig = TINY,
+    change: Callable[[dict[str, Tensor]], None] | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Path:
     """A seeded model of these sizes, its parameters changed, as a checkpoint."""
     model = seeded(config)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -75,7 +80,9 @@ def lowrank(config: ModelConfig, r: int) -> dict[str, Tensor]:
     made = {}
     for name, shape in lora_names.shapes(config).items():
         if attention(name) or CONVOLUTION.fullmatch(name):
-            made[name] = 0.05 * (normal(f"{name} u", (shape[0], r)) @ normal(f"{name} d", (r, math.prod(shape[1:])))).reshape(shape)
+            made[name] = 0.05 * (
+                normal(f"{name} u", (shape[0], r)) @ normal(f"{name} d", (r, math.prod(shape[1:])))
+            ).reshape(shape)
     return made
 
 
@@ -91,7 +98,9 @@ def test_a_change_of_known_rank_is_given_back(family: str, tmp_path: Path):
     found, after = load_lora(tmp_path / "c.safetensors", config), weights.load(tuned).state_dict()
     assert set(found) == set(known) == {one.parameter for one in made.modules}
     for name, exact in known.items():
-        bound = HALF * (after[name].norm() + 65 * exact.norm()) * 2  # twice: what is left out to come to rank 3 is noise of the same size
+        bound = (
+            HALF * (after[name].norm() + 65 * exact.norm()) * 2
+        )  # twice: what is left out to come to rank 3 is noise of the same size
         assert (product(found[name], exact.shape) - exact.double()).norm() <= bound, name
         assert found[name].alpha == min(3, found[name].down.shape[0])
     assert min(one.energy for one in made.modules) > 1 - 1e-6
@@ -103,17 +112,25 @@ def test_of_a_change_of_full_rank_the_nearest_is_taken(options: dict, tmp_path: 
     full = {name: 0.1 * normal(f"{name} full", lora_names.shapes(TINY)[name]) for name in (Q, CONV, FC)}
     base, tuned = saved(tmp_path / "a.safetensors"), saved(tmp_path / "b.safetensors", change=adding(full))
     made = weights.extract_lora(base, tuned, tmp_path / "c.safetensors", conv_rank=7, dtype=torch.float32, **options)
-    found, before, after = load_lora(tmp_path / "c.safetensors", TINY), weights.load(base).state_dict(), weights.load(tuned).state_dict()
+    found, before, after = (
+        load_lora(tmp_path / "c.safetensors", TINY),
+        weights.load(base).state_dict(),
+        weights.load(tuned).state_dict(),
+    )
     for one in made.modules:
         exact = after[one.parameter].double() - before[one.parameter].double()
         values = spectrum(exact)
         energies = np.cumsum(values**2)
         enough = int((energies < 0.8 * energies[-1]).sum()) + 1
         conv = one.parameter == CONV
-        assert one.rank == ((7 if conv else 5) if "rank" in options else min(enough, 7 if conv else options.get("max_rank", 99)))
+        assert one.rank == (
+            (7 if conv else 5) if "rank" in options else min(enough, 7 if conv else options.get("max_rank", 99))
+        )
         tail = math.sqrt((values[one.rank :] ** 2).sum())
         left = (product(found[one.parameter], exact.shape) - exact).norm().item()
-        assert left == pytest.approx(tail, rel=1e-5)  # the decomposition's own rounding, 64 * 2^-24, of numbers of the same size
+        assert left == pytest.approx(
+            tail, rel=1e-5
+        )  # the decomposition's own rounding, 64 * 2^-24, of numbers of the same size
         assert one.energy == pytest.approx(energies[one.rank - 1] / energies[-1], rel=1e-5)
     assert len(made.modules) == 3
 
@@ -128,9 +145,13 @@ def test_containers_and_layouts_do_not_matter(tmp_path: Path):
     with pytest.raises(FileError, match=r"same\.safetensors: differs from base in nothing that a LoRA changes"):
         weights.extract_lora(folder, same, tmp_path / "c.safetensors", rank=2)
     state[name] = state[name] + torch.outer(normal("u", (len(state[name]),)), normal("d", (state[name].shape[1],)))
-    made = weights.extract_lora(folder, save_safetensors(state, tmp_path / "tuned.safetensors", described), tmp_path / "c.safetensors", rank=2)
+    made = weights.extract_lora(
+        folder, save_safetensors(state, tmp_path / "tuned.safetensors", described), tmp_path / "c.safetensors", rank=2
+    )
     assert [one.parameter for one in made.modules] == ["unet.output_blocks.5.1.transformer_blocks.0.attn2.to_k.weight"]
-    assert next(iter(load_file(tmp_path / "c.safetensors"))).startswith("lora_unet_up_blocks_1_attentions_2_transformer_blocks_0_attn2_to_k")
+    assert next(iter(load_file(tmp_path / "c.safetensors"))).startswith(
+        "lora_unet_up_blocks_1_attentions_2_transformer_blocks_0_attn2_to_k"
+    )
 
 
 REST = {
@@ -140,10 +161,15 @@ REST = {
 
 
 def test_what_low_rank_cannot_carry_is_reported_and_kept_where_asked(tmp_path: Path):
-    change = {name: 0.1 * normal(name, shape) for name, shape in REST.items()} | {Q: normal("q", (32, 32)), CONV: normal("c", (32, 32, 3, 3))}
+    change = {name: 0.1 * normal(name, shape) for name, shape in REST.items()} | {
+        Q: normal("q", (32, 32)),
+        CONV: normal("c", (32, 32, 3, 3)),
+    }
     base, tuned = saved(tmp_path / "a.safetensors"), saved(tmp_path / "b.safetensors", change=adding(change))
     made = weights.extract_lora(base, tuned, tmp_path / "c.safetensors", rank=64)
-    assert {one.parameter: (one.size, one.kept) for one in made.rest} == {name: (4 * math.prod(shape), False) for name, shape in {**REST, CONV: (32, 32, 3, 3)}.items()}
+    assert {one.parameter: (one.size, one.kept) for one in made.rest} == {
+        name: (4 * math.prod(shape), False) for name, shape in {**REST, CONV: (32, 32, 3, 3)}.items()
+    }
     made = weights.extract_lora(base, tuned, tmp_path / "d.safetensors", rank=64, full_rest=True, dtype=torch.float32)
     assert [one.parameter for one in made.rest if not one.kept] == ["vae.decoder.conv_in.weight"]
     keys = {key for key in load_file(tmp_path / "d.safetensors") if ".lora_" not in key and ".alpha" not in key}
@@ -160,7 +186,10 @@ def test_what_low_rank_cannot_carry_is_reported_and_kept_where_asked(tmp_path: P
 
 def test_a_change_that_no_lora_carries_is_refused_with_what_keeps_it(tmp_path: Path):
     name = "unet.input_blocks.1.1.norm.weight"
-    base, tuned = saved(tmp_path / "a.safetensors"), saved(tmp_path / "b.safetensors", change=adding({name: torch.ones(32)}))
+    base, tuned = (
+        saved(tmp_path / "a.safetensors"),
+        saved(tmp_path / "b.safetensors", change=adding({name: torch.ones(32)})),
+    )
     with pytest.raises(FileError, match="in 1 parameters that a LoRA does not carry; --full-rest keeps them"):
         weights.extract_lora(base, tuned, tmp_path / "c.safetensors", rank=2)
     made = weights.extract_lora(base, tuned, tmp_path / "c.safetensors", rank=2, full_rest=True)
@@ -178,7 +207,9 @@ def test_text_towers_can_be_left_out(tmp_path: Path):
 def test_rounding_to_half_is_no_difference(tmp_path: Path):
     base = saved(tmp_path / "a.safetensors")
     with pytest.raises(FileError, match=r"differs from a\.safetensors in nothing"):
-        weights.extract_lora(base, saved(tmp_path / "b.safetensors", dtype=torch.float16), tmp_path / "c.safetensors", rank=2)
+        weights.extract_lora(
+            base, saved(tmp_path / "b.safetensors", dtype=torch.float16), tmp_path / "c.safetensors", rank=2
+        )
     half = saved(tmp_path / "d.safetensors", change=adding({Q: normal("q", (32, 32))}), dtype=torch.float16)
     made = weights.extract_lora(base, half, tmp_path / "c.safetensors", rank=2)
     assert [one.parameter for one in made.modules] == [Q]
@@ -186,7 +217,10 @@ def test_rounding_to_half_is_no_difference(tmp_path: Path):
 
 
 def test_the_file_says_what_it_is_for(tmp_path: Path):
-    base, tuned = saved(tmp_path / "a.safetensors"), saved(tmp_path / "b.safetensors", change=adding({Q: normal("q", (32, 32))}))
+    base, tuned = (
+        saved(tmp_path / "a.safetensors"),
+        saved(tmp_path / "b.safetensors", change=adding({Q: normal("q", (32, 32))})),
+    )
     weights.extract_lora(base, tuned, tmp_path / "c.safetensors", rank=2)
     with weights.open_file(tmp_path / "c.safetensors") as file:
         assert file.metadata == {
@@ -196,11 +230,16 @@ def test_the_file_says_what_it_is_for(tmp_path: Path):
         assert {spec.dtype for spec in file.specs.values()} == {torch.float16}
 
 
-@pytest.mark.parametrize(("family", "version", "two"), [("sd2-v", "sd_v2_v", "True"), ("sdxl-base", "sdxl_base_v1-0", "False")])
+@pytest.mark.parametrize(
+    ("family", "version", "two"), [("sd2-v", "sd_v2_v", "True"), ("sdxl-base", "sdxl_base_v1-0", "False")]
+)
 def test_kohyas_words_for_the_base_are_used(family: str, version: str, two: str, tmp_path: Path):
     config = shallow(family)
     name = "unet.input_blocks.1.1.transformer_blocks.0.attn1.to_q.weight"
-    base, tuned = saved(tmp_path / "a.safetensors", config), saved(tmp_path / "b.safetensors", config, adding({name: normal("q", (32, 32))}))
+    base, tuned = (
+        saved(tmp_path / "a.safetensors", config),
+        saved(tmp_path / "b.safetensors", config, adding({name: normal("q", (32, 32))})),
+    )
     weights.extract_lora(base, tuned, tmp_path / "c.safetensors", rank=2)
     with weights.open_file(tmp_path / "c.safetensors") as file:
         assert (file.metadata["ss_base_model_version"], file.metadata["ss_v2"]) == (version, two)
@@ -208,7 +247,10 @@ def test_kohyas_words_for_the_base_are_used(family: str, version: str, two: str,
 
 def test_two_families_or_predictions_have_no_lora_between_them(tmp_path: Path):
     one, two, v = (saved(tmp_path / f"{name}.safetensors", shallow(name)) for name in ("sd1", "sd2-base", "sd2-v"))
-    with pytest.raises(FileError, match=r"sd2-base\.safetensors: is sd2-base, sd1\.safetensors is sd1; a LoRA takes a model to another of its family"):
+    with pytest.raises(
+        FileError,
+        match=r"sd2-base\.safetensors: is sd2-base, sd1\.safetensors is sd1; a LoRA takes a model to another of its family",
+    ):
         weights.extract_lora(one, two, tmp_path / "c.safetensors", rank=2)
     with pytest.raises(FileError, match=r"sd2-v\.safetensors: predicts v, sd2-base\.safetensors predicts eps"):
         weights.extract_lora(two, v, tmp_path / "c.safetensors", rank=2)
@@ -230,7 +272,12 @@ def test_checkpoints_that_do_not_fit_together_are_refused(tmp_path: Path):
     }
     for name, (tensors, error, what) in broken.items():
         with pytest.raises(error, match=what):
-            weights.extract_lora(base, save_safetensors(tensors, tmp_path / f"{name}.safetensors", metadata), tmp_path / "c.safetensors", rank=2)
+            weights.extract_lora(
+                base,
+                save_safetensors(tensors, tmp_path / f"{name}.safetensors", metadata),
+                tmp_path / "c.safetensors",
+                rank=2,
+            )
     longer = replace(TINY, text=(replace(TINY.text[0], vocab=1001),))
     with pytest.raises(FileError, match=r"token_embedding.weight is \[1001, 64\].*text=False"):
         weights.extract_lora(base, saved(tmp_path / "longer.safetensors", longer), tmp_path / "c.safetensors", rank=2)
@@ -247,10 +294,15 @@ def test_layers_that_only_one_of_two_towers_has_are_left_out_and_named(tmp_path:
     tower = config.text[0]
     shorter = replace(config, text=(replace(tower, layers=tower.layers - 1, skip=0, projection=None),))
     name = "unet.input_blocks.1.1.transformer_blocks.0.attn1.to_q.weight"
-    base, tuned = saved(tmp_path / "a.safetensors", config), saved(tmp_path / "b.safetensors", shorter, adding({name: normal("q", (32, 32))}))
+    base, tuned = (
+        saved(tmp_path / "a.safetensors", config),
+        saved(tmp_path / "b.safetensors", shorter, adding({name: normal("q", (32, 32))})),
+    )
     made = weights.extract_lora(base, tuned, tmp_path / "c.safetensors", rank=2)
     assert [one.parameter for one in made.modules] == [name]
-    assert {part for part in made.unpaired if not part.startswith(f"text.0.text_model.encoder.layers.{tower.layers - 1}.")} == {"text.0.text_projection.weight"}
+    assert {
+        part for part in made.unpaired if not part.startswith(f"text.0.text_model.encoder.layers.{tower.layers - 1}.")
+    } == {"text.0.text_projection.weight"}
 
 
 # --- into a checkpoint ------------------------------------------------------------------------------------------------
@@ -263,16 +315,24 @@ def lora_of(config: ModelConfig, path: Path, r: int = 2) -> Path:
         if attention(name) or CONVOLUTION.fullmatch(name):
             key = names[name.removesuffix(".weight")]
             tensors[f"{key}.lora_down.weight"] = normal(f"{name} {path.name} d", (r, *shape[1:])) * 0.1
-            tensors[f"{key}.lora_up.weight"] = normal(f"{name} {path.name} u", (shape[0], r, *(1 for _ in shape[2:]))) * 0.1
+            tensors[f"{key}.lora_up.weight"] = (
+                normal(f"{name} {path.name} u", (shape[0], r, *(1 for _ in shape[2:]))) * 0.1
+            )
             tensors[f"{key}.alpha"] = torch.tensor(1.0)
     return save_safetensors(tensors, path)
 
 
-@pytest.mark.parametrize(("family", "dtype"), [("sd1", torch.float32), ("sd2-base", torch.float16), ("sdxl-base", torch.float32)])
+@pytest.mark.parametrize(
+    ("family", "dtype"), [("sd1", torch.float32), ("sd2-base", torch.float16), ("sdxl-base", torch.float32)]
+)
 def test_a_merged_file_is_the_merged_model_bit_for_bit(family: str, dtype: torch.dtype, tmp_path: Path):
     """The towers of SD 2 and SDXL store q, k and v as one matrix, and their projection transposed."""
     config = shallow(family)
-    base, one, two = saved(tmp_path / "a.safetensors", config, dtype=dtype), lora_of(config, tmp_path / "one.safetensors"), lora_of(config, tmp_path / "two.safetensors", 3)
+    base, one, two = (
+        saved(tmp_path / "a.safetensors", config, dtype=dtype),
+        lora_of(config, tmp_path / "one.safetensors"),
+        lora_of(config, tmp_path / "two.safetensors", 3),
+    )
     made = weights.merge_lora(base, [(one, 0.7), (two, -0.3)], tmp_path / "b.safetensors")
     model = weights.load(base, dtype=dtype)
     done = merge(model, [(load_lora(one, config), 0.7), (load_lora(two, config), -0.3)])
@@ -297,7 +357,9 @@ def test_a_projection_that_is_stored_transposed_is_changed_in_place(tmp_path: Pa
 def test_every_other_tensor_keeps_its_name_type_and_bits(kind: Callable, tmp_path: Path):
     state = checkpoint(dtype=torch.float16, position_ids="F32")
     base = kind({"state_dict": state, "global_step": 3}, tmp_path / "a.ckpt")
-    made = weights.merge_lora(base, [(some_lora(tmp_path / "l.safetensors"), 1)], tmp_path / "b.ckpt", model_config=TINY)
+    made = weights.merge_lora(
+        base, [(some_lora(tmp_path / "l.safetensors"), 1)], tmp_path / "b.ckpt", model_config=TINY
+    )
     with weights.open_file(made.path) as file:
         assert file.kind == "zip"
         after = {key: file[key] for key in file}
@@ -309,17 +371,25 @@ def test_every_other_tensor_keeps_its_name_type_and_bits(kind: Callable, tmp_pat
 
 def test_a_moving_average_of_changed_weights_is_left_out_for_a_reason(tmp_path: Path):
     state = checkpoint(ema="full")
-    base = save_safetensors(state, tmp_path / "a.safetensors", {"license": "openrail", "sshs_model_hash": "12", "modelspec.hash_sha256": "0x12"})
+    base = save_safetensors(
+        state,
+        tmp_path / "a.safetensors",
+        {"license": "openrail", "sshs_model_hash": "12", "modelspec.hash_sha256": "0x12"},
+    )
     lora = some_lora(tmp_path / "l.safetensors")
     made = weights.merge_lora(base, [(lora, 1)], tmp_path / "b.safetensors", model_config=TINY)
     assert set(made.dropped) == {key for key in state if key.startswith("model_ema.")}
     with weights.open_file(made.path) as file:
         assert set(file) == {key for key in state if not key.startswith("model_ema.")}
-        assert file.metadata["ldm.dropped"].startswith(f"{len(made.dropped)} tensors of model_ema.*: moving average of the weights before")
+        assert file.metadata["ldm.dropped"].startswith(
+            f"{len(made.dropped)} tensors of model_ema.*: moving average of the weights before"
+        )
         assert json.loads(file.metadata["ldm.merged_loras"]) == [{"name": "l.safetensors", "unet": 1.0, "text": 1.0}]
         assert file.metadata["license"] == "openrail"
         assert not {"sshs_model_hash", "modelspec.hash_sha256"} & set(file.metadata)
-    made = weights.merge_lora(base, [(lora, (0, 1))], tmp_path / "c.safetensors", model_config=TINY)  # the text tower has no average
+    made = weights.merge_lora(
+        base, [(lora, (0, 1))], tmp_path / "c.safetensors", model_config=TINY
+    )  # the text tower has no average
     assert made.dropped == {}
     assert set(load_file(made.path)) == set(state)
     assert made.parameters == (FC,)
@@ -330,9 +400,19 @@ def test_another_type_is_given_to_the_networks_alone(tmp_path: Path):
     """A schedule in half precision is another schedule, and position_ids are whole numbers even where they are stored as floats."""
     state = checkpoint(position_ids="F32")
     base = save_safetensors(state, tmp_path / "a.safetensors")
-    after = load_file(weights.merge_lora(base, [(some_lora(tmp_path / "l.safetensors"), 1)], tmp_path / "b.safetensors", model_config=TINY, dtype=torch.bfloat16).path)
+    after = load_file(
+        weights.merge_lora(
+            base,
+            [(some_lora(tmp_path / "l.safetensors"), 1)],
+            tmp_path / "b.safetensors",
+            model_config=TINY,
+            dtype=torch.bfloat16,
+        ).path
+    )
     for key, tensor in state.items():
-        network = key.startswith(("model.", "first_stage_model.", "cond_stage_model.")) and not key.endswith("position_ids")
+        network = key.startswith(("model.", "first_stage_model.", "cond_stage_model.")) and not key.endswith(
+            "position_ids"
+        )
         assert after[key].dtype == (torch.bfloat16 if network else tensor.dtype), key
     assert {"betas", "alphas_cumprod"} <= set(state)
 
@@ -340,7 +420,12 @@ def test_another_type_is_given_to_the_networks_alone(tmp_path: Path):
 def test_what_cannot_be_merged_is_refused(tmp_path: Path):
     base, lora = saved(tmp_path / "a.safetensors"), some_lora(tmp_path / "l.safetensors")
     out = tmp_path / "b.safetensors"
-    for loras, what in (([], "no LoRA was named"), ([(lora, math.nan)], "l.safetensors: scale nan"), ([(lora, (1, True))], "scale"), ([(lora, (1, 2, 3))], "scale")):
+    for loras, what in (
+        ([], "no LoRA was named"),
+        ([(lora, math.nan)], "l.safetensors: scale nan"),
+        ([(lora, (1, True))], "scale"),
+        ([(lora, (1, 2, 3))], "scale"),
+    ):
         with pytest.raises(ArgumentError, match=what):
             weights.merge_lora("nowhere", loras, out)
     with pytest.raises(ArgumentError, match="cannot hold weights"):
@@ -356,18 +441,25 @@ def test_what_cannot_be_merged_is_refused(tmp_path: Path):
     q = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q.weight"
     state = load_file(base)
     for tensors, what in (
-        ({key: value for key, value in state.items() if key != q}, "has no unet.input_blocks.1.1.transformer_blocks.0.attn1.to_q.weight, which the LoRA changes"),
+        (
+            {key: value for key, value in state.items() if key != q},
+            "has no unet.input_blocks.1.1.transformer_blocks.0.attn1.to_q.weight, which the LoRA changes",
+        ),
         (state | {q: torch.ones(32, 31)}, r"is \[32, 31\] of torch.float32, where \[32, 32\]"),
         (state | {q: torch.ones(32, 32, dtype=torch.int8)}, "of torch.int8, where"),
     ):
         with pytest.raises(FileError, match=what):
-            weights.merge_lora(save_safetensors(tensors, tmp_path / "c.safetensors"), [(lora, 1)], out, model_config=TINY)
+            weights.merge_lora(
+                save_safetensors(tensors, tmp_path / "c.safetensors"), [(lora, 1)], out, model_config=TINY
+            )
     with pytest.raises(OutputError, match="too large for float16"):
         weights.merge_lora(base, [(lora, 1e9)], out, dtype=torch.float16)
     assert not out.exists()
 
 
 def test_a_lora_for_another_family_is_not_merged(tmp_path: Path):
-    lora = save_safetensors({key: value for key, value in published("sd2").items() if "attn2" in key}, tmp_path / "l.safetensors")
+    lora = save_safetensors(
+        {key: value for key, value in published("sd2").items() if "attn2" in key}, tmp_path / "l.safetensors"
+    )
     with pytest.raises(FileError, match="is a LoRA for sd2-base"):
         weights.merge_lora(saved(tmp_path / "a.safetensors"), [(lora, 1)], tmp_path / "b.safetensors")

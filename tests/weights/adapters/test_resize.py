@@ -26,7 +26,11 @@ def test_a_lora_cut_to_a_rank_is_as_near_as_any_of_that_rank(r: int, tmp_path: P
     """Eckart and Young 1936: what is missing has the norm of the singular values left out, here of the full product by numpy in float64."""
     source = some_lora(tmp_path / "a.safetensors", rank=6, alpha=3.0)
     made = weights.resize_lora(source, tmp_path / "b.safetensors", rank=r, model_config=TINY)
-    before, after, shapes = load_lora(source, TINY), load_lora(tmp_path / "b.safetensors", TINY), lora_names.shapes(TINY)
+    before, after, shapes = (
+        load_lora(source, TINY),
+        load_lora(tmp_path / "b.safetensors", TINY),
+        lora_names.shapes(TINY),
+    )
     assert {one.parameter for one in made.kept} == set(KEYS)
     for one in made.kept:
         shape = shapes[one.parameter]
@@ -35,7 +39,9 @@ def test_a_lora_cut_to_a_rank_is_as_near_as_any_of_that_rank(r: int, tmp_path: P
         assert after[one.parameter].down.shape[0] == one.rank == r
         assert after[one.parameter].alpha == 3.0 * r / 6  # the scale, alpha / rank, is as it was
         tail = math.sqrt((values[r:] ** 2).sum())
-        assert (cut - exact).norm().item() == pytest.approx(tail, abs=8 * HALF * values[0])  # each factor is rounded once to float32
+        assert (cut - exact).norm().item() == pytest.approx(
+            tail, abs=8 * HALF * values[0]
+        )  # each factor is rounded once to float32
         assert one.energy == pytest.approx((values[:r] ** 2).sum() / (values**2).sum(), rel=1e-12)
         assert one.whole == pytest.approx((values**2).sum(), rel=1e-12)
 
@@ -77,17 +83,26 @@ def test_the_dialect_of_what_is_resized_is_its_own_or_the_one_asked_for(to: str 
 
 def test_the_layers_of_a_core_become_one_and_a_dora_keeps_its_magnitudes(tmp_path: Path):
     tensors = {f"{KEYS[CONV]}.{part}": value for part, value in KERNEL.items()}
-    tensors |= {f"{KEYS[Q]}.lora_down.weight": normal("d", (4, 32)), f"{KEYS[Q]}.lora_up.weight": normal("u", (32, 4)), f"{KEYS[Q]}.dora_scale": normal("m", (1, 32)).abs()}
+    tensors |= {
+        f"{KEYS[Q]}.lora_down.weight": normal("d", (4, 32)),
+        f"{KEYS[Q]}.lora_up.weight": normal("u", (32, 4)),
+        f"{KEYS[Q]}.dora_scale": normal("m", (1, 32)).abs(),
+    }
     tensors |= {"lora_unet_down_blocks_0_attentions_0_norm.w_norm": normal("n", (32,))}
     source = save_safetensors(tensors, tmp_path / "a.safetensors")
     made = weights.resize_lora(source, tmp_path / "b.safetensors", rank=2, model_config=TINY)
     after = load_file(tmp_path / "b.safetensors")
     assert made.untouched == ("unet.input_blocks.1.1.norm.weight",)
-    assert torch.equal(after["lora_unet_down_blocks_0_attentions_0_norm.w_norm"], tensors["lora_unet_down_blocks_0_attentions_0_norm.w_norm"])
+    assert torch.equal(
+        after["lora_unet_down_blocks_0_attentions_0_norm.w_norm"],
+        tensors["lora_unet_down_blocks_0_attentions_0_norm.w_norm"],
+    )
     assert torch.equal(after[f"{KEYS[Q]}.dora_scale"], tensors[f"{KEYS[Q]}.dora_scale"])
     assert after[f"{KEYS[Q]}.lora_down.weight"].shape == (2, 32)
     exact = delta(load_lora(source, TINY)[CONV], torch.zeros(32, 32, 3, 3)).double()
-    assert (product(load_lora(tmp_path / "b.safetensors", TINY)[CONV], (32, 32, 3, 3)) - exact).norm() <= 64 * HALF * exact.norm()
+    assert (
+        product(load_lora(tmp_path / "b.safetensors", TINY)[CONV], (32, 32, 3, 3)) - exact
+    ).norm() <= 64 * HALF * exact.norm()
 
 
 def test_factors_may_be_stored_narrower_or_wider(tmp_path: Path):
@@ -95,7 +110,9 @@ def test_factors_may_be_stored_narrower_or_wider(tmp_path: Path):
     weights.resize_lora(source, tmp_path / "b.safetensors", rank=2, model_config=TINY, dtype=torch.bfloat16)
     weights.convert_lora(source, tmp_path / "c.safetensors", "kohya", TINY, dtype=torch.float16)
     for name, dtype in (("b", torch.bfloat16), ("c", torch.float16)):
-        assert {value.dtype for key, value in load_file(tmp_path / f"{name}.safetensors").items() if ".lora_" in key} == {dtype}
+        assert {
+            value.dtype for key, value in load_file(tmp_path / f"{name}.safetensors").items() if ".lora_" in key
+        } == {dtype}
 
 
 HUGE = {f"{KEYS[Q]}.lora_down.weight": torch.full((2, 32), math.inf), f"{KEYS[Q]}.lora_up.weight": torch.ones(32, 2)}
@@ -111,7 +128,9 @@ HUGE = {f"{KEYS[Q]}.lora_down.weight": torch.full((2, 32), math.inf), f"{KEYS[Q]
 )
 def test_what_has_no_rank_to_change_is_refused(tensors: dict[str, Tensor], what: str, error: type, tmp_path: Path):
     with pytest.raises(error, match=what):
-        weights.resize_lora(save_safetensors(tensors, tmp_path / "a.safetensors"), tmp_path / "b.safetensors", rank=2, model_config=TINY)
+        weights.resize_lora(
+            save_safetensors(tensors, tmp_path / "a.safetensors"), tmp_path / "b.safetensors", rank=2, model_config=TINY
+        )
     assert not (tmp_path / "b.safetensors").exists()
 
 
@@ -144,5 +163,7 @@ def test_what_is_there_is_not_overwritten_unless_asked(tmp_path: Path):
         weights.convert_lora(source, there, to, TINY, overwrite=True)
     with pytest.raises(OutputError, match="not a regular file"):
         weights.convert_lora("nowhere.safetensors", tmp_path / "peft", "kohya", TINY, overwrite=True)
-    weights.resize_lora(source, source, rank=2, model_config=TINY, overwrite=True)  # onto itself: what is mapped is the old file
+    weights.resize_lora(
+        source, source, rank=2, model_config=TINY, overwrite=True
+    )  # onto itself: what is mapped is the old file
     assert load_lora(source, TINY)[Q].down.shape == (2, 32)

@@ -51,10 +51,14 @@ def published(manifest: str) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
     for i, target in enumerate(targets(manifest)):
         shape, r = target["shape"], 1 + (i % 7 == 0)
-        original = manifest in ("sdxl", "ssd-1b") and target["kohya"][0].startswith("lora_unet_")  # sd-scripts has that UNet under the original's names
+        original = manifest in ("sdxl", "ssd-1b") and target["kohya"][0].startswith(
+            "lora_unet_"
+        )  # sd-scripts has that UNet under the original's names
         name = target["kohya"][1 if original else 0]
         tensors[f"{name}.lora_down.weight"] = torch.randn(r, *shape[1:], generator=generator).half()
-        tensors[f"{name}.lora_up.weight"] = torch.randn(shape[0], r, *(1 for _ in shape[2:]), generator=generator).half()
+        tensors[f"{name}.lora_up.weight"] = torch.randn(
+            shape[0], r, *(1 for _ in shape[2:]), generator=generator
+        ).half()
         tensors[f"{name}.alpha"] = torch.tensor((1.0, 0.3, 8.0)[i % 3], dtype=torch.float16)
     return tensors
 
@@ -78,7 +82,9 @@ def some_lora(path: Path, *, metadata: dict[str, str] | None = None, rank: int =
 def product(change: LowRank, shape: tuple[int, ...]) -> Tensor:
     """What a change adds, in float64."""
     alpha = change.down.shape[0] if change.alpha is None else change.alpha
-    return (change.up.double().flatten(1) @ change.down.double().flatten(1) * alpha / change.down.shape[0]).reshape(shape)
+    return (change.up.double().flatten(1) @ change.down.double().flatten(1) * alpha / change.down.shape[0]).reshape(
+        shape
+    )
 
 
 def spectrum(matrix: Tensor) -> np.ndarray:
@@ -110,7 +116,9 @@ def test_a_lora_of_every_published_target_goes_to_every_dialect_and_back_bit_for
 def test_the_family_is_found_out_from_the_targets(manifest: str, tmp_path: Path):
     """All of SSD-1B's targets are SDXL's too: what tells them apart is which are missing."""
     attention = {key: value for key, value in published(manifest).items() if "lora_unet" in key and "attn2" in key}
-    made = weights.convert_lora(save_safetensors(attention, tmp_path / "a.safetensors"), tmp_path / "b.safetensors", "diffusers")
+    made = weights.convert_lora(
+        save_safetensors(attention, tmp_path / "a.safetensors"), tmp_path / "b.safetensors", "diffusers"
+    )
     assert made.family == FAMILY[manifest]
 
 
@@ -121,7 +129,9 @@ def test_what_is_taken_out_is_what_trainers_put_in(manifest: str):
     table = lora_names.spellings(config)
     for group, ours in (("lora", attention), ("locon", CONVOLUTION.fullmatch)):
         expected = {f"{table[target['peft']]}.weight" for target in targets(manifest) if target["group"] == group}
-        assert {name for name in lora_names.shapes(config) if ours(name)} - expected <= {name for name in lora_names.shapes(config) if ".layers.23." in name}
+        assert {name for name in lora_names.shapes(config) if ours(name)} - expected <= {
+            name for name in lora_names.shapes(config) if ".layers.23." in name
+        }
         assert expected <= {name for name in lora_names.shapes(config) if ours(name)}
 
 
@@ -140,7 +150,10 @@ def test_every_name_that_is_written_is_read_as_the_same_module(family: str):
 
 def test_alpha_keeps_its_value_whatever_the_type_of_the_factors(tmp_path: Path):
     """0.3 has no exact float16; a third has no exact float32, which is what JSON may say."""
-    tensors = {"unet.conv_in.lora_A.weight": torch.ones(2, 4, 3, 3).half(), "unet.conv_in.lora_B.weight": torch.ones(32, 2, 1, 1).half()}
+    tensors = {
+        "unet.conv_in.lora_A.weight": torch.ones(2, 4, 3, 3).half(),
+        "unet.conv_in.lora_B.weight": torch.ones(32, 2, 1, 1).half(),
+    }
     said = json.dumps({"unet.r": 2, "unet.lora_alpha": 1 / 3})
     source = save_safetensors(tensors, tmp_path / "a.safetensors", {"lora_adapter_metadata": said})
     weights.convert_lora(source, tmp_path / "b.safetensors", "kohya", TINY)
@@ -158,10 +171,18 @@ def test_a_lora_without_alpha_is_written_with_its_rank(tmp_path: Path):
 
 
 def test_matrices_of_a_1x1_convolution_are_written_as_its_layers(tmp_path: Path):
-    tensors = {"lora_unet_input_blocks_1_1_proj_in.lora_down.weight": normal("d", (2, 32)), "lora_unet_input_blocks_1_1_proj_in.lora_up.weight": normal("u", (32, 2))}
-    weights.convert_lora(save_safetensors(tensors, tmp_path / "a.safetensors"), tmp_path / "b.safetensors", "diffusers", TINY)
+    tensors = {
+        "lora_unet_input_blocks_1_1_proj_in.lora_down.weight": normal("d", (2, 32)),
+        "lora_unet_input_blocks_1_1_proj_in.lora_up.weight": normal("u", (32, 2)),
+    }
+    weights.convert_lora(
+        save_safetensors(tensors, tmp_path / "a.safetensors"), tmp_path / "b.safetensors", "diffusers", TINY
+    )
     written = load_file(tmp_path / "b.safetensors")
-    assert {key.rpartition(".proj_in.")[2]: list(value.shape) for key, value in written.items()} == {"lora_A.weight": [2, 32, 1, 1], "lora_B.weight": [32, 2, 1, 1]}
+    assert {key.rpartition(".proj_in.")[2]: list(value.shape) for key, value in written.items()} == {
+        "lora_A.weight": [2, 32, 1, 1],
+        "lora_B.weight": [32, 2, 1, 1],
+    }
 
 
 def test_every_kind_survives_in_kohyas_names(tmp_path: Path):
@@ -178,7 +199,11 @@ def test_every_kind_survives_in_kohyas_names(tmp_path: Path):
         "lora_unet_down_blocks_0_resnets_0_conv2.dora_scale": normal("m2", (32, 1, 1, 1)).abs(), "lora_unet_down_blocks_0_resnets_0_conv2.diff": normal("c", (32, 32, 3, 3)),
         "lora_unet_down_blocks_0_attentions_0_norm.w_norm": normal("n", (32,)), "lora_unet_down_blocks_0_attentions_0_norm.b_norm": normal("n2", (32,)),
     }  # fmt: skip
-    tensors |= {f"{key.rpartition('.hada')[0] or key.partition('.lo')[0]}.alpha": torch.tensor(3.0) for key in tensors if key.endswith(("hada_w1_a", "w2_b", "mid.weight"))}
+    tensors |= {
+        f"{key.rpartition('.hada')[0] or key.partition('.lo')[0]}.alpha": torch.tensor(3.0)
+        for key in tensors
+        if key.endswith(("hada_w1_a", "w2_b", "mid.weight"))
+    }
     tensors = {key: value.clone() for key, value in tensors.items()}
     source = save_safetensors(tensors, tmp_path / "a.safetensors")
     weights.convert_lora(source, tmp_path / "b.safetensors", "kohya", TINY)
@@ -191,8 +216,15 @@ def test_every_kind_survives_in_kohyas_names(tmp_path: Path):
     assert all(torch.equal(delta(change, weight[name]), delta(two[name], weight[name])) for name, change in one.items())
 
 
-HADA = {f"{KEYS[Q]}.hada_{part}": normal(part, (32, 2) if part.endswith("a") else (2, 32)) for part in ("w1_a", "w1_b", "w2_a", "w2_b")}
-KERNEL = {"lora_down.weight": normal("d", (2, 32, 1, 1)), "lora_up.weight": normal("u", (32, 2, 1, 1)), "lora_mid.weight": normal("m", (2, 2, 3, 3))}
+HADA = {
+    f"{KEYS[Q]}.hada_{part}": normal(part, (32, 2) if part.endswith("a") else (2, 32))
+    for part in ("w1_a", "w1_b", "w2_a", "w2_b")
+}
+KERNEL = {
+    "lora_down.weight": normal("d", (2, 32, 1, 1)),
+    "lora_up.weight": normal("u", (32, 2, 1, 1)),
+    "lora_mid.weight": normal("m", (2, 2, 3, 3)),
+}
 LOKR = {"lokr_w1": normal("w1", (4, 4)), "lokr_w2": normal("w2", (8, 8))}
 MORE = {
     "LoHa": (HADA, "is a LoHa"),
@@ -207,7 +239,9 @@ MORE = {
 def test_what_a_dialect_cannot_hold_is_refused_by_name_or_re_expressed_on_purpose(kind: str, to: str, tmp_path: Path):
     tensors, what = MORE[kind]
     source = save_safetensors(tensors, tmp_path / "a.safetensors")
-    with pytest.raises(FileError, match=rf"(to_q|in_layers.2) {what}, which {to} cannot hold; use --as-lora RANK") as caught:
+    with pytest.raises(
+        FileError, match=rf"(to_q|in_layers.2) {what}, which {to} cannot hold; use --as-lora RANK"
+    ) as caught:
         weights.convert_lora(source, tmp_path / "b", to, TINY)
     assert caught.value.key in (Q, CONV)
     assert not (tmp_path / "b").exists()
@@ -217,7 +251,9 @@ def test_what_a_dialect_cannot_hold_is_refused_by_name_or_re_expressed_on_purpos
     exact = delta(load_lora(source, TINY)[name], torch.zeros(shape)).double()
     values = spectrum(exact)
     left = (product(read_lora(tmp_path / "b", TINY).changes[name], shape) - exact).norm().item()
-    assert left == pytest.approx(math.sqrt((values[3:] ** 2).sum()), abs=64 * HALF * exact.norm().item())  # the tail, and 64 roundings
+    assert left == pytest.approx(
+        math.sqrt((values[3:] ** 2).sum()), abs=64 * HALF * exact.norm().item()
+    )  # the tail, and 64 roundings
     assert made.kept[0].energy == pytest.approx((values[:3] ** 2).sum() / (values**2).sum(), abs=1e-6)
 
 
@@ -246,23 +282,34 @@ def test_what_no_product_can_say_is_refused_even_on_purpose(tensors: dict[str, T
 
 def test_the_refiners_text_tower_has_no_settled_name(tmp_path: Path):
     config = shallow("sdxl-refiner")
-    tensors = {"lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": torch.ones(2, 80), "lora_te_text_model_encoder_layers_0_mlp_fc1.lora_up.weight": torch.ones(128, 2)}
+    tensors = {
+        "lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": torch.ones(2, 80),
+        "lora_te_text_model_encoder_layers_0_mlp_fc1.lora_up.weight": torch.ones(128, 2),
+    }
     with pytest.raises(FileError, match="refiner's text tower"):
-        weights.convert_lora(save_safetensors(tensors, tmp_path / "a.safetensors"), tmp_path / "b.safetensors", "diffusers", config)
+        weights.convert_lora(
+            save_safetensors(tensors, tmp_path / "a.safetensors"), tmp_path / "b.safetensors", "diffusers", config
+        )
 
 
 def test_families_that_have_the_same_targets_are_named(tmp_path: Path):
     name = "lora_te1_text_model_encoder_layers_0_mlp_fc1"
     tensors = {f"{name}.lora_down.weight": torch.ones(1, 768), f"{name}.lora_up.weight": torch.ones(3072, 1)}
     path = save_safetensors(tensors, tmp_path / "a.safetensors")
-    with pytest.raises(AmbiguousCheckpoint, match="targets that sd1, ssd-1b, sdxl-base have alike; say which with --family"):
+    with pytest.raises(
+        AmbiguousCheckpoint, match="targets that sd1, ssd-1b, sdxl-base have alike; say which with --family"
+    ):
         weights.convert_lora(path, tmp_path / "b.safetensors", "diffusers")
     assert weights.convert_lora(path, tmp_path / "b.safetensors", "diffusers", "sdxl-base").family == "sdxl-base"
 
 
 def test_a_file_that_is_no_lora_says_so_whatever_the_family(tmp_path: Path):
     with pytest.raises(FileError, match="is no LoRA: it begins with a"):
-        weights.convert_lora(save_safetensors({"a": torch.ones(1), "b": torch.ones(1)}, tmp_path / "a.safetensors"), tmp_path / "b.safetensors", "diffusers")
+        weights.convert_lora(
+            save_safetensors({"a": torch.ones(1), "b": torch.ones(1)}, tmp_path / "a.safetensors"),
+            tmp_path / "b.safetensors",
+            "diffusers",
+        )
     with pytest.raises(FileError, match="targets of no one family"):
         weights.convert_lora(some_lora(tmp_path / "c.safetensors"), tmp_path / "b.safetensors", "diffusers")
     with pytest.raises(FileError, match="is a directory without a LoRA"):
@@ -279,7 +326,7 @@ def peer_unet(model):
         block_out_channels=(32, 64), layers_per_block=1, cross_attention_dim=64, attention_head_dim=4,
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
     )  # fmt: skip
-    names = {f"unet.{ours}": theirs for ours, theirs in weights.names.diffusers_unet(TINY.unet).items()}
+    names = {f"unet.{ours}": theirs for ours, theirs in weights.names.diffusers.diffusers_unet(TINY.unet).items()}
     state = model.state_dict()
     peer.load_state_dict({theirs: state[ours] for ours, theirs in names.items()})
     return peer.eval()
@@ -289,12 +336,23 @@ def peer_text(model):
     """transformers' text tower of TINY's sizes with a model's weights, under the names of its version."""
     transformers = pytest.importorskip("transformers")
     config = transformers.CLIPTextConfig(
-        vocab_size=1000, hidden_size=64, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4, bos_token_id=0, eos_token_id=1, hidden_act="quick_gelu"
+        vocab_size=1000,
+        hidden_size=64,
+        intermediate_size=256,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        bos_token_id=0,
+        eos_token_id=1,
+        hidden_act="quick_gelu",
     )
     peer = transformers.CLIPTextModel(config)
-    state = {name.removeprefix("text.0."): value for name, value in model.state_dict().items() if name.startswith("text.0.")}
+    state = {
+        name.removeprefix("text.0."): value for name, value in model.state_dict().items() if name.startswith("text.0.")
+    }
     bare = not any(key.startswith("text_model.") for key in peer.state_dict())
-    peer.load_state_dict({key.removeprefix("text_model.") if bare else key: value for key, value in state.items()}, strict=False)
+    peer.load_state_dict(
+        {key.removeprefix("text_model.") if bare else key: value for key, value in state.items()}, strict=False
+    )
     return peer.eval()
 
 
@@ -398,7 +456,10 @@ def test_what_peft_saves_of_each_network_is_read(tmp_path: Path):
     peft = pytest.importorskip("peft")
     transformers = pytest.importorskip("transformers")
     config = replace(TINY, name="sdxl-base", text=(TINY.text[0], replace(TINY.text[0], projection=48)))
-    for name, kind in (("text_encoder", transformers.CLIPTextModel), ("text_encoder_2", transformers.CLIPTextModelWithProjection)):
+    for name, kind in (
+        ("text_encoder", transformers.CLIPTextModel),
+        ("text_encoder_2", transformers.CLIPTextModelWithProjection),
+    ):
         text = kind(transformers.CLIPTextConfig(
             vocab_size=1000, hidden_size=64, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4, projection_dim=48, bos_token_id=0, eos_token_id=1
         ))  # fmt: skip
@@ -408,7 +469,9 @@ def test_what_peft_saves_of_each_network_is_read(tmp_path: Path):
         adapted.save_pretrained(tmp_path / "a" / name)
     found = read_lora(tmp_path / "a", config).changes
     assert {name: (change.up[0, 0].item(), change.alpha) for name, change in found.items()} == {
-        f"text.{i}.text_model.encoder.layers.{n}.mlp.fc1.weight": (length, 5.0) for i, length in ((0, 12.0), (1, 14.0)) for n in range(3)
+        f"text.{i}.text_model.encoder.layers.{n}.mlp.fc1.weight": (length, 5.0)
+        for i, length in ((0, 12.0), (1, 14.0))
+        for n in range(3)
     }
     weights.convert_lora(tmp_path / "a", tmp_path / "b.safetensors", "kohya", config)
     assert {key[:7] for key in load_file(tmp_path / "b.safetensors")} == {"lora_te"}

@@ -59,14 +59,18 @@ def test_a_bad_file_is_refused_in_one_line_that_says_what_to_do(kind, tmp_path, 
     assert error.path == path or path in Path(error.path).parents
     assert not (tmp_path / "canary").exists()
     assert set(sys.modules) == before
-    assert seconds < (3 if kind.startswith("bomb") else 1), f"{seconds:.2f} s"  # bombs: half a second, but more on a busy machine
+    assert seconds < (3 if kind.startswith("bomb") else 1), (
+        f"{seconds:.2f} s"
+    )  # bombs: half a second, but more on a busy machine
 
 
 def same_bits(one: Tensor, other: Tensor) -> bool:
     """Is it the same tensor, NaNs and signs of zeros included?"""
     if (one.dtype, one.shape) != (other.dtype, other.shape):
         return False
-    return not one.numel() or one.reshape(-1).view(torch.uint8).equal(other.detach().contiguous().reshape(-1).view(torch.uint8))
+    return not one.numel() or one.reshape(-1).view(torch.uint8).equal(
+        other.detach().contiguous().reshape(-1).view(torch.uint8)
+    )
 
 
 @pytest.mark.parametrize("kind", SOUND)
@@ -105,7 +109,9 @@ def test_the_payloads_are_live(tmp_path):
     """Python's own pickle runs every one of them: their refusal is no accident."""
     for i, data in enumerate(LIVE.values()):
         (tmp_path / f"{i:03}.pkl").write_bytes(data)
-    done = subprocess.run([sys.executable, "-c", LIVENESS], cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", LIVENESS], cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False
+    )
     dead = [name for i, name in enumerate(LIVE) if not (tmp_path / f"{i:03}" / "canary").exists()]
     assert not dead, f"{dead}\n{done.stderr[-1000:]}"
 
@@ -145,5 +151,7 @@ def test_no_refusal_takes_more_than_256_MB(tmp_path):
         (folder / "opened").write_text(str(REFUSALS[kind].build(folder)))
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[3]), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", MEMORY, str(256 * 10**6)]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
     assert len(done.stdout.split()) == len(NASTY), done.stderr[-1000:]

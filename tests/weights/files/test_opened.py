@@ -21,7 +21,11 @@ from weights.files.source import is_remote
 
 def test_the_examples_are_refused_for_their_fault_alone(tmp_path):
     """Without the fault each of the three containers opens."""
-    for name, data in {"a.ckpt": SOUND, "b.ckpt": stream_of(), "c.safetensors": safetensors_of({"w": ENTRY}, bytes(24))}.items():
+    for name, data in {
+        "a.ckpt": SOUND,
+        "b.ckpt": stream_of(),
+        "c.safetensors": safetensors_of({"w": ENTRY}, bytes(24)),
+    }.items():
         (tmp_path / name).write_bytes(data)
         with open_file(tmp_path / name) as file:
             assert file["w"].tolist() == [[0.0] * 3] * 2
@@ -79,7 +83,12 @@ def test_a_file_of_another_machine_is_copied_since_it_may_shrink_under_a_map(sys
 
 def test_opening_8_gigabytes_costs_a_header(tmp_path):
     path = tmp_path / "x.safetensors"
-    header = safetensors_of({f"w{i}": {"dtype": "F16", "shape": [2**20, 4], "data_offsets": [i * 2**23, (i + 1) * 2**23]} for i in range(1000)})
+    header = safetensors_of(
+        {
+            f"w{i}": {"dtype": "F16", "shape": [2**20, 4], "data_offsets": [i * 2**23, (i + 1) * 2**23]}
+            for i in range(1000)
+        }
+    )
     with path.open("wb") as file:
         file.write(header)
         file.truncate(len(header) + 1000 * 2**23)  # a hole: no disk is used
@@ -128,10 +137,14 @@ def test_a_file_that_is_not_cached_is_asked_for_window_by_window(tmp_path, monke
     asked = []
     monkeypatch.setattr(source, "WINDOW", 100)
     monkeypatch.setattr(source, "_is_cached", lambda descriptor, size: False)
-    monkeypatch.setattr(source.os, "posix_fadvise", lambda descriptor, start, size, advice: asked.append((start, size)), raising=False)
+    monkeypatch.setattr(
+        source.os, "posix_fadvise", lambda descriptor, start, size, advice: asked.append((start, size)), raising=False
+    )
     path = save_safetensors({"w": torch.randn(10)}, tmp_path / "x.safetensors")
     closed = []
-    monkeypatch.setattr(source.os, "close", lambda descriptor, real=os.close: closed.append(descriptor) or real(descriptor))
+    monkeypatch.setattr(
+        source.os, "close", lambda descriptor, real=os.close: closed.append(descriptor) or real(descriptor)
+    )
     with open_file(path) as file, file.read_ahead() as wait:
         wait()
         for thread in threading.enumerate():
@@ -158,7 +171,11 @@ def test_checksums_are_checked_ahead_and_a_wrong_one_is_named(tmp_path):
     data = path.read_bytes()
     at = data.index(torch.full((100,), 7.0).numpy().tobytes())
     path.write_bytes(data[:at] + b"\1" + data[at + 1 :])
-    with open_file(path) as file, file.read_ahead() as wait, pytest.raises(FileError, match="the checksum of w7 is wrong"):
+    with (
+        open_file(path) as file,
+        file.read_ahead() as wait,
+        pytest.raises(FileError, match="the checksum of w7 is wrong"),
+    ):
         wait()
 
 
@@ -194,7 +211,10 @@ def test_a_checksum_does_not_depend_on_the_pieces_it_is_read_in(vectors, tmp_pat
     file = source.Source(tmp_path / "x")
     for start, count in ((0, len(data)), (3, 5000), (9, 0)):
         expected = zlib.crc32(data[start : start + count])
-        assert {file.crc32(start, count), *(file.crc32(start, count, bytearray(room)) for room in (1, 7, 4999, 99999))} == {expected}
+        assert {
+            file.crc32(start, count),
+            *(file.crc32(start, count, bytearray(room)) for room in (1, 7, 4999, 99999)),
+        } == {expected}
     file.close()
 
 

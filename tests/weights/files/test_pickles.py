@@ -21,7 +21,11 @@ ROOT = Path(__file__).parents[3]
 
 def test_no_listed_name_is_looked_up(tmp_path):
     """Modules that do not exist give placeholders: a machine that imported them would fail."""
-    absent = [pair for pair in INERT if pair[0].partition(".")[0] in ("pytorch_lightning", "omegaconf", "lightning", "lightning_fabric")]
+    absent = [
+        pair
+        for pair in INERT
+        if pair[0].partition(".")[0] in ("pytorch_lightning", "omegaconf", "lightning", "lightning_fabric")
+    ]
     assert len(absent) > 10
     before = set(sys.modules)
     path = tmp_path / "x.ckpt"
@@ -31,7 +35,9 @@ def test_no_listed_name_is_looked_up(tmp_path):
 
 
 def test_the_package_has_no_way_to_run_a_pickle():
-    pattern = re.compile(r"pickle\.(?!Pickler\b)\w|Unpickler|torch\.load\(|yaml\.load|(?<![.\w])(eval|exec)\(|import_module|__import__")
+    pattern = re.compile(
+        r"pickle\.(?!Pickler\b)\w|Unpickler|torch\.load\(|yaml\.load|(?<![.\w])(eval|exec)\(|import_module|__import__"
+    )
     files = [path for package in ("weights", "ldm", "samplers") for path in (ROOT / package).rglob("*.py")]
     assert len(files) > 60
     for path in files:
@@ -48,7 +54,13 @@ def test_dictionaries_that_fan_out_are_not_walked_for_ever(tmp_path):
     level: dict = {str(i): 1 for i in range(1000)}
     data = b"\x80\x02" + pickled(level)[2:-1] + b"q\x000"
     for n in range(3):
-        data += b"}(" + b"".join(pickled(str(i))[2:-1] + b"h" + bytes([n]) for i in range(1000)) + b"uq" + bytes([n + 1]) + b"0"
+        data += (
+            b"}("
+            + b"".join(pickled(str(i))[2:-1] + b"h" + bytes([n]) for i in range(1000))
+            + b"uq"
+            + bytes([n + 1])
+            + b"0"
+        )
     (tmp_path / "x.ckpt").write_bytes(ckpt_of(data + b"h\x03.", {}))
     with pytest.raises(FileError, match="far more than a model needs"):
         open_file(tmp_path / "x.ckpt")
@@ -70,5 +82,8 @@ def test_every_storage_type_has_a_torch_type():
 
 def test_an_error_says_what_to_do(tmp_path):
     (tmp_path / "model.ckpt").write_bytes(ckpt_of({"a": Call(Name("os", "system"), "ls")}))
-    with pytest.raises(FileError, match=r"model.ckpt: refers to os.system, which is code, not weights; use a .safetensors of this model$"):
+    with pytest.raises(
+        FileError,
+        match=r"model.ckpt: refers to os.system, which is code, not weights; use a .safetensors of this model$",
+    ):
         open_file(tmp_path / "model.ckpt")

@@ -27,16 +27,26 @@ NAMES = ["x.safetensors", "x.ckpt", "x.pt", "x.bin"]
 
 
 def same(found, wanted=TENSORS) -> bool:
-    return set(found) == set(wanted) and all(found[key].dtype == value.dtype and found[key].equal(value) for key, value in wanted.items())
+    return set(found) == set(wanted) and all(
+        found[key].dtype == value.dtype and found[key].equal(value) for key, value in wanted.items()
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_type_of_number_reads_back_bit_by_bit(name: str, tmp_path: Path) -> None:
-    path = write({key: pending(value) for key, value in TENSORS.items()}, tmp_path / name, {"format": "pt", "global_step": "470000"})
+    path = write(
+        {key: pending(value) for key, value in TENSORS.items()},
+        tmp_path / name,
+        {"format": "pt", "global_step": "470000"},
+    )
     with open_file(path) as file:
         assert same(file)
         assert file.metadata == {"format": "pt", "global_step": "470000"}
-    theirs = safetensors.torch.load_file(path) if name == "x.safetensors" else torch.load(path, weights_only=True)["state_dict"]
+    theirs = (
+        safetensors.torch.load_file(path)
+        if name == "x.safetensors"
+        else torch.load(path, weights_only=True)["state_dict"]
+    )
     assert same(theirs)
     assert list(tmp_path.iterdir()) == [path]
 
@@ -89,7 +99,9 @@ def test_one_tensor_is_made_at_a_time_and_each_is_reported(name: str, tmp_path: 
 def test_only_floating_point_numbers_are_converted(tmp_path: Path) -> None:
     path = write({key: pending(value, torch.float16) for key, value in TENSORS.items()}, tmp_path / "x.safetensors", {})
     with open_file(path) as file:
-        assert all(file[key].equal(value.half() if value.is_floating_point() else value) for key, value in TENSORS.items())
+        assert all(
+            file[key].equal(value.half() if value.is_floating_point() else value) for key, value in TENSORS.items()
+        )
         assert {file[key].dtype for key in file} == {torch.float16, torch.int64, torch.bool}
 
 
@@ -98,12 +110,17 @@ def test_numbers_too_large_for_float16_are_refused_and_infinities_are_not(name: 
     with pytest.raises(OutputError, match="w has numbers too large for float16"):
         write({"w": pending(torch.tensor([1.0, 70_000.0]), torch.float16)}, tmp_path / name, {})
     assert not list(tmp_path.iterdir())
-    with open_file(write({"w": pending(torch.tensor([1.0, torch.inf, torch.nan]), torch.float16)}, tmp_path / name, {})) as file:
+    with open_file(
+        write({"w": pending(torch.tensor([1.0, torch.inf, torch.nan]), torch.float16)}, tmp_path / name, {})
+    ) as file:
         assert file["w"].isinf().tolist() == [False, True, False]
 
 
 def test_what_a_torch_file_cannot_hold_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match=r"w has torch\.uint16 numbers, which this version does not write into torch files; write a \.safetensors"):
+    with pytest.raises(
+        OutputError,
+        match=r"w has torch\.uint16 numbers, which this version does not write into torch files; write a \.safetensors",
+    ):
         write({"w": pending(torch.tensor([1], dtype=torch.uint16))}, tmp_path / "x.ckpt", {})
     with pytest.raises(ArgumentError, match="metadata: state_dict is where a torch file keeps its tensors"):
         write({"w": pending(torch.ones(1))}, tmp_path / "x.ckpt", {"state_dict": "x"})
@@ -142,7 +159,13 @@ def test_a_full_disk_leaves_nothing_new_and_the_old_file_whole(name: str, tmp_pa
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
     with pytest.raises(KeyboardInterrupt):
-        write({"w": pending(torch.ones(3))}, path, {}, overwrite=True, on_write=lambda written: (_ for _ in ()).throw(KeyboardInterrupt))
+        write(
+            {"w": pending(torch.ones(3))},
+            path,
+            {},
+            overwrite=True,
+            on_write=lambda written: (_ for _ in ()).throw(KeyboardInterrupt),
+        )
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
 
@@ -178,7 +201,10 @@ def test_a_directory_appears_when_it_is_complete(tmp_path: Path) -> None:
     assert [entry.name for entry in tmp_path.iterdir()] == ["x"]
 
 
-@pytest.mark.parametrize(("stop", "raised"), [(KeyboardInterrupt(), KeyboardInterrupt), (OSError(errno.ENOSPC, "No space left on device"), OutputError)])
+@pytest.mark.parametrize(
+    ("stop", "raised"),
+    [(KeyboardInterrupt(), KeyboardInterrupt), (OSError(errno.ENOSPC, "No space left on device"), OutputError)],
+)
 def test_a_directory_that_fails_leaves_the_old_one(stop: BaseException, raised: type, tmp_path: Path) -> None:
     folder(tmp_path / "x", "one")
     with pytest.raises(raised):
@@ -187,7 +213,9 @@ def test_a_directory_that_fails_leaves_the_old_one(stop: BaseException, raised: 
     assert [entry.name for entry in tmp_path.iterdir()] == ["x"]
 
 
-def test_the_old_directory_comes_back_when_the_new_one_cannot_take_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_old_directory_comes_back_when_the_new_one_cannot_take_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder(tmp_path / "x", "one")
     real = os.rename
 
@@ -204,7 +232,9 @@ def test_the_old_directory_comes_back_when_the_new_one_cannot_take_its_place(tmp
 
 
 @pytest.mark.parametrize("after", [1, 2])
-def test_an_interrupt_between_the_renames_loses_nothing(after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupt_between_the_renames_loses_nothing(
+    after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The interpreter may raise KeyboardInterrupt just after a call has done its work."""
     folder(tmp_path / "x", "one")
     real, count = os.rename, 0

@@ -22,9 +22,15 @@ from weights import load
 
 
 def test_every_row_of_the_manifests_is_in_a_test():
-    rows = {str(path.relative_to(MANIFESTS / "diffusers")).removesuffix(".json.gz") for path in MANIFESTS.glob("diffusers/*/*.gz")}
+    rows = {
+        str(path.relative_to(MANIFESTS / "diffusers")).removesuffix(".json.gz")
+        for path in MANIFESTS.glob("diffusers/*/*.gz")
+    }
     used = {row for parts in FOLDERS.values() for row in parts.values()} - {""}
-    assert rows - used == {"sd1/safety_checker", "sd-image-variations/safety_checker"}  # those are in test_load_parts.py
+    assert rows - used == {
+        "sd1/safety_checker",
+        "sd-image-variations/safety_checker",
+    }  # those are in test_load_parts.py
 
 
 @pytest.mark.parametrize("family", FOLDERS)
@@ -34,7 +40,11 @@ def test_a_folder_and_a_single_file_of_the_same_weights_give_the_same_tensors(fa
     assert folder.config == folder_config(family)
     file = load(save_safetensors(state, tmp_path / "x.safetensors"), tiny(family))
     found, meant = folder.state_dict(), file.state_dict()
-    unread = {name for name in meant if family.startswith(("sd2", "x4")) and (".layers.23." in name or "text_projection" in name)}
+    unread = {
+        name
+        for name in meant
+        if family.startswith(("sd2", "x4")) and (".layers.23." in name or "text_projection" in name)
+    }
     assert set(found) == set(meant) - unread
     assert not [name for name, value in found.items() if not value.equal(meant[name])]
 
@@ -53,7 +63,9 @@ def same(model, meant) -> bool:
 # -- which file ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("variant", "kind"), [("", "safetensors"), (".fp16", "safetensors"), ("", "bin"), (".fp16", "bin")])
+@pytest.mark.parametrize(
+    ("variant", "kind"), [("", "safetensors"), (".fp16", "safetensors"), ("", "bin"), (".fp16", "bin")]
+)
 def test_each_kind_of_file_is_read_where_it_is_the_only_one(variant: str, kind: str, sd1, tmp_path: Path) -> None:
     parts, meant = sd1
     assert same(load(write_folder(tmp_path / "x", "sd1", parts, variant=variant, kind=kind)), meant)
@@ -62,8 +74,18 @@ def test_each_kind_of_file_is_read_where_it_is_the_only_one(variant: str, kind: 
 def test_safetensors_come_first_and_the_others_are_not_opened(sd1, tmp_path: Path) -> None:
     parts, meant = sd1
     path = write_folder(tmp_path / "x", "sd1", parts)
-    for name, stem in (("unet", "diffusion_pytorch_model"), ("vae", "diffusion_pytorch_model"), ("text_encoder", "model")):
-        for other in (f"{stem}.fp16.safetensors", f"{stem}.bin", "pytorch_model.bin", f"{stem}.safetensors.index.json", "flax_model.msgpack"):
+    for name, stem in (
+        ("unet", "diffusion_pytorch_model"),
+        ("vae", "diffusion_pytorch_model"),
+        ("text_encoder", "model"),
+    ):
+        for other in (
+            f"{stem}.fp16.safetensors",
+            f"{stem}.bin",
+            "pytorch_model.bin",
+            f"{stem}.safetensors.index.json",
+            "flax_model.msgpack",
+        ):
             (path / name / other).write_bytes(b"not even a file of weights")
     (path / "unet" / "evil.py").write_text("raise SystemExit")
     assert same(load(path), meant)
@@ -174,7 +196,13 @@ def test_missing_unknown_and_misshapen_tensors_are_named_with_their_folder(sd1, 
         load(write_folder(tmp_path / "c", "sd1", parts | {"unet": unet | {key: value[:31].clone()}}))
     query = "encoder.mid_block.attentions.0.query.weight"
     with pytest.raises(FileError, match=r"to_q.weight twice, also as .+query.weight"):
-        load(write_folder(tmp_path / "d", "sd1", parts | {"vae": parts["vae"] | {query: parts["vae"][query.replace("query", "to_q")].clone()}}))
+        load(
+            write_folder(
+                tmp_path / "d",
+                "sd1",
+                parts | {"vae": parts["vae"] | {query: parts["vae"][query.replace("query", "to_q")].clone()}},
+            )
+        )
     with pytest.raises(FileError, match="this layout never holds one"):
         load(write_folder(tmp_path / "e", "sd1", parts), ema=True)
 
@@ -224,7 +252,9 @@ def folder(sd1, tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize(("name", "what"), CASES)
-def test_a_config_that_is_wrong_is_refused_before_anything_is_built(name: str, what: str, folder: Path, monkeypatch) -> None:
+def test_a_config_that_is_wrong_is_refused_before_anything_is_built(
+    name: str, what: str, folder: Path, monkeypatch
+) -> None:
     change, match = BAD[name][what]
     path = folder / name / "config.json"
     text = path.read_text()
@@ -240,13 +270,25 @@ def test_a_config_that_is_wrong_is_refused_before_anything_is_built(name: str, w
 
 
 SCHEDULERS = {
-    "EDM": ({"_class_name": "EDMEulerScheduler"}, FileError, "EDMEulerScheduler, a schedule that this version does not know"),
-    "another schedule": ({"beta_schedule": "linear"}, FileError, "beta_schedule is linear; this version knows scaled_linear"),
+    "EDM": (
+        {"_class_name": "EDMEulerScheduler"},
+        FileError,
+        "EDMEulerScheduler, a schedule that this version does not know",
+    ),
+    "another schedule": (
+        {"beta_schedule": "linear"},
+        FileError,
+        "beta_schedule is linear; this version knows scaled_linear",
+    ),
     "betas of its own": ({"trained_betas": [0.1]}, FileError, "trained_betas"),
     "backwards": ({"beta_start": 0.5, "beta_end": 0.1}, FileError, "above beta_end"),
     "infinite": ({"beta_start": 1e400}, FileError, "beta_start is inf, not a number from"),
     "sample": ({"prediction_type": "sample"}, FileError, "predicts 'sample'; this version knows eps and v"),
-    "zero terminal SNR of eps": ({"prediction_type": "epsilon", "rescale_betas_zero_snr": True}, FileError, r"has rescale_betas_zero_snr \(zero terminal SNR\) and predicts eps"),
+    "zero terminal SNR of eps": (
+        {"prediction_type": "epsilon", "rescale_betas_zero_snr": True},
+        FileError,
+        r"has rescale_betas_zero_snr \(zero terminal SNR\) and predicts eps",
+    ),
 }
 
 
@@ -309,11 +351,19 @@ def test_other_families_in_folders_are_refused_by_name(sd1, tmp_path: Path) -> N
 def test_the_first_image_variations_held_a_whole_clip(tmp_path: Path) -> None:
     state = single("sd-image-variations")
     parts = components("sd-image-variations", state)
-    whole = parts["image_encoder"] | {"text_model.embeddings.token_embedding.weight": torch.zeros(3, 3), "text_projection.weight": torch.zeros(2, 2), "logit_scale": torch.zeros(())}
+    whole = parts["image_encoder"] | {
+        "text_model.embeddings.token_embedding.weight": torch.zeros(3, 3),
+        "text_projection.weight": torch.zeros(2, 2),
+        "logit_scale": torch.zeros(()),
+    }
     path = write_folder(tmp_path / "x", "sd-image-variations", parts | {"image_encoder": whole})
     config = json.loads((path / "image_encoder" / "config.json").read_text())
     vision = {key: value for key, value in config.items() if key != "projection_dim"}
-    (path / "image_encoder" / "config.json").write_text(json.dumps({"architectures": ["CLIPModel"], "projection_dim": config["projection_dim"], "vision_config": vision}))
+    (path / "image_encoder" / "config.json").write_text(
+        json.dumps(
+            {"architectures": ["CLIPModel"], "projection_dim": config["projection_dim"], "vision_config": vision}
+        )
+    )
     assert same(load(path), meaning(state))
 
 

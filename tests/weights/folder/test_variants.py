@@ -29,7 +29,9 @@ def folder(path: Path, variants: Iterable[str], kind: str = "safetensors") -> Pa
 
 def save(path: Path, variant: str, kind: str, value: float | None = None) -> None:
     number = float(VARIANTS.index(variant)) if value is None else value
-    (save_safetensors if kind == "safetensors" else save_zip)({"w": torch.tensor([number])}, path / f"diffusion_pytorch_model{NAMES[variant]}.{kind}")
+    (save_safetensors if kind == "safetensors" else save_zip)(
+        {"w": torch.tensor([number])}, path / f"diffusion_pytorch_model{NAMES[variant]}.{kind}"
+    )
 
 
 def shards(path: Path, variant: str, *, old: bool) -> None:
@@ -38,7 +40,11 @@ def shards(path: Path, variant: str, *, old: bool) -> None:
     files = [f"diffusion_pytorch_model{mark}-0000{i}-of-00002.safetensors" for i in (1, 2)]
     save_safetensors({"w": torch.tensor([float(VARIANTS.index(variant))])}, path / files[0])
     save_safetensors({"v": torch.ones(1)}, path / files[1])
-    name = f"diffusion_pytorch_model{mark}.safetensors.index.json" if old else f"diffusion_pytorch_model.safetensors.index{mark}.json"
+    name = (
+        f"diffusion_pytorch_model{mark}.safetensors.index.json"
+        if old
+        else f"diffusion_pytorch_model.safetensors.index{mark}.json"
+    )
     (path / name).write_text(json.dumps({"weight_map": {"w": files[0], "v": files[1]}}))
 
 
@@ -71,7 +77,9 @@ def test_safetensors_come_before_bin_but_raw_weights_after_both(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_variant_that_is_asked_for_is_taken_and_components_without_it_give_what_they_have(variant: str, tmp_path: Path) -> None:
+def test_a_variant_that_is_asked_for_is_taken_and_components_without_it_give_what_they_have(
+    variant: str, tmp_path: Path
+) -> None:
     assert taken(folder(tmp_path, VARIANTS), variant) == variant
 
 
@@ -84,7 +92,9 @@ def test_a_variant_that_is_not_there_is_refused(tmp_path: Path) -> None:
     path = folder(tmp_path, ["", "fp16"])
     with pytest.raises(FileError, match="has no bf16 weights in any component; use another variant, or none"):
         open_folder(path, "bf16")
-    with pytest.raises(FileError, match="has no variant 'int4' that this version knows; use one of fp32, ema, fp16, bf16, non_ema"):
+    with pytest.raises(
+        FileError, match="has no variant 'int4' that this version knows; use one of fp32, ema, fp16, bf16, non_ema"
+    ):
         open_folder(path, "int4")
 
 

@@ -60,10 +60,18 @@ eight = {f"{P}input_blocks.0.0.weight": (320, 8, 3, 3)}
 REFUSALS = {
     "ip2p": shapes_of("sd1") | eight,
     "ip2p of SDXL": shapes_of("sdxl-base") | eight,
-    "zero123": shapes_of("sd-image-variations") | eight | {"cc_projection.weight": (768, 772), "cc_projection.bias": (768,)},
+    "zero123": shapes_of("sd-image-variations")
+    | eight
+    | {"cc_projection.weight": (768, 772), "cc_projection.bias": (768,)},
     "unclip": shapes_of("sd21-unclip-h"),
-    "vega": without("sdxl-base", *(f"input_blocks.{i}.1.transformer_blocks.1." for i in (4, 5)), *(f"input_blocks.{i}.1.transformer_blocks.{k}." for i in (7, 8) for k in range(2, 10))),
-    "koala": without("sdxl-base", *(f"input_blocks.{i}.1.transformer_blocks.{k}." for i in (7, 8) for k in range(5, 10))),
+    "vega": without(
+        "sdxl-base",
+        *(f"input_blocks.{i}.1.transformer_blocks.1." for i in (4, 5)),
+        *(f"input_blocks.{i}.1.transformer_blocks.{k}." for i in (7, 8) for k in range(2, 10)),
+    ),
+    "koala": without(
+        "sdxl-base", *(f"input_blocks.{i}.1.transformer_blocks.{k}." for i in (7, 8) for k in range(5, 10))
+    ),
     "unknown": shapes_of("sd2-base") | {f"{P}input_blocks.0.0.weight": (320, 6, 3, 3)},
 }
 
@@ -89,7 +97,10 @@ def test_of_a_damaged_file_the_family_asked_for_says_what_is_missing(tmp_path, m
 
 def test_a_config_of_another_family_is_refused() -> None:
     assert set(TITLES) == set(FAMILIES)
-    for file, config, message in (("sd1", "sdxl-base", "is an SD 1 model and config is 'sdxl-base'"), ("sdxl-refiner", "sd2-v", "is an SDXL refiner and config is 'sd2-v'")):
+    for file, config, message in (
+        ("sd1", "sdxl-base", "is an SD 1 model and config is 'sdxl-base'"),
+        ("sdxl-refiner", "sd2-v", "is an SDXL refiner and config is 'sd2-v'"),
+    ):
         with pytest.raises(FileError, match=message):
             detect(shapes_of(file), {}, config, "x")
     assert detect(shapes_of("sd2-base"), {}, "sd2-v", "x") == FAMILIES["sd2-v"]
@@ -137,7 +148,11 @@ SPELLINGS = ["conditioner.embedders.1.model.text_model.embeddings.position_ids",
 
 def test_strays_of_merges_are_ignored_and_the_projection_has_three_spellings(tmp_path) -> None:
     state = narrowed("ssd-1b") | {key: torch.zeros(4) for key in SPELLINGS}
-    reference = load(save_safetensors(narrowed("ssd-1b"), tmp_path / "x.safetensors"), tiny("ssd-1b")).text[1].text_projection.weight
+    reference = (
+        load(save_safetensors(narrowed("ssd-1b"), tmp_path / "x.safetensors"), tiny("ssd-1b"))
+        .text[1]
+        .text_projection.weight
+    )
     prefix = "conditioner.embedders.1.model.text_projection"
     matrix = state.pop(prefix)
     assert reference.equal(matrix.T.float())
@@ -145,7 +160,10 @@ def test_strays_of_merges_are_ignored_and_the_projection_has_three_spellings(tmp
         path = save_safetensors(state | {spelling: value.contiguous()}, tmp_path / "y.safetensors")
         assert load(path, tiny("ssd-1b")).text[1].text_projection.weight.equal(reference)
     with pytest.raises(FileError, match=r"text_projection twice, also as .+text_projection.weight"):
-        load(save_safetensors(state | {prefix: matrix, f"{prefix}.weight": matrix.clone()}, tmp_path / "z.safetensors"), tiny("ssd-1b"))
+        load(
+            save_safetensors(state | {prefix: matrix, f"{prefix}.weight": matrix.clone()}, tmp_path / "z.safetensors"),
+            tiny("ssd-1b"),
+        )
 
 
 # -- eps or v ---------------------------------------------------------------------------------------------------------------------
@@ -160,11 +178,26 @@ def spread(deviation: float) -> Tensor:
     return torch.tensor([1.0, -1.0] * 160) * deviation + 3.0
 
 
-def settled(name: str = "sd2-base", deviation: float | None = None, keys: tuple[str, ...] = (), metadata: dict[str, str] | None = None, **options) -> Finding:
-    return settle(FAMILIES[name], dict.fromkeys(keys), metadata or {}, lambda: None if deviation is None else spread(deviation), refuse, **options)
+def settled(
+    name: str = "sd2-base",
+    deviation: float | None = None,
+    keys: tuple[str, ...] = (),
+    metadata: dict[str, str] | None = None,
+    **options,
+) -> Finding:
+    return settle(
+        FAMILIES[name],
+        dict.fromkeys(keys),
+        metadata or {},
+        lambda: None if deviation is None else spread(deviation),
+        refuse,
+        **options,
+    )
 
 
-@pytest.mark.parametrize(("deviation", "expected"), [(0.0, "sd2-base"), (0.069, "sd2-base"), (0.111, "sd2-v"), (0.3, "sd2-v")])
+@pytest.mark.parametrize(
+    ("deviation", "expected"), [(0.0, "sd2-base"), (0.069, "sd2-base"), (0.111, "sd2-v"), (0.3, "sd2-v")]
+)
 def test_the_statistic_tells_the_two_kinds_of_sd2_apart(deviation: float, expected: str) -> None:
     assert settled(deviation=deviation) == Finding(FAMILIES[expected])
 
@@ -192,9 +225,18 @@ def test_a_marker_or_metadata_make_a_v_model_of_any_family() -> None:
 
 
 CLASHES = {
-    "weights against metadata": ({"deviation": 0.2, "metadata": {METADATA: "epsilon"}}, r"prediction_type says eps, its weights v .*0\.200"),
-    "weights against marker": ({"deviation": 0.01, "keys": ("v_pred",)}, r"key v_pred says v, its weights eps .*0\.010"),
-    "marker against metadata": ({"name": "sdxl-base", "keys": ("v_pred",), "metadata": {METADATA: "epsilon"}}, r"says both eps and v .*prediction_type: eps, key v_pred: v"),
+    "weights against metadata": (
+        {"deviation": 0.2, "metadata": {METADATA: "epsilon"}},
+        r"prediction_type says eps, its weights v .*0\.200",
+    ),
+    "weights against marker": (
+        {"deviation": 0.01, "keys": ("v_pred",)},
+        r"key v_pred says v, its weights eps .*0\.010",
+    ),
+    "marker against metadata": (
+        {"name": "sdxl-base", "keys": ("v_pred",), "metadata": {METADATA: "epsilon"}},
+        r"says both eps and v .*prediction_type: eps, key v_pred: v",
+    ),
 }
 
 
@@ -210,7 +252,10 @@ def test_a_clash_shows_the_evidence_and_what_settles_it(what: str) -> None:
     assert settled(**arguments, explicit=True).config == FAMILIES[arguments.get("name", "sd2-base")]
 
 
-@pytest.mark.parametrize(("key", "what"), [("edm_mean", "a Playground 2.5 model"), ("edm_std", "a Playground 2.5"), ("edm_vpred.sigma_max", "a CosXL model")])
+@pytest.mark.parametrize(
+    ("key", "what"),
+    [("edm_mean", "a Playground 2.5 model"), ("edm_std", "a Playground 2.5"), ("edm_vpred.sigma_max", "a CosXL model")],
+)
 def test_schedules_that_are_not_known_are_refused_by_name(key: str, what: str) -> None:
     with pytest.raises(FileError, match=what):
         settled("sdxl-base", keys=(key, "v_pred"))
@@ -227,19 +272,33 @@ def test_a_mark_of_zero_terminal_snr_sets_the_schedule_of_a_v_model() -> None:
     assert settled("sdxl-base", keys=("ztsnr",), prediction="v") == wanted
     assert settled("sdxl-base", metadata={"rescale_betas_zero_snr": "true", SCHEDULER: "v_prediction"}) == wanted
     assert settled(deviation=0.2, keys=("ztsnr",)) == Finding(replace(FAMILIES["sd2-v"], schedule=PURE_NOISE))
-    assert settled(deviation=0.09, keys=("ztsnr",)) == Finding(replace(FAMILIES["sd2-v"], schedule=PURE_NOISE))  # in between: eps cannot be
+    assert settled(deviation=0.09, keys=("ztsnr",)) == Finding(
+        replace(FAMILIES["sd2-v"], schedule=PURE_NOISE)
+    )  # in between: eps cannot be
     described = replace(FAMILIES["sd1"], prediction="v")
     for config, keys in ((described, ("ztsnr",)), (replace(described, schedule=PURE_NOISE), ())):
-        assert settle(config, dict.fromkeys(keys), {}, lambda: None, refuse, explicit=True) == Finding(replace(described, schedule=PURE_NOISE))
+        assert settle(config, dict.fromkeys(keys), {}, lambda: None, refuse, explicit=True) == Finding(
+            replace(described, schedule=PURE_NOISE)
+        )
 
 
 @pytest.mark.parametrize(
-    "arguments", [{"name": "sdxl-base"}, {"name": "sdxl-base", "explicit": True}, {"keys": ("v_pred",), "prediction": "eps"}, {"deviation": 0.01}, {"metadata": {METADATA: "eps"}}]
+    "arguments",
+    [
+        {"name": "sdxl-base"},
+        {"name": "sdxl-base", "explicit": True},
+        {"keys": ("v_pred",), "prediction": "eps"},
+        {"deviation": 0.01},
+        {"metadata": {METADATA: "eps"}},
+    ],
 )
 @pytest.mark.parametrize("mark", ["ztsnr", "rescale_betas_zero_snr"])
 def test_zero_terminal_snr_and_eps_are_refused_with_both_ways_out(arguments: dict, mark: str) -> None:
     arguments = {**arguments, "metadata": {**arguments.get("metadata", {}), mark: "true"}}
-    with pytest.raises(FileError, match=rf"has {mark} \(zero terminal SNR\) and predicts eps, which cannot be; pass prediction='v' or drop the mark") as caught:
+    with pytest.raises(
+        FileError,
+        match=rf"has {mark} \(zero terminal SNR\) and predicts eps, which cannot be; pass prediction='v' or drop the mark",
+    ) as caught:
         settled(**arguments)
     assert len(str(caught.value)) - len("x.ckpt") <= 200 - 80
     made = replace(FAMILIES["sdxl-base"], prediction="v", schedule=PURE_NOISE)
@@ -265,7 +324,9 @@ def test_the_network_itself_settles_a_close_call_or_nothing_does() -> None:
     assert response(answering(1.0)) == pytest.approx(0)
     assert settle_by_output(doubt, answering(1.0), refuse) == FAMILIES["sd2-base"]
     assert settle_by_output(doubt, answering(-1.0, -0.1), refuse) == FAMILIES["sd2-v"]
-    with pytest.raises(AmbiguousCheckpoint, match=r"std 0\.090, test output -0\.75.*pass prediction='eps' or 'v'") as caught:
+    with pytest.raises(
+        AmbiguousCheckpoint, match=r"std 0\.090, test output -0\.75.*pass prediction='eps' or 'v'"
+    ) as caught:
         settle_by_output(doubt, answering(0.0, -0.25), refuse)
     assert len(str(caught.value)) - len("x.ckpt") <= 200 - 80
     with pytest.raises(AmbiguousCheckpoint, match="test output nan"):

@@ -69,7 +69,22 @@ def test_text_towers_have_exactly_the_names_and_shapes_of_the_original(family: s
             assert shapes(CLIPText(text)) == theirs
 
 
-@pytest.mark.parametrize("family", ["sd1", "sd1-inpainting", "sd2-base", "sd2-v", "sd2-inpainting", "sd2-depth", "x4-upscaler", "sdxl-base", "sdxl-inpainting", "sdxl-refiner", "ssd-1b"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        "sd1",
+        "sd1-inpainting",
+        "sd2-base",
+        "sd2-v",
+        "sd2-inpainting",
+        "sd2-depth",
+        "x4-upscaler",
+        "sdxl-base",
+        "sdxl-inpainting",
+        "sdxl-refiner",
+        "ssd-1b",
+    ],
+)
 def test_generated_diffusers_names_are_exactly_those_of_the_published_folders(family: str) -> None:
     config = FAMILIES[family]
     with torch.device("meta"):

@@ -39,9 +39,18 @@ def published(name: str, path: Path, dtype: torch.dtype) -> Path:
     def make(key: str, shape: tuple[int, ...], stored: torch.dtype) -> Tensor:
         if key == STATISTIC and name == "sd2-v":
             return torch.tensor([0.2, -0.2] * 160)
-        return weight(key, shape) if stored.is_floating_point else torch.arange(shape[-1]).expand(shape) if shape else torch.tensor(470_000).to(stored)
+        return (
+            weight(key, shape)
+            if stored.is_floating_point
+            else torch.arange(shape[-1]).expand(shape)
+            if shape
+            else torch.tensor(470_000).to(stored)
+        )
 
-    entries = {key: Pending(cast(stored, dtype), shape, lambda args=(key, shape, stored): make(*args)) for key, (shape, stored) in manifest(name).items()}
+    entries = {
+        key: Pending(cast(stored, dtype), shape, lambda args=(key, shape, stored): make(*args))
+        for key, (shape, stored) in manifest(name).items()
+    }
     return write(entries, path, {"format": "pt"})
 
 
@@ -49,18 +58,27 @@ def converted(source: Path, target: Path) -> str:
     """Convert in a process of its own; what it took."""
     run = subprocess.run([sys.executable, "-c", CONVERT, source, target], capture_output=True, text=True, check=True)
     seconds, peak, size = json.loads(run.stdout)
-    print(f"{source.name} -> {target.name}: {size / 1e9:.2f} GB in {seconds:.1f} s, {size / seconds / 1e6:.0f} MB/s, peak {peak / 1e6:.0f} MB")
+    print(
+        f"{source.name} -> {target.name}: {size / 1e9:.2f} GB in {seconds:.1f} s, {size / seconds / 1e6:.0f} MB/s, peak {peak / 1e6:.0f} MB"
+    )
     assert peak < LIMIT
     return run.stdout
 
 
 def digests(path: Path) -> dict[str, str]:
     with open_file(path) as file:
-        return {key: hashlib.sha256(file.read(key, mapped=False).reshape(-1).view(torch.uint8).numpy()).hexdigest() for key in file}
+        return {
+            key: hashlib.sha256(file.read(key, mapped=False).reshape(-1).view(torch.uint8).numpy()).hexdigest()
+            for key in file
+        }
 
 
-@pytest.mark.parametrize(("name", "dtype"), [("sd1", torch.float32), ("sd2-v", torch.float16), ("sdxl-base", torch.float16)])
-def test_a_full_size_file_comes_back_bit_by_bit_in_less_than_a_gigabyte(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("sd1", torch.float32), ("sd2-v", torch.float16), ("sdxl-base", torch.float16)]
+)
+def test_a_full_size_file_comes_back_bit_by_bit_in_less_than_a_gigabyte(
+    name: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
     source = published(name, tmp_path / "source.safetensors", dtype)
     wanted = digests(source)
     converted(source, tmp_path / "pickled.ckpt")
@@ -98,7 +116,12 @@ IDS = torch.tensor([[49406, 320, 2103, 4558, 539, 49407, *[49407] * 71]])
 
 
 def _inputs(context_dim: int, vector_dim: int | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    return normal("x", (1, 4, 16, 16)), torch.tensor([500]), normal("context", (1, 77, context_dim)), None if vector_dim is None else normal("pooled", (1, vector_dim - 6 * 256))
+    return (
+        normal("x", (1, 4, 16, 16)),
+        torch.tensor([500]),
+        normal("context", (1, 77, context_dim)),
+        None if vector_dim is None else normal("pooled", (1, vector_dim - 6 * 256)),
+    )
 
 
 def _ours(source: Path) -> dict[str, Tensor]:
@@ -107,8 +130,16 @@ def _ours(source: Path) -> dict[str, Tensor]:
     model = load(source)
     config = model.config.unet
     x, t, context, pooled = _inputs(config.context_dim, config.vector_dim)
-    y = None if pooled is None else torch.cat([pooled, size_embedding(torch.tensor([[1024.0, 1024, 0, 0, 1024, 1024]]))], 1)
-    outputs = {"unet": model.unet(x, t, context, y), "moments": model.vae.moments(normal("image", (1, 3, 64, 64)).clamp(-1, 1)), "decoded": model.vae.double().decode(x.double() * model.config.vae.scale)}
+    y = (
+        None
+        if pooled is None
+        else torch.cat([pooled, size_embedding(torch.tensor([[1024.0, 1024, 0, 0, 1024, 1024]]))], 1)
+    )
+    outputs = {
+        "unet": model.unet(x, t, context, y),
+        "moments": model.vae.moments(normal("image", (1, 3, 64, 64)).clamp(-1, 1)),
+        "decoded": model.vae.double().decode(x.double() * model.config.vae.scale),
+    }
     for i, tower in enumerate(model.text):
         tokens, last = tower(IDS, tower.config.skip, tower.config.norm)
         outputs[f"text {i}"] = tokens
@@ -125,7 +156,13 @@ def _theirs(folder: Path, ours: dict[str, Tensor]) -> dict[str, Tensor]:
     unet = UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=torch.float32).eval()
     vector_dim = unet.config.projection_class_embeddings_input_dim
     x, t, context, pooled = _inputs(unet.config.cross_attention_dim, vector_dim)
-    more = {} if pooled is None else {"added_cond_kwargs": {"text_embeds": pooled, "time_ids": torch.tensor([[1024.0, 1024, 0, 0, 1024, 1024]])}}
+    more = (
+        {}
+        if pooled is None
+        else {
+            "added_cond_kwargs": {"text_embeds": pooled, "time_ids": torch.tensor([[1024.0, 1024, 0, 0, 1024, 1024]])}
+        }
+    )
     outputs["unet"] = unet(x, t, context, **more).sample
     del unet
     gc.collect()

@@ -45,7 +45,9 @@ def test_transformers_reads_the_depth_network_and_computes_the_same(tmp_path: Pa
     theirs = DPTForDepthEstimation.from_pretrained(tmp_path / "b" / "depth_estimator").eval().double()
     size = ours.config.image
     x = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0)).clamp(-1, 1).double()
-    assert relative(ours(x).flatten(), theirs(x).predicted_depth.flatten()) < 1e-10  # the settings are the same: what float32 would hide of them shows
+    assert (
+        relative(ours(x).flatten(), theirs(x).predicted_depth.flatten()) < 1e-10
+    )  # the settings are the same: what float32 would hide of them shows
 
 
 @torch.no_grad()
@@ -59,7 +61,9 @@ def test_the_pipeline_of_a_folder_draws_the_picture_that_we_draw(tmp_path: Path)
     pipeline.set_progress_bar_config(disable=True)
     prompt = "a red cube on top of a blue sphere"
     model = load()
-    theirs = pipeline(prompt, num_inference_steps=8, guidance_scale=5.0, latents=seeded([3])((1, 4, 16, 16)), output_type="np").images[0]
+    theirs = pipeline(
+        prompt, num_inference_steps=8, guidance_scale=5.0, latents=seeded([3])((1, 4, 16, 16)), output_type="np"
+    ).images[0]
     (ours,) = tasks.txt2img(model, [prompt], seeds=[3], steps=8, cfg=5.0, sampler="ddim")
     assert theirs.std() > 0.1
     assert np.abs(np.asarray(ours) / 255 - theirs).max() < 0.5 / 255 + 1e-4  # ours is rounded to eight bits

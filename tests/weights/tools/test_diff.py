@@ -46,7 +46,12 @@ def inpainting(tmp_path_factory: pytest.TempPathFactory) -> tuple[State, dict[st
     """All layers of SD 1 inpainting, narrow: a checkpoint and the components of a folder with the VAE's first names, and both on the disk."""
     state, directory = single("sd1-inpainting"), tmp_path_factory.mktemp("sd1")
     parts = components("sd1-inpainting", state)
-    return state, parts, save_safetensors(state, directory / "x.safetensors"), write_folder(directory / "x", "sd1-inpainting", parts)
+    return (
+        state,
+        parts,
+        save_safetensors(state, directory / "x.safetensors"),
+        write_folder(directory / "x", "sd1-inpainting", parts),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +72,10 @@ def against(a: Path, tmp_path: Path) -> Callable[..., Difference]:
 
 def changed(state: State, prefix: str, change: Callable[[str, Tensor], Tensor]) -> State:
     """The state with every floating-point tensor under `prefix` changed."""
-    return {key: change(key, value).contiguous() if key.startswith(prefix) and value.is_floating_point() else value for key, value in state.items()}
+    return {
+        key: change(key, value).contiguous() if key.startswith(prefix) and value.is_floating_point() else value
+        for key, value in state.items()
+    }
 
 
 def cast(state: State, dtype: torch.dtype) -> State:
@@ -76,7 +84,12 @@ def cast(state: State, dtype: torch.dtype) -> State:
 
 def noisy(share: float) -> Callable[[str, Tensor], Tensor]:
     """Noise of this share of the tensor's own norm."""
-    return lambda key, value: value + share * value.norm() * torch.nn.functional.normalize(normal("noise " + key, value.shape).flatten(), dim=0).view(value.shape)
+    return lambda key, value: (
+        value
+        + share
+        * value.norm()
+        * torch.nn.functional.normalize(normal("noise " + key, value.shape).flatten(), dim=0).view(value.shape)
+    )
 
 
 def low_rank(rank: int, share: float = 0.1) -> Callable[[str, Tensor], Tensor]:
@@ -122,7 +135,10 @@ def test_another_container_is_a_conversion(save, a: Path, state: State, tmp_path
 @pytest.mark.parametrize("family", ["sd2-depth", "ssd-1b", "sd-image-variations"])
 def test_a_folder_of_the_same_tensors_is_a_conversion_both_ways(family: str, tmp_path: Path) -> None:
     state = single(family)
-    one, two = save_safetensors(state, tmp_path / "x.safetensors"), write_folder(tmp_path / "x", family, components(family, state))
+    one, two = (
+        save_safetensors(state, tmp_path / "x.safetensors"),
+        write_folder(tmp_path / "x", family, components(family, state)),
+    )
     found = diff(one, two)
     assert found.verdict.kind == "converted"
     assert found.same
@@ -130,13 +146,17 @@ def test_a_folder_of_the_same_tensors_is_a_conversion_both_ways(family: str, tmp
     assert found.verdict.text.startswith("B is A, bit by bit, as a diffusers folder")
     assert all(one.different == one.rounded == 0 for one in found.components)
     assert all(found.only_a.values()), "every key that the folder lacks is a known leftover"
-    others = {"sd2-depth": {"text.0", "depth"}, "ssd-1b": {"text.0", "text.1"}, "sd-image-variations": {"vision"}}[family]
+    others = {"sd2-depth": {"text.0", "depth"}, "ssd-1b": {"text.0", "text.1"}, "sd-image-variations": {"vision"}}[
+        family
+    ]
     assert set(counts(found)) - {"other"} == {"unet", "vae", *others}
     if family == "sd2-depth":  # one row of the matrix that OpenCLIP stacks q, k and v in: the first of k
         stacked = state["cond_stage_model.model.transformer.resblocks.3.attn.in_proj_weight"]
         stacked[len(stacked) // 3] += 1
         found = diff(save_safetensors(state, one), two)
-        assert [entry.name for entry in found.different] == ["text.0.text_model.encoder.layers.3.self_attn.k_proj.weight"]
+        assert [entry.name for entry in found.different] == [
+            "text.0.text_model.encoder.layers.3.self_attn.k_proj.weight"
+        ]
         assert found.different[0].near.largest == pytest.approx(1, abs=1e-6)
         assert not found.same
         assert found.verdict.text == "B is A with a LoRA of rank about 1 merged into 1 weights of its text tower 0."
@@ -206,7 +226,9 @@ def test_sums_do_not_depend_on_the_pieces(monkeypatch: pytest.MonkeyPatch) -> No
 def test_the_rank_of_a_difference_is_that_of_its_factors(shape: tuple[int, ...]) -> None:
     a, inner = normal("a", shape), math.prod(shape[1:])
     product = 0.05 * (normal("up", (shape[0], 3)) @ normal("down", (3, inner))).view(shape)
-    assert torch.linalg.matrix_rank(product.flatten(1)) == 3  # torch's own count, of the product without rounding to a sum
+    assert (
+        torch.linalg.matrix_rank(product.flatten(1)) == 3
+    )  # torch's own count, of the product without rounding to a sum
     for dtype in (torch.float32, torch.float16):
         assert rank(a, (a + product).to(dtype)) == 3
     assert rank(a, a + 0.05 * normal("noise", shape)) == min(shape[0], inner)
@@ -225,7 +247,10 @@ def test_a_pruned_copy_lacks_the_moving_average_and_leftovers(against) -> None:
     assert set(found.only_a) == set(full) - set(pruned)
     assert sum(reason == "moving average of the weights" for reason in found.only_a.values()) == 168
     assert against(full, pruned).verdict.text.startswith("A is B, bit by bit, without the moving average")
-    assert against(cast(pruned, torch.float16), full).verdict.text == "B is A in float16, without the moving average (168 tensors) and 2 leftovers."
+    assert (
+        against(cast(pruned, torch.float16), full).verdict.text
+        == "B is A in float16, without the moving average (168 tensors) and 2 leftovers."
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -253,26 +278,39 @@ def test_a_part_is_known_by_what_it_lacks(state: State, against, tmp_path: Path)
 
 def test_a_vae_alone_is_compared_with_diffusers_names_for_it(inpainting, tmp_path: Path) -> None:
     state, _, whole, folder = inpainting
-    original = save_safetensors({key.removeprefix(VAE): value for key, value in state.items() if key.startswith(VAE)}, tmp_path / "vae.safetensors")
+    original = save_safetensors(
+        {key.removeprefix(VAE): value for key, value in state.items() if key.startswith(VAE)},
+        tmp_path / "vae.safetensors",
+    )
     found = diff(original, folder / "vae" / "diffusion_pytorch_model.safetensors")
     assert found.verdict.text == "B is A, bit by bit, under other names."
     assert found.same
     assert counts(found) == {"vae": (248, 0, 0)}
-    assert diff(whole, folder / "unet" / "diffusion_pytorch_model.safetensors").verdict.text == "B is a part of A: its UNet."
+    assert (
+        diff(whole, folder / "unet" / "diffusion_pytorch_model.safetensors").verdict.text
+        == "B is a part of A: its UNet."
+    )
 
 
 def test_a_model_that_lacks_tensors_is_compared_by_its_keys_or_as_config_says(inpainting, tmp_path: Path) -> None:
     state, parts, *_ = inpainting
     less = {key: value for key, value in state.items() if key != f"{UNET}out.2.weight"}
     unet = {key: value for key, value in parts["unet"].items() if key != "conv_out.weight"}
-    one, two = save_safetensors(less, tmp_path / "x.safetensors"), write_folder(tmp_path / "x", "sd1-inpainting", parts | {"unet": unet})
+    one, two = (
+        save_safetensors(less, tmp_path / "x.safetensors"),
+        write_folder(tmp_path / "x", "sd1-inpainting", parts | {"unet": unet}),
+    )
     without = diff(one, two)
     assert without.names == "keys"
     assert without.verdict.kind == "unrelated"
     assert diff(one, one).verdict.kind == "identical"
     for config in ("sd1-inpainting", FAMILIES["sd1-inpainting"]):
         found = diff(one, two, config=config, quick=True)
-        assert (found.names, found.verdict.kind, found.a.title) == ("parameters", "converted", "an SD 1 inpainting model")
+        assert (found.names, found.verdict.kind, found.a.title) == (
+            "parameters",
+            "converted",
+            "an SD 1 inpainting model",
+        )
 
 
 def test_tensors_missing_from_one_file_are_counted(state: State, against) -> None:
@@ -300,7 +338,9 @@ def test_a_fine_tune_is_near_and_all_of_it_moved(state: State, against) -> None:
     unet = found.components[0]
     assert unet.relative == pytest.approx((apart.norm() / norm).item(), rel=1e-12)  # both are sums in float64
     assert unet.largest == apart.abs().max().item()
-    worst = max(keys, key=lambda key: ((tuned[key].double() - state[key].double()).norm() / state[key].double().norm()).item())
+    worst = max(
+        keys, key=lambda key: ((tuned[key].double() - state[key].double()).norm() / state[key].double().norm()).item()
+    )
     assert found.different[0].name == "unet." + worst.removeprefix(UNET)
 
 
@@ -337,7 +377,10 @@ def test_another_vae_or_text_tower_is_named(state: State, against) -> None:
     found = against(other)
     assert (found.verdict.kind, found.verdict.text) == ("swapped", "B is A with another VAE.")
     assert against(cast(other, torch.float16)).verdict.text == "B is A with another VAE in float16."
-    assert against(changed(other, TEXT, noisy(0.01))).verdict.text == "B is A with its text tower 0 changed by 1 %, with another VAE."
+    assert (
+        against(changed(other, TEXT, noisy(0.01))).verdict.text
+        == "B is A with its text tower 0 changed by 1 %, with another VAE."
+    )
     lora = against(changed(other, UNET, only("attn", low_rank(2))))
     assert lora.verdict.kind == "lora"
     assert lora.verdict.text.endswith(", with another VAE.")
@@ -349,7 +392,9 @@ def test_a_merge_shows_its_weights_when_the_third_file_is_given(state: State, a:
 
     def merged(w: float, vae: float = 0.0) -> Path:
         state_b = changed(state, UNET, lambda key, value: ((1 - w) * value + w * third[key]).half())
-        return save_safetensors(changed(state_b, VAE, lambda key, value: (1 - vae) * value + vae * third[key]), tmp_path / "b.safetensors")
+        return save_safetensors(
+            changed(state_b, VAE, lambda key, value: (1 - vae) * value + vae * third[key]), tmp_path / "b.safetensors"
+        )
 
     found = diff(a, merged(0.3), third=c)
     assert found.verdict.kind == "merge"
@@ -362,7 +407,9 @@ def test_a_merge_shows_its_weights_when_the_third_file_is_given(state: State, a:
     both = diff(a, merged(0.5, 1.0), third=c)
     assert both.verdict.text == "B is a merge: 0.5 A + 0.5 C in its UNet (VAE 1)."
     assert diff(a, merged(0.0, 1.0), third=c).verdict.text == "B is A with the VAE of C in float16."
-    by_block = changed(state, UNET, lambda key, value: torch.lerp(value, third[key], 0.2 if "input_blocks" in key else 0.6))
+    by_block = changed(
+        state, UNET, lambda key, value: torch.lerp(value, third[key], 0.2 if "input_blocks" in key else 0.6)
+    )
     odd = diff(a, save_safetensors(by_block, tmp_path / "b.safetensors"), third=c)
     assert odd.verdict.kind == "fine-tune"
     assert not next(one for one in odd.weights if one.component == "unet").fits
@@ -391,7 +438,9 @@ def test_an_inpainting_model_differs_in_the_shape_of_one_tensor(state: State, ag
     found = against(wider)
     assert (found.a.title, found.b.title) == ("an SD 1 model", "an SD 1 inpainting model")
     assert found.verdict.kind == "fine-tune"
-    assert [(one.name, one.a, one.b) for one in found.reshaped] == [("unet.input_blocks.0.0.weight", (32, 4, 3, 3), (32, 9, 3, 3))]
+    assert [(one.name, one.a, one.b) for one in found.reshaped] == [
+        ("unet.input_blocks.0.0.weight", (32, 4, 3, 3), (32, 9, 3, 3))
+    ]
     assert any("another shape" in line for line in found.verdict.evidence)
     untrained = against({**state, first: wider[first]})
     assert (untrained.verdict.kind, untrained.verdict.text) == ("overlapping", "What A and B both have is the same.")
@@ -399,14 +448,19 @@ def test_an_inpainting_model_differs_in_the_shape_of_one_tensor(state: State, ag
 
 
 def test_families_and_kinds_that_differ_are_a_result(a: Path, state: State, inpainting, tmp_path: Path) -> None:
-    sd2 = replace(SMALL, unet=replace(SMALL.unet, linear_proj=True, context_dim=96))  # SD 1's names, one shape in ten another
+    sd2 = replace(
+        SMALL, unet=replace(SMALL.unet, linear_proj=True, context_dim=96)
+    )  # SD 1's names, one shape in ten another
     other = save_safetensors(checkpoint(sd2), tmp_path / "x.safetensors")
     found = diff(a, other)
     assert found.verdict.kind == "unrelated"
     assert found.verdict.text == "B is another network than A: A is an SD 1 model, B is an SD 2 model."
     assert "their VAE is the same" in found.verdict.evidence
     assert diff(inpainting[3], other, quick=True).verdict.kind == "unrelated"
-    lora = save_safetensors({"lora_unet_x.lora_up.weight": torch.ones(4, 2), "lora_unet_x.lora_down.weight": torch.ones(2, 4)}, tmp_path / "l.safetensors")
+    lora = save_safetensors(
+        {"lora_unet_x.lora_up.weight": torch.ones(4, 2), "lora_unet_x.lora_down.weight": torch.ones(2, 4)},
+        tmp_path / "l.safetensors",
+    )
     found = diff(a, lora)
     assert found.verdict.text == "A and B have no network in common: A is an SD 1 model, B is a LoRA."
     assert len(found.only_a) == len(state)
@@ -414,14 +468,22 @@ def test_families_and_kinds_that_differ_are_a_result(a: Path, state: State, inpa
 
 
 def test_loras_are_compared_by_their_own_keys(against) -> None:
-    names = [f"lora_{where}_{i}.lora_{part}.weight" for where in ("unet_x", "te_text_model") for i in range(3) for part in ("up", "down")]
+    names = [
+        f"lora_{where}_{i}.lora_{part}.weight"
+        for where in ("unet_x", "te_text_model")
+        for i in range(3)
+        for part in ("up", "down")
+    ]
     one = {name: normal(name, (8, 4)) for name in names} | {"lora_unet_x_0.alpha": torch.tensor(4.0)}
     assert against(one, one).verdict.kind == "identical"
     found = against(cast(one, torch.float16), one)
     assert (found.names, found.verdict.text) == ("keys", "B is A in float16.")
     assert {part.name for part in found.components} == {"unet", "text.0"}
     assert against(changed(one, "lora", noisy(0.1)), one).verdict.kind == "fine-tune"
-    assert against(changed(one, "lora", lambda key, value: normal("other " + key, value.shape)), one).verdict.kind == "unrelated"
+    assert (
+        against(changed(one, "lora", lambda key, value: normal("other " + key, value.shape)), one).verdict.kind
+        == "unrelated"
+    )
     less = {key: value for key, value in one.items() if "unet" in key}
     assert against(less, one).verdict.text == "B is a part of A: its UNet."
     reshaped = {key: value if value.ndim == 0 else value[:, :2].contiguous() for key, value in one.items()}
@@ -441,7 +503,9 @@ def test_position_ids_are_compared_exactly_whatever_their_type(state: State, aga
     assert any("text.0.position_ids" in line for line in found.verdict.evidence)
     off = state[POSITION_IDS].clone()
     off[0, -1] += 1
-    assert [one.name for one in against({**state, POSITION_IDS: off.to(torch.float32)}).different] == ["text.0.position_ids"]
+    assert [one.name for one in against({**state, POSITION_IDS: off.to(torch.float32)}).different] == [
+        "text.0.position_ids"
+    ]
 
 
 def test_numbers_that_are_not_finite_are_named_and_left_out_of_sums(state: State, against) -> None:
@@ -450,7 +514,10 @@ def test_numbers_that_are_not_finite_are_named_and_left_out_of_sums(state: State
     bad[f"{VAE}decoder.conv_in.bias"][0] = math.inf
     found = against(bad)
     assert found.not_finite == {"unet.out.2.weight": "b", "vae.decoder.conv_in.bias": "b"}
-    assert [(one.name, one.near.largest) for one in found.different] == [("unet.out.2.weight", 0.0), ("vae.decoder.conv_in.bias", 0.0)]
+    assert [(one.name, one.near.largest) for one in found.different] == [
+        ("unet.out.2.weight", 0.0),
+        ("vae.decoder.conv_in.bias", 0.0),
+    ]
     assert against(bad, bad).verdict.kind == "identical"
     assert set(against(bad, bad).not_finite.values()) == {"both"}
     json.dumps(found.as_dict(), allow_nan=False)
@@ -474,7 +541,9 @@ def test_quick_reads_a_few_tensors_of_each_component_and_says_which(state: State
 def test_progress_counts_the_bytes_of_all_files(state: State, a: Path) -> None:
     told = []
     diff(a, a, third=a, on_read=told.append)
-    networks = sum(value.nbytes for key, value in state.items() if key.startswith((UNET, VAE, TEXT)) and value.is_floating_point())
+    networks = sum(
+        value.nbytes for key, value in state.items() if key.startswith((UNET, VAE, TEXT)) and value.is_floating_point()
+    )
     assert told[-1].done == told[-1].total == 2 * sum(value.nbytes for value in state.values()) + 3 * networks
     assert [one.done for one in told] == sorted(one.done for one in told)
 

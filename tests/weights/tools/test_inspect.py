@@ -50,9 +50,21 @@ UNETS = {
     "sdxl-base": (1680, 2_567_463_684), "sdxl-inpainting": (1680, 2_567_478_084), "sdxl-refiner": (1220, 2_259_526_660), "ssd-1b": (944, 1_331_334_404),
 }  # fmt: skip
 CLIP_L, OPENCLIP_H, BIGG = (197, 123_060_480), (294, 354_032_641), (390, 694_659_841)
-TEXT = {"sd1": [CLIP_L], "sd2": [OPENCLIP_H], "x4-": [OPENCLIP_H], "sdxl-refiner": [BIGG], "sdxl-base": [CLIP_L, BIGG], "sdxl-inpainting": [CLIP_L, BIGG], "ssd": [CLIP_L, BIGG]}
+TEXT = {
+    "sd1": [CLIP_L],
+    "sd2": [OPENCLIP_H],
+    "x4-": [OPENCLIP_H],
+    "sdxl-refiner": [BIGG],
+    "sdxl-base": [CLIP_L, BIGG],
+    "sdxl-inpainting": [CLIP_L, BIGG],
+    "ssd": [CLIP_L, BIGG],
+}
 F32 = torch.float32
-STATES = {"sd2-base": 0.02, "sd2-v": 0.2, "sd2-sgm": 0.02}  # standard deviation of the tensor that tells SD 2's models apart
+STATES = {
+    "sd2-base": 0.02,
+    "sd2-v": 0.2,
+    "sd2-sgm": 0.02,
+}  # standard deviation of the tensor that tells SD 2's models apart
 
 
 def statistic(deviation: float, width: int = 320) -> Tensor:
@@ -100,7 +112,13 @@ def test_every_published_file_is_known_at_its_size_from_its_header(name: str, tm
     path = sparse.published(name, tmp_path / "a.safetensors", state)
     report = inspect(path)
     family = "sd2-v" if name == "sd2-v" else FILES[name]
-    assert (report.what, report.kind, report.family, report.loadable, report.problem) == ("model", "safetensors", family, True, None)
+    assert (report.what, report.kind, report.family, report.loadable, report.problem) == (
+        "model",
+        "safetensors",
+        family,
+        True,
+        None,
+    )
     assert report.bytes == path.stat().st_size
     found = by_name(report)
     assert found["unet"] == UNETS[family]
@@ -110,19 +128,27 @@ def test_every_published_file_is_known_at_its_size_from_its_header(name: str, tm
     elif family == "sd-image-variations":
         assert found["vision"] == (296, 303_966_208)
     else:
-        assert [found[key] for key in sorted(found) if key.startswith("text.")] == next(TEXT[start] for start in TEXT if family.startswith(start))
+        assert [found[key] for key in sorted(found) if key.startswith("text.")] == next(
+            TEXT[start] for start in TEXT if family.startswith(start)
+        )
     assert ("depth" in found) == (family == "sd2-depth")
     assert found.get("depth", (368, 123_146_985)) == (368, 123_146_985)
     assert (report.missing, report.missing_keys, report.unknown_keys) == ((), (), ())
     assert sum(tensors for tensors, _ in found.values()) == len(manifest(name)) == len(report.tensors)
     assert report.prediction.value == FAMILIES[family].prediction
     assert report.prediction.conflict is None
-    assert report.ema.kind == ("full" if name == "sd1-full" else "leftover" if "model_ema.decay" in manifest(name) else "none")
-    halves = [key for key, (_, dtype) in manifest(name).items() if key.endswith("position_ids") and dtype == torch.float16]
+    assert report.ema.kind == (
+        "full" if name == "sd1-full" else "leftover" if "model_ema.decay" in manifest(name) else "none"
+    )
+    halves = [
+        key for key, (_, dtype) in manifest(name).items() if key.endswith("position_ids") and dtype == torch.float16
+    ]
     assert [(damage.key, damage.what) for damage in report.damage] == [(key, "is stored as float16") for key in halves]
     with open(path, "rb") as file:
         header = int.from_bytes(file.read(8), "little")
-    assert sum(bytes_read) <= header + 2**17, "more than the header, the 64 KiB of A1111's hash and a few small tensors was read"
+    assert sum(bytes_read) <= header + 2**17, (
+        "more than the header, the 64 KiB of A1111's hash and a few small tensors was read"
+    )
 
 
 def test_a_file_of_14_gb_is_inspected_in_little_memory_and_time(tmp_path):
@@ -150,7 +176,9 @@ def test_a_model_of_its_own_sizes_is_reported_with_what_to_pass(tmp_path):
     report = inspect(path)
     assert (report.family, report.loadable) == ("sd1", False)
     assert report.problem.endswith("pass config=ModelConfig(...)")
-    assert report.missing_keys == report.unknown_keys == ()  # SD 1 has more layers: its names say nothing about this one's
+    assert (
+        report.missing_keys == report.unknown_keys == ()
+    )  # SD 1 has more layers: its names say nothing about this one's
     known = inspect(path, config=TINY)
     assert (known.loadable, known.problem, known.prediction.evidence) == (True, None, ("the config given: eps",))
 
@@ -158,13 +186,24 @@ def test_a_model_of_its_own_sizes_is_reported_with_what_to_pass(tmp_path):
 def test_a_narrow_model_with_the_layers_of_its_family_is_compared_by_name(tmp_path):
     listed = {key: (narrow(key, shape, 10), dtype) for key, (shape, dtype) in manifest("sd2-v").items()}
     gone = listed.popitem()[0]
-    report = inspect(sparse.sparse(tmp_path / "a.safetensors", {**listed, "stray": ((1,), F32)}, {STATISTIC: statistic(0.2, 32)}))
+    report = inspect(
+        sparse.sparse(tmp_path / "a.safetensors", {**listed, "stray": ((1,), F32)}, {STATISTIC: statistic(0.2, 32)})
+    )
     assert (report.family, report.prediction.value, report.loadable) == ("sd2-v", "v", False)
     assert (report.missing_keys, report.unknown_keys) == ((gone,), ("stray",))
 
 
 def test_an_embedding_of_the_web_ui_tells_its_step(tmp_path):
-    path = save_zip({"string_to_token": {"*": 265}, "string_to_param": {"*": torch.ones(2, 768)}, "name": "seal", "step": 3000, "sd_checkpoint": "7460a6fa"}, tmp_path / "seal.pt")
+    path = save_zip(
+        {
+            "string_to_token": {"*": 265},
+            "string_to_param": {"*": torch.ones(2, 768)},
+            "name": "seal",
+            "step": 3000,
+            "sd_checkpoint": "7460a6fa",
+        },
+        tmp_path / "seal.pt",
+    )
     report = inspect(path)
     assert (report.training.step, report.metadata["name"]) == (3000, "seal")
 
@@ -185,7 +224,11 @@ def test_half_a_moving_average_is_no_average(tmp_path):
     del state[ema_name("model.diffusion_model.out.2.weight")]
     report = inspect(save_safetensors(state, tmp_path / "a.safetensors"), config=TINY)
     assert (report.ema.kind, report.ema.tensors, report.ema.expected) == ("partial", 207, 208)
-    assert dataclasses.astuple(report.training) == (470_000, None, "model_ema.num_updates, the updates of its moving average")
+    assert dataclasses.astuple(report.training) == (
+        470_000,
+        None,
+        "model_ema.num_updates, the updates of its moving average",
+    )
     assert report.unknown_keys == ()
 
 
@@ -211,7 +254,11 @@ def test_what_is_missing_unknown_and_misshapen_is_what_load_refuses(tmp_path):
 
 def test_the_model_that_ships_is_known_by_its_own_config():
     report = inspect()
-    assert (report.family, report.loadable, report.prediction.evidence) == ("blocks", True, ("ldm.config in its metadata: eps",))
+    assert (report.family, report.loadable, report.prediction.evidence) == (
+        "blocks",
+        True,
+        ("ldm.config in its metadata: eps",),
+    )
     assert report.path.endswith(".safetensors")
 
 
@@ -223,7 +270,13 @@ def test_the_model_that_ships_is_known_by_its_own_config():
     [
         (0.2, {}, "v", None, True),
         (0.02, {"modelspec.prediction_type": "epsilon"}, "eps", None, True),
-        (0.2, {"modelspec.prediction_type": "epsilon"}, None, "modelspec.prediction_type says eps, its weights v (norm1.bias std 0.200", False),
+        (
+            0.2,
+            {"modelspec.prediction_type": "epsilon"},
+            None,
+            "modelspec.prediction_type says eps, its weights v (norm1.bias std 0.200",
+            False,
+        ),
         (0.09, {}, None, "norm1.bias std 0.090 is in between: loading asks the network", True),
         (0.09, {"modelspec.prediction_type": "v"}, "v", None, True),
         (0.2, {"modelspec.prediction_type": "sample"}, None, None, False),
@@ -254,7 +307,10 @@ def test_zero_terminal_snr_is_part_of_what_is_said_of_the_prediction(tmp_path):
     report = inspect(sparse.sparse(tmp_path / "a.safetensors", listed))
     assert report.loadable
     assert report.prediction.value == "v"
-    assert report.prediction.evidence == ("key v_pred: v", "trained with zero terminal SNR: its last timestep is pure noise")
+    assert report.prediction.evidence == (
+        "key v_pred: v",
+        "trained with zero terminal SNR: its last timestep is pure noise",
+    )
 
 
 # --- damage ---------------------------------------------------------------------------------------------------------
@@ -275,7 +331,11 @@ def test_damage_that_loading_puts_right_is_named(tmp_path):
 
 @pytest.mark.parametrize(
     ("ids", "what"),
-    [(torch.arange(77.0)[None], "is stored as float32"), (torch.arange(77.0)[None] + 0.5, "is stored as float32 and does not count from 0 to 76"), (torch.arange(77), r"has the shape [77]")],
+    [
+        (torch.arange(77.0)[None], "is stored as float32"),
+        (torch.arange(77.0)[None] + 0.5, "is stored as float32 and does not count from 0 to 76"),
+        (torch.arange(77), r"has the shape [77]"),
+    ],
 )
 def test_position_ids_are_checked_number_by_number(ids: Tensor, what: str, tmp_path):
     report = inspect(save_safetensors({**checkpoint(), POSITION_IDS: ids}, tmp_path / "a.safetensors"), config=TINY)
@@ -292,15 +352,21 @@ def folder(path: Path, family: str, variant: str = "") -> Path:
         (path / name).mkdir()
         (path / name / "config.json").write_text(json.dumps(config_json(family, name, wide=True)))
         listed = of_folder(family, name)
-        numbers = {key: torch.arange(shape[-1])[None] for key, (shape, _) in listed.items() if key.endswith("position_ids")}
+        numbers = {
+            key: torch.arange(shape[-1])[None] for key, (shape, _) in listed.items() if key.endswith("position_ids")
+        }
         if name == "unet" and family.startswith("sd2"):
-            numbers["up_blocks.3.attentions.2.transformer_blocks.0.norm1.bias"] = statistic(0.2 if family == "sd2-v" else 0.02)
+            numbers["up_blocks.3.attentions.2.transformer_blocks.0.norm1.bias"] = statistic(
+                0.2 if family == "sd2-v" else 0.02
+            )
         sparse.sparse(path / name / f"{STEMS.get(name, 'model')}{variant}.safetensors", listed, numbers)
     write_index(path, family, filter(FOLDERS[family].get, FOLDERS[family]))
     return path
 
 
-@pytest.mark.parametrize("family", ["sd1", "sd-image-variations", "sd2-v", "sd2-depth", "x4-upscaler", "sdxl-refiner", "ssd-1b"])
+@pytest.mark.parametrize(
+    "family", ["sd1", "sd-image-variations", "sd2-v", "sd2-depth", "x4-upscaler", "sdxl-refiner", "ssd-1b"]
+)
 def test_a_published_folder_is_known_at_its_size(family: str, tmp_path, bytes_read):
     path = folder(tmp_path / "model", family, ".fp16" if family == "sd1" else "")
     report = inspect(path)
@@ -333,7 +399,12 @@ def test_a_folders_shards_and_its_safety_checker_are_seen_and_its_components_alo
     assert (report.sharded, report.variant, len(report.files), report.loadable) == (True, "", 4, True)
     assert by_name(report)["safety"] == (396, 303_981_588)
     assert by_name(report)["unet"] == UNETS["sd1"]
-    assert [inspect(path / name).what for name in ("unet", "vae", "text_encoder", "safety_checker")] == ["unet", "vae", "text tower", "safety checker"]
+    assert [inspect(path / name).what for name in ("unet", "vae", "text_encoder", "safety_checker")] == [
+        "unet",
+        "vae",
+        "text tower",
+        "safety checker",
+    ]
     with pytest.raises(FileError, match="is a directory without weights of a known name"):
         inspect(path / "scheduler")
     (path / "vae" / "config.json").write_text("{}")
@@ -347,30 +418,66 @@ def test_a_folders_shards_and_its_safety_checker_are_seen_and_its_components_alo
 
 @pytest.mark.parametrize(
     ("name", "family", "modules"),
-    [("sd1", "sd1", {"unet": 192, "text.0": 72}), ("sd2", "sd2-base", {"unet": 192, "text.0": 138}), ("sdxl", "sdxl-base", {"unet": 722, "text.0": 72, "text.1": 192}), ("ssd-1b", "ssd-1b", {"unet": 360, "text.0": 72, "text.1": 192})],
+    [
+        ("sd1", "sd1", {"unet": 192, "text.0": 72}),
+        ("sd2", "sd2-base", {"unet": 192, "text.0": 138}),
+        ("sdxl", "sdxl-base", {"unet": 722, "text.0": 72, "text.1": 192}),
+        ("ssd-1b", "ssd-1b", {"unet": 360, "text.0": 72, "text.1": 192}),
+    ],
 )
 def test_a_lora_is_known_by_the_modules_that_it_changes(name, family, modules, tmp_path, bytes_read):
-    path = save_safetensors(published_lora(name), tmp_path / "a.safetensors", {"ss_base_model_version": "of its trainer"})
+    path = save_safetensors(
+        published_lora(name), tmp_path / "a.safetensors", {"ss_base_model_version": "of its trainer"}
+    )
     report = inspect(path)
     lora, count = report.lora, sum(modules.values())
-    assert (report.what, report.title, report.loadable, lora.families) == ("lora", f"LoRA for {family}", True, (family,))
+    assert (report.what, report.title, report.loadable, lora.families) == (
+        "lora",
+        f"LoRA for {family}",
+        True,
+        (family,),
+    )
     assert (lora.modules, lora.fitting, lora.weights) == (modules, count, count)
-    assert (lora.kinds, lora.spellings, lora.ranks, lora.alphas) == ({"LoRA": count}, {"kohya": count}, {1: count}, {1.0: count})
+    assert (lora.kinds, lora.spellings, lora.ranks, lora.alphas) == (
+        {"LoRA": count},
+        {"kohya": count},
+        {1: count},
+        {1.0: count},
+    )
     assert report.unknown_keys == ()
     assert "ss_base_model_version: of its trainer" in report.evidence
     header = int.from_bytes(path.read_bytes()[:8], "little")
     assert sum(bytes_read) <= 2 * header + 2**17 + 4 * count  # 4 bytes are an alpha
 
 
-Q, CONV = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q", "lora_unet_down_blocks_3_resnets_0_conv1"  # of SD 1: [320, 320], [1280, 1280, 3, 3]
+Q, CONV = (
+    "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q",
+    "lora_unet_down_blocks_3_resnets_0_conv1",
+)  # of SD 1: [320, 320], [1280, 1280, 3, 3]
 KINDS: dict[str, dict[str, tuple[int, ...]]] = {
     "LoRA": {f"{Q}.lora_down.weight": (4, 320), f"{Q}.lora_up.weight": (320, 4)},
     "LoCon": {f"{CONV}.lora_down.weight": (4, 1280, 3, 3), f"{CONV}.lora_up.weight": (1280, 4, 1, 1)},
-    "LoHa": {f"{Q}.hada_w1_a": (320, 4), f"{Q}.hada_w1_b": (4, 320), f"{Q}.hada_w2_a": (320, 4), f"{Q}.hada_w2_b": (4, 320)},
+    "LoHa": {
+        f"{Q}.hada_w1_a": (320, 4),
+        f"{Q}.hada_w1_b": (4, 320),
+        f"{Q}.hada_w2_a": (320, 4),
+        f"{Q}.hada_w2_b": (4, 320),
+    },
     "LoKr": {f"{Q}.lokr_w1": (16, 16), f"{Q}.lokr_w2_a": (20, 4), f"{Q}.lokr_w2_b": (4, 20)},
-    "GLoRA": {f"{Q}.a1.weight": (320, 4), f"{Q}.a2.weight": (4, 320), f"{Q}.b1.weight": (320, 4), f"{Q}.b2.weight": (4, 320)},
+    "GLoRA": {
+        f"{Q}.a1.weight": (320, 4),
+        f"{Q}.a2.weight": (4, 320),
+        f"{Q}.b1.weight": (320, 4),
+        f"{Q}.b2.weight": (4, 320),
+    },
     "DoRA": {f"{Q}.lora_down.weight": (4, 320), f"{Q}.lora_up.weight": (320, 4), f"{Q}.dora_scale": (1, 320)},
-    "DoRA of LoHa": {f"{Q}.hada_w1_a": (320, 4), f"{Q}.hada_w1_b": (4, 320), f"{Q}.hada_w2_a": (320, 4), f"{Q}.hada_w2_b": (4, 320), f"{Q}.dora_scale": (1, 320)},
+    "DoRA of LoHa": {
+        f"{Q}.hada_w1_a": (320, 4),
+        f"{Q}.hada_w1_b": (4, 320),
+        f"{Q}.hada_w2_a": (320, 4),
+        f"{Q}.hada_w2_b": (4, 320),
+        f"{Q}.dora_scale": (1, 320),
+    },
     "full difference": {f"{Q}.diff": (320, 320)},
 }
 
@@ -408,7 +515,12 @@ def test_a_lora_that_lacks_a_part_is_a_damaged_one(tmp_path):
 
 def test_a_lora_of_text_alone_may_be_for_several_families(tmp_path):
     key = "lora_te1_text_model_encoder_layers_0_mlp_fc1"
-    report = inspect(save_safetensors({f"{key}.lora_down.weight": torch.zeros(4, 768), f"{key}.lora_up.weight": torch.zeros(3072, 4)}, tmp_path / "a.safetensors"))
+    report = inspect(
+        save_safetensors(
+            {f"{key}.lora_down.weight": torch.zeros(4, 768), f"{key}.lora_up.weight": torch.zeros(3072, 4)},
+            tmp_path / "a.safetensors",
+        )
+    )
     assert report.lora.families == ("sd1", "sdxl-base")
     assert report.lora.modules == {"text.0": 1}
 
@@ -421,16 +533,32 @@ def test_every_form_of_embedding_is_told_with_its_vectors(form: str, tmp_path):
     write, expected = FORMS[form]
     report = inspect(write(tmp_path))
     (count,) = {len(vectors) for vectors in expected.values()}
-    assert (report.what, report.embedding.vectors, sorted(report.embedding.towers.values())) == ("embedding", count, sorted(expected))
+    assert (report.what, report.embedding.vectors, sorted(report.embedding.towers.values())) == (
+        "embedding",
+        count,
+        sorted(expected),
+    )
     assert report.loadable
-    maker = next(part for part in ("A1111", "kohya", "SDXL", "diffusers", "bare", "original") if part in form or part == "original")
+    maker = next(
+        part
+        for part in ("A1111", "kohya", "SDXL", "diffusers", "bare", "original")
+        if part in form or part == "original"
+    )
     assert maker in report.embedding.form
 
 
 def test_an_embedding_names_its_word_and_tower(tmp_path):
     report = inspect(save_safetensors({"<cat>": torch.zeros(3, 1024)}, tmp_path / "a.safetensors"))
-    assert (report.title, report.embedding.word, report.embedding.towers) == ("textual-inversion embedding for OpenCLIP-H", "<cat>", {"OpenCLIP-H": 1024})
-    for tensors, problem in (({"a": torch.zeros(0, 8)}, "has the shape [0, 8]"), ({"clip_l": torch.zeros(1, 768), "clip_g": torch.zeros(2, 1280)}, "another number of vectors"), ({"a": torch.zeros(8), "b": torch.zeros(8)}, "holds 2 tensors")):
+    assert (report.title, report.embedding.word, report.embedding.towers) == (
+        "textual-inversion embedding for OpenCLIP-H",
+        "<cat>",
+        {"OpenCLIP-H": 1024},
+    )
+    for tensors, problem in (
+        ({"a": torch.zeros(0, 8)}, "has the shape [0, 8]"),
+        ({"clip_l": torch.zeros(1, 768), "clip_g": torch.zeros(2, 1280)}, "another number of vectors"),
+        ({"a": torch.zeros(8), "b": torch.zeros(8)}, "holds 2 tensors"),
+    ):
         odd = inspect(save_safetensors(tensors, tmp_path / "b.safetensors"))
         assert (odd.what, odd.loadable) == ("other", False)
         assert problem in odd.problem
@@ -473,7 +601,15 @@ def test_a_vae_with_a_hole_is_not_loadable(tmp_path):
 @pytest.mark.parametrize("name", [name for name in ALONE if name != "UNet"])
 def test_the_report_and_the_loader_agree_on_what_is_no_model(name: str):
     shapes = {key: shape for key, (shape, _) in ALONE[name][0].items()}
-    words = {"vae": "a VAE alone", "safety checker": "a safety checker", "unet": "UNet", "text tower": "a text tower alone", "controlnet": "a ControlNet", "transformer": "a Flux or SD 3", "other": "has no UNet"}
+    words = {
+        "vae": "a VAE alone",
+        "safety checker": "a safety checker",
+        "unet": "UNet",
+        "text tower": "a text tower alone",
+        "controlnet": "a ControlNet",
+        "transformer": "a Flux or SD 3",
+        "other": "has no UNet",
+    }
     assert words[what_is(shapes)] in not_a_model(shapes)
 
 
@@ -493,9 +629,17 @@ def test_what_cannot_be_read_is_the_readers_error(tmp_path):
 def test_the_bytes_of_a_published_file_are_recognised(tmp_path, monkeypatch):
     path = save_safetensors({"<cat>": torch.zeros(3, 768)}, tmp_path / "renamed.safetensors")
     size, digest = path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest()
-    monkeypatch.setattr("weights.files.hashes.PUBLISHED", (Published("cat.safetensors", size, digest), Published("dog.safetensors", size, "0" * 64)))
+    monkeypatch.setattr(
+        "weights.files.hashes.PUBLISHED",
+        (Published("cat.safetensors", size, digest), Published("dog.safetensors", size, "0" * 64)),
+    )
     (plain,), (file,) = inspect(path).files, inspect(path, hash=True).files
-    assert (plain.sha256, plain.a1111_new, plain.published, plain.same_size) == (None, None, (), ("cat.safetensors", "dog.safetensors"))
+    assert (plain.sha256, plain.a1111_new, plain.published, plain.same_size) == (
+        None,
+        None,
+        (),
+        ("cat.safetensors", "dog.safetensors"),
+    )
     assert (file.sha256, file.a1111_new, file.published) == (digest, digest[:10], ("cat.safetensors",))
     steps = []
     inspect(path, hash=True, on_hash=steps.append)
@@ -521,7 +665,9 @@ def test_json_has_every_name_that_the_docstring_lists(tmp_path, capsys):
 
 def test_the_text_is_short_aligned_and_harmless(tmp_path, capsys):
     state = {**checkpoint(position_ids="F16"), "\x1b[2Jevil": torch.ones(1)}
-    path = save_safetensors(state, tmp_path / "a.safetensors", {"note": "\x1b[2J" + "x" * 500, **{f"k{i}": "v" for i in range(30)}})
+    path = save_safetensors(
+        state, tmp_path / "a.safetensors", {"note": "\x1b[2J" + "x" * 500, **{f"k{i}": "v" for i in range(30)}}
+    )
     assert main(["inspect", str(path), "--keys", "evil"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert "\x1b" not in "".join(lines)
@@ -538,21 +684,47 @@ def test_the_text_of_a_published_file_tells_what_a_newcomer_asks(tmp_path, capsy
     path = sparse.published("sd2-v", tmp_path / "a.safetensors", {STATISTIC: statistic(0.2)})
     assert main(["inspect", str(path)]) == 0
     text = capsys.readouterr().out
-    for line in ("  family      sd2-v", "  predicts    v", "865.91M parameters", f"  use it with --ckpt {path}", "average     its bookkeeping alone"):
+    for line in (
+        "  family      sd2-v",
+        "  predicts    v",
+        "865.91M parameters",
+        f"  use it with --ckpt {path}",
+        "average     its bookkeeping alone",
+    ):
         assert line in text
 
 
-@pytest.mark.parametrize(("deviation", "line", "last"), [(0.2, "  conflict    modelspec.prediction_type says eps, its weights v", "  not loaded  until the conflict is settled"), (0.09, None, "  use it with --ckpt")])
+@pytest.mark.parametrize(
+    ("deviation", "line", "last"),
+    [
+        (
+            0.2,
+            "  conflict    modelspec.prediction_type says eps, its weights v",
+            "  not loaded  until the conflict is settled",
+        ),
+        (0.09, None, "  use it with --ckpt"),
+    ],
+)
 def test_the_text_says_a_conflict_once(deviation, line, last, tmp_path, capsys):
-    path = sparse.published("sd2-base", tmp_path / "a.safetensors", {STATISTIC: statistic(deviation)}, {"modelspec.prediction_type": "epsilon"})
+    path = sparse.published(
+        "sd2-base",
+        tmp_path / "a.safetensors",
+        {STATISTIC: statistic(deviation)},
+        {"modelspec.prediction_type": "epsilon"},
+    )
     assert main(["inspect", str(path)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [each for each in lines if "conflict " in each and each.startswith("  conflict")] == [each for each in lines if line and each.startswith(line)]
+    assert [each for each in lines if "conflict " in each and each.startswith("  conflict")] == [
+        each for each in lines if line and each.startswith(line)
+    ]
     assert lines[-1].startswith(last)
 
 
 def test_the_text_of_loras_and_embeddings_tells_what_they_are_made_of(tmp_path, capsys):
-    lora = save_safetensors({key: torch.zeros(shape) for key, shape in {**KINDS["LoRA"], **KINDS["LoCon"]}.items()}, tmp_path / "a.safetensors")
+    lora = save_safetensors(
+        {key: torch.zeros(shape) for key, shape in {**KINDS["LoRA"], **KINDS["LoCon"]}.items()},
+        tmp_path / "a.safetensors",
+    )
     embedding = save_safetensors({"<cat>": torch.zeros(3, 1024)}, tmp_path / "b.safetensors")
     assert main(["inspect", str(lora), str(embedding), "--hash"]) == 0
     text = capsys.readouterr().out
@@ -564,7 +736,16 @@ def test_the_text_of_loras_and_embeddings_tells_what_they_are_made_of(tmp_path, 
         assert line in text
 
 
-@pytest.mark.parametrize(("pattern", "count"), [("*", 399), ("model.diffusion_model.out.2.*", 2), ("attn1.to_q", 4), (r"/out\.2\.(weight|bias)$/", 2), ("nothing", 0)])
+@pytest.mark.parametrize(
+    ("pattern", "count"),
+    [
+        ("*", 399),
+        ("model.diffusion_model.out.2.*", 2),
+        ("attn1.to_q", 4),
+        (r"/out\.2\.(weight|bias)$/", 2),
+        ("nothing", 0),
+    ],
+)
 def test_keys_are_chosen_by_glob_part_or_expression(pattern, count, tmp_path, capsys):
     path = save_safetensors(checkpoint(), tmp_path / "a.safetensors")
     assert main(["inspect", str(path), "--keys", pattern]) == 0
@@ -572,12 +753,17 @@ def test_keys_are_chosen_by_glob_part_or_expression(pattern, count, tmp_path, ca
 
 
 def test_one_bad_file_does_not_hide_the_others(tmp_path, capsys):
-    bad, good = tmp_path / "bad.safetensors", save_safetensors({"<cat>": torch.zeros(3, 768)}, tmp_path / "good.safetensors")
+    bad, good = (
+        tmp_path / "bad.safetensors",
+        save_safetensors({"<cat>": torch.zeros(3, 768)}, tmp_path / "good.safetensors"),
+    )
     bad.write_bytes(b"")
     assert main(["inspect", str(bad), str(good)]) == 2
     out = capsys.readouterr()
     assert "good.safetensors: textual-inversion embedding for CLIP-L" in out.out
-    assert out.err.splitlines() == [f"ldm: error: {str(bad)[-80:] if len(str(bad)) <= 80 else '...' + str(bad)[-77:]}: is empty (0 bytes); download it again"]
+    assert out.err.splitlines() == [
+        f"ldm: error: {str(bad)[-80:] if len(str(bad)) <= 80 else '...' + str(bad)[-77:]}: is empty (0 bytes); download it again"
+    ]
     assert main(["inspect", str(bad)]) == 2
     for words in (["--keys", "/(/"], ["--config", "sd3"]):
         assert main(["inspect", str(good), str(bad), *words]) == 2

@@ -19,7 +19,16 @@ from torch import Tensor
 from ldm.config import FAMILIES, ModelConfig
 from ldm.errors import AmbiguousCheckpoint, ArgumentError, FileError, OutputError
 from tests.made import families
-from tests.made.checkpoints import POSITION_IDS, TINY, checkpoint, meaning, save_safetensors, save_stream, save_zip, tiny
+from tests.made.checkpoints import (
+    POSITION_IDS,
+    TINY,
+    checkpoint,
+    meaning,
+    save_safetensors,
+    save_stream,
+    save_zip,
+    tiny,
+)
 from tests.made.diffusers_folders import STATISTIC, components, single, write_folder
 from tests.made.seeded import weight
 from weights import convert, load, merge, open_file, original_state
@@ -32,7 +41,10 @@ SAVERS = {"x.safetensors": save_safetensors, "x.ckpt": save_zip, "stream.ckpt": 
 
 def other(state: Mapping[str, Tensor], seed: str) -> dict[str, Tensor]:
     """The same tensors with other numbers; whole numbers stay."""
-    return {key: weight(seed + key, tuple(value.shape)).to(value.dtype) if value.is_floating_point() else value for key, value in state.items()}
+    return {
+        key: weight(seed + key, tuple(value.shape)).to(value.dtype) if value.is_floating_point() else value
+        for key, value in state.items()
+    }
 
 
 def little(family: str) -> ModelConfig:
@@ -43,7 +55,9 @@ def little(family: str) -> ModelConfig:
 
 def saved(state: Mapping[str, Tensor], path: Path, config: Any = TINY, **metadata: str) -> Path:
     """A .safetensors that says its sizes, which are nobody's."""
-    return save_safetensors({key: value.contiguous() for key, value in state.items()}, path, {"ldm.config": to_json(config), **metadata})
+    return save_safetensors(
+        {key: value.contiguous() for key, value in state.items()}, path, {"ldm.config": to_json(config), **metadata}
+    )
 
 
 def tensors(path: Path) -> dict[str, Tensor]:
@@ -80,7 +94,11 @@ def test_a_weighted_sum_is_that_of_every_parameter(models, alpha: float, tmp_pat
     a, b = (meaning(models["states"][name]) for name in "ab")
     found = meaning(tensors(done.path))
     # subtraction, weight, product and sum are each rounded once
-    require_close(found, {k: (1 - alpha) * a[k].double() + alpha * b[k].double() for k in a}, {k: 4 * U * (a[k].abs() + b[k].abs()) for k in a})
+    require_close(
+        found,
+        {k: (1 - alpha) * a[k].double() + alpha * b[k].double() for k in a},
+        {k: 4 * U * (a[k].abs() + b[k].abs()) for k in a},
+    )
 
 
 @pytest.mark.parametrize("alpha", [1.0, -0.4])
@@ -144,14 +162,20 @@ def test_the_ends_are_the_models_themselves_bit_by_bit(models, method: str, tmp_
         networks = meaning(states[name])
         assert networks
         assert all(same(value, networks[key]) for key, value in meaning(found).items())
-        assert all(same(found[key], states["a"][key]) for key in found if "." not in key or key.startswith("model_ema.") or key == POSITION_IDS)
+        assert all(
+            same(found[key], states["a"][key])
+            for key in found
+            if "." not in key or key.startswith("model_ema.") or key == POSITION_IDS
+        )
 
 
 def test_no_difference_changes_nothing_bit_by_bit(models, tmp_path: Path) -> None:
     state = with_odd_zeros(models["states"]["a"])
     a = saved(state, tmp_path / "a.safetensors")
     for i, (c, alpha) in enumerate(((models["b"], 0.7), (models["c"], 0.0))):
-        found = tensors(merge(a, models["b"], tmp_path / f"{i}.safetensors", c=c, method="add-difference", alpha=alpha).path)
+        found = tensors(
+            merge(a, models["b"], tmp_path / f"{i}.safetensors", c=c, method="add-difference", alpha=alpha).path
+        )
         assert found.keys() == state.keys()
         assert all(same(found[key], value) for key, value in state.items())
 
@@ -167,17 +191,27 @@ def test_half_precision_is_merged_in_float32_and_rounded_once(tmp_path: Path) ->
     found = meaning(tensors(merge(a, b, tmp_path / "x.safetensors", alpha=0.3).path))
     p, q = map(meaning, states)
     assert all(value.dtype == torch.float16 for value in found.values())
-    wanted = {k: 0.7 * p[k].double() + 0.3 * q[k].double() for k in p}  # the last rounding: 11 bits, or half the smallest step of 2^-24
-    require_close(found, wanted, {k: 2.0**-11 * wanted[k].abs() + 2.0**-25 + 4 * U * (p[k].abs() + q[k].abs()).double() for k in p})
+    wanted = {
+        k: 0.7 * p[k].double() + 0.3 * q[k].double() for k in p
+    }  # the last rounding: 11 bits, or half the smallest step of 2^-24
+    require_close(
+        found,
+        wanted,
+        {k: 2.0**-11 * wanted[k].abs() + 2.0**-25 + 4 * U * (p[k].abs() + q[k].abs()).double() for k in p},
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_the_type_asked_for_is_that_of_the_parameters_alone(models, dtype: torch.dtype, tmp_path: Path) -> None:
     found = tensors(merge(models["a"], models["b"], tmp_path / "x.safetensors", dtype=dtype).path)
     plain = tensors(merge(models["a"], models["b"], tmp_path / "plain.safetensors").path)
-    assert all(same(value, plain[key].to(dtype)) for key, value in meaning(found).items() for key in [key] if key in plain)
+    assert all(
+        same(value, plain[key].to(dtype)) for key, value in meaning(found).items() for key in [key] if key in plain
+    )
     assert all(value.dtype == dtype for value in meaning(found).values())
-    assert all(same(found[key], plain[key]) for key in (POSITION_IDS, "betas", "model_ema.decay", "model_ema.num_updates"))
+    assert all(
+        same(found[key], plain[key]) for key in (POSITION_IDS, "betas", "model_ema.decay", "model_ema.num_updates")
+    )
 
 
 # --- containers, layouts, families ----------------------------------------------------------------------------------
@@ -201,7 +235,11 @@ def test_a_model_of_every_make_is_merged(family: str, tmp_path: Path) -> None:
     config = little(family)
     states = [original_state(families.build(config))]
     states.append(other(states[0], "b"))
-    done = merge(*(saved(state, tmp_path / f"{i}.safetensors", config) for i, state in enumerate(states)), tmp_path / "x.safetensors", alpha=0.3)
+    done = merge(
+        *(saved(state, tmp_path / f"{i}.safetensors", config) for i, state in enumerate(states)),
+        tmp_path / "x.safetensors",
+        alpha=0.3,
+    )
     a, b = map(meaning, states)
     wanted = {key: 0.7 * a[key].double() + 0.3 * b[key].double() for key in a}
     require_close(meaning(tensors(done.path)), wanted, {key: 4 * U * (a[key].abs() + b[key].abs()) for key in a})
@@ -218,7 +256,15 @@ def test_a_folder_gives_the_same_as_its_single_file(tmp_path: Path) -> None:
     b = write_folder(tmp_path / "b", family, components(family, changed))
     done = merge(a, b, tmp_path / "x.safetensors", method="slerp", alpha=0.3)
     one = tensors(done.path)
-    two = tensors(merge(a, saved(changed, tmp_path / "b.safetensors", tiny(family)), tmp_path / "y.safetensors", method="slerp", alpha=0.3).path)
+    two = tensors(
+        merge(
+            a,
+            saved(changed, tmp_path / "b.safetensors", tiny(family)),
+            tmp_path / "y.safetensors",
+            method="slerp",
+            alpha=0.3,
+        ).path
+    )
     left_out = {key for key in state if re.search(r"resblocks\.23\.|^cond_stage.+text_projection$", key)}
     assert {key for key, why in done.kept.items() if why.startswith("nothing reads")} == left_out
     assert one.keys() == two.keys() == state.keys()
@@ -233,7 +279,10 @@ def test_projections_under_two_spellings_are_merged_as_the_same_matrix(tmp_path:
     state = original_state(families.build(config))
     changed = other(state, "b")
     turned = changed.pop(key).T
-    a, b = saved(state, tmp_path / "a.safetensors", config), saved({**changed, f"{key}.weight": turned}, tmp_path / "b.safetensors", config)
+    a, b = (
+        saved(state, tmp_path / "a.safetensors", config),
+        saved({**changed, f"{key}.weight": turned}, tmp_path / "b.safetensors", config),
+    )
     assert same(tensors(merge(a, b, tmp_path / "x.safetensors", alpha=1).path)[key], turned.T)
     assert same(tensors(merge(b, a, tmp_path / "y.safetensors", alpha=1).path)[f"{key}.weight"], state[key].T)
 
@@ -246,7 +295,11 @@ def test_what_is_no_parameter_is_as_in_a(tmp_path: Path) -> None:
     b = {**other(checkpoint(position_ids="wrong"), "b"), "nobody": torch.ones(2)}
     done = merge(saved(a, tmp_path / "a.safetensors"), saved(b, tmp_path / "b.safetensors"), tmp_path / "x.safetensors")
     found = tensors(done.path)
-    parameters = {key for key in a if key.startswith(("model.", "first_stage_model.", "cond_stage_model.transformer.")) and key != POSITION_IDS}
+    parameters = {
+        key
+        for key in a
+        if key.startswith(("model.", "first_stage_model.", "cond_stage_model.transformer.")) and key != POSITION_IDS
+    }
     assert set(done.merged) == parameters
     assert set(done.kept) == set(a) - parameters
     assert all(same(found[key], a[key]) for key in done.kept)
@@ -260,7 +313,9 @@ def test_the_moving_average_of_a_is_dropped_and_of_b_not_used(tmp_path: Path) ->
     paths = [saved(state if i == 0 else other(state, "b"), tmp_path / f"{i}.safetensors") for i in range(2)]
     done = merge(*paths, tmp_path / "x.safetensors")
     found = tensors(done.path)
-    averages = {key for key in state if key.startswith("model_ema.") and key not in ("model_ema.decay", "model_ema.num_updates")}
+    averages = {
+        key for key in state if key.startswith("model_ema.") and key not in ("model_ema.decay", "model_ema.num_updates")
+    }
     assert set(done.dropped) == averages
     assert found.keys() == state.keys() - averages
     assert "model_ema.decay" in found
@@ -271,7 +326,11 @@ def test_the_moving_average_of_a_is_dropped_and_of_b_not_used(tmp_path: Path) ->
 
 
 def test_the_recipe_and_the_config_go_into_the_metadata(models, tmp_path: Path) -> None:
-    a = saved(models["states"]["a"], tmp_path / "a.safetensors", **{"modelspec.license": "CreativeML", "modelspec.hash_sha256": "of a"})
+    a = saved(
+        models["states"]["a"],
+        tmp_path / "a.safetensors",
+        **{"modelspec.license": "CreativeML", "modelspec.hash_sha256": "of a"},
+    )
     for name in ("x.safetensors", "x.ckpt"):
         done = merge(a, models["b"], tmp_path / name, alpha=0.25, blocks={"in01": 0.75, "TEXT": 0})
         with open_file(done.path) as file:
@@ -282,7 +341,9 @@ def test_the_recipe_and_the_config_go_into_the_metadata(models, tmp_path: Path) 
         recipe = json.loads(metadata["ldm.merge"])
         assert recipe["blocks"] == {"IN01": 0.75, "TEXT": 0}
         assert (recipe["method"], recipe["alpha"], recipe["arithmetic"]) == ("weighted", 0.25, "float32")
-        assert [source["sha256"] for source in recipe["sources"]] == [hashlib.sha256(path.read_bytes()).hexdigest() for path in (a, models["b"])]
+        assert [source["sha256"] for source in recipe["sources"]] == [
+            hashlib.sha256(path.read_bytes()).hexdigest() for path in (a, models["b"])
+        ]
         assert load(done.path).config == TINY
 
 
@@ -296,8 +357,14 @@ def test_each_block_gets_its_weight(models, tmp_path: Path) -> None:
     prefixes |= {"IN00": ("unet.input_blocks.0.", "unet.time_embed."), "OUT03": ("unet.output_blocks.3.", "unet.out.")}
     a, b = (meaning(models["states"][name]) for name in "ab")
     for digit in range(4):
-        blocks = {block: i >> digit & 1 for i, block in enumerate(prefixes, start=1) if block != "OUT00"}  # which gets alpha
-        found = meaning(tensors(merge(models["a"], models["b"], tmp_path / f"{digit}.safetensors", alpha=digit % 2, blocks=blocks).path))
+        blocks = {
+            block: i >> digit & 1 for i, block in enumerate(prefixes, start=1) if block != "OUT00"
+        }  # which gets alpha
+        found = meaning(
+            tensors(
+                merge(models["a"], models["b"], tmp_path / f"{digit}.safetensors", alpha=digit % 2, blocks=blocks).path
+            )
+        )
         for block, begin in prefixes.items():
             wanted = b if blocks.get(block, digit % 2) else a
             keys = [key for key in found if key.startswith(begin)]
@@ -309,11 +376,17 @@ def test_each_block_gets_its_weight(models, tmp_path: Path) -> None:
 def test_blocks_are_given_by_name_or_as_numbers_alone(models, tmp_path: Path) -> None:
     names = ["IN00", "IN01", "IN02", "IN03", "M00", "OUT00", "OUT01", "OUT02", "OUT03"]
     one, two = ([i / 8 for i in range(9)], {name: i / 8 for i, name in enumerate(names)})
-    one, two = (tensors(merge(models["a"], models["b"], tmp_path / f"{i}.safetensors", blocks=blocks).path) for i, blocks in enumerate((one, two)))
+    one, two = (
+        tensors(merge(models["a"], models["b"], tmp_path / f"{i}.safetensors", blocks=blocks).path)
+        for i, blocks in enumerate((one, two))
+    )
     assert all(same(value, two[key]) for key, value in one.items())
 
 
-@pytest.mark.parametrize(("family", "last"), [("sd1", 11), ("sd2-v", 11), ("x4-upscaler", 11), ("sdxl-base", 8), ("ssd-1b", 8), ("sdxl-refiner", 11)])
+@pytest.mark.parametrize(
+    ("family", "last"),
+    [("sd1", 11), ("sd2-v", 11), ("x4-upscaler", 11), ("sdxl-base", 8), ("ssd-1b", 8), ("sdxl-refiner", 11)],
+)
 def test_families_have_the_blocks_that_people_know(family: str, last: int) -> None:
     config = FAMILIES[family]
     count = last + 1
@@ -327,7 +400,10 @@ def test_families_have_the_blocks_that_people_know(family: str, last: int) -> No
 @pytest.mark.parametrize(
     ("blocks", "message"),
     [
-        ({"IN12": 0.5}, "blocks: IN12 is no block of sd1 (meant IN11?); there are IN00 to IN11, MID, OUT00 to OUT11, TEXT, VAE"),
+        (
+            {"IN12": 0.5},
+            "blocks: IN12 is no block of sd1 (meant IN11?); there are IN00 to IN11, MID, OUT00 to OUT11, TEXT, VAE",
+        ),
         ({"TEX": 0.5}, "blocks: TEX is no block of sd1 (meant TEXT?)"),
         ({"VISION": 0.5}, "is no block of sd1"),
         ({"MID": 0.5, "M00": 0.5}, "blocks: MID is given twice"),
@@ -347,7 +423,9 @@ def inpainting(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {**state, "model.diffusion_model.input_blocks.0.0.weight": weight("nine channels", (32, 9, 3, 3))}
 
 
-INPAINTING = replace(TINY, name="sd1-inpainting", unet=replace(TINY.unet, in_channels=9), concat=("mask", "masked_image"))
+INPAINTING = replace(
+    TINY, name="sd1-inpainting", unet=replace(TINY.unet, in_channels=9), concat=("mask", "masked_image")
+)
 
 
 def test_an_inpainting_model_gets_the_difference_of_two_others(models, tmp_path: Path) -> None:
@@ -357,7 +435,9 @@ def test_an_inpainting_model_gets_the_difference_of_two_others(models, tmp_path:
     done = merge(a, models["b"], tmp_path / "x.safetensors", c=models["c"], method="add-difference", alpha=1)
     found = tensors(done.path)
     b, c = (models["states"][name][key] for name in "bc")
-    assert torch.allclose(found[key][:, :4], state[key][:, :4] + (b - c), rtol=0, atol=4 * U * 4 * state[key].abs().max().item())
+    assert torch.allclose(
+        found[key][:, :4], state[key][:, :4] + (b - c), rtol=0, atol=4 * U * 4 * state[key].abs().max().item()
+    )
     assert not found[key][:, :4].equal(state[key][:, :4])
     assert same(found[key][:, 4:], state[key][:, 4:])
     assert "the 4 latent channels of the UNet's input got the difference, its other channels are A's" in done.lines()
@@ -366,7 +446,12 @@ def test_an_inpainting_model_gets_the_difference_of_two_others(models, tmp_path:
 
 def test_an_inpainting_model_is_merged_with_no_other_in_any_other_way(models, tmp_path: Path) -> None:
     a = saved(inpainting(models["states"]["a"]), tmp_path / "a.safetensors", INPAINTING)
-    for sides, options in (((a, models["b"]), {}), ((models["b"], a), {}), ((a, models["b"]), {"c": a, "method": "add-difference"}), ((models["a"], a), {"c": models["c"], "method": "add-difference"})):
+    for sides, options in (
+        ((a, models["b"]), {}),
+        ((models["b"], a), {}),
+        ((a, models["b"]), {"c": a, "method": "add-difference"}),
+        ((models["a"], a), {"c": models["c"], "method": "add-difference"}),
+    ):
         with pytest.raises(FileError, match=r"an SD 1 inpainting model.*merge models of one family"):
             merge(*sides, tmp_path / "x.safetensors", **options)
     assert not (tmp_path / "x.safetensors").exists()
@@ -414,8 +499,19 @@ def test_a_folder_as_a_is_refused_with_what_to_do(models, tmp_path: Path) -> Non
 
 def test_models_of_two_families_are_refused_with_both_names(models, tmp_path: Path) -> None:
     sd2 = replace(TINY, name="sd2-base", unet=replace(TINY.unet, linear_proj=True))
-    b = saved(models["states"]["b"] | {key: value[:, :, 0, 0] for key, value in models["states"]["b"].items() if ".proj_" in key and value.ndim == 4 and "first" not in key}, tmp_path / "b.safetensors", sd2)
-    with pytest.raises(FileError, match=r"B is an SD 2 model and A \(a.safetensors\) is an SD 1 model; merge models of one family"):
+    b = saved(
+        models["states"]["b"]
+        | {
+            key: value[:, :, 0, 0]
+            for key, value in models["states"]["b"].items()
+            if ".proj_" in key and value.ndim == 4 and "first" not in key
+        },
+        tmp_path / "b.safetensors",
+        sd2,
+    )
+    with pytest.raises(
+        FileError, match=r"B is an SD 2 model and A \(a.safetensors\) is an SD 1 model; merge models of one family"
+    ):
         merge(models["a"], b, tmp_path / "x.safetensors")
 
 
@@ -434,14 +530,22 @@ def test_sd_2_models_are_told_apart_by_their_weights(tmp_path: Path) -> None:
     shutil.rmtree(b / "scheduler")  # which would tell
     key = "up_blocks.3.attentions.2.transformer_blocks.0.norm1.bias"
     assert same(parts["unet"][key], state[STATISTIC])
-    for factor, error, message in ((10, FileError, "B predicts v and A predicts eps"), (4.5, AmbiguousCheckpoint, r"may predict eps or v .*pass prediction='eps' or 'v'")):
-        save_safetensors({**parts["unet"], key: parts["unet"][key] * factor}, b / "unet" / "diffusion_pytorch_model.safetensors")
+    for factor, error, message in (
+        (10, FileError, "B predicts v and A predicts eps"),
+        (4.5, AmbiguousCheckpoint, r"may predict eps or v .*pass prediction='eps' or 'v'"),
+    ):
+        save_safetensors(
+            {**parts["unet"], key: parts["unet"][key] * factor}, b / "unet" / "diffusion_pytorch_model.safetensors"
+        )
         with pytest.raises(error, match=message):
             merge(a, b, tmp_path / "x.safetensors")
 
 
 def test_models_of_two_schedules_are_refused(models, tmp_path: Path) -> None:
-    v, said = replace(TINY, prediction="v"), replace(TINY, prediction="v", schedule=replace(TINY.schedule, zero_snr=True))
+    v, said = (
+        replace(TINY, prediction="v"),
+        replace(TINY, prediction="v", schedule=replace(TINY.schedule, zero_snr=True)),
+    )
     plain = saved(models["states"]["a"], tmp_path / "a.safetensors", v)
     marked = saved({**models["states"]["b"], "ztsnr": torch.zeros(0)}, tmp_path / "b.safetensors", v)
     for second in (marked, saved(models["states"]["b"], tmp_path / "d.safetensors", said)):
@@ -451,15 +555,22 @@ def test_models_of_two_schedules_are_refused(models, tmp_path: Path) -> None:
         assert "ztsnr" in tensors(done.path)
         with open_file(done.path) as file:
             assert file.metadata["ldm.config"] == to_json(said)
-    longer = saved(models["states"]["b"], tmp_path / "c.safetensors", replace(TINY, schedule=replace(TINY.schedule, end=0.02)))
+    longer = saved(
+        models["states"]["b"], tmp_path / "c.safetensors", replace(TINY, schedule=replace(TINY.schedule, end=0.02))
+    )
     with pytest.raises(FileError, match="B was trained with another noise schedule than A"):
         merge(models["a"], longer, tmp_path / "z.safetensors")
 
 
 def test_what_b_lacks_is_an_error_unless_partial(models, tmp_path: Path) -> None:
     gone = {key for key in models["states"]["b"] if key.startswith("first_stage_model.decoder.mid.")}
-    b = saved({key: value for key, value in models["states"]["b"].items() if key not in gone}, tmp_path / "b.safetensors")
-    with pytest.raises(FileError, match=rf"B lacks {len(gone)} parameters that A has \(.+block_1.norm1.weight.+; partial=True keeps A's"):
+    b = saved(
+        {key: value for key, value in models["states"]["b"].items() if key not in gone}, tmp_path / "b.safetensors"
+    )
+    with pytest.raises(
+        FileError,
+        match=rf"B lacks {len(gone)} parameters that A has \(.+block_1.norm1.weight.+; partial=True keeps A's",
+    ):
         merge(models["a"], b, tmp_path / "x.safetensors")
     done = merge(models["a"], b, tmp_path / "x.safetensors", partial=True, dtype=torch.float16)
     assert {key for key, why in done.kept.items() if "partial" in why} == gone
@@ -470,7 +581,9 @@ def test_what_b_lacks_is_an_error_unless_partial(models, tmp_path: Path) -> None
 
 def test_what_a_lacks_the_result_lacks_too(models, tmp_path: Path) -> None:
     state = {key: value for key, value in models["states"]["a"].items() if not key.startswith("first_stage_model.")}
-    done = merge(save_safetensors(state, tmp_path / "a.safetensors"), models["b"], tmp_path / "x.safetensors", config=TINY)
+    done = merge(
+        save_safetensors(state, tmp_path / "a.safetensors"), models["b"], tmp_path / "x.safetensors", config=TINY
+    )
     assert tensors(done.path).keys() == state.keys()
     assert set(done.unused["B"]) == models["states"]["a"].keys() - state.keys()
     with open_file(done.path) as file:
@@ -480,7 +593,9 @@ def test_what_a_lacks_the_result_lacks_too(models, tmp_path: Path) -> None:
 def test_a_tensor_of_another_shape_is_refused_by_name(models, tmp_path: Path) -> None:
     key = "model.diffusion_model.time_embed.2.weight"
     b = saved({**models["states"]["b"], key: torch.zeros(128, 64)}, tmp_path / "b.safetensors")
-    with pytest.raises(FileError, match=r"time_embed.2.weight is \[128, 64\] in B, \[128, 128\] would go with A") as error:
+    with pytest.raises(
+        FileError, match=r"time_embed.2.weight is \[128, 64\] in B, \[128, 128\] would go with A"
+    ) as error:
         merge(models["a"], b, tmp_path / "x.safetensors")
     assert error.value.key == key
 
@@ -517,14 +632,28 @@ def test_the_command_merges_and_says_what_it_did(models, ldm, tmp_path: Path) ->
     line = f"merge {models['a']} {models['b']} {models['c']} --out {tmp_path}/x.ckpt --method add-difference --alpha 0.4 --blocks IN01=0.2,TEXT=0 --dtype bf16"
     code, out, err = ldm(line)
     assert (code, out) == (0, [f"{tmp_path}/x.ckpt"])
-    assert "ldm: 12 kept as in A: noise schedule: computed anew in float64, because stored copies may be float16 or absent" in err
-    options = {"c": models["c"], "method": "add-difference", "alpha": 0.4, "blocks": {"IN01": 0.2, "TEXT": 0}, "dtype": torch.bfloat16}
+    assert (
+        "ldm: 12 kept as in A: noise schedule: computed anew in float64, because stored copies may be float16 or absent"
+        in err
+    )
+    options = {
+        "c": models["c"],
+        "method": "add-difference",
+        "alpha": 0.4,
+        "blocks": {"IN01": 0.2, "TEXT": 0},
+        "dtype": torch.bfloat16,
+    }
     wanted = tensors(merge(models["a"], models["b"], tmp_path / "y.safetensors", **options).path)
     assert all(same(value, wanted[key]) for key, value in tensors(tmp_path / "x.ckpt").items())
-    assert ldm(line)[0::2] == (3, [f"ldm: error: {tmp_path}/x.ckpt: exists already; choose another name or --overwrite"])
+    assert ldm(line)[0::2] == (
+        3,
+        [f"ldm: error: {tmp_path}/x.ckpt: exists already; choose another name or --overwrite"],
+    )
     assert ldm(f"{line} --overwrite")[0] == 0
     numbers = ",".join(["0.25"] * 9)
-    assert ldm(f"merge {models['a']} {models['b']} --out {tmp_path}/z.safetensors --blocks {numbers} --alpha 0.25")[0] == 0
+    assert (
+        ldm(f"merge {models['a']} {models['b']} --out {tmp_path}/z.safetensors --blocks {numbers} --alpha 0.25")[0] == 0
+    )
     wanted = tensors(merge(models["a"], models["b"], tmp_path / "w.safetensors", alpha=0.25).path)
     assert all(same(value, wanted[key]) for key, value in tensors(tmp_path / "z.safetensors").items())
 
@@ -549,7 +678,10 @@ def test_the_command_refuses_in_a_line(models, ldm, arguments: str, message: str
 
 
 def test_the_command_names_its_options_in_errors(models, ldm, tmp_path: Path) -> None:
-    b = saved({key: value for key, value in models["states"]["b"].items() if "decoder.mid" not in key}, tmp_path / "b.safetensors")
+    b = saved(
+        {key: value for key, value in models["states"]["b"].items() if "decoder.mid" not in key},
+        tmp_path / "b.safetensors",
+    )
     line = f"merge {models['a']} {b} --out {tmp_path}/x.safetensors"
     code, _, err = ldm(line)
     assert code == 2
@@ -560,7 +692,10 @@ def test_the_command_names_its_options_in_errors(models, ldm, tmp_path: Path) ->
 def test_models_of_the_same_networks_go_together_whatever_they_are_called(tmp_path):
     """A folder does not keep the name that a file of its own sizes gives itself."""
     source = save_safetensors(checkpoint(), tmp_path / "source.safetensors")
-    paths = [convert(source, tmp_path / f"{name}.safetensors", config=replace(TINY, name=name)).path for name in ("mine", "sd1")]
+    paths = [
+        convert(source, tmp_path / f"{name}.safetensors", config=replace(TINY, name=name)).path
+        for name in ("mine", "sd1")
+    ]
     merge(*paths, tmp_path / "out.safetensors", alpha=0.5)
     odd = replace(TINY, name="odd", text=(replace(TINY.text[0], heads=2),))
     other = convert(source, tmp_path / "odd.safetensors", config=odd).path

@@ -15,7 +15,16 @@ from torch import Tensor
 
 from ldm.config import FAMILIES
 from ldm.errors import FileError, OutputError
-from tests.made.checkpoints import POSITION_IDS, TINY, checkpoint, lightning, narrowed, save_safetensors, save_stream, save_zip
+from tests.made.checkpoints import (
+    POSITION_IDS,
+    TINY,
+    checkpoint,
+    lightning,
+    narrowed,
+    save_safetensors,
+    save_stream,
+    save_zip,
+)
 from weights import load, open_file, repair
 from weights.names.metadata import to_json
 
@@ -52,8 +61,16 @@ def sound(model) -> dict[str, Tensor]:
 
 def same(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> bool:
     """Bit by bit, and in no other type or shape."""
-    bits = [{key: (value.dtype, tuple(value.shape), value.reshape(-1).contiguous().view(torch.uint8)) for key, value in state.items()} for state in (found, wanted)]
-    return bits[0].keys() == bits[1].keys() and all(one[:2] == two[:2] and one[2].equal(two[2]) for one, two in ((bits[0][key], bits[1][key]) for key in bits[0]))
+    bits = [
+        {
+            key: (value.dtype, tuple(value.shape), value.reshape(-1).contiguous().view(torch.uint8))
+            for key, value in state.items()
+        }
+        for state in (found, wanted)
+    ]
+    return bits[0].keys() == bits[1].keys() and all(
+        one[:2] == two[:2] and one[2].equal(two[2]) for one, two in ((bits[0][key], bits[1][key]) for key in bits[0])
+    )
 
 
 def tensors(path: Path) -> dict[str, Tensor]:
@@ -95,17 +112,26 @@ def require_repaired(damaged: Mapping[str, Tensor], wanted: Mapping[str, Tensor]
     ],
 )
 def test_position_ids_count_again(sound, ids: Tensor, fault: str, tmp_path: Path) -> None:
-    require_repaired({**sound, POSITION_IDS: ids}, sound, tmp_path / "x.safetensors", f"text_model.embeddings.position_ids {fault}")
+    require_repaired(
+        {**sound, POSITION_IDS: ids}, sound, tmp_path / "x.safetensors", f"text_model.embeddings.position_ids {fault}"
+    )
 
 
 def test_missing_position_ids_are_put_in(sound, tmp_path: Path) -> None:
     damaged = {key: value for key, value in sound.items() if key != POSITION_IDS}
-    require_repaired(damaged, sound, tmp_path / "x.safetensors", "embeddings.position_ids is missing: 0 to 76 as int64 put in")
+    require_repaired(
+        damaged, sound, tmp_path / "x.safetensors", "embeddings.position_ids is missing: 0 to 76 as int64 put in"
+    )
 
 
 def test_a_second_towers_stray_position_ids_are_mended_too(sound, tmp_path: Path) -> None:
     stray = "conditioner.embedders.1.model.text_model.embeddings.position_ids"
-    require_repaired({**sound, stray: torch.arange(77)[None].half()}, {**sound, stray: torch.arange(77)[None]}, tmp_path / "x.safetensors", "is stored as float16")
+    require_repaired(
+        {**sound, stray: torch.arange(77)[None].half()},
+        {**sound, stray: torch.arange(77)[None]},
+        tmp_path / "x.safetensors",
+        "is stored as float16",
+    )
 
 
 def test_the_prefix_of_a_text_tower_is_put_in(sound, tmp_path: Path) -> None:
@@ -122,7 +148,9 @@ def test_a_tower_under_both_names_loses_one_if_they_agree(sound, tmp_path: Path)
     twice = {**sound, bare: sound[key].clone(), f"{PREFIX}embeddings.position_ids": torch.arange(77).flip(0)[None]}
     require_repaired(twice, sound, tmp_path / "x.safetensors", f"2 names under {PREFIX} lack")
     path = save_safetensors({**sound, bare: sound[key] + 1}, tmp_path / "z.safetensors")
-    with pytest.raises(FileError, match=r"final_layer_norm.bias and .+final_layer_norm.bias differ and should not; use another copy") as error:
+    with pytest.raises(
+        FileError, match=r"final_layer_norm.bias and .+final_layer_norm.bias differ and should not; use another copy"
+    ) as error:
         repair(path)
     assert error.value.key == bare
     assert not (tmp_path / "z-repaired.safetensors").exists()
@@ -131,7 +159,11 @@ def test_a_tower_under_both_names_loses_one_if_they_agree(sound, tmp_path: Path)
 def sdxl() -> dict[str, Tensor]:
     """The tensors of both text towers of SDXL."""
     state = narrowed("ssd-1b-hfscript")
-    return {key: value for key, value in state.items() if key.startswith("conditioner.") and "encoder.layers.1" not in key and "position_ids" not in key}
+    return {
+        key: value
+        for key, value in state.items()
+        if key.startswith("conditioner.") and "encoder.layers.1" not in key and "position_ids" not in key
+    }
 
 
 def test_the_first_tower_of_sdxl_is_repaired_as_that_of_sd_1(tmp_path: Path) -> None:
@@ -151,8 +183,15 @@ def test_a_projection_is_named_once(tmp_path: Path) -> None:
     require_repaired(doubled, state, tmp_path / "x.safetensors", f"{key}.weight: its doubled .weight made single")
     theirs = key.removesuffix(".weight")
     parameter = {**{name: value for name, value in state.items() if name != key}, theirs: state[key].T}
-    require_repaired({**parameter, key: state[key]}, parameter, tmp_path / "y.safetensors", "the same projection is there as text_projection, this copy left out")
-    path = save_safetensors({**parameter, theirs: state[key].T.contiguous(), key: state[key] * 2}, tmp_path / "z.safetensors")
+    require_repaired(
+        {**parameter, key: state[key]},
+        parameter,
+        tmp_path / "y.safetensors",
+        "the same projection is there as text_projection, this copy left out",
+    )
+    path = save_safetensors(
+        {**parameter, theirs: state[key].T.contiguous(), key: state[key] * 2}, tmp_path / "z.safetensors"
+    )
     with pytest.raises(FileError, match=r"text_projection and .+text_projection.weight differ and should not"):
         repair(path)
 
@@ -160,22 +199,43 @@ def test_a_projection_is_named_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", BETAS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_rounded_schedules_are_computed_anew(sound, family: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    wanted = {**sound, **schedule(family), **{f"low_scale_model.{key}": value for key, value in schedule("x4-upscaler").items()}}
-    damaged = {key: value.to(dtype) if key.removeprefix("low_scale_model.") in schedule() else value for key, value in wanted.items()}
+    wanted = {
+        **sound,
+        **schedule(family),
+        **{f"low_scale_model.{key}": value for key, value in schedule("x4-upscaler").items()},
+    }
+    damaged = {
+        key: value.to(dtype) if key.removeprefix("low_scale_model.") in schedule() else value
+        for key, value in wanted.items()
+    }
     name = str(dtype).removeprefix("torch.")
-    require_repaired(damaged, wanted, tmp_path / "x.safetensors", f"24 noise schedule buffers are rounded to {name}: computed anew in float64, stored as float32")
-    widened = {key: value.float() if damaged[key].dtype != value.dtype or key.removeprefix("low_scale_model.") in schedule() else value for key, value in damaged.items()}
+    require_repaired(
+        damaged,
+        wanted,
+        tmp_path / "x.safetensors",
+        f"24 noise schedule buffers are rounded to {name}: computed anew in float64, stored as float32",
+    )
+    widened = {
+        key: value.float()
+        if damaged[key].dtype != value.dtype or key.removeprefix("low_scale_model.") in schedule()
+        else value
+        for key, value in damaged.items()
+    }
     require_repaired(widened, wanted, tmp_path / "y.safetensors", f"24 noise schedule buffers are rounded to {name}")
 
 
 def test_a_schedule_stored_in_float64_is_stored_as_published(sound, tmp_path: Path) -> None:
     start, end = BETAS["sd1"]
     wide = torch.linspace(start**0.5, end**0.5, 1000, dtype=torch.float64) ** 2
-    require_repaired({**sound, "betas": wide}, sound, tmp_path / "x.safetensors", "1 noise schedule buffers are stored as float64")
+    require_repaired(
+        {**sound, "betas": wide}, sound, tmp_path / "x.safetensors", "1 noise schedule buffers are stored as float64"
+    )
 
 
 def test_a_schedule_of_nobody_is_left_and_noted(sound, tmp_path: Path) -> None:
-    path = save_safetensors({**sound, "alphas_cumprod": (sound["alphas_cumprod"] * 0.9).half()}, tmp_path / "x.safetensors")
+    path = save_safetensors(
+        {**sound, "alphas_cumprod": (sound["alphas_cumprod"] * 0.9).half()}, tmp_path / "x.safetensors"
+    )
     done = repair(path)
     assert done.path is None
     assert done.lines() == [
@@ -194,11 +254,22 @@ def test_schedules_are_those_of_diffusers() -> None:
 
 
 def test_matrices_of_the_vaes_attention_become_convolutions(sound, tmp_path: Path) -> None:
-    kernels = {key for key in sound if key.startswith("first_stage_model.") and ".attn_1." in key and sound[key].ndim == 4}
+    kernels = {
+        key for key in sound if key.startswith("first_stage_model.") and ".attn_1." in key and sound[key].ndim == 4
+    }
     assert len(kernels) == 8
     damaged = {key: value[:, :, 0, 0] if key in kernels else value for key, value in sound.items()}
-    require_repaired(damaged, sound, tmp_path / "x.safetensors", "8 matrices [64, 64] of the VAE's attention: now 1x1 convolutions [64, 64, 1, 1]")
-    alone = {key.removeprefix("first_stage_model."): value for key, value in sound.items() if key.startswith("first_stage_model.")}
+    require_repaired(
+        damaged,
+        sound,
+        tmp_path / "x.safetensors",
+        "8 matrices [64, 64] of the VAE's attention: now 1x1 convolutions [64, 64, 1, 1]",
+    )
+    alone = {
+        key.removeprefix("first_stage_model."): value
+        for key, value in sound.items()
+        if key.startswith("first_stage_model.")
+    }
     bare = {key: value[:, :, 0, 0] if f"first_stage_model.{key}" in kernels else value for key, value in alone.items()}
     require_repaired(bare, alone, tmp_path / "y.safetensors", "8 matrices [64, 64]")
 
@@ -207,7 +278,9 @@ def test_matrices_of_the_vaes_attention_become_convolutions(sound, tmp_path: Pat
 def test_stray_bytes_after_the_last_tensor_are_left_out(sound, extra: bytes, tmp_path: Path) -> None:
     path = save_safetensors(sound, tmp_path / "x.safetensors", {"format": "pt"})
     path.write_bytes(path.read_bytes() + extra)
-    with pytest.raises(FileError, match=f"has {len(extra)} extra bytes after the last tensor; run 'ldm repair x.safetensors'"):
+    with pytest.raises(
+        FileError, match=f"has {len(extra)} extra bytes after the last tensor; run 'ldm repair x.safetensors'"
+    ):
         open_file(path)
     done = repair(path)
     assert done.done == (f"{len(extra)} stray bytes after the last tensor: left out",)
@@ -218,7 +291,14 @@ def test_stray_bytes_after_the_last_tensor_are_left_out(sound, extra: bytes, tmp
 
 def test_all_at_once_and_the_file_loads(model, tmp_path: Path) -> None:
     state = {key.replace(".text_model.", "."): value for key, value in model.items() if "position_ids" not in key}
-    state = {key: value.half() if key in schedule() else value[:, :, 0, 0].contiguous() if ".attn_1." in key and value.ndim == 4 else value for key, value in state.items()}
+    state = {
+        key: value.half()
+        if key in schedule()
+        else value[:, :, 0, 0].contiguous()
+        if ".attn_1." in key and value.ndim == 4
+        else value
+        for key, value in state.items()
+    }
     path = save_safetensors(state, tmp_path / "x.safetensors", {"ldm.config": to_json(TINY)})
     path.write_bytes(path.read_bytes() + b"tail")
     done = repair(path)
@@ -230,7 +310,12 @@ def test_all_at_once_and_the_file_loads(model, tmp_path: Path) -> None:
 def parameters(model: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The parameters of the sound file under our names."""
     names = {"model.diffusion_model.": "unet.", "first_stage_model.": "vae.", PREFIX: "text.0."}
-    return {ours + key.removeprefix(theirs): value for theirs, ours in names.items() for key, value in model.items() if key.startswith(theirs) and "position_ids" not in key}
+    return {
+        ours + key.removeprefix(theirs): value
+        for theirs, ours in names.items()
+        for key, value in model.items()
+        if key.startswith(theirs) and "position_ids" not in key
+    }
 
 
 # --- what is sound, containers, names -------------------------------------------------------------------------------
@@ -261,7 +346,9 @@ def test_torch_files_stay_torch_files(sound, save: Any, tmp_path: Path) -> None:
 
 def test_a_wrong_extension_on_a_sound_file_is_only_reported(sound, tmp_path: Path) -> None:
     one, two = save_safetensors(sound, tmp_path / "a.ckpt"), save_zip(sound, tmp_path / "b.safetensors")
-    assert repair(one).notes == ("is a .safetensors by its content, a torch file by its name: rename it to a.safetensors",)
+    assert repair(one).notes == (
+        "is a .safetensors by its content, a torch file by its name: rename it to a.safetensors",
+    )
     assert repair(two).notes == ("is a torch file by its content, a .safetensors by its name: rename it to b.ckpt",)
     assert sorted(tmp_path.iterdir()) == [one, two]
 
@@ -287,7 +374,12 @@ def test_a_file_may_take_the_place_of_the_damaged_one(sound, tmp_path: Path) -> 
 
 def test_what_cannot_be_repaired_is_refused_as_ever(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
-    for data, message in ((b"", "is empty"), (b"<html>", "is a web page"), ((2).to_bytes(8, "little") + b"{}", "holds no tensors"), ((99).to_bytes(8, "little") + b"{}", "is truncated")):
+    for data, message in (
+        (b"", "is empty"),
+        (b"<html>", "is a web page"),
+        ((2).to_bytes(8, "little") + b"{}", "holds no tensors"),
+        ((99).to_bytes(8, "little") + b"{}", "is truncated"),
+    ):
         path.write_bytes(data)
         with pytest.raises(FileError, match=message):
             repair(path)

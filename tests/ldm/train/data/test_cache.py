@@ -118,7 +118,9 @@ def test_kept_latents_and_texts_are_those_of_the_model(photos, model, tmp_path):
         assert (ours.index, ours.captions, ours.sizes) == (theirs.index, theirs.captions, theirs.sizes)
         alone = torch.cat([model.vae.moments(image[None]) for image in theirs.image])
         assert torch.equal(ours.moments, alone)
-        context, pooled = zip(*(encode_text(model.text, [caption], chunks=1) for caption in theirs.captions), strict=True)
+        context, pooled = zip(
+            *(encode_text(model.text, [caption], chunks=1) for caption in theirs.captions), strict=True
+        )
         assert torch.equal(ours.context, torch.cat(context))
         assert torch.equal(ours.pooled, torch.cat(pooled))
 
@@ -157,7 +159,14 @@ def test_a_caption_that_changes_is_encoded_anew_and_alone(photos, model, tmp_pat
     assert len(names(tmp_path / "cache", "text")) == 2 * 3
 
 
-@pytest.mark.parametrize(("network", "again"), [("vae.encoder.conv_in", "pictures"), ("text.0.text_model.final_layer_norm", "captions"), ("vae.decoder.conv_in", None)])
+@pytest.mark.parametrize(
+    ("network", "again"),
+    [
+        ("vae.encoder.conv_in", "pictures"),
+        ("text.0.text_model.final_layer_norm", "captions"),
+        ("vae.decoder.conv_in", None),
+    ],
+)
 def test_a_model_that_changes_makes_everything_that_it_made_anew(photos, model, tmp_path, network, again):
     filled(photos, model, tmp_path / "cache")
     other = build()
@@ -203,7 +212,9 @@ def test_a_picture_that_turns_out_unreadable_is_replaced_and_listed(photos, mode
     examples, _ = filled(replace(photos, bad_limit=0.5), model, tmp_path / "cache")
     assert [bad.id for bad in examples.bad] == ["1.png"]
     assert {caption for number in range(6) for caption in examples.micro(number).captions} == {"number 0", "number 2"}
-    with pytest.raises(FileError, match=r"1 of 3 pictures cannot be used, more than data.bad_limit allows: 1.png is damaged"):
+    with pytest.raises(
+        FileError, match=r"1 of 3 pictures cannot be used, more than data.bad_limit allows: 1.png is damaged"
+    ):
         filled(photos, model, tmp_path / "cache")
 
 

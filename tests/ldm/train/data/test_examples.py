@@ -37,7 +37,9 @@ def photos(tmp_path) -> Path:
 
 
 def same(a: Batch, b: Batch) -> bool:
-    return (a.index, a.captions, a.sizes, a.size) == (b.index, b.captions, b.sizes, b.size) and torch.equal(a.image, b.image)
+    return (a.index, a.captions, a.sizes, a.size) == (b.index, b.captions, b.sizes, b.size) and torch.equal(
+        a.image, b.image
+    )
 
 
 def shown(batch: Batch) -> list[str]:
@@ -94,7 +96,11 @@ def test_buckets_put_pictures_of_one_shape_together(tmp_path, model):
     examples = Examples(Data(path=str(tmp_path), buckets=True, bucket_step=8), RUN, model)
     assert examples.facts["buckets"] == {"24x40": 1, "32x32": 2, "40x24": 2}
     batches = [examples.micro(n) for n in range(3)]
-    assert {batch.size: sorted(shown(batch)) for batch in batches} == {(32, 32): ["0", "1"], (24, 40): ["2", "2"], (40, 24): ["3", "4"]}
+    assert {batch.size: sorted(shown(batch)) for batch in batches} == {
+        (32, 32): ["0", "1"],
+        (24, 40): ["2", "2"],
+        (40, 24): ["3", "4"],
+    }
     assert all(batch.image.shape == (2, 3, *batch.size) for batch in batches)
     assert all(sizes.target == batch.size for batch in batches for sizes in batch.sizes)
 
@@ -151,7 +157,9 @@ def test_more_bad_pictures_than_allowed_stop_the_run_with_the_first(photos, mode
     for i in (2, 5):
         cut(photos / f"{i}.png")
     examples = Examples(Data(path=str(photos), bad_limit=0.2), RUN, model)
-    with pytest.raises(FileError, match=r"2 of 7 pictures cannot be used, more than data.bad_limit allows: [25].png is damaged"):
+    with pytest.raises(
+        FileError, match=r"2 of 7 pictures cannot be used, more than data.bad_limit allows: [25].png is damaged"
+    ):
         _ = [examples.micro(n) for n in range(4)]
     (photos / "0.txt").unlink()
     with pytest.raises(FileError, match=r"1 of 7 .* 0.png has no caption"):
@@ -163,7 +171,9 @@ def test_a_picture_that_has_another_size_than_when_it_was_listed_is_not_stretche
     picture(photos / "3.png", seed=3, size=(40, 35))
     for n in range(8):
         examples.micro(n)
-    assert [(bad.id, bad.why) for bad in examples.bad] == [("3.png", "is 35x40 pixels and was 40x35 when it was listed")]
+    assert [(bad.id, bad.why) for bad in examples.bad] == [
+        ("3.png", "is 35x40 pixels and was 40x35 when it was listed")
+    ]
 
 
 def test_when_no_picture_of_a_shape_is_left_the_run_ends(photos, model):
@@ -178,7 +188,9 @@ def test_a_picture_of_less_than_half_the_size_is_left_out(photos, model):
     captioned(photos / "small.png", "small", size=(15, 40))
     captioned(photos / "enough.png", "enough", size=(16, 40))
     examples = Examples(Data(path=str(photos), bad_limit=0.2), RUN, model)
-    assert [(bad.id, bad.why) for bad in examples.bad] == [("small.png", "is 40x15 pixels, less than half of 32x32; give a larger one, or a smaller data.size")]
+    assert [(bad.id, bad.why) for bad in examples.bad] == [
+        ("small.png", "is 40x15 pixels, less than half of 32x32; give a larger one, or a smaller data.size")
+    ]
     with pytest.raises(FileError, match=r"no picture is left to learn from: .* less than half of 96x96"):
         Examples(Data(path=str(photos), size=96), RUN, model)
 
@@ -224,7 +236,14 @@ def test_facts_change_with_the_data_and_with_nothing_else(photos, model):
 def test_instance_and_prior_pictures_take_turns_with_their_weights(photos, model, tmp_path):
     for i in range(3):
         picture(tmp_path / f"class/{i}.png", seed=i, size=(32, 32))
-    data = Data(path=str(photos), caption="a photo of sks dog", prior=str(tmp_path / "class"), prior_caption="a photo of a dog", prior_pictures=3, prior_weight=0.5)
+    data = Data(
+        path=str(photos),
+        caption="a photo of sks dog",
+        prior=str(tmp_path / "class"),
+        prior_caption="a photo of a dog",
+        prior_pictures=3,
+        prior_weight=0.5,
+    )
     examples = Examples(data, RUN, model)
     batches = [examples.micro(n) for n in range(8)]
     assert [set(batch.captions) for batch in batches] == [{"a photo of sks dog"}, {"a photo of a dog"}] * 4
@@ -241,7 +260,9 @@ def test_prior_pictures_with_captions_of_their_own_keep_them(photos, model, tmp_
         picture(tmp_path / f"class/{name}.png", size=(32, 32))
     lines = [f'{{"file_name": "{name}.png", "text": "a {name}"}}' for name in ("cat", "dog")]
     (tmp_path / "class" / "metadata.jsonl").write_text("\n".join(lines))
-    data = Data(path=str(photos), caption="x", prior=str(tmp_path / "class"), prior_caption="an animal", prior_pictures=2)
+    data = Data(
+        path=str(photos), caption="x", prior=str(tmp_path / "class"), prior_caption="an animal", prior_pictures=2
+    )
     assert set(Examples(data, RUN, model).micro(1).captions) == {"a cat", "a dog"}
 
 

@@ -53,7 +53,10 @@ def test_each_line_beside_a_picture_is_a_caption(tmp_path):
 @pytest.mark.parametrize(
     ("name", "text"),
     [
-        ("metadata.jsonl", '{"file_name": "a.png", "text": "one"}\n\n{"file_name": "./sub/b.png", "texts": ["two", "three"]}\n{"file_name": "a.png", "caption": "four"}\n'),
+        (
+            "metadata.jsonl",
+            '{"file_name": "a.png", "text": "one"}\n\n{"file_name": "./sub/b.png", "texts": ["two", "three"]}\n{"file_name": "a.png", "caption": "four"}\n',
+        ),
         ("metadata.csv", 'file_name,text\na.png,one\nsub/b.png,"two"\nsub/b.png,three\na.png,four\n'),
     ],
 )
@@ -62,7 +65,11 @@ def test_captions_come_from_one_file_too_and_otherwise_from_beside(tmp_path, nam
         picture(tmp_path / path)
     captioned(tmp_path / "c.png", "five")
     (tmp_path / name).write_text(text)
-    assert {item.id: item.captions for item in Folder(tmp_path).items} == {"a.png": ("one", "four"), "sub/b.png": ("two", "three"), "c.png": ("five",)}
+    assert {item.id: item.captions for item in Folder(tmp_path).items} == {
+        "a.png": ("one", "four"),
+        "sub/b.png": ("two", "three"),
+        "c.png": ("five",),
+    }
 
 
 def test_one_caption_can_be_said_of_all_pictures_and_none_is_looked_for(tmp_path):
@@ -119,7 +126,10 @@ def test_what_cannot_be_used_is_left_out_with_its_reason(tmp_path):
     folder = Folder(tmp_path)
     assert [item.id for item in folder.items] == ["good.png"]
     found = whys(folder)
-    assert found.keys() == {f"{name}.png" for name in ("silent", "blank", "babble", "latin", "endless", "empty", "text", "cut", "pipe", "gone")}
+    assert found.keys() == {
+        f"{name}.png"
+        for name in ("silent", "blank", "babble", "latin", "endless", "empty", "text", "cut", "pipe", "gone")
+    }
     assert found["silent.png"] == found["blank.png"] == "has no caption"
     assert "word of more than 1000" in found["babble.png"]
     assert "not UTF-8" in found["latin.png"]
@@ -133,7 +143,9 @@ def test_what_cannot_be_used_is_left_out_with_its_reason(tmp_path):
 def test_metadata_of_a_missing_picture_or_without_text_is_left_out_with_its_line(tmp_path):
     for name in ("a.png", "b.png"):
         picture(tmp_path / name)
-    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "a"}\n{"file_name": "../c.png", "text": "c"}\n{"file_name": "b.png", "text": 3}\n')
+    (tmp_path / "metadata.jsonl").write_text(
+        '{"file_name": "a.png", "text": "a"}\n{"file_name": "../c.png", "text": "c"}\n{"file_name": "b.png", "text": 3}\n'
+    )
     folder = Folder(tmp_path)
     assert [item.id for item in folder.items] == ["a.png"]
     assert "is not there" in whys(folder)["../c.png"]
@@ -147,7 +159,10 @@ def test_metadata_of_a_missing_picture_or_without_text_is_left_out_with_its_line
         ({"a.txt": "a"}, "holds no pictures"),
         ({"a.png": None}, r"has no picture to train on: a.png has no caption; write NAME.txt beside each"),
         ({"a.png": "hello", "a.txt": "a"}, "has no picture to train on: a.png is not a picture"),
-        ({"a.png": None, "metadata.jsonl": '{"file_name": "a.png", "text": "a"}\n{'}, "metadata.jsonl: line 2 is not a JSON object"),
+        (
+            {"a.png": None, "metadata.jsonl": '{"file_name": "a.png", "text": "a"}\n{'},
+            "metadata.jsonl: line 2 is not a JSON object",
+        ),
         ({"a.png": None, "metadata.jsonl": "[" * 100_000}, "line 1 is not a JSON object"),
         ({"a.png": None, "metadata.jsonl": '{"text": "a"}'}, "line 1 has no file_name"),
         ({"a.png": None, "metadata.csv": "name,text\na.png,a\n"}, "metadata.csv: has no column file_name"),
@@ -184,7 +199,10 @@ def test_depth_maps_lie_in_a_folder_of_their_own_under_the_same_names(tmp_path):
     assert folder.has_depth
     assert [item.id for item in folder.items] == ["sub/a.jpg"]
     assert np.array_equal(folder.depth(0), Image.open(depth))
-    assert whys(folder) == {"b.png": "has no depth map in depth/", "c.png": "has a depth map of 6x9 pixels, another shape than its 9x6"}
+    assert whys(folder) == {
+        "b.png": "has no depth map in depth/",
+        "c.png": "has a depth map of 6x9 pixels, another shape than its 9x6",
+    }
 
 
 def test_rendered_scenes_are_what_the_renderer_says():

@@ -38,7 +38,10 @@ def test_a_picture_goes_where_its_shape_changes_least():
     assert bucket(some, (3000, 1000)) == (640, 384)
     assert bucket(some, (900, 1000)) == (512, 512)
     assert bucket(some, (1000, 1299)) == (448, 576)
-    assert bucket(some, (686, 1000)) == (448, 576)  # 12 % less than that and 14 % more than 384x640, though in plain numbers nearer to it
+    assert bucket(some, (686, 1000)) == (
+        448,
+        576,
+    )  # 12 % less than that and 14 % more than 384x640, though in plain numbers nearer to it
 
 
 @pytest.mark.parametrize("picture", [(64, 64), (33, 64), (200, 77), (31, 1000)])
@@ -150,7 +153,9 @@ def test_the_asked_share_of_holes_is_everything():
 
 def test_a_sixth_of_the_holes_are_one_box():
     made = holes(300, 0.0)[:, 0]
-    boxes = [m for m in made if len({tuple(row) for row in m.int().tolist() if any(row)}) == 1]  # all rows of a box are alike, of a chain they are not
+    boxes = [
+        m for m in made if len({tuple(row) for row in m.int().tolist() if any(row)}) == 1
+    ]  # all rows of a box are alike, of a chain they are not
     assert 18 < len(boxes) < 83  # of 50, 5 standard deviations
     assert len({tuple(m.any(1).tolist()) for m in boxes}) > 10
 

@@ -36,7 +36,16 @@ def shard(path: Path, members: dict[str, bytes | str], mode: str = "w") -> Path:
 
 def test_members_of_one_name_belong_together_in_the_order_of_the_shards(tmp_path):
     shard(tmp_path / "01.tar", {"b/7.jpg": png(3), "b/7.json": json.dumps({"caption": "three", "url": "x"})})
-    shard(tmp_path / "00.tar", {"1.png": png(1), "1.txt": "one\nuno\n", "2.JSON": json.dumps({"texts": ["two", "due"]}), "2.webp": png(2, (9, 4)), "2.cls": "4"})
+    shard(
+        tmp_path / "00.tar",
+        {
+            "1.png": png(1),
+            "1.txt": "one\nuno\n",
+            "2.JSON": json.dumps({"texts": ["two", "due"]}),
+            "2.webp": png(2, (9, 4)),
+            "2.cls": "4",
+        },
+    )
     shards = Shards(str(tmp_path / "{00..01}.tar"))
     assert [item.id for item in shards.items] == ["00.tar/1", "00.tar/2", "01.tar/b/7"]
     assert [item.captions for item in shards.items] == [("one", "uno"), ("two", "due"), ("three",)]
@@ -81,11 +90,17 @@ def test_what_cannot_be_used_is_left_out_with_its_reason(tmp_path):
 
 def test_depth_maps_come_with_every_picture_or_none(tmp_path):
     shard(tmp_path / "0.tar", {"1.png": png(), "1.txt": "one", "1.depth.png": png(8)})
-    shard(tmp_path / "1.tar", {"2.png": png(), "2.txt": "two", "3.png": png(), "3.txt": "three", "3.depth.png": png(size=(7, 5))})
+    shard(
+        tmp_path / "1.tar",
+        {"2.png": png(), "2.txt": "two", "3.png": png(), "3.txt": "three", "3.depth.png": png(size=(7, 5))},
+    )
     shards = Shards(str(tmp_path / "*.tar"))
     assert shards.has_depth
     assert [item.id for item in shards.items] == ["0.tar/1"]
-    assert [bad.why for bad in shards.bad] == ["has no depth map, and others have", "has a depth map of 5x7 pixels, another shape than its 7x5"]
+    assert [bad.why for bad in shards.bad] == [
+        "has no depth map, and others have",
+        "has a depth map of 5x7 pixels, another shape than its 7x5",
+    ]
     assert np.array_equal(shards.depth(0), Image.open(io.BytesIO(png(8))))
 
 
@@ -109,7 +124,12 @@ def test_a_shard_that_is_no_sound_tar_file_is_one_clear_line(tmp_path):
 def test_nothing_in_a_shard_leads_outside(tmp_path):
     path = tmp_path / "0.tar"
     with tarfile.open(path, "w") as tar:
-        for name, kind in (("1.png", tarfile.SYMTYPE), ("2.png", tarfile.LNKTYPE), ("3.png", tarfile.CHRTYPE), ("4.png", tarfile.DIRTYPE)):
+        for name, kind in (
+            ("1.png", tarfile.SYMTYPE),
+            ("2.png", tarfile.LNKTYPE),
+            ("3.png", tarfile.CHRTYPE),
+            ("4.png", tarfile.DIRTYPE),
+        ):
             info = tarfile.TarInfo(name)
             info.type, info.linkname = kind, "/etc/passwd"
             tar.addfile(info)

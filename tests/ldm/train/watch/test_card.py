@@ -61,7 +61,10 @@ def test_a_section_of_a_recipe_that_follows_no_card_says_nothing_of_one() -> Non
     ("optimizer", "said"),
     [
         (Optimizer(lr=1e-5), "1e-05, constant"),
-        (Optimizer(lr=1e-7, warmup=5, schedule="cosine-restarts", cycles=3), "warm-up to 1e-07 for 5 steps, then cosine with restarts, 3 cycles"),
+        (
+            Optimizer(lr=1e-7, warmup=5, schedule="cosine-restarts", cycles=3),
+            "warm-up to 1e-07 for 5 steps, then cosine with restarts, 3 cycles",
+        ),
         (Optimizer(schedule="linear", decay=0.25), "1e-05, linear decay over the last 25%"),
         (Optimizer(lr_from="runs/before", schedule="cosine"), "the last of runs/before, cosine"),
     ],

@@ -18,7 +18,19 @@ BANDED = {"bands": [*(0.5 + i for i in range(BANDS - 1)), None], "band_counts": 
 
 
 def record(step: int, **more) -> dict:
-    return {"step": step, "loss": 1 / step, "lr": 1e-4, "grad_norm": 0.5, "examples_per_second": 8.0, "skipped": 0, "seconds": 1.5} | BANDED | more
+    return (
+        {
+            "step": step,
+            "loss": 1 / step,
+            "lr": 1e-4,
+            "grad_norm": 0.5,
+            "examples_per_second": 8.0,
+            "skipped": 0,
+            "seconds": 1.5,
+        }
+        | BANDED
+        | more
+    )
 
 
 def rows(out: Path) -> list[dict[str, str]]:
@@ -31,10 +43,21 @@ def test_every_record_is_a_line_of_json_and_a_row_of_numbers(tmp_path):
         log.event({"step": 12, "event": "skipped", "why": "the loss is nan"})
         log.write({"step": 20, "validation_loss": 0.25, "validation_levels": [[500, 0.25]]})
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert lines == [record(10), {"step": 12, "event": "skipped", "why": "the loss is nan"}, {"step": 20, "validation_loss": 0.25, "validation_levels": [[500, 0.25]]}]
+    assert lines == [
+        record(10),
+        {"step": 12, "event": "skipped", "why": "the loss is nan"},
+        {"step": 20, "validation_loss": 0.25, "validation_levels": [[500, 0.25]]},
+    ]
     first, second = rows(tmp_path)
     assert tuple(first) == COLUMNS
-    assert (first["step"], first["loss"], first["band_0"], first["count_0"], first["band_9"], first["count_9"]) == ("10", "0.1", "0.5", "2", "", "0")
+    assert (first["step"], first["loss"], first["band_0"], first["count_0"], first["band_9"], first["count_9"]) == (
+        "10",
+        "0.1",
+        "0.5",
+        "2",
+        "",
+        "0",
+    )
     assert (second["step"], second["loss"], second["validation_loss"]) == ("20", "", "0.25")
 
 
@@ -112,7 +135,9 @@ def test_a_full_disk_is_an_error_that_says_how_to_go_on(tmp_path, file):
     which = ["log.jsonl", "log.csv"].index(file)
     log._files[which].close()
     log._files[which] = open("/dev/full", "a")  # noqa: SIM115 (it can be neither flushed nor closed)
-    with pytest.raises(OutputError, match=r"could not be written \(No space left on device\); free space and start again"):
+    with pytest.raises(
+        OutputError, match=r"could not be written \(No space left on device\); free space and start again"
+    ):
         log.write(record(1))
 
 
@@ -122,7 +147,9 @@ def test_a_full_disk_is_an_error_that_says_how_to_go_on(tmp_path, file):
 @pytest.mark.parametrize(("package", "module"), [("tensorboard", "torch.utils.tensorboard"), ("wandb", "wandb")])
 def test_what_is_asked_for_and_not_installed_is_named_before_a_file_is_touched(tmp_path, monkeypatch, package, module):
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(ArgumentError, match=rf"{package}: it is not installed; 'pip install {package}', or set watch.{package} = false"):
+    with pytest.raises(
+        ArgumentError, match=rf"{package}: it is not installed; 'pip install {package}', or set watch.{package} = false"
+    ):
         Log(tmp_path / "out", 10, Watch(**{package: True}), "run")
     assert not (tmp_path / "out").exists()
 
@@ -151,7 +178,12 @@ def test_tensorboard_gets_every_number_at_its_step(tmp_path, monkeypatch):
     with Log(tmp_path, 10, Watch(tensorboard=True), "run", done=4) as log:
         log.write({"step": 5, "loss": 0.5, "lr": math.nan} | BANDED)
         log.event({"step": 6, "event": "skipped"})
-    assert told == [(str(tmp_path / "tensorboard"), 5), ("loss", 0.5, 5), *((f"band_{i}", 0.5 + i, 5) for i in range(BANDS - 1)), "closed"]
+    assert told == [
+        (str(tmp_path / "tensorboard"), 5),
+        ("loss", 0.5, 5),
+        *((f"band_{i}", 0.5 + i, 5) for i in range(BANDS - 1)),
+        "closed",
+    ]
 
 
 def test_wandb_gets_every_number_and_a_resumed_run_is_the_same_run(tmp_path, monkeypatch):
@@ -159,7 +191,9 @@ def test_wandb_gets_every_number_and_a_resumed_run_is_the_same_run(tmp_path, mon
 
     def init(**settings):
         opened.append(settings)
-        return SimpleNamespace(log=lambda values, step: told.append((step, values)), finish=lambda: told.append("finished"))
+        return SimpleNamespace(
+            log=lambda values, step: told.append((step, values)), finish=lambda: told.append("finished")
+        )
 
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
     for done in (0, 1, 0):

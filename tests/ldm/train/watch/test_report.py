@@ -17,7 +17,13 @@ from ldm.train.watch.log import BANDS, Log, read_log
 from ldm.train.watch.report import charts, chosen, duration, facts, find_samples, html_page, picture, write_report
 
 PROMPT = 'a <b>red</b> cube & "blue" ball'
-RECIPE = Recipe("sygil", "What it is for.", run=Run(steps=300, batch=8), watch=Watch(prompts=(PROMPT, "a cone")), card=Card(model="Sygil Diffusion", hardware="RTX 3050"))
+RECIPE = Recipe(
+    "sygil",
+    "What it is for.",
+    run=Run(steps=300, batch=8),
+    watch=Watch(prompts=(PROMPT, "a cone")),
+    card=Card(model="Sygil Diffusion", hardware="RTX 3050"),
+)
 
 
 def logged(out: Path, lines: int = 30, steps: tuple[int, ...] = (100, 200, 300)) -> Path:
@@ -25,7 +31,18 @@ def logged(out: Path, lines: int = 30, steps: tuple[int, ...] = (100, 200, 300))
     with Log(out, 300, Watch(), "sygil") as log:
         for i in range(1, lines + 1):
             bands = {"bands": [0.5 / (k + 1) / i for k in range(BANDS)], "band_counts": [1] * BANDS}
-            log.write({"step": 10 * i, "loss": 1 / i, "lr": 1e-4, "grad_norm": 0.5, "examples_per_second": 8.0, "skipped": 1, "seconds": 4.0} | bands)
+            log.write(
+                {
+                    "step": 10 * i,
+                    "loss": 1 / i,
+                    "lr": 1e-4,
+                    "grad_norm": 0.5,
+                    "examples_per_second": 8.0,
+                    "skipped": 1,
+                    "seconds": 4.0,
+                }
+                | bands
+            )
         log.event({"step": 120, "event": "skipped", "loss": "<nan>"})
         log.event({"step": 130, "event": "saved"})
         for step in steps:
@@ -60,7 +77,17 @@ def test_ticks_are_round_numbers_within_the_range():
 
 
 @pytest.mark.parametrize(
-    ("value", "words"), [(0, "0"), (1e-5, "1e-5"), (2.5e-7, "2.5e-7"), (0.05, "0.05"), (-3.0, "-3"), (1200, "1200"), (20000, "20k"), (1.5e6, "1.5M")]
+    ("value", "words"),
+    [
+        (0, "0"),
+        (1e-5, "1e-5"),
+        (2.5e-7, "2.5e-7"),
+        (0.05, "0.05"),
+        (-3.0, "-3"),
+        (1200, "1200"),
+        (20000, "20k"),
+        (1.5e6, "1.5M"),
+    ],
 )
 def test_numbers_on_axes_are_short(value, words):
     assert label(value) == words
@@ -86,7 +113,13 @@ def test_a_family_of_colours_runs_from_the_first_to_the_last():
 def drawn_at(image: Image.Image, colour: str) -> list[tuple[int, int]]:
     """Where a picture has exactly this colour."""
     wanted, width = ImageColor.getrgb(colour), image.width
-    return [(i % width, i // width) for i, pixel in enumerate(image.get_flattened_data() if hasattr(image, "get_flattened_data") else image.getdata()) if pixel == wanted]
+    return [
+        (i % width, i // width)
+        for i, pixel in enumerate(
+            image.get_flattened_data() if hasattr(image, "get_flattened_data") else image.getdata()
+        )
+        if pixel == wanted
+    ]
 
 
 def test_a_curve_is_drawn_from_corner_to_corner_where_its_values_are():
@@ -94,8 +127,12 @@ def test_a_curve_is_drawn_from_corner_to_corner_where_its_values_are():
     points = drawn_at(draw(Chart("", "", (curve,)), (300, 200), LIGHT, 1), "#00ff00")
     left, right = min(points), max(points)
     assert right[0] - left[0] == pytest.approx(300 - 54 - 54, abs=4)
-    assert left[1] - right[1] == pytest.approx((200 - 60 - 32) / 1.16, abs=4)  # 8 % of the range stay free above and below
-    assert any(abs(x - (left[0] + right[0]) / 2) < 2 and abs(y - (left[1] + right[1]) / 2) < 3 for x, y in points), "it is straight"
+    assert left[1] - right[1] == pytest.approx(
+        (200 - 60 - 32) / 1.16, abs=4
+    )  # 8 % of the range stay free above and below
+    assert any(abs(x - (left[0] + right[0]) / 2) < 2 and abs(y - (left[1] + right[1]) / 2) < 3 for x, y in points), (
+        "it is straight"
+    )
 
 
 def test_on_a_logarithmic_axis_a_factor_is_a_distance():
@@ -103,7 +140,9 @@ def test_on_a_logarithmic_axis_a_factor_is_a_distance():
     points = drawn_at(draw(Chart("", "", (curve,), log=True), (300, 200), LIGHT, 1), "#00ff00")
     left, right = min(points), max(points)
     assert any(abs(x - (left[0] + right[0]) / 2) < 2 and abs(y - (left[1] + right[1]) / 2) < 3 for x, y in points)
-    draw(Chart("", "", (Curve([0, 1], [0.0, 1.0], "#00ff00"),), log=True), (300, 200), LIGHT, 1)  # 0 is nowhere on it: a gap
+    draw(
+        Chart("", "", (Curve([0, 1], [0.0, 1.0], "#00ff00"),), log=True), (300, 200), LIGHT, 1
+    )  # 0 is nowhere on it: a gap
 
 
 def test_a_missing_value_is_a_gap_and_a_lone_one_a_dot():
@@ -126,11 +165,15 @@ def test_an_outlier_in_the_background_neither_flattens_the_curve_nor_leaves_the_
 
 
 def test_a_curve_of_many_points_looks_like_one_of_few():
-    few, many = (Curve([i * 100 / n for i in range(n + 1)], [i / n for i in range(n + 1)], "#00ff00", 3) for n in (10, 30000))
+    few, many = (
+        Curve([i * 100 / n for i in range(n + 1)], [i / n for i in range(n + 1)], "#00ff00", 3) for n in (10, 30000)
+    )
     pictures = [draw(Chart("", "", (curve,)), (300, 200), LIGHT, 1) for curve in (few, many)]
     one, other = (set(drawn_at(image, "#00ff00")) for image in pictures)
     for some, all_others in ((one, other), (other, one)):
-        assert some <= {(x + i, y + k) for x, y in all_others for i in (-1, 0, 1) for k in (-1, 0, 1)}, "what is left out moves nothing by a pixel"
+        assert some <= {(x + i, y + k) for x, y in all_others for i in (-1, 0, 1) for k in (-1, 0, 1)}, (
+            "what is left out moves nothing by a pixel"
+        )
     assert len(other) > 400
 
 
@@ -138,7 +181,10 @@ def test_themes_have_colours_that_can_be_read():
     """WCAG 2.2: 4.5 for words, 3 for what is drawn."""
 
     def luminance(colour: str) -> float:
-        return sum(w * ((c / 255 + 0.055) / 1.055) ** 2.4 if c > 10 else w * c / 255 / 12.92 for w, c in zip((0.2126, 0.7152, 0.0722), ImageColor.getrgb(colour), strict=True))
+        return sum(
+            w * ((c / 255 + 0.055) / 1.055) ** 2.4 if c > 10 else w * c / 255 / 12.92
+            for w, c in zip((0.2126, 0.7152, 0.0722), ImageColor.getrgb(colour), strict=True)
+        )
 
     def contrast(a: str, b: str) -> float:
         low, high = sorted(map(luminance, (a, b)))
@@ -157,14 +203,23 @@ def test_themes_have_colours_that_can_be_read():
 def test_there_is_a_chart_of_everything_that_was_logged(run):
     records = read_log(run)
     made = charts(records, LIGHT)
-    assert [chart.title for chart in made] == ["Loss", "Loss by timestep", "Validation loss", "Learning rate", "Norm of the gradient", "Speed"]
+    assert [chart.title for chart in made] == [
+        "Loss",
+        "Loss by timestep",
+        "Validation loss",
+        "Learning rate",
+        "Norm of the gradient",
+        "Speed",
+    ]
     loss, bands, validation = made[:3]
     assert loss.log, "it falls to a thirtieth"
     assert loss.curves[-1].y == pytest.approx([1 / i for i in range(1, 31)])
     assert len(bands.curves) == BANDS
     assert len({curve.colour for curve in bands.curves}) == BANDS
     assert (validation.curves[0].x, validation.curves[0].y) == ([100, 200, 300], [0.3, 0.15, 0.1])
-    assert [chart.title for chart in charts([record for record in records if "bands" not in record], LIGHT)] == ["Validation loss"]
+    assert [chart.title for chart in charts([record for record in records if "bands" not in record], LIGHT)] == [
+        "Validation loss"
+    ]
 
 
 def test_a_long_run_is_smoothed_and_its_lines_stay_visible():
@@ -178,7 +233,10 @@ def test_a_long_run_is_smoothed_and_its_lines_stay_visible():
 
 
 def test_a_band_weighs_as_many_examples_as_it_saw():
-    records = [{"step": i, "loss": 1.0, "bands": [float(i)] * BANDS, "band_counts": [3 if i == 1 else 1] * BANDS} for i in (1, 2)]
+    records = [
+        {"step": i, "loss": 1.0, "bands": [float(i)] * BANDS, "band_counts": [3 if i == 1 else 1] * BANDS}
+        for i in (1, 2)
+    ]
     bands = charts(records, LIGHT)[1]
     assert bands.curves[0].y[0] == pytest.approx((3 * 1 + 2) / 4)
 
@@ -188,7 +246,12 @@ def test_the_numbers_of_a_run_are_told(run):
         ("method", "full"), ("updates", "300 of 300"), ("batch", "8"), ("loss at the end", "0.0333"),
         ("validation loss", "0.1"), ("time in updates", "2 min 0 s"), ("updates skipped", "1"),
     ]  # fmt: skip
-    assert [duration(seconds) for seconds in (45.4, 725, 12000, 4_000_000)] == ["45 s", "12 min 5 s", "3 h 20 min", "1,111 h 6 min"]
+    assert [duration(seconds) for seconds in (45.4, 725, 12000, 4_000_000)] == [
+        "45 s",
+        "12 min 5 s",
+        "3 h 20 min",
+        "1,111 h 6 min",
+    ]
 
 
 def test_the_first_and_the_last_validation_are_always_shown():
@@ -276,8 +339,12 @@ def test_the_page_suits_a_phone_and_the_night(run):
     text = (run / "report.html").read_text()
     assert '<meta name="viewport" content="width=device-width, initial-scale=1">' in text
     assert text.count('media="(prefers-color-scheme: dark)"') == 6
-    night, day = (Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2]))) for source in Page(text).sources[:2])
-    assert [image.getpixel((image.width // 2, 4)) for image in (night, day)] == [ImageColor.getrgb(theme.panel) for theme in (DARK, LIGHT)]
+    night, day = (
+        Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2]))) for source in Page(text).sources[:2]
+    )
+    assert [image.getpixel((image.width // 2, 4)) for image in (night, day)] == [
+        ImageColor.getrgb(theme.panel) for theme in (DARK, LIGHT)
+    ]
     assert "@media (prefers-color-scheme: dark)" in text
 
 
@@ -296,13 +363,18 @@ def test_the_page_tells_the_recipe_its_card_and_what_happened(run):
     assert "Training" in words, "the card's section"
     assert "the card of Sygil Diffusion" in said
     assert words[words.index("run.batch") + 1] == "8"
-    assert said.index("run.batch") < said.index("every key") < said.index("run.keep"), "what is usual is behind the fold"
+    assert said.index("run.batch") < said.index("every key") < said.index("run.keep"), (
+        "what is usual is behind the fold"
+    )
     assert words[words.index("120") + 1] == "skipped"
     assert "saved" not in words
 
 
 def test_pictures_in_the_page_are_small_and_the_smallest_untouched(run):
-    images = [Image.open(io.BytesIO(base64.b64decode(s.partition(",")[2]))) for s in Page((run / "report.html").read_text()).sources[12:]]
+    images = [
+        Image.open(io.BytesIO(base64.b64decode(s.partition(",")[2])))
+        for s in Page((run / "report.html").read_text()).sources[12:]
+    ]
     assert [(image.format, image.size) for image in images] == [("PNG", (32, 32))] * 3 + [("JPEG", (256, 171))] * 3
 
 
@@ -325,6 +397,8 @@ def test_a_sample_that_cannot_be_read_is_named(tmp_path):
 
 def test_a_report_that_cannot_be_written_says_so(tmp_path):
     (tmp_path / "report.html").mkdir()
-    with pytest.raises(OutputError, match=r"report\.html: cannot be written \(.+\); free space and write the report again"):
+    with pytest.raises(
+        OutputError, match=r"report\.html: cannot be written \(.+\); free space and write the report again"
+    ):
         write_report(tmp_path, RECIPE)
     assert {path.name for path in tmp_path.iterdir()} == {"report.html", "report.png"}

@@ -24,7 +24,9 @@ RECIPE = Recipe("test", watch=Watch(timesteps=2, pictures=3, prompts=("a red cub
 
 def held_out(n: int, start: int = 0, **more) -> Batch:
     image = normal("held out", (8, 3, 32, 32)).clamp(-1, 1)[start : start + n]
-    return Batch(tuple(range(n)), ("a red cube",) * n, (32, 32), (Sizes(),) * n, torch.ones(n), **{"image": image} | more)
+    return Batch(
+        tuple(range(n)), ("a red cube",) * n, (32, 32), (Sizes(),) * n, torch.ones(n), **{"image": image} | more
+    )
 
 
 class Told(nn.Module):
@@ -89,13 +91,18 @@ def test_the_tasks_are_validated_and_the_same_twice():
 # --- pictures ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("family", "count"), [("sd1", 2), ("sdxl-base", 2), ("sd1-inpainting", 2), ("sd2-depth", 2), ("sd-image-variations", 4)])
+@pytest.mark.parametrize(
+    ("family", "count"),
+    [("sd1", 2), ("sdxl-base", 2), ("sd1-inpainting", 2), ("sd2-depth", 2), ("sd-image-variations", 4)],
+)
 def test_every_family_makes_its_pictures_and_again_the_same(family, count):
     model = build(tiny(family))
     pictures = validation_pictures(model, RECIPE, [held_out(2)])
     assert [picture.size for picture in pictures] == [(32, 32)] * count
     assert len({picture.tobytes() for picture in pictures}) == count
-    assert [picture.tobytes() for picture in validation_pictures(model, RECIPE, [held_out(2)])] == [picture.tobytes() for picture in pictures]
+    assert [picture.tobytes() for picture in validation_pictures(model, RECIPE, [held_out(2)])] == [
+        picture.tobytes() for picture in pictures
+    ]
 
 
 def test_inpainting_keeps_what_is_around_the_middle():
@@ -108,7 +115,10 @@ def test_inpainting_keeps_what_is_around_the_middle():
 def test_a_depth_map_takes_the_place_of_the_depth_network():
     model = build(tiny("sd2-depth"))
     model.depth = None
-    near, far = (validation_pictures(model, RECIPE, [held_out(1, depth=depth)]) for depth in (normal("near", (1, 1, 32, 32)), normal("far", (1, 1, 32, 32))))
+    near, far = (
+        validation_pictures(model, RECIPE, [held_out(1, depth=depth)])
+        for depth in (normal("near", (1, 1, 32, 32)), normal("far", (1, 1, 32, 32)))
+    )
     assert near[0].tobytes() != far[0].tobytes()
     with pytest.raises(ArgumentError, match="holds no depth network"):
         validation_pictures(model, RECIPE, [held_out(1)])
@@ -121,14 +131,18 @@ def test_a_cached_latent_is_decoded_where_the_picture_is_not_kept():
         seen = model.vae.decode(model.vae.latent(moments))
     cached = validation_pictures(model, RECIPE, [held_out(1, image=None, moments=moments)])
     rounded = from_pil(to_pil(seen))
-    assert [p.tobytes() for p in cached] == [p.tobytes() for p in validation_pictures(model, RECIPE, [held_out(1, image=rounded)])]
+    assert [p.tobytes() for p in cached] == [
+        p.tobytes() for p in validation_pictures(model, RECIPE, [held_out(1, image=rounded)])
+    ]
 
 
 def test_size_seed_and_negative_prompt_are_the_recipes():
     model = build(tiny("sd1"))
 
     def made(size: int = 0, **watch) -> list[bytes]:
-        pictures = validation_pictures(model, replace(RECIPE, data=Data(size=size), watch=replace(RECIPE.watch, **watch)))
+        pictures = validation_pictures(
+            model, replace(RECIPE, data=Data(size=size), watch=replace(RECIPE.watch, **watch))
+        )
         assert {picture.size for picture in pictures} == {(size or 32,) * 2}
         return [picture.tobytes() for picture in pictures]
 
@@ -149,7 +163,10 @@ def test_pictures_are_saved_under_their_step_with_their_prompts(tmp_path):
     pictures = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
     for _ in range(2):  # a resumed run writes them again
         paths = save_pictures(pictures, RECIPE, tmp_path, 500)
-    assert [path.relative_to(tmp_path).as_posix() for path in paths] == ["validation/step-000500/00.png", "validation/step-000500/01.png"]
+    assert [path.relative_to(tmp_path).as_posix() for path in paths] == [
+        "validation/step-000500/00.png",
+        "validation/step-000500/01.png",
+    ]
     assert read_metadata(paths[1]) == {"prompt": "a blue ball", "step": "500"}
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="validation pictures cannot be written"):
