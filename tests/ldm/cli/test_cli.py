@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 
 import weights
-from ldm import images, tasks
+from ldm import tasks
 from ldm.__main__ import COMMANDS, main
 from ldm.cli import arguments, models, place, terminal
 from ldm.errors import NonFinite

@@ -122,10 +122,10 @@ def test_nothing_outside_has_an_effect_or_is_changed(model):
         return (
             torch.get_rng_state().tolist(),
             random.getstate(),
-            np.random.get_state()[1].tolist(),
+            np.random.get_state()[1].tolist(),  # noqa: NPY002
             torch.get_default_dtype(),
             torch.is_grad_enabled(),
-        )  # noqa: NPY002
+        )
 
     torch.manual_seed(1)
     before = state()
