@@ -19,9 +19,10 @@ from numpy import ndarray
 from PIL import Image
 
 import weights
-from benchmarks import panels, quality, subjects
+from benchmarks import quality
 from benchmarks.machine import machine
-from benchmarks.panels import Panel, Row
+from benchmarks.models import panels, subjects
+from benchmarks.models.panels import Panel, Row
 from ldm import LatentDiffusion, blocks, tasks
 from ldm.blocks import SHAPES, Scene, Solid
 from ldm.changes import lora

@@ -288,7 +288,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         side, row, path, config = args.one
         print(json.dumps(one(side, row, Path(path), Path(config), args.cold)))
         return 0
-    from benchmarks.peers import require
+    from benchmarks.models.peers import require
 
     if not args.tiny:
         require("bench", "diffusers", "transformers")

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.machine import machine
-from benchmarks.peers import peer, require, seeded_model
+from benchmarks.models.peers import peer, require, seeded_model
 from ldm.conditioning.tokenizer import TruncationWarning, tokenize
 from ldm.config import FAMILIES, DepthConfig, ModelConfig
 from samplers import GRIDS, finish, noised
@@ -217,7 +217,7 @@ def peer_rows(config: ModelConfig = FAMILIES["sd1"], cells: int = 64) -> Iterato
 
 def family_rows() -> Iterator[Row]:
     """Every family at narrow widths, loaded from one diffusers folder by us and by diffusers."""
-    from benchmarks import families
+    from benchmarks.models import families
 
     for family in families.FOLDERS:
         with tempfile.TemporaryDirectory() as folder:

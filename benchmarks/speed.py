@@ -16,14 +16,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from benchmarks import plot
-from benchmarks.cells import GUIDANCE, MODELS, STAGES, Cell, config_of
-from benchmarks.floors import peak
 from benchmarks.machine import machine
-from benchmarks.peers import require, write_folder
-from benchmarks.rounds import rows_of
-from benchmarks.rows import Row, growth
-from benchmarks.sides import DTYPES, GRID, SIDES, Job
+from benchmarks.models.peers import require, write_folder
+from benchmarks.sides.all import DTYPES, GRID, SIDES, Job
+from benchmarks.sides.cells import GUIDANCE, MODELS, STAGES, Cell, config_of
+from benchmarks.timing import plot
+from benchmarks.timing.floors import peak
+from benchmarks.timing.rounds import rows_of
+from benchmarks.timing.rows import Row, growth
 
 QUICK = {
     "side": ("ldm", "fast", "diffusers", "openvino", "sdcpp"),

@@ -22,14 +22,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import torch
 
-from benchmarks import train_sides
-from benchmarks.cells import config_of as whole_config_of
 from benchmarks.machine import machine, without_folders
-from benchmarks.peers import require, write_folder
-from benchmarks.rounds import available
-from benchmarks.sides import DTYPES
-from benchmarks.train_sides import SIDES, Job, config_of
-from benchmarks.turns import SideFailed
+from benchmarks.models.peers import require, write_folder
+from benchmarks.sides import training as train_sides
+from benchmarks.sides.all import DTYPES
+from benchmarks.sides.cells import config_of as whole_config_of
+from benchmarks.sides.training import SIDES, Job, config_of
+from benchmarks.timing.rounds import available
+from benchmarks.timing.turns import SideFailed
 from ldm.networks.unet import UNet
 from weights.names.blank import shapes
 

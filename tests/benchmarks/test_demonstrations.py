@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks import demonstrations, panels, quality, subjects
+from benchmarks import demonstrations, quality
+from benchmarks.models import panels, subjects
 from ldm import blocks
 from ldm.blocks import Scene, Solid
 from ldm.train.data.folder import Folder

@@ -10,7 +10,11 @@ import pytest
 import torch
 from PIL import Image, ImageColor
 
-from benchmarks import cells, floors, load, machine, parity, peers, plot, rounds, rows, sides, speed, turns
+from benchmarks import load, machine, parity, speed
+from benchmarks.models import peers
+from benchmarks.sides import all as sides
+from benchmarks.sides import cells
+from benchmarks.timing import floors, plot, rounds, rows, turns
 from ldm.config import FAMILIES
 from ldm.model import LatentDiffusion
 from tests.made.checkpoints import TINY

@@ -10,8 +10,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import peers, train, train_sides
-from benchmarks.train_sides import Ended, Job
+from benchmarks import train
+from benchmarks.models import peers
+from benchmarks.sides import training as train_sides
+from benchmarks.sides.training import Ended, Job
 
 
 class Counted:

@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
-from benchmarks import families
+from benchmarks.models import families
 from tests.made.networks import relative
 
 TOLERANCE = 1e-5  # float32; measured: at most 4.9e-6, and 0 for most

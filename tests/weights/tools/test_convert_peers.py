@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
-from benchmarks import families
+from benchmarks.models import families
 from ldm import tasks
 from samplers import seeded
 from tests.made.checkpoints import save_safetensors, tiny

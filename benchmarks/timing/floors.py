@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.cells import Cell, inputs
+from benchmarks.sides.cells import Cell, inputs
 from ldm.config import ModelConfig
 from ldm.networks.clip import CLIPText
 from ldm.networks.unet import UNet

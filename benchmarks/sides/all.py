@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from benchmarks.cells import GUIDANCE, NEGATIVE, PROMPT, SEED, Cell, config_of, inputs
+from benchmarks.sides.cells import GUIDANCE, NEGATIVE, PROMPT, SEED, Cell, config_of, inputs
 from ldm.conditioning.cond import Sizes, vector
 from ldm.model import LatentDiffusion
 from samplers import GRIDS, Schedule, seeded
@@ -39,7 +39,7 @@ class Job:
     family: str
     tiny: bool  # a narrow model of this family
     folder: str  # its weights, as diffusers stores them
-    converted: str  # the same as this side needs it, made before by `benchmarks.converted`
+    converted: str  # the same as this side needs it, made before by `benchmarks.sides.openvino`
     dtype: str  # a name in DTYPES
     device: str
     threads: int | None  # None: torch's own choice
@@ -223,7 +223,7 @@ def scheduler(pipe: DiffusionPipeline, sampler: str) -> Any:
 
 def openvino(job: Job) -> Side:
     """diffusers' pipeline with its networks run by OpenVINO."""
-    from benchmarks.converted import run_by_openvino
+    from benchmarks.sides.openvino import run_by_openvino
 
     pipe = pipeline(job)
     run_by_openvino(pipe, Path(job.converted), job.dtype)

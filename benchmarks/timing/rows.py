@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.cells import Cell, config_of
-from benchmarks.floors import flops
-from benchmarks.sides import Job
+from benchmarks.sides.all import Job
+from benchmarks.sides.cells import Cell, config_of
+from benchmarks.timing.floors import flops
 
 # What passes as the same output, as mean errors against the plain networks in float32. float32: 1e-5 of the output's root mean square, the
 # project's bound; guidance 7.5 makes up to 14 times as much of it, and at 127.5 levels to the unit about 0.02 of all values then round to

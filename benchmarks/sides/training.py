@@ -12,16 +12,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks import cells
-from benchmarks.cells import SIZE_NUMBERS
 from benchmarks.machine import peak_memory, without_folders
-from benchmarks.turns import forget_peak, resident
+from benchmarks.sides import cells
+from benchmarks.sides.cells import SIZE_NUMBERS
+from benchmarks.timing.turns import forget_peak, resident
 from ldm.conditioning.cond import Sizes
 from ldm.config import ModelConfig
 from ldm.train.checkpointing import checkpoint_blocks

@@ -17,15 +17,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from benchmarks.cells import Cell
 from benchmarks.machine import without_folders
-from benchmarks.sides import SIDES, Job, Side, Unmeasured
+from benchmarks.sides.all import SIDES, Job, Side, Unmeasured
+from benchmarks.sides.cells import Cell
 
 SHORT = 0.2  # seconds: what takes less is timed several times in a row
 WARM, WARM_BELOW = 3, 1.0  # calls before anything is timed, of what takes less than so many seconds

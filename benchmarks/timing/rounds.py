@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.cells import Cell, config_of
-from benchmarks.converted import convert, openvino_note
-from benchmarks.rows import Found, Row, finished
-from benchmarks.sides import DTYPES, Job, Unmeasured, missing
-from benchmarks.turns import SideFailed, Turns, in_turn
+from benchmarks.sides.all import DTYPES, Job, Unmeasured, missing
+from benchmarks.sides.cells import Cell, config_of
+from benchmarks.sides.openvino import convert, openvino_note
+from benchmarks.timing.rows import Found, Row, finished
+from benchmarks.timing.turns import SideFailed, Turns, in_turn
 from ldm.model import LatentDiffusion
 from weights.names.blank import shapes
 

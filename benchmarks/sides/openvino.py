@@ -12,14 +12,14 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.cells import Cell, config_of, inputs
 from benchmarks.machine import without_folders
-from benchmarks.sides import Job, pipeline
+from benchmarks.sides.all import Job, pipeline
+from benchmarks.sides.cells import Cell, config_of, inputs
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
