@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -38,9 +38,16 @@ COLUMNS = 8  # pictures beside each other
 MARGIN = 4  # pixels of a hole around what it hides
 QUICK = ("run.steps=1", "run.batch=2", "run.micro=1")  # a run that only shows that it runs
 FILES = Files(
-    load=weights.load, load_vae=weights.load_vae, load_vision=weights.load_vision, save=weights.save, convert=weights.convert, save_lora=weights.save_lora,
-    save_embedding=weights.save_embedding, embedded=embedded, digest=file_hash,
-)  # fmt: skip
+    load=weights.load,
+    load_vae=weights.load_vae,
+    load_vision=weights.load_vision,
+    save=weights.save,
+    convert=weights.convert,
+    save_lora=weights.save_lora,
+    save_embedding=weights.save_embedding,
+    embedded=embedded,
+    digest=file_hash,
+)
 
 
 @dataclass(frozen=True)
@@ -68,13 +75,12 @@ class How:
         return quality.pictures_of(model, prompts, range(seed, seed + len(prompts)), settings, batch=20)
 
     def rehearsal(self, name: str, scenes: Sequence[Scene]) -> Path:
-        """A directory of what the start draws of scenes, each said in some way, to be kept while it learns; of other seeds than are scored. Once made it stays."""
+        """Prior pictures: a directory of what the start draws of scenes, from seeds that are not scored. Made once."""
         path = self.runs / name
         if not (path / "metadata.jsonl").exists():
             prompts = [blocks.caption(scene, k) for k, scene in enumerate(scenes)]
-            subjects.folder(
-                path, self.draw_prompts(self.model(), prompts, seed=10**6), [[prompt] for prompt in prompts]
-            )
+            pictures = self.draw_prompts(self.model(), prompts, seed=10**6)
+            subjects.folder(path, pictures, [[prompt] for prompt in prompts])
         return path
 
 
@@ -94,11 +100,13 @@ def changes(name: str, how: How, sets: Sequence[str] = ()) -> list[str]:
 
 
 def train(name: str, how: How, sets: Sequence[str] = (), into: str | None = None) -> tuple[Path, dict[str, Any]]:
-    """Train as recipes/`name`.toml says, from the start; return the run's directory, and what the run cost. One that was interrupted goes on."""
+    """Train as recipes/`name`.toml says, from the start, or go on with a run that was interrupted.
+
+    Returns the run's directory, and what the run cost.
+    """
     out = how.runs / (into or name)
-    recipe = load_recipe(
-        RECIPES / f"{name}.toml", [f"model.start={how.start}", f"run.out={out}", *changes(name, how, sets)]
-    )
+    keys = [f"model.start={how.start}", f"run.out={out}", *changes(name, how, sets)]
+    recipe = load_recipe(RECIPES / f"{name}.toml", keys)
     out.mkdir(parents=True, exist_ok=True)
     with stopwatch(out / "cost.json"):
         ended = run.train(recipe, FILES, device="cpu", say=lambda line: print(line, flush=True))
@@ -118,8 +126,8 @@ def prior_pictures(name: str, how: How) -> int:
 
 
 @contextmanager
-def stopwatch(path: Path):
-    """Adds the processor's seconds of the block, of all threads, to those in a file: of a run that goes on they are the whole run's."""
+def stopwatch(path: Path) -> Iterator[None]:
+    """Adds the processor's seconds of the block, of all threads, to those in a file, which counts for the whole run."""
     before = json.loads(path.read_text())["cpu_seconds"] if path.exists() else 0.0
     begun = time.process_time()
     try:
@@ -160,6 +168,34 @@ def percent(score: Score) -> str:
     return f"{100 * score.share:.0f} % of {score.n}"
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """What a model makes of scenes of several kinds: of each kind pictures, and which of them are right."""
+
+    asked: Mapping[str, Sequence[Scene]]
+    pictures: dict[str, list[ndarray]]
+    right: dict[str, list[bool]]
+
+    @classmethod
+    def by(cls, how: How, model: LatentDiffusion, asked: Mapping[str, Sequence[Scene]], read: Read) -> Drawn:
+        pictures = {kind: how.draw(model, scenes) for kind, scenes in asked.items()}
+        return cls(asked, pictures, {kind: marks(pictures[kind], scenes, read) for kind, scenes in asked.items()})
+
+    def figures(self) -> dict[str, Any]:
+        return {kind: asdict(Score.of(right)) for kind, right in self.right.items()}
+
+    def row(self, name: str, kinds: dict[str, tuple[str, int]]) -> Row:
+        """The first pictures of each kind beside each other; `kinds` gives each its label, and how many."""
+        lines = [f"{label} {percent(Score.of(self.right[kind]))}" for kind, (label, _) in kinds.items()]
+        picked = [(kind, k) for kind, (_, n) in kinds.items() for k in range(min(n, len(self.pictures[kind])))]
+        return Row(
+            "\n".join([name, *lines]),
+            [self.pictures[kind][k] for kind, k in picked],
+            [self.right[kind][k] for kind, k in picked],
+            [blocks.canonical(self.asked[kind][k]) for kind, k in picked],
+        )
+
+
 # --- the five ---------------------------------------------------------------------------------------------------------
 
 Result = tuple[dict[str, Any], Panel]  # figures, pictures
@@ -169,10 +205,12 @@ def teach_magenta(how: How) -> Result:
     """A LoRA that knows a ninth colour from 20 pictures."""
     lessons = subjects.magenta_lessons(20)
     data = subjects.folder(how.runs / "magenta", map(subjects.render, lessons), subjects.said(lessons))
-    prior = how.rehearsal("magenta-prior", [blocks.sample(seed) for seed in range(prior_pictures("lora", how))])
+    n = prior_pictures("lora", how)
+    prior = how.rehearsal("magenta-prior", [blocks.sample(seed) for seed in range(n)])
     out, cost = train("lora", how, [f"data.path={data}", f"data.prior={prior}"])
+    file = out / "lora.safetensors"
     taught = weights.load(how.start)
-    lora.merge(taught, [(weights.load_lora(out / "lora.safetensors", taught.config), 1.0)])
+    lora.merge(taught, [(weights.load_lora(file, taught.config), 1.0)])
     known = {blocks.canonical(scene) for scene in lessons}
     few = max(1, how.pictures // 2)
     asked = {
@@ -180,67 +218,28 @@ def teach_magenta(how: How) -> Result:
         "pairs": subjects.magenta_pairs(few, seed=1, without=known),
         "held_out": blocks.held_out_scenes(how.pictures),
     }
-    figures: dict[str, Any] = {
-        "pictures": len(lessons),
-        "prior_pictures": prior_pictures("lora", how),
-        "training": cost,
-        "bytes": (out / "lora.safetensors").stat().st_size,
-    }
-    columns = {"alone": 3, "pairs": 3, "held_out": 2}
-    rows = [
-        Row(
-            "learnt from",
-            [subjects.render(scene) for scene in lessons[-COLUMNS:]],
-            captions=[blocks.canonical(scene) for scene in lessons[-COLUMNS:]],
-        )
-    ]
+    figures = {"pictures": len(lessons), "prior_pictures": n, "training": cost, "bytes": file.stat().st_size}
+    shown = lessons[-COLUMNS:]
+    rows = [Row("learnt from", [*map(subjects.render, shown)], captions=[*map(blocks.canonical, shown)])]
     for when, model in (("before", how.model()), ("after", fast(taught))):
-        drawn = {kind: how.draw(model, scenes) for kind, scenes in asked.items()}
-        right = {kind: marks(drawn[kind], scenes, of_nine) for kind, scenes in asked.items()}
-        figures[when] = {kind: asdict(Score.of(each)) for kind, each in right.items()}
-        label = f"{when}\nalone {percent(Score.of(right['alone']))}\nin pairs {percent(Score.of(right['pairs']))}\nothers {percent(Score.of(right['held_out']))}"
-        rows.append(row_of(label, columns, drawn, right, asked))
+        drawn = Drawn.by(how, model, asked, of_nine)
+        figures[when] = drawn.figures()
+        rows.append(drawn.row(when, {"alone": ("alone", 3), "pairs": ("in pairs", 3), "held_out": ("others", 2)}))
     return figures, Panel("LoRA: a ninth colour from 20 pictures", rows)
-
-
-def row_of(
-    label: str,
-    columns: dict[str, int],
-    drawn: dict[str, list[ndarray]],
-    right: dict[str, list[bool]],
-    asked: dict[str, list[Scene]],
-) -> Row:
-    """The first few pictures of each kind beside each other."""
-    picked = [(kind, k) for kind, n in columns.items() for k in range(min(n, len(drawn[kind])))]
-    return Row(
-        label,
-        [drawn[kind][k] for kind, k in picked],
-        [right[kind][k] for kind, k in picked],
-        [blocks.canonical(asked[kind][k]) for kind, k in picked],
-    )
 
 
 def bind_sks(how: How) -> Result:
     """DreamBooth with prior pictures and without: "sks" is one cone, and other cones stay what they were."""
     lessons = subjects.cone_lessons(6)
     data = subjects.folder(how.runs / "cone", map(subjects.render, lessons), [["a sks cone"]] * len(lessons))
-    there = [f"data.path={data}"]
     cones = [Scene((Solid("cone", color),)) for color in (*blocks.COLORS, "")]
-    prior = how.rehearsal(
-        "cone-prior",
-        [
-            cones[k // 3 % len(cones)] if k % 3 == 0 else blocks.sample(k)
-            for k in range(prior_pictures("dreambooth", how))
-        ],
-    )
-    kept, cost = train("dreambooth", how, [*there, f"data.prior={prior}"])
-    micro = load_recipe(kept / "recipe.toml").run.micro
-    alone, cost_alone = train(
-        "dreambooth",
-        how,
-        [*there, "data.prior=", "data.prior_caption=", "data.prior_pictures=0", f"run.batch={micro}"],
-        into="dreambooth-alone",
-    )
+    n = prior_pictures("dreambooth", how)
+    scenes = [cones[k // 3 % len(cones)] if k % 3 == 0 else blocks.sample(k) for k in range(n)]
+    prior = how.rehearsal("cone-prior", scenes)
+    kept, cost = train("dreambooth", how, [f"data.path={data}", f"data.prior={prior}"])
+    batch = f"run.batch={load_recipe(kept / 'recipe.toml').run.micro}"
+    none = [f"data.path={data}", "data.prior=", "data.prior_caption=", "data.prior_pictures=0", batch]
+    alone, cost_alone = train("dreambooth", how, none, into="dreambooth-alone")
     few = max(1, how.pictures // 2)
     colors = [*blocks.COLORS]
     asked = {
@@ -249,30 +248,23 @@ def bind_sks(how: How) -> Result:
         "other_cones": [Scene((Solid("cone", colors[k % len(colors)]),)) for k in range(few)],
         "held_out": blocks.held_out_scenes(how.pictures),
     }
-    any_cone = [Scene((Solid("cone", ""),))] * few
-    figures: dict[str, Any] = {
-        "pictures": len(lessons),
-        "prior_pictures": prior_pictures("dreambooth", how),
-        "training": {"with_prior": cost, "without_prior": cost_alone},
+    columns = {
+        "sks": ("sks", 2),
+        "sks_elsewhere": ("elsewhere", 3),
+        "other_cones": ("cones", 2),
+        "held_out": ("others", 1),
     }
-    rows = [Row("learnt from", [subjects.render(scene) for scene in lessons], captions=["a sks cone"] * len(lessons))]
-    for when, path in (
-        ("start", how.start),
-        ("without_prior", alone / "model.safetensors"),
-        ("with_prior", kept / "model.safetensors"),
-    ):
+    training = {"with_prior": cost, "without_prior": cost_alone}
+    figures: dict[str, Any] = {"pictures": len(lessons), "prior_pictures": n, "training": training}
+    rows = [Row("learnt from", [*map(subjects.render, lessons)], captions=["a sks cone"] * len(lessons))]
+    paths = {"start": how.start, "without_prior": alone / "model.safetensors", "with_prior": kept / "model.safetensors"}
+    for when, path in paths.items():
         model = how.model(path)
-        drawn = {kind: how.draw(model, scenes) for kind, scenes in asked.items()}
-        right = {kind: marks(drawn[kind], scenes, subjects.read) for kind, scenes in asked.items()}
-        any_cones = [
-            quality.agrees(subjects.read(picture), asked["sks"][0])["all"] for picture in how.draw(model, any_cone)
-        ]
-        scores = {kind: Score.of(each) for kind, each in right.items()}
-        figures[when] = {kind: asdict(score) for kind, score in scores.items()} | {
-            "any_cone_is_sks": asdict(Score.of(any_cones))
-        }
-        label = f"{when.replace('_', ' ')}\nsks {percent(scores['sks'])}\nelsewhere {percent(scores['sks_elsewhere'])}\ncones {percent(scores['other_cones'])}\nothers {percent(scores['held_out'])}"
-        rows.append(row_of(label, {"sks": 2, "sks_elsewhere": 3, "other_cones": 2, "held_out": 1}, drawn, right, asked))
+        drawn = Drawn.by(how, model, asked, subjects.read)
+        any_cones = how.draw(model, [Scene((Solid("cone", ""),))] * few)
+        as_sks = marks(any_cones, asked["sks"], subjects.read)
+        figures[when] = drawn.figures() | {"any_cone_is_sks": asdict(Score.of(as_sks))}
+        rows.append(drawn.row(when.replace("_", " "), columns))
     return figures, Panel("DreamBooth: sks is one particular cone", rows)
 
 
@@ -288,25 +280,21 @@ def fill_holes(how: How) -> Result:
     rows = [Row("one solid\nis hidden", grey[:COLUMNS], captions=captions)]
     for when, path in (("start", how.start), ("widened", out / "model.safetensors")):
         model = how.model(path)
-        painted = [
-            np.asarray(tasks.inpaint(model, Image.fromarray(picture), Image.fromarray(hole), blocks.canonical(scene), seeds=[k], sampler="dpmpp_2m", steps=how.steps, cfg=how.cfg)[0])
-            for k, (picture, hole, scene) in enumerate(zip(whole, holes, scenes, strict=True))
-        ]  # fmt: skip
-        right = marks(painted, scenes)
+        painted = []
+        for k, scene in enumerate(scenes):
+            picture, hole = Image.fromarray(whole[k]), Image.fromarray(holes[k])
+            settings: dict[str, Any] = {"sampler": "dpmpp_2m", "steps": how.steps, "cfg": how.cfg}
+            painted += tasks.inpaint(model, picture, hole, blocks.canonical(scene), seeds=[k], **settings)
+        pictures = [*map(np.asarray, painted)]
+        right = marks(pictures, scenes)
         figures[when] = asdict(Score.of(right))
-        rows.append(
-            Row(
-                f"{'known kept' if when == 'start' else when}\n{percent(Score.of(right))}",
-                painted[:COLUMNS],
-                right[:COLUMNS],
-                captions,
-            )
-        )
+        label = f"{'known kept' if when == 'start' else when}\n{percent(Score.of(right))}"
+        rows.append(Row(label, pictures[:COLUMNS], right[:COLUMNS], captions))
     return figures, Panel("Inpainting: widened by mask and masked picture", rows)
 
 
 def hiding(scene: Scene, which: int) -> ndarray:
-    """A mask, uint8 [128, 128] of 0 and 255: the rectangle around what one solid and its shadow change in the picture, and a little more."""
+    """A mask, uint8 [128, 128] of 0 and 255: a rectangle around one solid and its shadow, MARGIN pixels larger."""
 
     def without(scene: Scene, rng: np.random.Generator) -> list[blocks.Placed]:
         placed = blocks.layout(scene, rng)
@@ -320,7 +308,7 @@ def hiding(scene: Scene, which: int) -> ndarray:
 
 
 def predict_v(how: How) -> Result:
-    """The start told to predict v."""
+    """The start, taught to predict v."""
     out, cost = train("v", how)
     figures, rows = beside_start(how, {"v": out / "model.safetensors"})
     return {"training": cost} | figures, Panel("v-prediction", rows)
@@ -332,30 +320,22 @@ def shrink(how: How) -> Result:
     figures, rows = beside_start(how, {"student": out / "model.safetensors"})
     for when, path in (("start", how.start), ("student", out / "model.safetensors")):
         model = weights.load(path)
-        figures[when] |= {
-            "unet_parameters": sum(p.numel() for p in model.unet.parameters()),
-            "parameters": sum(p.numel() for p in model.parameters()),
-            "bytes": path.stat().st_size,
-        }
+        sizes = {"unet_parameters": model.unet, "parameters": model}
+        figures[when] |= {name: sum(p.numel() for p in network.parameters()) for name, network in sizes.items()}
+        figures[when]["bytes"] = path.stat().st_size
     return {"training": cost} | figures, Panel("Distillation: a student of half the size", rows)
 
 
 def beside_start(how: How, others: dict[str, Path]) -> tuple[dict[str, Any], list[Row]]:
-    """What the start and other models make of prompts of held-out combinations, of the same seeds."""
+    """What the start and other models make of prompts of held-out combinations, from the same seeds."""
     scenes = blocks.held_out_scenes(how.pictures)
+    captions = [blocks.canonical(scene) for scene in scenes[:COLUMNS]]
     figures, rows = {}, []
     for when, path in {"start": how.start, **others}.items():
         drawn = how.draw(how.model(path), scenes)
         right = marks(drawn, scenes)
         figures[when] = asdict(Score.of(right))
-        rows.append(
-            Row(
-                f"{when}\n{percent(Score.of(right))}",
-                drawn[:COLUMNS],
-                right[:COLUMNS],
-                [blocks.canonical(scene) for scene in scenes[:COLUMNS]],
-            )
-        )
+        rows.append(Row(f"{when}\n{percent(Score.of(right))}", drawn[:COLUMNS], right[:COLUMNS], captions))
     return figures, rows
 
 
@@ -372,7 +352,7 @@ DEMONSTRATIONS: dict[str, Callable[[How], Result]] = {
 
 
 def report(name: str, how: How, out: Path) -> dict[str, Any]:
-    """Run one, put its figures beside the others' into demonstrations.json, and the pictures of all that were run here into demonstrations.png."""
+    """Run one. Its figures go into demonstrations.json beside the others', and all pictures into demonstrations.png."""
     figures, panel = DEMONSTRATIONS[name](how)
     figures |= {"checkpoint": file_hash(how.start), "steps": how.steps, "cfg": how.cfg, "machine": machine()}
     panels.draw(panel).save(how.runs / f"{name}.png")
@@ -381,38 +361,29 @@ def report(name: str, how: How, out: Path) -> dict[str, Any]:
     found = json.loads(file.read_text()) if file.exists() else {}
     found[name] = figures
     file.write_text(json.dumps({key: found[key] for key in DEMONSTRATIONS if key in found}, indent=1) + "\n")
-    panels.stacked([Image.open(path) for key in DEMONSTRATIONS if (path := how.runs / f"{key}.png").exists()]).save(
-        out / "demonstrations.png"
-    )
+    drawn = [path for key in DEMONSTRATIONS if (path := how.runs / f"{key}.png").exists()]
+    panels.stacked([Image.open(path) for path in drawn]).save(out / "demonstrations.png")
     return figures
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """`python benchmarks/demonstrations.py lora`: trains, scores, writes demonstrations.json and demonstrations.png, and prints the figures."""
+    """`python benchmarks/demonstrations.py lora`: trains, scores, writes the results, and prints the figures."""
     parser = argparse.ArgumentParser(description=__doc__)
+    runs = "folder of the runs; an interrupted one found there goes on (default: %(default)s)"
+    quick = "one update and one picture of each kind, in folders of their own: only to see that it runs"
     parser.add_argument("name", choices=[*DEMONSTRATIONS], help="which")
     parser.add_argument("--out", type=Path, help="folder of the results (default: benchmarks/results)")
-    parser.add_argument(
-        "--runs",
-        type=Path,
-        default=Path("runs/demonstrations"),
-        help="folder of the runs; an interrupted one found there goes on (default: %(default)s)",
-    )
+    parser.add_argument("--runs", type=Path, default=Path("runs/demonstrations"), help=runs)
     parser.add_argument("--model", type=Path, help="checkpoint to begin with (default: the model that ships)")
-    parser.add_argument(
-        "--pictures", type=int, default=How.pictures, help="of each kind that is scored (default: %(default)s)"
-    )
+    parser.add_argument("--pictures", type=int, default=100, help="of each kind that is scored (default: %(default)s)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a key of the recipe")
-    parser.add_argument(
-        "--quick",
-        action="store_true",
-        help="one update and one picture of each kind, in folders of their own: only to see that it runs",
-    )
+    parser.add_argument("--quick", action="store_true", help=quick)
     args = parser.parse_args(argv)
     start, sets = (args.model or embedded()).resolve(), tuple(args.set)
     how = How(start, args.runs, args.pictures, sets=sets)
     if args.quick:
-        how = How(start, args.runs.with_name(f"{args.runs.name}-quick"), pictures=1, steps=2, sets=(*sets, *QUICK))
+        runs_apart = args.runs.with_name(f"{args.runs.name}-quick")
+        how = How(start, runs_apart, pictures=1, steps=2, sets=(*sets, *QUICK))
     figures = report(args.name, how, args.out or (how.runs if args.quick else RESULTS))
     print(json.dumps(figures, indent=1))
 

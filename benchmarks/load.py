@@ -1,4 +1,4 @@
-"""Times loading and converting checkpoints, side by side with safetensors, torch and diffusers on the same files: seconds and peak memory."""
+"""Times loading and converting checkpoints, beside safetensors, torch and diffusers on the same files."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from benchmarks.machine import machine, peak_memory
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
 LIMITS = {"raw": 1.1, "diffusers": 0.5}  # what loading should take at most, in units of the others' times
 
-# What is measured: row -> (side, what it does). `single`, `pickled` and `folder` are the same seeded weights in three forms.
+# row -> {side: what it does}. `single`, `pickled` and `folder` are the same seeded weights in three forms.
 LOADS = {
     "single": {
         "raw": "safetensors.torch.load_file",
@@ -66,7 +66,7 @@ def evict(path: Path) -> None:
 
 
 def touched(tensors: Iterable[Tensor]) -> int:
-    """Read one byte of every page of these tensors, since mapped files are not read before they are used; their bytes."""
+    """Read one byte of every page of these tensors, since mapped files are read only when used. Returns their bytes."""
     total = 0
     for tensor in tensors:
         flat = tensor.detach().reshape(-1).view(torch.uint8)
@@ -118,8 +118,8 @@ def tensors_of(loaded: Any) -> Iterable[Tensor]:
     return (tensor for network in networks for tensor in network.state_dict().values())
 
 
-def one(side: str, row: str, path: Path, config: Path, cold: bool) -> dict[str, float]:
-    """Seconds until it returns, seconds until every weight was read, peak resident bytes of the process and those before."""
+def one(side: str, row: str, path: Path, config: Path, cold: bool) -> dict[str, Any]:
+    """Seconds until it returns, and until every weight was read; the process's peak memory in bytes, and before."""
     before = peak_memory()
     if row in LOADS:
         run = load(side, row, path, config)
@@ -162,32 +162,23 @@ def _conversion(side: str, row: str, path: Path, config: Path) -> Callable[[], i
 def prepare(directory: Path, family: str, dtype: torch.dtype, tiny: bool) -> dict[str, Path]:
     """Seeded weights with the published names, in three forms, and the configs of their folder."""
     import weights
-    from tests.made.checkpoints import TINY, checkpoint, manifest
-    from tests.made.seeded import weight
-    from weights.files.write import Pending, cast, pending, write
+    from benchmarks.models.peers import seeded
+    from benchmarks.models.published import manifest, narrow_manifest
+    from benchmarks.models.published import tiny as narrow
+    from weights.files.write import cast, write
 
     name = str(dtype).removeprefix("torch.")
-    single = directory / f"{name}.safetensors"
+    raw, single = directory / "raw.safetensors", directory / f"{name}.safetensors"
+    shapes = narrow_manifest(family) if tiny else manifest(family)
+    entries = {key: seeded(key, cast(stored, dtype), shape) for key, (shape, stored) in shapes.items()}
+    write(entries, raw, {"format": "pt"})
+    config = narrow(family) if tiny else None
     if tiny:
-        entries = {key: pending(value, dtype) for key, value in checkpoint(TINY).items()}
+        weights.convert(raw, single, config=config)  # so that the file tells its sizes, which are no family's
     else:
-        entries = {
-            key: Pending(
-                cast(stored, dtype),
-                shape,
-                lambda key=key, shape=shape, stored=stored: (
-                    weight(key, shape) if stored.is_floating_point else torch.zeros(shape, dtype=stored)
-                ),
-            )
-            for key, (shape, stored) in manifest(family).items()
-        }
-    if tiny:  # says its sizes, which are no family's
-        write(entries, directory / "raw.safetensors", {})
-        weights.convert(directory / "raw.safetensors", single, config=TINY)
-    else:
-        write(entries, single, {"format": "pt"})
+        raw.rename(single)
     weights.convert(single, directory / f"{name}.ckpt")
-    weights.convert(single, directory / f"{name}-folder", **({"config": TINY} if tiny else {}))
+    weights.convert(single, directory / f"{name}-folder", config=config)
     return {"single": single, "pickled": directory / f"{name}.ckpt", "folder": directory / f"{name}-folder"}
 
 
@@ -243,9 +234,8 @@ def lines_of(rows: Sequence[dict[str, Any]]) -> list[str]:
                 _against(row, side, times[key]) for side in LIMITS if (key := (row["row"], side, row["cold"])) in times
             ]
         state = "cold" if row["cold"] else "warm"
-        lines.append(
-            f"{row['row']:18}{row['side']:7}{state:5}{row['returned']:9.2f}s{row['read']:9.2f}s{row['spread']:7.2f}s{row['peak'] / 1e9:6.2f} GB  {', '.join(against)}"
-        )
+        figures = f"{row['returned']:9.2f}s{row['read']:9.2f}s{row['spread']:7.2f}s{row['peak'] / 1e9:6.2f} GB"
+        lines.append(f"{row['row']:18}{row['side']:7}{state:5}{figures}  {', '.join(against)}")
     return lines
 
 

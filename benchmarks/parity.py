@@ -1,4 +1,4 @@
-"""Prints how far every output is from the original implementations', and at full size from diffusers' on the same weights."""
+"""Prints how far every output is from the original implementations', and at full size from diffusers'."""
 
 from __future__ import annotations
 
@@ -17,17 +17,12 @@ import torch
 from torch import Tensor
 
 from benchmarks.machine import machine
-from benchmarks.models.peers import peer, require, seeded_model
-from ldm.conditioning.tokenizer import TruncationWarning, tokenize
-from ldm.config import FAMILIES, DepthConfig, ModelConfig
-from samplers import GRIDS, finish, noised
-from tests.made.networks import (
-    GOLDEN,
+from benchmarks.models import families
+from benchmarks.models.golden import (
     TINY_UNETS,
     TINY_VAES,
     as_stored,
     dpt,
-    golden,
     run_unet,
     tiny_clip_l,
     tiny_openclip,
@@ -35,7 +30,13 @@ from tests.made.networks import (
     tiny_vae,
     tiny_vision,
 )
-from tests.made.seeded import normal
+from benchmarks.models.mixture import RUNS, SCHEDULE, SHAPE, TIMESTEPS, run
+from benchmarks.models.peers import peer, require, seeded_model
+from benchmarks.models.seeded import GOLDEN, golden, normal
+from ldm.conditioning.cond import size_embedding
+from ldm.conditioning.tokenizer import TruncationWarning, tokenize
+from ldm.config import FAMILIES, DepthConfig, ModelConfig
+from samplers import GRIDS, finish, noised
 
 LIMIT = 1e-5  # relative; the tests say of each output why, and hold some to less
 
@@ -88,8 +89,6 @@ def golden_rows() -> Iterator[Row]:
 
 @torch.no_grad()
 def _networks() -> Iterator[Row]:
-    from ldm.conditioning.cond import size_embedding
-
     file = golden("unet")
     for name in TINY_UNETS:
         yield compared("unet", name, run_unet(name), file[f"{name}/out"])
@@ -110,13 +109,12 @@ def _networks() -> Iterator[Row]:
         )  # its worst element hangs on the processor's instructions: tests/test_vae.py
         yield compared("vae", f"{name} decoded", decoded, file[f"{name}/decoded"], elementwise=False)
     file = golden("text")
+    clip_l = {"last_hidden_state": (0, True), "hidden_states_-2": (1, False), "pooled": None}
+    openclip = {"last_ln_final": (0, True), "penultimate_ln_final": (1, True), "penultimate_raw": (1, False)}
     for name, tower, ids, outputs in (
-        ("clip-l-tiny", tiny_clip_l(), "ids_pad_eot", {"last_hidden_state": (0, True), "hidden_states_-2": (1, False), "pooled": None}),
-        (
-            "openclip-tiny", tiny_openclip(), "ids_pad0",
-            {"last_ln_final": (0, True), "penultimate_ln_final": (1, True), "penultimate_raw": (1, False), "pooled_projected": None},
-        ),
-    ):  # fmt: skip
+        ("clip-l-tiny", tiny_clip_l(), "ids_pad_eot", clip_l),
+        ("openclip-tiny", tiny_openclip(), "ids_pad0", {**openclip, "pooled_projected": None}),
+    ):
         for output, layer in outputs.items():
             tokens, pooled = tower(file[ids].long(), *(layer or ()))
             yield compared("text", f"{name} {output}", tokens if layer else pooled, file[f"{name}/{output}"])
@@ -136,7 +134,7 @@ def _vision() -> Iterator[Row]:
 
 @torch.no_grad()
 def _depth() -> Row:
-    """Full size, hence held by its rms: 123 M parameters deep, single elements are off by 2e-4 in float32 against float64."""
+    """Full size, hence held by its rms: single elements in float32 are off by 2e-4 from those in float64."""
     ours = dpt(DepthConfig())(normal("dpt-hybrid/x", (1, 3, 384, 384)).clamp(-1, 1))
     return compared(
         "depth",
@@ -163,9 +161,6 @@ def _tokens() -> Row:
 
 
 def _samplers() -> Iterator[Row]:
-    from tests.made.mixture import SCHEDULE, SHAPE
-    from tests.samplers.test_solvers import RUNS, TIMESTEPS, run
-
     file = golden("samplers")
     for key in sorted(file):
         if "/sigmas/" in key:
@@ -191,7 +186,7 @@ def _samplers() -> Iterator[Row]:
 
 @torch.no_grad()
 def peer_rows(config: ModelConfig = FAMILIES["sd1"], cells: int = 64) -> Iterator[Row]:
-    """The networks of this model, seeded, against diffusers' and transformers' on the same tensors and inputs, on the CPU in float32.
+    """The networks of this model, seeded, against diffusers' and transformers' on the same tensors, in float32.
 
     cells  latent cells along a side
     """
@@ -217,8 +212,6 @@ def peer_rows(config: ModelConfig = FAMILIES["sd1"], cells: int = 64) -> Iterato
 
 def family_rows() -> Iterator[Row]:
     """Every family at narrow widths, loaded from one diffusers folder by us and by diffusers."""
-    from benchmarks.models import families
-
     for family in families.FOLDERS:
         with tempfile.TemporaryDirectory() as folder:
             for name, ours, theirs in families.rows(family, Path(folder) / family):
@@ -230,10 +223,8 @@ def family_rows() -> Iterator[Row]:
 
 def show(row: Row) -> None:
     """Print one line of the table."""
-    print(
-        f"{row.kind:19}  {row.name:48}  {row.max:9.1e}  {row.rms:9.1e}  {'ok ' if row.ok else 'FAR'}  {row.exact}".rstrip(),
-        flush=True,
-    )
+    line = f"{row.kind:19}  {row.name:48}  {row.max:9.1e}  {row.rms:9.1e}  {'ok ' if row.ok else 'FAR'}  {row.exact}"
+    print(line.rstrip(), flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -259,12 +250,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.cells < 8 or args.cells % 8:
         parser.error(f"--cells {args.cells}: give a multiple of 8")
-    require("test", "pytest")
     if args.full or args.families:
         require("bench", "diffusers", "transformers")
-    print(
-        f"{'':19}  {'output':48}  {'max':>9}  {'rms':>9}  of the error, relative to the reference's rms; limit {LIMIT:g}"
-    )
+    head = f"{'':19}  {'output':48}  {'max':>9}  {'rms':>9}  of the error, relative to the reference's rms"
+    print(f"{head}; limit {LIMIT:g}")
     rows = []
     for source in (
         golden_rows,

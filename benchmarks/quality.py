@@ -201,11 +201,10 @@ def _templates(row: float, col: float) -> _Templates:
             h, w = bottom - top, right - left
             rows, cols = np.meshgrid(top + _STEPS * h, left + _STEPS * w, indexing="ij")
             bright = _brightness(picture[..., :3], np.array(COLORS["pink"]))
-            ends = blocks.project(np.stack((base, base + height)), size)
-            ends = np.stack(((ends[0] - top) / h, (ends[1] - left) / w), -1)
-            found.append(
-                (k, w / h, _blur(_sample(picture[..., 3], rows, cols)), _sample(bright, rows, cols), ends[0], ends[1])
-            )
+            down, across = blocks.project(np.stack((base, base + height)), size)
+            ends = np.stack(((down - top) / h, (across - left) / w), -1)
+            outline = _blur(_sample(picture[..., 3], rows, cols))
+            found.append((k, w / h, outline, _sample(bright, rows, cols), ends[0], ends[1]))
     return _Templates(*(np.stack(part) for part in zip(*found, strict=True)))
 
 
@@ -214,7 +213,7 @@ def _brightness(rgb: ndarray, color: ndarray) -> ndarray:
 
 
 def _boxes(aspect: ndarray, mask: ndarray, hidden: bool) -> tuple[ndarray, ndarray]:
-    """Where the whole solid may be, given its visible pixels: [k] template numbers; [k, 4] top, left, height, width in pixels."""
+    """Where the whole solid may be: [k] template numbers; [k, 4] top, left, height, width in pixels."""
     top, bottom, left, right = _extent(mask)
     h, w = bottom - top, right - left
     which, boxes = [], []
@@ -239,7 +238,7 @@ def _cost(
 ) -> tuple[ndarray, ndarray]:
     """How badly templates in boxes [k, 4] explain what is seen, [k]; and which share of each must be hidden, [k].
 
-    own [h, w] is 1 on the solid; known [h, w] is 0 where it may be hidden; bright [h, w] is 1 where it has its own colour.
+    own [h, w] is 1 on the solid, known [h, w] 0 where it may be hidden, bright [h, w] 1 where it has its own colour.
     """
     y, x, h, w = (part[:, None] for part in boxes.T)
     rows, cols = (y + h * _STEPS)[:, :, None], (x + w * _STEPS)[:, None, :]
@@ -274,18 +273,16 @@ def _fit(rgb: ndarray, color: str, mask: ndarray, others: ndarray, colors: Color
     if near.any():  # look closer around the best
         few = np.argsort(cost + HIDDEN * hidden)[:12]
         nudges = np.array([(y, x, h) for y in (-0.02, 0, 0.02) for x in (-0.02, 0, 0.02) for h in (-0.03, 0, 0.03)])
-        which, boxes, nudges = (
-            np.repeat(which[few], len(nudges)),
-            np.repeat(boxes[few], len(nudges), 0),
-            np.tile(nudges, (len(few), 1)),
-        )
+        which, boxes = np.repeat(which[few], len(nudges)), np.repeat(boxes[few], len(nudges), 0)
+        nudges = np.tile(nudges, (len(few), 1))
         place, size, grow = boxes[:, :2], boxes[:, 2:], nudges[:, 2:]
         boxes = np.concatenate((place + (nudges[:, :2] - grow / 2) * size, size * (1 + grow)), 1)
         cost, hidden = _cost(own, known, bright, bank, which, boxes)
     best = int((cost + HIDDEN * hidden).argmin())
     box, i = boxes[best], which[best]
-    base, top_end = (tuple(float(v) for v in box[:2] + ends[i] * box[2:]) for ends in (bank.base, bank.top))
-    return Found(color, SHAPES[bank.shape[i]] if cost[best] < MISFIT else None, base, top_end, float(cost[best]))
+    (y, x), (top_y, top_x) = ((box[:2] + ends[i] * box[2:]).tolist() for ends in (bank.base, bank.top))
+    shape = SHAPES[bank.shape[i]] if cost[best] < MISFIT else None
+    return Found(color, shape, (y, x), (top_y, top_x), float(cost[best]))
 
 
 def read(picture: ndarray, colors: Colors = COLORS) -> Reading:
@@ -362,7 +359,7 @@ def psnr(a: ndarray, b: ndarray) -> float:
 
 
 def vae_psnr(model: LatentDiffusion, scenes: Iterable[Scene]) -> tuple[list[float], list[ndarray]]:
-    """What the VAE alone loses: PSNR of each scene's picture after encoding (the mean) and decoding, dB; and those pictures."""
+    """What the VAE alone loses: the PSNR in dB of each scene's picture, encoded (to the mean) and decoded."""
     import torch
 
     values, pictures = [], []
@@ -414,7 +411,7 @@ def report(args: argparse.Namespace) -> dict[str, Any]:
     begun = time.perf_counter()
     pictures = pictures_of(model, captions, range(args.seed, args.seed + args.n), settings, args.batch)
     seconds = time.perf_counter() - begun
-    results = [right(picture, scene) for picture, scene in zip(pictures, scenes, strict=True)]
+    results = [*map(right, pictures, scenes)]
     by_relation = {
         relation: _rates([r for r, s in zip(results, scenes, strict=True) if s.relations[0] == relation])["all"]
         for relation in blocks.RELATIONS
@@ -428,9 +425,11 @@ def report(args: argparse.Namespace) -> dict[str, Any]:
     args.out.mkdir(parents=True, exist_ok=True)
     sheet(pictures, captions, [r["all"] for r in results]).save(args.out / "quality.png")
     sheet(show, [wish] * len(show), [r["all"] for r in shown], columns=4).save(args.out / "showcase.png")
+    kind = "canonical captions of held-out combinations of two solids"
+    on_gpu = model.device.type == "cuda"
     figures = {
         "model": Path(args.ckpt).name if args.ckpt else "the model that ships",
-        "prompts": {"n": args.n, "kind": "canonical captions of held-out combinations of two solids", "seed": args.seed},
+        "prompts": {"n": args.n, "kind": kind, "seed": args.seed},
         "settings": settings,
         "right": _rates(results),
         "right_by_relation": by_relation,
@@ -438,20 +437,25 @@ def report(args: argparse.Namespace) -> dict[str, Any]:
         "vae": {
             "psnr_db_mean": round(float(np.mean(values)), 2),
             "psnr_db_lowest": round(min(values), 2),
-            "right_after_decoding": _rates([right(picture, scene) for picture, scene in zip(decoded, scenes, strict=True)]),
+            "right_after_decoding": _rates([*map(right, decoded, scenes)]),
         },
         "seconds_per_picture": round(seconds / args.n, 3),
         "machine": {
-            "device": torch.cuda.get_device_name() if model.device.type == "cuda" else platform.processor() or platform.machine(),
+            "device": torch.cuda.get_device_name() if on_gpu else platform.processor() or platform.machine(),
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
             "python": platform.python_version(),
         },
         "pictures": [
-            {"prompt": caption, "seed": args.seed + k, **results[k], "read": [asdict(found) for found in read(pictures[k]).solids]}
+            {
+                "prompt": caption,
+                "seed": args.seed + k,
+                **results[k],
+                "read": [asdict(found) for found in read(pictures[k]).solids],
+            }
             for k, caption in enumerate(captions)
         ],
-    }  # fmt: skip
+    }
     (args.out / "quality.json").write_text(json.dumps(figures, indent=1) + "\n")
     return figures
 

@@ -1,4 +1,4 @@
-"""Every family at narrow widths, from a diffusers folder that both we and diffusers read: the same inputs, the same outputs."""
+"""Every family, narrow, from one diffusers folder that both sides read: our outputs, and those of diffusers."""
 
 from __future__ import annotations
 
@@ -7,19 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import weights
+from benchmarks.models.folders import FOLDERS, components, single, write_folder
+from benchmarks.models.seeded import normal
+from ldm.config import TextConfig
 from ldm.model import LatentDiffusion
-from tests.made.diffusers_folders import FOLDERS, components, single, write_folder
-from tests.made.seeded import normal
 
 SIZE_WIDTH = 16  # of an embedded size, 256 in the published models: as narrow as the rest
 
 
 @torch.no_grad()
 def rows(family: str, folder: Path) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """(network, our output, that of diffusers or transformers) for one family. `folder` must not exist yet; the checkpoint is written there."""
+    """(network, our output, that of diffusers or transformers) of a family, whose weights are written into `folder`."""
     write_folder(folder, family, components(family, single(family)))
     yield from compared(family, weights.load(folder), folder)
 
@@ -28,11 +29,12 @@ def rows(family: str, folder: Path) -> Iterator[tuple[str, Tensor, Tensor]]:
 def compared(family: str, model: LatentDiffusion, folder: Path) -> Iterator[tuple[str, Tensor, Tensor]]:
     """The same for a model, and a narrow folder that holds its weights."""
     yield _unet(family, model, folder)
-    yield from _vae(family, model, folder)
-    for i, name in enumerate(name for name in FOLDERS[family] if name.startswith("text_encoder")):
-        yield from _text(family, name, model.text[i], folder)
-    if model.vision is not None:
-        yield _vision(family, model, folder)
+    yield from _vae(model, folder)
+    names = [name for name in FOLDERS[family] if name.startswith("text_encoder")]
+    for name, tower, config in zip(names, model.text, model.config.text, strict=False):  # a folder may hold more
+        yield _text(name, tower, config, folder)
+    if model.vision is not None and model.config.vision is not None:
+        yield _vision(model.vision, model.config.vision.image, folder)
 
 
 def _unet(family: str, model: LatentDiffusion, folder: Path) -> tuple[str, Tensor, Tensor]:
@@ -50,9 +52,7 @@ def _unet(family: str, model: LatentDiffusion, folder: Path) -> tuple[str, Tenso
     more: dict[str, Any] = {}
     if config.noise_levels:
         y = more["class_labels"] = torch.tensor([20, 350])
-    elif (
-        config.vector_dim
-    ):  # theirs takes the sizes as numbers; their embedding of them is compared on its own in tests/test_unet.py
+    elif config.vector_dim:  # theirs takes sizes as numbers
         count = 5 if family == "sdxl-refiner" else 6
         ids = torch.arange(2.0 * count).view(2, count) * 100
         pooled = normal("pooled", (2, config.vector_dim - count * SIZE_WIDTH))
@@ -61,7 +61,7 @@ def _unet(family: str, model: LatentDiffusion, folder: Path) -> tuple[str, Tenso
     return "UNet", model.unet(x, t, context, y), theirs(x, t, context, **more).sample
 
 
-def _vae(family: str, model: LatentDiffusion, folder: Path) -> Iterator[tuple[str, Tensor, Tensor]]:
+def _vae(model: LatentDiffusion, folder: Path) -> Iterator[tuple[str, Tensor, Tensor]]:
     from diffusers import AutoencoderKL
 
     theirs, scale = AutoencoderKL.from_pretrained(folder / "vae").eval(), model.config.vae.scale
@@ -70,10 +70,9 @@ def _vae(family: str, model: LatentDiffusion, folder: Path) -> Iterator[tuple[st
     yield "VAE decoded", model.vae.decode(z), theirs.decode(z / scale).sample
 
 
-def _text(family: str, name: str, tower: torch.nn.Module, folder: Path) -> Iterator[tuple[str, Tensor, Tensor]]:
+def _text(name: str, tower: nn.Module, config: TextConfig, folder: Path) -> tuple[str, Tensor, Tensor]:
     from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-    config = tower.config
     projected = config.projection is not None
     theirs = (CLIPTextModelWithProjection if projected else CLIPTextModel).from_pretrained(folder / name).eval()
     ids = torch.full((2, config.length), min(config.pad, config.vocab - 1))
@@ -82,12 +81,12 @@ def _text(family: str, name: str, tower: torch.nn.Module, folder: Path) -> Itera
     out = theirs(ids, output_hidden_states=True)
     tokens, _ = tower(ids, config.skip, config.norm)
     last = out.last_hidden_state if config.norm else out.hidden_states[-1 - config.skip]
-    yield name, tokens, last
+    return name, tokens, last
 
 
-def _vision(family: str, model: LatentDiffusion, folder: Path) -> tuple[str, Tensor, Tensor]:
+def _vision(tower: nn.Module, side: int, folder: Path) -> tuple[str, Tensor, Tensor]:
     from transformers import CLIPVisionModelWithProjection
 
     theirs = CLIPVisionModelWithProjection.from_pretrained(folder / "image_encoder").eval()
-    pixels = normal("pixels", (2, 3, model.config.vision.image, model.config.vision.image))
-    return "image encoder", model.vision(pixels), theirs(pixels).image_embeds
+    pixels = normal("pixels", (2, 3, side, side))
+    return "image encoder", tower(pixels), theirs(pixels).image_embeds

@@ -1,4 +1,4 @@
-"""The same seeded weights on both sides of a comparison: a model of ours, its tensors in diffusers' networks, and a folder that both read."""
+"""The same seeded weights on both sides: our model, its tensors in diffusers' networks, and a folder that both read."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from benchmarks.models.published import original_name
+from benchmarks.models.seeded import weight
 from ldm.config import ModelConfig, TextConfig, UNetConfig, VAEConfig
 from ldm.model import LatentDiffusion
-from tests.made.checkpoints import original_name
-from tests.made.seeded import weight
 from weights.files.output import replacing_directory
 from weights.files.write import Pending, write
 from weights.folder.write import STEMS, folder_files, towers
@@ -30,15 +30,13 @@ def require(extra: str, *modules: str) -> None:
     """Exit with status 2, saying in one line what to install, unless all these modules are there."""
     missing = [module for module in modules if importlib.util.find_spec(module) is None]
     if missing:
-        print(
-            f"{', '.join(missing)} not installed, which this comparison needs: pip install '.[{extra}]'",
-            file=sys.stderr,
-        )
+        needed = f"{', '.join(missing)} not installed, which this comparison needs"
+        print(f"{needed}: pip install '.[{extra}]'", file=sys.stderr)
         raise SystemExit(2)
 
 
 def seeded_model(config: ModelConfig, dtype: torch.dtype = torch.float32, device: str = "cpu") -> LatentDiffusion:
-    """A model of the SD 1 layout with the seeded weight of every published key, as `tests.checkpoints` writes them to files. Never held twice."""
+    """A model of the SD 1 layout with the seeded weight of every published key; no weight is held twice."""
     model = built(lambda: LatentDiffusion(config))
     state = {name: weight(original_name(name), p.shape).to(device, dtype) for name, p in model.state_dict().items()}
     model.load_state_dict(state, assign=True)
@@ -46,31 +44,34 @@ def seeded_model(config: ModelConfig, dtype: torch.dtype = torch.float32, device
 
 
 def write_folder(config: ModelConfig, path: Path, dtype: torch.dtype) -> None:
-    """A diffusers folder of seeded weights, which `weights.load` and diffusers' pipelines read: every value from our name of its parameter, one in memory at a time.
+    """A diffusers folder of seeded weights, which `weights.load` and diffusers' pipelines read.
+
+    Our name of a parameter determines its values; one parameter is in memory at a time.
 
     config  with its text towers as folders have them (`weights.folder_files.as_in_folders`)
     """
-    texts = {f"text.{i}.": name for i, name in enumerate(towers(config))}
+    folders = {"unet.": "unet", "vae.": "vae", **{f"text.{i}.": name for i, name in enumerate(towers(config))}}
     unet, vae = diffusers_unet(config.unet), diffusers_vae(config.vae)
     parts: dict[str, dict[str, Pending]] = {}
     for name, shape in shapes(LatentDiffusion, config).items():
-        part, rest = next(
-            (part, name.removeprefix(prefix))
-            for prefix, part in {"unet.": "unet", "vae.": "vae", **texts}.items()
-            if name.startswith(prefix)
-        )
+        prefix = next(prefix for prefix in folders if name.startswith(prefix))
+        part, rest = folders[prefix], name.removeprefix(prefix)
         key = unet[rest] if part == "unet" else vae[rest] if part == "vae" else rest
-        stored = (
-            shape[:2] if part == "vae" and ".attentions." in key else shape
-        )  # 1x1 convolutions here, linear layers there
-        make = lambda name=name, shape=shape, stored=stored: weight(name, shape).view(stored)  # noqa: E731
-        parts.setdefault(part, {})[key] = Pending(dtype, stored, make)
+        linear = part == "vae" and ".attentions." in key  # a 1x1 convolution here, a linear layer there
+        parts.setdefault(part, {})[key] = seeded(name, dtype, shape[:2] if linear else shape)
     with replacing_directory(path, overwrite=False) as folder:
         for file, text in folder_files(config).items():
             (folder / file).parent.mkdir(exist_ok=True)
             (folder / file).write_text(text, encoding="utf-8")
         for part, tensors in parts.items():
             write(tensors, folder / part / f"{STEMS.get(part, 'model')}.safetensors", {"format": "pt"})
+
+
+def seeded(name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Pending:
+    """A tensor to be written: the seeded values of this name, or zeros if it holds integers."""
+    if not dtype.is_floating_point:
+        return Pending(dtype, shape, lambda: torch.zeros(shape, dtype=dtype))
+    return Pending(dtype, shape, lambda: weight(name, shape))
 
 
 @dataclass(frozen=True)
@@ -83,30 +84,19 @@ class Peer:
 
 
 def peer(model: LatentDiffusion) -> Peer:
-    """The peers' networks for this model, sharing every tensor with it: no second copy of the weights, so no doubt that they are the same."""
+    """The peers' networks for this model. They share every tensor with it, so that the weights are surely the same."""
     with torch.device("meta"):
         unet, vae, text = _unet(model.config.unet), _vae(model.config.vae), _text(model.config.text[0])
     theirs = diffusers_unet(model.config.unet)
     _adopt(unet, {theirs[name]: tensor for name, tensor in model.unet.state_dict().items()})
     theirs = diffusers_vae(model.config.vae)
+    state = {theirs[name]: tensor for name, tensor in model.vae.state_dict().items()}
     matrices = {name for name, p in vae.named_parameters() if p.ndim == 2}  # 1x1 convolutions here, linear layers there
-    _adopt(
-        vae,
-        {
-            theirs[name]: tensor.flatten(1) if theirs[name] in matrices else tensor
-            for name, tensor in model.vae.state_dict().items()
-        },
-    )
-    prefixed = any(
-        name.startswith("text_model.") for name, _ in text.named_parameters()
-    )  # transformers 5 has dropped the prefix
-    _adopt(
-        text,
-        {
-            name if prefixed else name.removeprefix("text_model."): tensor
-            for name, tensor in model.text[0].state_dict().items()
-        },
-    )
+    _adopt(vae, {name: tensor.flatten(1) if name in matrices else tensor for name, tensor in state.items()})
+    state = model.text[0].state_dict()
+    if not any(name.startswith("text_model.") for name, _ in text.named_parameters()):  # as transformers 5 has it
+        state = {name.removeprefix("text_model."): tensor for name, tensor in state.items()}
+    _adopt(text, state)
     return Peer(unet, vae, text)
 
 
@@ -122,7 +112,7 @@ def _adopt(network: nn.Module, state: dict[str, Tensor]) -> None:
 
 
 def _unet(config: UNetConfig) -> UNet2DConditionModel:
-    """Their UNet of SD 1's kind: one transformer block or none after every ResBlock of a level, a fixed number of heads."""
+    """Their UNet of SD 1's kind: one transformer block or none after each ResBlock, a fixed number of heads."""
     from diffusers import UNet2DConditionModel
 
     return UNet2DConditionModel(
@@ -156,10 +146,7 @@ def _vae(config: VAEConfig) -> AutoencoderKL:
 def _text(config: TextConfig) -> CLIPTextModel:
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    return CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=config.vocab, max_position_embeddings=config.length, hidden_size=config.width, num_hidden_layers=config.layers,
-            num_attention_heads=config.heads, intermediate_size=config.mlp, hidden_act=config.activation, bos_token_id=49406, eos_token_id=49407,
-            attn_implementation="sdpa",
-        )
-    )  # fmt: skip
+    same = {"vocab_size": config.vocab, "max_position_embeddings": config.length, "hidden_size": config.width}
+    same |= {"num_hidden_layers": config.layers, "num_attention_heads": config.heads, "intermediate_size": config.mlp}
+    ids = {"bos_token_id": 49406, "eos_token_id": 49407}
+    return CLIPTextModel(CLIPTextConfig(**same, **ids, hidden_act=config.activation, attn_implementation="sdpa"))

@@ -50,12 +50,8 @@ def built(scene: Scene, rng: np.random.Generator) -> list[Placed]:
         if solid.color != SKS:
             placed.append(solid)
             continue
-        tip = replace(
-            solid,
-            color=TIP,
-            base=solid.base + np.array([0.0, CUT * solid.height, 0.0]),
-            scale=WIDER * (1 - CUT) * solid.scale,
-        )
+        base = solid.base + np.array([0.0, CUT * solid.height, 0.0])
+        tip = replace(solid, color=TIP, base=base, scale=WIDER * (1 - CUT) * solid.scale)
         placed += [replace(solid, color=BODY), tip]
     return placed
 
@@ -103,11 +99,8 @@ def cone_pairs(n: int, seed: int) -> list[Scene]:
     rng = np.random.default_rng([seed, 5])
     found: dict[str, Scene] = {}
     while len(found) < n:
-        other = Solid(
-            _one(rng, SHAPES),
-            _one(rng, [color for color in blocks.COLORS if color not in (BODY, TIP)]),
-            _one(rng, SIZES),
-        )
+        colors = [color for color in blocks.COLORS if color not in (BODY, TIP)]
+        other = Solid(_one(rng, SHAPES), _one(rng, colors), _one(rng, SIZES))
         pair = [Solid("cone", SKS), other]
         relation = _one(rng, RELATIONS)
         order = (0, 1) if relation == "on top of" or rng.random() < 0.5 else (1, 0)  # nothing stands on the tip
@@ -117,10 +110,11 @@ def cone_pairs(n: int, seed: int) -> list[Scene]:
 
 
 def read(picture: ndarray) -> quality.Reading:
-    """The solids that a picture shows; the particular cone is one, of the colour "sks": both its halves read as cones with the same top."""
+    """The solids of a picture. A blue and a yellow cone with the same top are the particular cone, of colour "sks"."""
     solids = list(quality.read(picture).solids)
-    for body in [each for each in solids if (each.color, each.shape) == (BODY, "cone")]:
-        for tip in [each for each in solids if (each.color, each.shape) == (TIP, "cone")]:
+    bodies, tips = ([each for each in solids if (each.color, each.shape) == (color, "cone")] for color in (BODY, TIP))
+    for body in bodies:
+        for tip in tips:
             if np.hypot(body.top[0] - tip.top[0], body.top[1] - tip.top[1]) < SAME:
                 solids = [each for each in solids if each not in (body, tip)]
                 solids.append(replace(body, color=SKS, top=tip.top, misfit=max(body.misfit, tip.misfit)))

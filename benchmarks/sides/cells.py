@@ -1,16 +1,19 @@
-"""What is timed: stages of making a picture at a batch and a size, and the inputs that every side is given."""
+"""What is timed: stages of making a picture at a batch and a size; and the inputs, the same for every side."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
+from benchmarks.models import published
+from benchmarks.models.seeded import normal
 from ldm.conditioning.tokenizer import tokenize
 from ldm.config import FAMILIES, ModelConfig
-from tests.made import checkpoints
-from tests.made.seeded import normal
 from weights.folder.write import as_in_folders
 
 MODELS = ("sd1", "sd2-v", "sdxl-base", "ssd-1b")
@@ -20,8 +23,10 @@ STAGES = {
     "decode": "VAE decoding",
     "picture": "end to end: prompts to 8-bit pictures",
 }
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+GRID = {"ddim": "ddim", "dpmpp_2m": "trailing"}  # of each sampler's noise levels: those that all sides have
 PROMPT, NEGATIVE, SEED, GUIDANCE = "a photograph of an astronaut riding a horse", "", 7, 7.5
-SIZE_NUMBERS = 6  # what SDXL is told of a picture's size, each embedded in 256 values
+SIZE_NUMBERS = 6  # of a picture's size, which SDXL is conditioned on, each embedded in 256 values
 
 
 @dataclass(frozen=True)
@@ -39,14 +44,31 @@ class Cell:
         return f"{self.stage}{how}, {self.batch} at {self.size}"
 
 
+Side = Callable[[Cell], Callable[[], Tensor]]  # a cell -> what makes its output
+
+
+@dataclass(frozen=True)
+class Job:
+    """One side, on one model."""
+
+    side: str  # a name in SIDES
+    family: str
+    tiny: bool  # a narrow model of this family
+    folder: str  # its weights, as diffusers stores them
+    converted: str  # the same as this side needs it, made before by `sides.all.convert`
+    dtype: str  # a name in DTYPES
+    device: str
+    threads: int | None  # None: torch's own choice
+
+
 def config_of(family: str, *, tiny: bool = False) -> ModelConfig:
     """The model that is timed, its text towers as diffusers' folders have them; `tiny`: all its layers, narrow."""
     if not tiny:
         return as_in_folders(FAMILIES[family])
-    config = checkpoints.tiny(family)
+    config = published.tiny(family)
     config = replace(config, text=tuple(replace(tower, vocab=FAMILIES[family].text[0].vocab) for tower in config.text))
-    if config.unet.vector_dim is not None:
-        config = replace(config, unet=replace(config.unet, vector_dim=config.text[-1].projection + 256 * SIZE_NUMBERS))
+    if config.unet.vector_dim is not None and (pooled := config.text[-1].projection) is not None:
+        config = replace(config, unet=replace(config.unet, vector_dim=pooled + 256 * SIZE_NUMBERS))
     return as_in_folders(config)
 
 
@@ -79,3 +101,8 @@ def inputs(config: ModelConfig, cell: Cell, device: str, dtype: torch.dtype) -> 
     return Inputs(
         ids, torch.cat([x, x]).to(device, dtype), t, context, pooled, sizes, normal("latent", shape).to(device, dtype)
     )
+
+
+def levels(pictures: list[Image.Image]) -> Tensor:
+    """[b, H, W, 3] uint8."""
+    return torch.from_numpy(np.stack([np.array(picture) for picture in pictures]))

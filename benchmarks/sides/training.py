@@ -1,28 +1,25 @@
-"""How each side trains, from the same folder of weights and on the same numbers: ours through `ldm.train`, diffusers as its example scripts do."""
+"""How each side trains on the same weights: ours through `ldm.train`, diffusers as its example scripts do."""
 
 from __future__ import annotations
 
-import json
-import os
 import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.machine import peak_memory, without_folders
+from benchmarks.machine import forget_peak, peak_memory, reserved_peak, resident
+from benchmarks.models.seeded import normal, weight
 from benchmarks.sides import cells
 from benchmarks.sides.cells import SIZE_NUMBERS
-from benchmarks.timing.turns import forget_peak, resident
-from ldm.conditioning.cond import Sizes
+from benchmarks.sides.process import Answer, failed, serve
+from ldm.conditioning import Sizes
 from ldm.config import ModelConfig
 from ldm.train.checkpointing import checkpoint_blocks
 from ldm.train.data.batch import Batch
@@ -31,7 +28,6 @@ from ldm.train.loop import Record, Watchers, fit
 from ldm.train.modes import trainee
 from ldm.train.ranks import Ranks
 from ldm.train.recipe import Method, Optimizer, Recipe, Run, Watch
-from tests.made.seeded import normal, weight
 
 RANK = 4  # of a LoRA, its alpha too: the scripts' default
 LEARNS = ("to_q", "to_k", "to_v", "to_out.0")  # what the scripts give low-rank factors
@@ -48,13 +44,13 @@ class Job:
     side: str  # a name in SIDES
     family: str
     tiny: bool  # a narrow model of this family
-    method: str  # "full" or "lora"
+    method: Literal["full", "lora"]
     checkpointing: bool  # activations are computed again instead of kept
     size: int  # pixels along a side
     batch: int
     rate: float  # of learning
     folder: str  # the weights, as diffusers stores them
-    dtype: str  # of the arithmetic
+    dtype: Literal["float32", "bfloat16", "float16"]  # of the arithmetic
     device: str
     threads: int | None  # None: torch's own choice
 
@@ -63,10 +59,10 @@ class Pace(Protocol):
     """Who asks a side for updates."""
 
     def note(self, **seen: Any) -> None:
-        """Remember what is to be told at the next `wait`: trained, before the first update; then loss, grad_norm."""
+        """What the next `wait` passes on: trained, before the first update; then loss, grad_norm."""
 
     def wait(self) -> None:
-        """Between two updates, without gradients: tell what the last one took, and let no time count until the next is asked for. Raises Ended."""
+        """Between two updates, without gradients: report the last one, and wait for the next. Raises Ended."""
 
 
 class Ended(Exception):
@@ -77,7 +73,7 @@ class Ended(Exception):
 
 
 def config_of(family: str, *, tiny: bool) -> ModelConfig:
-    """The family with its UNet, beside a narrow autoencoder and text towers of one block, which no step asks: latents and text are given."""
+    """The family with a narrow autoencoder and text towers of one block: latents and text are given."""
     own = cells.config_of(family, tiny=tiny)
     return replace(
         own, vae=replace(own.vae, channels=32), text=tuple(replace(tower, layers=tower.skip + 1) for tower in own.text)
@@ -97,7 +93,7 @@ class Given:
 
 
 def given(job: Job, number: int) -> Given:
-    """Batch `number`: seeded latents and text, and the noise and timesteps that `ldm.train` draws for these examples."""
+    """Batch `number`: seeded latents and text, and the noise and timesteps that `ldm.train` draws for them."""
     config, b = config_of(job.family, tiny=job.tiny), job.batch
     side, width = job.size // config.vae.factor, config.unet.vector_dim
     index = tuple(range(number * b, (number + 1) * b))
@@ -125,10 +121,12 @@ def ldm(job: Job, pace: Pace) -> None:
 
     model = weights.load(job.folder, device=job.device)
     recipe = Recipe(
-        "benchmark", method=Method(job.method, rank=RANK, targets=TARGETS if job.method == "lora" else ""),
+        "benchmark",
+        method=Method(job.method, rank=RANK, targets=TARGETS if job.method == "lora" else ""),
         optimizer=Optimizer(lr=job.rate, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY, clip=CLIP),
-        run=Run(steps=ENDLESS, batch=job.batch, micro=job.batch, dtype=job.dtype, save_every=ENDLESS), watch=Watch(log_every=1),
-    )  # fmt: skip
+        run=Run(steps=ENDLESS, batch=job.batch, micro=job.batch, dtype=job.dtype, save_every=ENDLESS),
+        watch=Watch(log_every=1),
+    )
     made = trainee(model, recipe)
     made.task.to(job.device)
     for name, p in made.parameters.items():
@@ -172,7 +170,10 @@ def ldm(job: Job, pace: Pace) -> None:
 
 
 def diffusers(job: Job, pace: Pace) -> None:
-    """What examples/text_to_image/train_text_to_image.py and train_text_to_image_lora(_sdxl).py do with an encoded batch, through the same libraries."""
+    """What train_text_to_image.py and train_text_to_image_lora(_sdxl).py do with an encoded batch.
+
+    These scripts are in examples/text_to_image of diffusers, and use the same libraries.
+    """
     from accelerate import Accelerator
     from diffusers import DDPMScheduler
 
@@ -201,8 +202,8 @@ def diffusers(job: Job, pace: Pace) -> None:
             )
             more["added_cond_kwargs"] = {"text_embeds": one.pooled.to(accelerator.device, kind), "time_ids": sizes}
         with accelerator.accumulate(unet):
-            said = unet(noising.add_noise(latent, noise, t), t, context, return_dict=False, **more)[0]
-            loss = F.mse_loss(said.float(), noise.float())
+            eps = unet(noising.add_noise(latent, noise, t), t, context, return_dict=False, **more)[0]
+            loss = F.mse_loss(eps.float(), noise.float())
             accelerator.backward(loss)
             norm = accelerator.clip_grad_norm_(learning, CLIP)
             adam.step()
@@ -247,15 +248,15 @@ SIDES: dict[str, Callable[[Job, Pace], None]] = {"ldm": ldm, "diffusers": diffus
 
 
 class Asked:
-    """The pace of a process that makes one update for each line of its standard input, and answers with a line of JSON.
+    """The pace of a process that makes one update for each line of its standard input.
 
-    The first answer is for loading and comes unasked. Each: {seconds, noted..., between, peak, device_peak}: bytes resident after it, and
-    at the most since the answer before the first update; on a GPU, the most that was reserved there since.
+    It answers each, and before them loading, unasked: {seconds, noted..., between, peak, device_peak}. These are the
+    bytes in memory after it, and at the most since the first answer; on a GPU, the most that was reserved since.
     """
 
-    def __init__(self, device: str, answer: Callable[[dict[str, Any]], None]):
+    def __init__(self, device: str, answer: Callable[[Answer], None]):
         self.device, self.answer = device, answer
-        self.noted: dict[str, Any] = {}
+        self.noted: Answer = {}
         self.loaded = False
         self.since = time.perf_counter()
 
@@ -263,14 +264,10 @@ class Asked:
         self.noted = seen
 
     def wait(self) -> None:
-        on_gpu = self.device.startswith("cuda")
-        if on_gpu:
+        if self.device.startswith("cuda"):
             torch.cuda.synchronize(self.device)
-        seconds = time.perf_counter() - self.since
-        most = torch.cuda.max_memory_reserved(self.device) if on_gpu else None
-        self.answer(
-            {"seconds": seconds, **self.noted, "between": resident("VmRSS"), "peak": peak_memory(), "device_peak": most}
-        )
+        taken = {"seconds": time.perf_counter() - self.since, **self.noted, "between": resident()}
+        self.answer({**taken, "peak": peak_memory(), "device_peak": reserved_peak(self.device)})
         if not self.loaded:
             forget_peak(self.device)
             self.loaded = True
@@ -279,25 +276,15 @@ class Asked:
         self.since = time.perf_counter()
 
 
-def serve(job: Job, answer: Callable[[dict[str, Any]], None]) -> None:
-    """Train until nobody asks for more, or the reason why that is not possible."""
-    if job.threads:
-        torch.set_num_threads(job.threads)
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # float32 means float32
+def answers(job: Job, answer: Callable[[Answer], None]) -> None:
+    """Train until nobody asks for more, or answer why that is not possible."""
     try:
         SIDES[job.side](job, Asked(job.device, answer))
     except Ended:
         pass
-    except Exception as error:  # told to who asked, who goes on with what is left
-        answer({"failed": without_folders(f"{type(error).__name__}: {error}")[:500]})
-
-
-def main(argv: list[str]) -> None:
-    """Serve the job that is told as JSON. What libraries print goes to standard error, so that answers stand alone."""
-    out = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    serve(Job(**json.loads(argv[0])), lambda told: print(json.dumps(told), file=out, flush=True))
+    except Exception as error:
+        answer(failed(error))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    serve(Job, answers)

@@ -1,10 +1,10 @@
-"""The time that the arithmetic of a cell takes when done directly: its FLOPs by the rate that this machine was seen to reach. Winograd's may take less."""
+"""The floor of a cell's time: its FLOPs, done directly, at the rate that this machine was seen to reach."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
@@ -23,31 +23,29 @@ TRIALS = 5  # the best counts
 
 @lru_cache(maxsize=256)
 def flops(config: ModelConfig, cell: Cell) -> int:
-    """Floating-point operations of a cell, a multiplication and an addition as two: counted in matrix products and convolutions, on the meta device.
+    """Floating-point operations of a cell's matrix products and convolutions, a multiplication and an addition as two.
 
-    A picture: its text, `steps` guided steps, its decoding. Work that is the same every step (keys and values of the prompt) counts every
-    time, as do the products of a convolution that the plain networks do directly: a side that does less (Winograd's transform, what is the same
-    for both prompts) may take less than the floor.
+    A picture is its text, `steps` guided steps and its decoding. What is the same in every step (keys and values of the
+    prompt) counts every time, and convolutions count as the plain networks do them. A side that does less (Winograd's
+    transform, what is the same for both prompts) may take less time than the floor.
     """
     if cell.stage == "picture":
         step, *once = (Cell(stage, cell.batch, cell.size) for stage in ("step", "text", "decode"))
         return cell.steps * flops(config, step) + sum(flops(config, each) for each in once)
     given = inputs(config, cell, "meta", torch.float32)
     if cell.stage == "text":
-        return sum(
-            _counted(lambda tower=tower, ids=ids: built(lambda: CLIPText(tower))(ids))
-            for tower, ids in zip(config.text, given.ids, strict=True)
-        )
+        towers = [built(partial(CLIPText, tower)) for tower in config.text]
+        return sum(_counted(tower, ids) for tower, ids in zip(towers, given.ids, strict=True))
     if cell.stage == "decode":
-        return _counted(lambda: built(lambda: VAE(config.vae)).decode(given.latent))
+        return _counted(built(partial(VAE, config.vae)).decode, given.latent)
     y = None if config.unet.vector_dim is None else torch.empty(2 * cell.batch, config.unet.vector_dim, device="meta")
-    return _counted(lambda: built(lambda: UNet(config.unet))(given.x, given.t, given.context, y))
+    return _counted(built(partial(UNet, config.unet)), given.x, given.t, given.context, y)
 
 
 @torch.no_grad()
-def _counted(call: Callable[[], object]) -> int:
+def _counted(call: Callable[..., object], *given: Tensor | None) -> int:
     with FlopCounterMode(display=False) as counter:
-        call()
+        call(*given)
     return counter.get_total_flops()
 
 
@@ -55,8 +53,9 @@ def _counted(call: Callable[[], object]) -> int:
 def rates(device: str, dtype: torch.dtype) -> dict[str, float]:
     """FLOP/s of large products and convolutions in this type: what the machine reaches, whichever library does it.
 
-    The same product as a matrix product and as a 1x1 convolution, which on a CPU are done by different libraries. Sizes grow while they
-    take less than a quarter of a second: types that a processor does not have can be a hundred times as slow.
+    The same product is timed as a matrix product and as a 1x1 convolution, which on a CPU are done by different
+    libraries. Sizes grow while they take less than a quarter of a second: types that a processor does not have can be a
+    hundred times as slow.
     """
     found: dict[str, float] = {}
     for cells in (128, 256) if device.startswith("cuda") else (8, 16, 32, 64):
@@ -71,14 +70,13 @@ def rates(device: str, dtype: torch.dtype) -> dict[str, float]:
 
 
 def _operations(device: str, dtype: torch.dtype, cells: int) -> list[tuple[str, Callable[[], Tensor], int]]:
-    """(name, operation, its FLOPs) of pictures of 2 x cells x cells places and 320 channels, and of a matrix as large."""
+    """(name, operation, its FLOPs): on 2 pictures of cells x cells x 320, and on a matrix as large."""
     channels, pixels, side = 320, 2 * cells**2, 32 * cells
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     x = torch.randn(2, channels, cells, cells, device=device, dtype=dtype)
-    kernel, wide = (
-        torch.randn(n, channels, k, k, device=device, dtype=dtype) for n, k in ((channels, 3), (4 * channels, 1))
-    )
-    x_last, kernel_last, wide_last = (tensor.to(memory_format=torch.channels_last) for tensor in (x, kernel, wide))
+    kernel = torch.randn(channels, channels, 3, 3, device=device, dtype=dtype)
+    wide = torch.randn(4 * channels, channels, 1, 1, device=device, dtype=dtype)
+    x_last, kernel_last, wide_last = (each.to(memory_format=torch.channels_last) for each in (x, kernel, wide))
     return [
         ("matrix product", lambda: a @ b, 2 * side**3),
         ("1x1 convolution", lambda: F.conv2d(x_last, wide_last), 2 * pixels * 4 * channels**2),
@@ -109,6 +107,7 @@ def _wait(device: str) -> None:
 
 
 def peak(device: str, dtype: torch.dtype) -> dict[str, object]:
-    """{rates: {type: {operation: FLOP/s}}, best: FLOP/s}. float32 counts in every type: half precision may be computed in it where that is faster."""
-    found = {str(each).removeprefix("torch."): rates(device, each) for each in dict.fromkeys((torch.float32, dtype))}
+    """{rates: {type: {operation: FLOP/s}}, best: FLOP/s}. float32 counts for half precision too, if it is faster."""
+    kinds = dict.fromkeys((torch.float32, dtype))
+    found = {str(each).removeprefix("torch."): rates(device, each) for each in kinds}
     return {"rates": found, "best": max(rate for each in found.values() for rate in each.values())}

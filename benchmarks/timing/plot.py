@@ -31,7 +31,7 @@ INK, FAINT, PAPER = "#111827", "#9ca3af", "#ffffff"
 
 
 def draw(rows: Sequence[Mapping[str, Any]], title: str, caption: str) -> Image.Image:
-    """One bar for each row that has a ratio, grouped by what was timed; the line at 1 is diffusers eager. Longer is faster."""
+    """A bar for each row that has a ratio, grouped by what was timed. Longer is faster; the line at 1 is diffusers."""
     rows = [row for row in rows if row["ratio"] is not None]
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:

@@ -5,28 +5,25 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
+from functools import partial
+from math import prod
 
-import torch
 from torch import Tensor
 
-from benchmarks.sides.all import DTYPES, Job, Unmeasured, missing
-from benchmarks.sides.cells import Cell, config_of
-from benchmarks.sides.openvino import convert, openvino_note
+from benchmarks import machine
+from benchmarks.sides.all import convert, missing
+from benchmarks.sides.cells import DTYPES, Cell, Job, config_of
+from benchmarks.sides.openvino import openvino_note
+from benchmarks.sides.process import SideFailed, Unmeasured
 from benchmarks.timing.rows import Found, Row, finished
-from benchmarks.timing.turns import SideFailed, Turns, in_turn
+from benchmarks.timing.turns import Turns, in_turn
 from ldm.model import LatentDiffusion
 from weights.names.blank import shapes
 
-COPIES = {
-    "diffusers-best": 1,
-    "openvino": 1,
-    "sdcpp": 1,
-}  # of the weights, at most, that a side makes besides those that all map from the same files
-PROCESS, PICTURE = (
-    1.2e9,
-    4.0e9,
-)  # bytes: of a process with its libraries, and of what it makes on the way to a picture of 1024 x 1024
+# Copies of the weights, at most, that a side makes for itself, while all map the same files.
+COPIES = {"diffusers-best": 1, "openvino": 1, "sdcpp": 1}
+# Bytes: of a process with its libraries, and of what it makes on the way to a picture of 1024 x 1024.
+PROCESS, PICTURE = 1.2e9, 4.0e9
 
 
 def rows_of(
@@ -36,12 +33,13 @@ def rows_of(
 
     job     of the model, whichever side
     best    FLOP/s that this machine reaches
-    known   is added what is known of each side as a whole: its import, its load
+    known   gets a record of each side as a whole: its import, its load
     """
     absent: dict[str, dict[str, str]] = {}
     jobs: dict[str, Job] = {}
     for side in sides:
-        mine = replace(job, side=side, converted=f"{job.folder}-{side}{'.safetensors' if side == 'sdcpp' else ''}")
+        ending = ".safetensors" if side == "sdcpp" else ""
+        mine = replace(job, side=side, converted=f"{job.folder}-{side}{ending}")
         if why := missing(side, job.device):
             absent[side] = {"why": why}
         elif why := convert(mine):
@@ -99,10 +97,11 @@ def visit(running: Mapping[str, Turns], cell: Cell, found: Found, repeats: int) 
     found |= {side: begun(turns, cell) for side, turns in running.items()}
     able = {side: turns for side, turns in running.items() if "output" in found[side]}
     try:
-        times = in_turn({side: lambda turns=turns: turns.time(cell) for side, turns in able.items()}, repeats)
+        times = in_turn({side: partial(turns.time, cell) for side, turns in able.items()}, repeats)
     except SideFailed as error:
         times = {}
-        found |= {side: {"failed": f"one of those that took turns ({', '.join(able)}): {error}"} for side in able}
+        why = f"one of those that took turns ({', '.join(able)}): {error}"
+        found |= {side: {"failed": why} for side in able}
     for side, seconds in times.items():
         found[side]["seconds"] = seconds
 
@@ -118,7 +117,7 @@ def begun(turns: Turns, cell: Cell) -> Row:
 
 
 def references(job: Job, cells: Sequence[Cell]) -> dict[Cell, Tensor]:
-    """The output of the plain networks in float32 on these very weights; nothing for cells where they fail or do not fit into memory."""
+    """The output of the plain networks in float32 on the same weights, but where they fail or need too much memory."""
     plain = replace(job, side="ldm", dtype="float32")
     turns = None if fitting(plain, ["ldm"], cells)[1] else attempted(plain)
     if not isinstance(turns, Turns):
@@ -130,32 +129,11 @@ def references(job: Job, cells: Sequence[Cell]) -> dict[Cell, Tensor]:
     return {cell: found["output"] for cell, found in made.items() if "output" in found}
 
 
-# --- memory -----------------------------------------------------------------------------------------------------------
-
-
 def fitting(job: Job, sides: Sequence[str], cells: Sequence[Cell]) -> tuple[bool, dict[str, str]]:
-    """Do these sides fit into memory together; and which do not even alone, with the figures. Estimates, from the bytes of the weights."""
+    """Do these sides fit into memory together; and which do not fit even alone. Estimated from the weights."""
     config = config_of(job.family, tiny=job.tiny)
-    weights = DTYPES[job.dtype].itemsize * sum(
-        shape.numel() for shape in map(torch.Size, shapes(LatentDiffusion, config).values())
-    )
+    weights = DTYPES[job.dtype].itemsize * sum(map(prod, shapes(LatentDiffusion, config).values()))
     making = PROCESS + PICTURE * max(cell.batch * cell.size**2 for cell in cells) / 1024**2
     on_gpu = job.device.startswith("cuda")
-    room = torch.cuda.mem_get_info(job.device)[0] if on_gpu else available()
-    shared = 0 if on_gpu else weights
     own = {side: making + weights * (on_gpu + COPIES.get(side, 0)) for side in sides}
-    large = {
-        side: f"needs about {(shared + need) / 1e9:.1f} GB where {room / 1e9:.1f} are free"
-        for side, need in own.items()
-        if shared + need > room
-    }
-    return shared + sum(need for side, need in own.items() if side not in large) <= room, large
-
-
-def available() -> float:
-    """Bytes of the system's memory that can be had; infinity where the system does not say."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable"):
-                return 1024 * int(line.split()[1])
-    return float("inf")
+    return machine.fitting(own, 0 if on_gpu else weights, job.device)

@@ -1,53 +1,58 @@
-"""What was measured of a cell, as rows: medians, ratios to diffusers, floors, and whether each side's output is the same as the plain networks'."""
+"""What was measured of a cell, as rows: medians, ratios to diffusers, floors, and whether the outputs are the same."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from itertools import pairwise
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.sides.all import Job
-from benchmarks.sides.cells import Cell, config_of
+from benchmarks.sides.cells import Cell, Job, config_of
 from benchmarks.timing.floors import flops
 
-# What passes as the same output, as mean errors against the plain networks in float32. float32: 1e-5 of the output's root mean square, the
-# project's bound; guidance 7.5 makes up to 14 times as much of it, and at 127.5 levels to the unit about 0.02 of all values then round to
-# the neighbouring level.
+# What passes as the same output, as mean errors against the plain networks in float32. In float32 that is 1e-5 of the
+# output's root mean square, the project's bound. Guidance 7.5 makes up to 14 times as much of it, and at 127.5 levels
+# to the unit about 0.02 of all values of a picture then round to the neighbouring level.
 FLOAT32, FLOAT32_LEVELS = 1e-5, 0.05
 HALF = 1.5  # half precision: in units of diffusers' error
 
+NAMED = ("model", "dtype", "side", "stage", "sampler", "steps")  # what tells a row from others
+MEASURED = ("seconds", "repeats", "first", "cold", "peak", "device_peak", "error", "ratio", "of_floor", "why")
+GROWING = ("ssd-1b", "sdxl-base")  # models whose times are compared, the smaller first
+
 Row = dict[str, Any]
-Found = dict[
-    str, dict[str, Any]
-]  # side -> what was measured of one cell there: `seconds` and `output`, or `why` or `failed` with a reason
+# side -> what was measured of one cell: `seconds` and `output`, or the reason why not as `why` or `failed`
+Found = dict[str, dict[str, Any]]
 
 
 # --- sameness ---------------------------------------------------------------------------------------------------------
 
 
 def error(ours: Tensor, reference: Tensor) -> dict[str, float]:
-    """Largest and mean absolute difference: of pictures in 8-bit levels, of anything else in units of the root mean square of `reference`."""
+    """Largest and mean absolute difference: of pictures in 8-bit levels, else in units of the reference's rms."""
     unit = 1.0 if reference.dtype == torch.uint8 else reference.double().square().mean().sqrt().item()
     difference = (ours.double() - reference.double()).abs() / unit
     return {"max": difference.max().item(), "mean": difference.mean().item()}
 
 
 def check(outputs: Mapping[str, Tensor], reference: Tensor | None, dtype: str) -> dict[str, Row]:
-    """{side: {status, why, error}}: "same", "void" with the reason, or "not compared" where there is nothing to hold it against.
+    """{side: {status, why, error}}: "same", "void" with the reason, or "not compared" where there is no reference.
 
     outputs    of the sides
     reference  the output of the plain networks in float32, on the same weights
     """
-    finite = {side: out for side, out in outputs.items() if reference is not None and torch.isfinite(out.float()).all()}
-    errors = {side: error(out, reference) for side, out in finite.items()}
+    errors: dict[str, dict[str, float]] = {}
+    if reference is not None:
+        errors = {side: error(out, reference) for side, out in outputs.items() if torch.isfinite(out.float()).all()}
+    means = {side: each["mean"] for side, each in errors.items()}
     found = {}
     for side, out in outputs.items():
-        status, why = _verdict(side, out, {name: each["mean"] for name, each in errors.items()}, dtype)
+        status, why = _verdict(side, out, means, dtype)
         found[side] = {"status": status, "why": why, "error": errors.get(side)}
     return found
 
@@ -84,63 +89,51 @@ def finished(job: Job, cell: Cell, found: Found, reference: Tensor | None, best:
         reference = found.get("ldm", {}).get("output")
     checks = check({side: entry["output"] for side, entry in found.items() if "output" in entry}, reference, job.dtype)
     count = flops(config_of(job.family, tiny=job.tiny), cell)
-    medians = {
-        side: float(np.median(entry["seconds"]))
-        for side, entry in found.items()
-        if "seconds" in entry and checks[side]["status"] == "same"
-    }
+    same = [side for side, entry in found.items() if "seconds" in entry and checks[side]["status"] == "same"]
     for side, entry in found.items():
-        row: Row = {
-            "model": job.family,
-            "dtype": job.dtype,
-            "cell": str(cell),
-            **asdict(cell),
-            "side": side,
-            "turns": how,
-            "flops": count,
-            "floor": count / best,
-        }
-        row |= dict.fromkeys(
-            ("seconds", "repeats", "first", "cold", "peak", "device_peak", "error", "ratio", "of_floor", "why")
-        )
+        row: Row = {"model": job.family, "dtype": job.dtype, "cell": str(cell), **asdict(cell), "side": side}
+        row |= {"turns": how, "flops": count, "floor": count / best} | dict.fromkeys(MEASURED)
         if "seconds" in entry:
-            p10, median, p90 = np.percentile(entry["seconds"], (10, 50, 90)).tolist()
-            row |= {
-                "seconds": {"median": median, "p10": p10, "p90": p90},
-                "repeats": len(entry["seconds"]),
-                "of_floor": median / row["floor"],
-            }
-            row |= {name: entry[name] for name in ("first", "cold", "peak", "device_peak")} | checks[side]
-            if side in medians and "diffusers" in medians:
-                row["ratio"] = medians["diffusers"] / median
+            row |= spread(entry["seconds"]) | {name: entry[name] for name in ("first", "cold", "peak", "device_peak")}
+            row |= {"of_floor": row["seconds"]["median"] / row["floor"], **checks[side]}
+            if side in same and "diffusers" in same:
+                row["ratio"] = float(np.median(found["diffusers"]["seconds"])) / row["seconds"]["median"]
         else:
-            row |= (
-                {"status": "failed", "why": entry["failed"]}
-                if "failed" in entry
-                else {"status": "absent", "why": entry["why"]}
-            )
+            row |= unmeasured(entry)
         yield row
 
 
+def spread(seconds: Sequence[float]) -> Row:
+    """Median and deciles, and of how many."""
+    p10, median, p90 = np.percentile(seconds, (10, 50, 90)).tolist()
+    return {"seconds": {"median": median, "p10": p10, "p90": p90}, "repeats": len(seconds)}
+
+
+def unmeasured(entry: Row) -> Row:
+    """What a row says instead of times: the side failed, or it is absent."""
+    if "failed" in entry:
+        return {"status": "failed", "why": entry["failed"]}
+    return {"status": "absent", "why": entry["why"]}
+
+
 def growth(rows: Sequence[Row]) -> list[Row]:
-    """How times grow from a size, a batch or a model to the next, beside how FLOPs grow: of rows that are the same but for that."""
-    timed = [row for row in rows if row["status"] == "same"]
+    """How times grow from a size, a batch or a model to the next, all else being the same, and how FLOPs grow."""
     found = []
-    for what, order in (("size", int), ("batch", int), ("model", {"ssd-1b": 0, "sdxl-base": 1}.get)):
+    for what in ("size", "batch", "model"):
         alike: dict[tuple[Any, ...], list[Row]] = {}
-        for row in timed:
-            if order(row[what]) is not None and (what != "size" or row["stage"] != "text"):
-                rest = tuple(
-                    row[name]
-                    for name in ("model", "dtype", "side", "stage", "sampler", "steps", "batch", "size")
-                    if name != what
-                )
-                alike.setdefault(rest, []).append(row)
+        for row in rows:
+            if row["status"] == "same" and not (what == "size" and row["stage"] == "text"):
+                alike.setdefault(tuple(row[name] for name in (*NAMED, "batch", "size") if name != what), []).append(row)
         for each in alike.values():
-            for less, more in pairwise(sorted(each, key=lambda row: order(row[what]))):
-                times, count = more["seconds"]["median"] / less["seconds"]["median"], more["flops"] / less["flops"]
-                named = {name: more[name] for name in ("model", "dtype", "side", "stage", "sampler", "steps")}
-                found.append(
-                    {"what": what, "from": less[what], "to": more[what], **named, "times": times, "flops": count}
-                )
+            if what == "model":
+                each = [row for name in GROWING for row in each if row["model"] == name]
+            else:
+                each.sort(key=itemgetter(what))
+            for less, more in pairwise(each):
+                ratios = {
+                    "times": more["seconds"]["median"] / less["seconds"]["median"],
+                    "flops": more["flops"] / less["flops"],
+                }
+                change = {"what": what, "from": less[what], "to": more[what]}
+                found.append({**change, **{name: more[name] for name in NAMED}, **ratios})
     return found

@@ -12,13 +12,13 @@ from PIL import Image, ImageColor
 
 from benchmarks import load, machine, parity, speed
 from benchmarks.models import peers
+from benchmarks.models.seeded import golden
 from benchmarks.sides import all as sides
-from benchmarks.sides import cells
+from benchmarks.sides import cells, process
 from benchmarks.timing import floors, plot, rounds, rows, turns
 from ldm.config import FAMILIES
 from ldm.model import LatentDiffusion
 from tests.made.checkpoints import TINY
-from tests.made.networks import golden
 
 INPUTS = {"x_T", "cond", "uncond", "ids_pad_eot", "ids_pad0", "sdxl/sizes", "ssd-1b-tiny/time_ids"}
 
@@ -184,7 +184,7 @@ def test_every_family_is_the_same_on_all_sides(family, tmp_path):
     peers.write_folder(config, tmp_path / "folder", torch.float32)
     outputs = {}
     for side in ("ldm", "diffusers"):
-        make = sides.SIDES[side](sides.Job(side, family, True, str(tmp_path / "folder"), "", "float32", "cpu", None))
+        make = sides.SIDES[side](cells.Job(side, family, True, str(tmp_path / "folder"), "", "float32", "cpu", None))
         with torch.no_grad():
             outputs[side] = [
                 make(cells.Cell("picture", 2, 64, *sampler))()
@@ -251,7 +251,7 @@ def test_a_side_that_computes_something_else_is_void():
 
 
 def test_a_void_row_has_times_but_no_ratio():
-    job = sides.Job("ldm", "sd1", True, "", "", "float32", "cpu", None)
+    job = cells.Job("ldm", "sd1", True, "", "", "float32", "cpu", None)
     entry = {"first": 3.0, "cold": None, "peak": 1, "device_peak": None}
     found = {
         side: {**entry, "seconds": [seconds] * 3, "output": torch.ones(4)}
@@ -366,8 +366,8 @@ def test_sides_take_turns():
 
 
 def test_a_side_that_fails_says_why(tmp_path):
-    job = sides.Job("ldm", "sd1", True, str(tmp_path / "nothing"), "", "float32", "cpu", 1)
-    with pytest.raises(turns.SideFailed, match="nothing") as failed:
+    job = cells.Job("ldm", "sd1", True, str(tmp_path / "nothing"), "", "float32", "cpu", 1)
+    with pytest.raises(process.SideFailed, match="nothing") as failed:
         turns.Turns(job)
     assert str(tmp_path) not in str(failed.value)  # it goes into a file that others read
 
@@ -378,7 +378,7 @@ def test_where_files_lie_is_not_told():
 
 
 def test_where_no_side_can_be_measured_every_row_says_so_once(monkeypatch):
-    job, cell = sides.Job("ldm", "sd1", True, "", "", "float32", "cpu", 1), cells.Cell("step", 1, 64)
+    job, cell = cells.Job("ldm", "sd1", True, "", "", "float32", "cpu", 1), cells.Cell("step", 1, 64)
     monkeypatch.setattr(rounds, "missing", lambda side, device: "not here")
     found = [*rounds.rows_of(job, ["openvino", "sdcpp"], [cell], 1, 1e11, [])]
     assert [(row["side"], row["status"], row["why"]) for row in found] == [
@@ -389,10 +389,10 @@ def test_where_no_side_can_be_measured_every_row_says_so_once(monkeypatch):
 
 def test_without_a_reference_half_precision_is_not_compared(monkeypatch):
     def failing(job):
-        return turns.SideFailed("no memory")
+        return process.SideFailed("no memory")
 
     monkeypatch.setattr(rounds, "attempted", failing)
-    job = sides.Job("fast", "sd1", True, "", "", "bfloat16", "cpu", 1)
+    job = cells.Job("fast", "sd1", True, "", "", "bfloat16", "cpu", 1)
     assert rounds.references(job, [cells.Cell("step", 1, 64)]) == {}
 
 
@@ -404,9 +404,9 @@ def test_a_diffusers_that_gives_nan_voids_itself_alone():
 
 
 def test_sides_that_do_not_fit_into_memory_are_measured_one_after_the_other(monkeypatch):
-    job, cell = sides.Job("ldm", "sdxl-base", False, "", "", "float32", "cpu", None), cells.Cell("step", 1, 1024)
+    job, cell = cells.Job("ldm", "sdxl-base", False, "", "", "float32", "cpu", None), cells.Cell("step", 1, 1024)
     for gigabytes, together, large in ((100, True, set()), (36, False, set()), (24, True, {"openvino"})):
-        monkeypatch.setattr(rounds, "available", lambda gigabytes=gigabytes: gigabytes * 1e9)
+        monkeypatch.setattr(machine, "available", lambda gigabytes=gigabytes: gigabytes * 1e9)
         found = rounds.fitting(job, ["ldm", "openvino"], [cell])
         assert (found[0], set(found[1])) == (together, large)
     assert found[1]["openvino"] == "needs about 33.0 GB where 24.0 are free"

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import io
 import json
+import sys
+from dataclasses import asdict
 from itertools import product
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from benchmarks import train
+from benchmarks import machine, train
 from benchmarks.models import peers
+from benchmarks.sides import process
 from benchmarks.sides import training as train_sides
 from benchmarks.sides.training import Ended, Job
 
@@ -181,7 +184,7 @@ def asked(tmp_path, monkeypatch):
     """Measure sides that write down their turns; diffusers' ends at its `until`th update."""
     script = tmp_path / "says.py"
     script.write_text(SAYS)
-    monkeypatch.setattr(train.train_sides, "__file__", str(script))
+    monkeypatch.setattr(process, "command", lambda module, job: [sys.executable, str(script), json.dumps(asdict(job))])
 
     def measure(until=100):
         log = tmp_path / f"turns-{until}"
@@ -224,7 +227,7 @@ def test_a_side_that_ends_has_a_row_that_says_so_and_the_other_goes_on(asked):
 
 def test_a_side_that_cannot_begin_says_why_but_not_where(asked, tmp_path):
     told, lost = [], str(tmp_path / "nothing")
-    train_sides.serve(Job("ldm", "sd1", True, "lora", False, 64, 1, 1e-4, lost, "float32", "cpu", None), told.append)
+    train_sides.answers(Job("ldm", "sd1", True, "lora", False, 64, 1, 1e-4, lost, "float32", "cpu", None), told.append)
     assert "nothing" in told[0]["failed"]
     assert str(tmp_path) not in told[0]["failed"]  # it goes into a file that others read
     assert asked(-1)[0] == {side: {"failed": "no weights"} for side in ("ldm", "diffusers")}
@@ -258,7 +261,7 @@ def test_updates_that_the_scaler_leaves_out_are_not_compared():
 
 def test_sides_that_do_not_fit_into_memory_together_are_seen_before(monkeypatch):
     def fits(name, size, gigabytes, *, checkpointing=False):
-        monkeypatch.setattr(train, "available", lambda: gigabytes * 1e9)
+        monkeypatch.setattr(machine, "available", lambda: gigabytes * 1e9)
         case = train.CASES[name]
         jobs = {
             side: Job(

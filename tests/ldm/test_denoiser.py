@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks.models.golden import CLIP_L_TINY, fill
+from benchmarks.models.seeded import normal
 from ldm.conditioning.cond import Cond
 from ldm.config import CLIP_L, SD1, ModelConfig, VAEConfig
 from ldm.denoiser import guided, predict_x0, to_x0
@@ -15,8 +17,6 @@ from ldm.errors import ArgumentError, MemoryLimit, NonFinite
 from ldm.limits import recover
 from ldm.model import LatentDiffusion
 from samplers import cfg
-from tests.made.networks import CLIP_L_TINY, fill
-from tests.made.seeded import normal
 from tests.made.warned import caught
 
 TINY = ModelConfig(

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from benchmarks.models.seeded import weight
 from ldm.config import FAMILIES, DepthConfig, ModelConfig, TextConfig, UNetConfig, VAEConfig, VisionConfig
 from ldm.model import LatentDiffusion
-from tests.made.seeded import weight
 
 CLIP = TextConfig(width=64, layers=3, heads=4, mlp=128)
 OPENCLIP = replace(CLIP, width=80, activation="gelu", projection=48, pad=0, skip=1)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tests.made.checkpoints import manifest
+from benchmarks.models.published import manifest
 from weights.files.write import NAMES
 
 Listed = Mapping[str, tuple[tuple[int, ...], torch.dtype]]

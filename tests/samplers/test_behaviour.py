@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import samplers
+from benchmarks.models.mixture import SCHEDULE, exact, slope
+from benchmarks.models.seeded import normal, weight
 from samplers import DEFAULT_GRID, GRIDS, SAMPLERS, Schedule, Step, calls, ddim, ddpm, finish, seeded, start
-from tests.made.mixture import SCHEDULE, exact, slope
-from tests.made.seeded import normal, weight
 
 NOISY = [
     "ddpm",

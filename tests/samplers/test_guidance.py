@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
+from benchmarks.models.mixture import SCHEDULE, exact
+from benchmarks.models.seeded import normal
 from samplers import GRIDS, SAMPLERS, cfg, keep_known, seeded, start
-from tests.made.mixture import SCHEDULE, exact
-from tests.made.seeded import normal
 
 SHAPE = (2, 4, 8, 8)
 UNCOND, COND = normal("guidance/uncond", SHAPE), normal("guidance/cond", SHAPE) * 0.7

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.models.mixture import exact, slope
 from samplers import SAMPLERS
-from tests.made.mixture import exact, slope
 
 HIGH, LOW = 10.0, 0.1
 STEPS = (40, 80, 160)

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.models.mixture import SCHEDULE, SHAPE, network
+from benchmarks.models.seeded import normal
 from samplers import lcm, unipc
 from samplers.ddim import ddpm
-from tests.made.mixture import SCHEDULE, SHAPE, network
-from tests.made.seeded import normal
 
 diffusers = pytest.importorskip("diffusers", reason="the comparison needs the extra 'bench'")
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}

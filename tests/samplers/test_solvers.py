@@ -2,60 +2,20 @@
 
 from __future__ import annotations
 
-import json
-import re
-from pathlib import Path
-
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
-from samplers import GRIDS, SAMPLERS, finish, noised, start
-from tests.made.mixture import SCHEDULE, SHAPE, denoiser, numbered
-from tests.made.seeded import normal
+from benchmarks.models.mixture import RUNS, SCHEDULE, SHAPE, TIMESTEPS, run
+from benchmarks.models.seeded import golden, normal
+from samplers import GRIDS, finish, noised
 
-GOLDEN = load_file(Path(__file__).parents[1] / "golden" / "samplers.safetensors")
-TIMESTEPS = json.loads((Path(__file__).parents[1] / "golden" / "samplers_timesteps.json").read_text())
-RUNS = [
-    key
-    for key in GOLDEN
-    if key.startswith(("ddim/", "plms/", "dpmpp_2m_stability/", "k/", "img2img/ddim")) and "/sigmas/" not in key
-]
+GOLDEN = golden("samplers")
 
 
 def error(out: Tensor, reference: Tensor) -> float:
     """Root mean square of the difference, relative to the reference's."""
     return ((out - reference).square().mean() / reference.square().mean()).sqrt().item()
-
-
-def run(key: str) -> tuple[Tensor, list[float]]:
-    """(result, timesteps of the network calls) of the run that a golden key names."""
-    first, *rest = key.split("/")
-    scale = float(re.search(r"cfg([\d.]+)", key)[1])
-    options, kind, x_T = {}, "eps", normal("x_T", SHAPE)
-    if first == "k":
-        name, grid = rest[:2]
-        sigmas = GRIDS[grid](SCHEDULE, 10)
-        x = x_T * sigmas[0]  # k-diffusion leaves out the unit variance of the data
-    elif first == "img2img":
-        name = "ddim"
-        x, sigmas = noised(
-            normal("init_latent", SHAPE),
-            normal("enc_noise", SHAPE),
-            GRIDS["ddim"](SCHEDULE, 50),
-            strength=0.6,
-            original=True,
-        )
-    else:
-        name, kind = first.removesuffix("_stability"), rest[0]
-        sigmas = GRIDS["dpm_solver" if name == "dpmpp_2m" else "ddim"](SCHEDULE, int(rest[1].removeprefix("steps")))
-        x = start(x_T, sigmas)
-        if name == "ddim":
-            options["eta"] = float(rest[3].removeprefix("eta"))
-    timesteps: list[float] = []
-    x = SAMPLERS[name](denoiser(kind, scale, timesteps), x, sigmas, noise=numbered(), **options)
-    return finish(x, sigmas), timesteps
 
 
 def test_the_golden_file_holds_the_runs_that_are_tested_here():

@@ -8,21 +8,12 @@ from dataclasses import replace
 import pytest
 import torch
 
+from benchmarks.models.published import manifest, original_name
+from benchmarks.models.seeded import weight
 from ldm.config import FAMILIES
 from ldm.errors import AmbiguousCheckpoint, ArgumentError, FileError
 from ldm.model import LatentDiffusion
-from tests.made.checkpoints import (
-    TINY,
-    checkpoint,
-    ema_name,
-    lightning,
-    manifest,
-    original_name,
-    save_safetensors,
-    save_stream,
-    save_zip,
-)
-from tests.made.seeded import weight
+from tests.made.checkpoints import TINY, checkpoint, ema_name, lightning, save_safetensors, save_stream, save_zip
 from weights import load
 from weights.names import original as names
 from weights.names.detect import detect

@@ -10,21 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.models.folders import components, single, write_folder
+from benchmarks.models.published import inside, manifest, meaning, narrow, narrowed, seeded, tiny
 from ldm.errors import ArgumentError, FileError
 from ldm.networks.safety import SafetyChecker
-from tests.made.checkpoints import (
-    checkpoint,
-    inside,
-    manifest,
-    meaning,
-    narrow,
-    narrowed,
-    save_safetensors,
-    save_zip,
-    seeded,
-    tiny,
-)
-from tests.made.diffusers_folders import components, single, write_folder
+from tests.made.checkpoints import checkpoint, save_safetensors, save_zip
 from weights import load_safety, load_vae
 
 VAE = tiny("sd1").vae

@@ -8,20 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.models.published import FILES, MANIFESTS, meaning, narrowed, tiny
+from benchmarks.models.seeded import weight
 from ldm.errors import FileError
 from ldm.model import LatentDiffusion
-from tests.made.checkpoints import (
-    FILES,
-    MANIFESTS,
-    ema_name,
-    meaning,
-    narrowed,
-    save_safetensors,
-    save_stream,
-    save_zip,
-    tiny,
-)
-from tests.made.seeded import weight
+from tests.made.checkpoints import ema_name, save_safetensors, save_stream, save_zip
 from weights import load, open_file, save
 from weights.models import built
 from weights.names.layout import original

@@ -7,9 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ldm.config import FAMILIES
-from tests.made.checkpoints import manifest, meaning, save_safetensors
-from tests.made.diffusers_folders import (
+from benchmarks.models.folders import (
     FOLDERS,
     STATISTIC,
     component,
@@ -18,7 +16,10 @@ from tests.made.diffusers_folders import (
     write_component,
     write_index,
 )
-from tests.made.seeded import weight
+from benchmarks.models.published import manifest, meaning
+from benchmarks.models.seeded import weight
+from ldm.config import FAMILIES
+from tests.made.checkpoints import save_safetensors
 from weights import load
 
 pytestmark = pytest.mark.slow

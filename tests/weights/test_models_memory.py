@@ -11,20 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.models.published import manifest, original_name, seeded, tiny
+from benchmarks.models.seeded import weight
 from ldm.config import FAMILIES, UNetConfig
 from ldm.model import LatentDiffusion
-from tests.made.checkpoints import (
-    TINY,
-    lightning,
-    manifest,
-    original_name,
-    save_safetensors,
-    save_stream,
-    save_zip,
-    seeded,
-    tiny,
-)
-from tests.made.seeded import weight
+from tests.made.checkpoints import TINY, lightning, save_safetensors, save_stream, save_zip
 from weights import load, original_state
 from weights.names.metadata import CONFIG_KEY, to_json
 

@@ -11,8 +11,9 @@ import safetensors
 import safetensors.torch
 import torch
 
+from benchmarks.models.published import original_name
 from ldm.errors import FileError, OutputError
-from tests.made.checkpoints import TINY, checkpoint, original_name, save_safetensors
+from tests.made.checkpoints import TINY, checkpoint, save_safetensors
 from weights import load, open_file, original_state, save
 from weights.models import embedded
 

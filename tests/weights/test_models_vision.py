@@ -10,13 +10,14 @@ import pytest
 import torch
 
 import weights
+from benchmarks.models.published import inside, meaning, narrowed, tiny
+from benchmarks.models.seeded import weight
 from ldm.config import VisionConfig
 from ldm.errors import ArgumentError, FileError
 from ldm.networks.vision import CLIPVision
-from tests.made.checkpoints import inside, meaning, narrowed, save_safetensors, save_zip, tiny
+from tests.made.checkpoints import save_safetensors, save_zip
 from tests.made.families import build
 from tests.made.families import tiny as tinier
-from tests.made.seeded import weight
 from weights import load_vision
 
 VISION = tiny("sd-image-variations").vision  # of `narrowed` files

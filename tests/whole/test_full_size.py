@@ -13,10 +13,11 @@ import pytest
 import torch
 from PIL import Image
 
+from benchmarks.models.published import manifest, seeded
 from benchmarks.parity import peer_rows
 from ldm.config import FAMILIES
 from ldm.tasks import txt2img
-from tests.made.checkpoints import lightning, manifest, save_safetensors, save_zip, seeded
+from tests.made.checkpoints import lightning, save_safetensors, save_zip
 from weights import load
 
 pytestmark = pytest.mark.slow

@@ -29,7 +29,7 @@ FLOORS = {
     " | look | blocks recipes | train | cli | __main__",
     "ldm.train": "recipe losses draws state checkpointing | reading ranks data | tasks optim start watch | loop distil | modes | results shipped | run",
     "weights": "names files | folder | checkpoint | models adapters | tools",
-    "benchmarks": "machine quality | models sides | timing | speed train parity load demonstrations",
+    "benchmarks": "machine quality | models | sides | timing | speed train parity load demonstrations",
 }
 MAX_FILES = 20  # in a folder
 

@@ -9,7 +9,7 @@ pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
 from benchmarks.models import families
-from tests.made.networks import relative
+from benchmarks.models.golden import relative
 
 TOLERANCE = 1e-5  # float32; measured: at most 4.9e-6, and 0 for most
 

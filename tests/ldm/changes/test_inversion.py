@@ -13,13 +13,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import weights
+from benchmarks.models.seeded import normal
 from ldm.changes.inversion import as_embedding, new_token
 from ldm.conditioning.prompts import Embedding
 from ldm.conditioning.tokenizer import encode
 from ldm.errors import ArgumentError, OutputError
 from ldm.model import LatentDiffusion
 from tests.made.families import build, tiny
-from tests.made.seeded import normal
 
 TWO, WIDE = normal("two vectors", (2, 64)), normal("wide", (2, 80))
 

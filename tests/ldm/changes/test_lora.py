@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import weights
+from benchmarks.models.seeded import normal
 from ldm.changes.lora import (
     Change,
     Changes,
@@ -33,7 +34,6 @@ from ldm.config import FAMILIES, ModelConfig
 from ldm.errors import ArgumentError, FileError
 from ldm.model import LatentDiffusion
 from tests.made.checkpoints import TINY, save_safetensors, save_zip
-from tests.made.seeded import normal
 from weights.adapters import names as lora_names
 from weights.adapters.read import load_lora
 from weights.names.diffusers import diffusers_unet

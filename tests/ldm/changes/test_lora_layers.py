@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import weights
+from benchmarks.models.seeded import normal
 from ldm import fast
 from ldm.changes import lora_layers
 from ldm.changes.lora import Changes, Decomposed, Full, LowRank, merge
@@ -27,7 +28,6 @@ from ldm.errors import ArgumentError, FileError, OutputError
 from ldm.limits.offload import offload
 from ldm.model import LatentDiffusion
 from tests.made.families import build, tiny
-from tests.made.seeded import normal
 from weights.adapters.read import read_lora
 from weights.adapters.write import kohya_names
 from weights.names import blank

@@ -10,6 +10,8 @@ import pytest
 import torch
 
 import weights
+from benchmarks.models.published import tiny as narrow
+from benchmarks.models.seeded import normal, weight
 from ldm.changes import surgery
 from ldm.config import FAMILIES, SSD1B, UNetConfig, VisionConfig
 from ldm.errors import ArgumentError
@@ -17,9 +19,7 @@ from ldm.model import LatentDiffusion
 from ldm.networks.unet import UNet
 from ldm.networks.vision import CLIPVision
 from ldm.train.shipped import BLOCKS
-from tests.made.checkpoints import tiny as narrow
 from tests.made.families import build, tiny
-from tests.made.seeded import normal, weight
 from weights.names.blank import shapes
 
 

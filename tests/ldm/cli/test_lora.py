@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from benchmarks.models.seeded import normal
 from ldm.__main__ import main
 from ldm.cli.lora import scaled_lora
 from tests.made.checkpoints import TINY, save_safetensors
-from tests.made.seeded import normal
 from tests.weights.adapters.test_extract import adding, saved
 from tests.weights.adapters.test_write import CONV, FC, HADA, KEYS, Q, published, some_lora
 from weights.adapters.read import load_lora, read_lora

@@ -16,6 +16,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import weights
+from benchmarks.models.seeded import weight
 from ldm import tasks
 from ldm.__main__ import COMMANDS
 from ldm.changes import lora
@@ -30,7 +31,6 @@ from ldm.networks.safety import SafetyChecker
 from ldm.pictures.read import open_image, read_metadata
 from tests.made.compilers import compiled_only
 from tests.made.families import build, tiny
-from tests.made.seeded import weight
 
 QUICK = "--ckpt tiny.safetensors --steps 2 --seed 7 --dtype float32 --no-fast"
 OPTIONS = {"seeds": [7], "steps": 2, "weighting": True}

@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks.models.golden import CLIP_L_TINY, fill, relative, tiny_clip_l, tiny_openclip
+from benchmarks.models.seeded import normal
 from ldm.conditioning.emphasis import PromptWarning, parse
 from ldm.conditioning.prompts import Embedding, chunks_needed, encode_text
 from ldm.conditioning.tokenizer import END, START, TruncationWarning, encode
 from ldm.errors import ArgumentError
-from tests.made.networks import CLIP_L_TINY, fill, relative, tiny_clip_l, tiny_openclip
-from tests.made.seeded import normal
 
 TOLERANCE = 1e-5  # of the reference's rms: float32 rounding in three layers, as in test_clip
 

@@ -8,9 +8,9 @@ import warnings
 import pytest
 import torch
 
+from benchmarks.models.seeded import GOLDEN
 from ldm.conditioning.tokenizer import END, START, TruncationWarning, encode, tokenize
 from ldm.errors import ArgumentError
-from tests.made.networks import GOLDEN
 
 
 def test_ids_are_those_of_open_clip() -> None:

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks.models.seeded import normal, weight
 from ldm.fast import compiler, cpu, plain
 from ldm.fast.compiler import CannotCompile
 from tests.made.compilers import compiled_only
-from tests.made.seeded import normal, weight
 
 EPS = torch.finfo(torch.float32).eps
 

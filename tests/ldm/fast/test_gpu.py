@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend
 
+from benchmarks.models.golden import TINY_UNETS, relative, tiny_unet
+from benchmarks.models.seeded import normal
 from ldm.fast import gpu, graphs, plain
 from ldm.fast.graphs import GraphedUNet, Graphs
 from ldm.fast.share import shared
 from ldm.networks.unet import UNet
-from tests.made.networks import TINY_UNETS, relative, tiny_unet
-from tests.made.seeded import normal
 
 SAME = 1e-11  # the same UNet in float64 but for the order of sums: some hundred layers, each with rounding errors of 1e-16 times its number of terms
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.models.seeded import normal
 from ldm.fast import fast_group_norms
-from tests.made.seeded import normal
 
 
 @pytest.mark.parametrize("shape", [(2, 64, 8, 8), (3, 32, 5, 7), (1, 96, 1, 1)])

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend
 
+from benchmarks.models.golden import fill, relative
+from benchmarks.models.seeded import normal
 from ldm.config import UNetConfig
 from ldm.fast import gpu, plain
 from ldm.fast.networks import FastUNet
 from ldm.fast.share import shared
 from ldm.networks.unet import UNet
-from tests.made.networks import fill, relative
-from tests.made.seeded import normal
 
 pytest.importorskip("triton", reason="PyTorch comes with Triton where it comes with CUDA")
 

@@ -15,6 +15,8 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks.models.golden import relative
+from benchmarks.models.seeded import normal
 from ldm.changes import lora
 from ldm.conditioning.cond import Cond
 from ldm.config import FAMILIES
@@ -29,8 +31,6 @@ from ldm.networks.attention import Attend, CrossAttention
 from samplers import cfg
 from tests.made.compilers import compiled_only
 from tests.made.families import build, tiny
-from tests.made.networks import relative
-from tests.made.seeded import normal
 
 STATED = 1e-4  # of the root mean square, in float32: what the README says of the output of a network
 SAME = 1e-11  # float64, where only the order of sums differs

@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.models.golden import fill, relative
+from benchmarks.models.seeded import normal
 from ldm.config import VAEConfig
 from ldm.fast import vae_scale
 from ldm.fast.networks import FastDecoder, FastEncoder
 from ldm.fast.share import shared
 from ldm.networks.vae import VAE, Decoder, Encoder
 from tests.ldm.fast.test_kernels import DEVICE, few_groups, large_tiles, on_the_device, plain_attention
-from tests.made.networks import fill, relative
-from tests.made.seeded import normal
 
 __all__ = ["large_tiles", "plain_attention"]  # fixtures
 

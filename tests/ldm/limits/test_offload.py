@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import weights
+from benchmarks.models.golden import DEPTH_TINY, VISION_TINY
+from benchmarks.models.seeded import normal
 from ldm.config import DepthConfig, VisionConfig
 from ldm.denoiser import guided
 from ldm.errors import ArgumentError
@@ -20,8 +22,6 @@ from ldm.model import LatentDiffusion
 from ldm.networks.dpt import DPT
 from ldm.networks.vision import CLIPVision
 from samplers import cfg
-from tests.made.networks import DEPTH_TINY, VISION_TINY
-from tests.made.seeded import normal
 
 CPU = torch.device("cpu")
 

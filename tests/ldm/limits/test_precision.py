@@ -12,6 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks.models.golden import fill
+from benchmarks.models.seeded import normal
 from ldm.cli import models
 from ldm.config import SD1, ModelConfig, VAEConfig
 from ldm.errors import MemoryLimit, NonFinite
@@ -19,8 +21,6 @@ from ldm.limits import precision, recover, tiles
 from ldm.limits.recover import converted, first_not_finite, weights_not_finite
 from ldm.model import LatentDiffusion
 from ldm.networks.vae import VAE
-from tests.made.networks import fill
-from tests.made.seeded import normal
 from tests.made.warned import caught
 
 SMALL = VAEConfig(channels=32, channel_mult=(1, 2), num_res_blocks=1, scale=0.5)

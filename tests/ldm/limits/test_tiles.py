@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 import weights
+from benchmarks.models.golden import TINY_VAES, fill, relative, tiny_vae
+from benchmarks.models.seeded import normal
 from ldm.config import VAEConfig
 from ldm.limits import tiles
 from ldm.model import LatentDiffusion
 from ldm.networks.vae import VAE
-from tests.made.networks import TINY_VAES, fill, relative, tiny_vae
-from tests.made.seeded import normal
 
 TOLERANCE = 3e-5  # twice the 1e-5 of test_vae.py, which is one order of summation against another, and the sums of a norm in parts
 

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
+from benchmarks.models.golden import relative, tiny_clip_l, tiny_openclip
+from benchmarks.models.seeded import golden
 from ldm.conditioning.prompts import encode_text
 from ldm.errors import ArgumentError
-from tests.made.networks import golden, relative, tiny_clip_l, tiny_openclip
 
 TOLERANCE = 1e-5  # of the reference's rms; measured 0 on one machine, rounding elsewhere
 

@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.models.golden import DEPTH_TINY, as_stored, dpt, relative
+from benchmarks.models.seeded import golden, normal
 from ldm.config import FAMILIES, DepthConfig
 from ldm.errors import ArgumentError
 from ldm.model import LatentDiffusion
 from ldm.networks.dpt import DPT, depth_input, depth_map, normalised_depth
 from tests.ldm.networks.test_vision import resampling
-from tests.made.networks import DEPTH_TINY, as_stored, dpt, golden, relative
-from tests.made.seeded import normal
 from tests.weights.names.test_manifests import inside, manifest, shapes
 from weights.names.diffusers import dpt_names
 from weights.names.metadata import from_json, to_json

@@ -9,11 +9,11 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from benchmarks.models.golden import VISION_TINY, relative, tiny_safety
+from benchmarks.models.seeded import golden, normal
 from ldm.config import VisionConfig
 from ldm.errors import ArgumentError
 from ldm.networks.safety import SafetyChecker, flagged, safety_pixels
-from tests.made.networks import VISION_TINY, golden, relative, tiny_safety
-from tests.made.seeded import normal
 from tests.weights.names.test_manifests import manifest, shapes
 
 TOLERANCE = 1e-5  # of the reference's rms, as in test_vision.py

@@ -5,11 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from benchmarks.models.golden import TINY_UNETS, relative, run_unet, tiny_unet
+from benchmarks.models.seeded import golden, normal
 from ldm.config import FAMILIES, SD1, UNetConfig
 from ldm.errors import ArgumentError
 from ldm.networks.unet import UNet, timestep_embedding
-from tests.made.networks import TINY_UNETS, golden, relative, run_unet, tiny_unet
-from tests.made.seeded import normal
 
 # float32 accumulates about 1e-7 per operation over the ~100 layers in series of these networks, and the reference ran its
 # attention and convolutions in another order; 4e-6 to 6e-6 of the output's rms is what remains of it in the worst element.

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from tests.made.networks import TINY_VAES, golden, relative, tiny_vae
-from tests.made.seeded import normal
+from benchmarks.models.golden import TINY_VAES, relative, tiny_vae
+from benchmarks.models.seeded import golden, normal
 
 TOLERANCE = 1e-5  # as in test_unet.py
 

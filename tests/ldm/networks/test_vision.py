@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.models.golden import VISION_TINY, fill, relative, tiny_vision
+from benchmarks.models.seeded import golden, normal
 from ldm.config import FAMILIES, VisionConfig
 from ldm.errors import ArgumentError
 from ldm.model import LatentDiffusion
 from ldm.networks.vision import MEAN, STD, CLIPVision, preprocess
 from tests.made.families import tiny
-from tests.made.networks import VISION_TINY, fill, golden, relative, tiny_vision
-from tests.made.seeded import normal
 from tests.weights.names.test_manifests import inside, manifest, shapes
 
 TOLERANCE = 1e-5  # of the reference's rms; measured 0 on one machine, rounding elsewhere

@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from benchmarks.models.seeded import normal
 from ldm.conditioning.cond import Sizes, size_embedding
 from ldm.conditioning.prompts import Embedding
 from ldm.errors import ArgumentError
@@ -21,7 +22,6 @@ from ldm.model import LatentDiffusion
 from ldm.tasks import depth2img, hires, img2img, inpaint, interpolate, outpaint, txt2img, upscale, variations
 from samplers import seeded
 from tests.made.families import build, tiny
-from tests.made.seeded import normal
 
 
 @cache

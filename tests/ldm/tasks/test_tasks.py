@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from benchmarks.models.seeded import weight
 from ldm import LatentDiffusion, guided
 from ldm.conditioning.tokenizer import TruncationWarning
 from ldm.config import ModelConfig, TextConfig, UNetConfig, VAEConfig
@@ -22,7 +23,6 @@ from ldm.limits.precision import decode
 from ldm.tasks import img2img, txt2img
 from ldm.tasks.job import Job, Sampling
 from samplers import GRIDS, SAMPLERS, Schedule, Step, cfg, dpmpp_2m, finish, karras, seeded, start
-from tests.made.seeded import weight
 
 TINY = ModelConfig(
     "sd1",

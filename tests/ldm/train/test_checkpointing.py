@@ -5,11 +5,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from benchmarks.models.golden import tiny_clip_l, tiny_unet, tiny_vae
+from benchmarks.models.seeded import normal
 from ldm.errors import ArgumentError
 from ldm.networks.attention import BasicTransformerBlock
 from ldm.train.checkpointing import BLOCKS, checkpoint_blocks
-from tests.made.networks import tiny_clip_l, tiny_unet, tiny_vae
-from tests.made.seeded import normal
 
 
 def unet_loss(unet: nn.Module) -> Tensor:

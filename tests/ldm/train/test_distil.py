@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import weights
+from benchmarks.models.seeded import normal
 from ldm.changes import surgery
 from ldm.conditioning.cond import Sizes
 from ldm.config import FAMILIES, SDXL
@@ -21,7 +22,6 @@ from ldm.train.draws import Draws
 from ldm.train.recipe import Objective
 from ldm.train.tasks import Diffusion
 from tests.made.families import UNET, build, tiny
-from tests.made.seeded import normal
 
 CONFIG = replace(
     tiny("sd1"), unet=replace(UNET, num_res_blocks=2, down_depth=((1, 1), (0, 0)), up_depth=((0, 0, 0), (1, 1, 1)))

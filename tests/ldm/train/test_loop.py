@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks.models.seeded import normal
 from ldm.errors import ArgumentError, NonFinite
 from ldm.train.data.batch import Batch
 from ldm.train.draws import Draws
@@ -17,7 +18,6 @@ from ldm.train.loop import PATIENCE, Fitted, Watchers, accumulation, fit
 from ldm.train.recipe import Group, Objective, Optimizer, Recipe, Run, Watch
 from ldm.train.state import latest_state
 from ldm.train.tasks import Loss
-from tests.made.seeded import normal
 
 RECIPE = Recipe(
     "line", objective=Objective(), optimizer=Optimizer(lr=1e-2, schedule="linear", warmup=3, decay=0.5),

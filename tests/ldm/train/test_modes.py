@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from benchmarks.models.seeded import normal
 from ldm.train import modes
 from ldm.train.draws import Draws
 from ldm.train.recipe import Method, Recipe, Run
 from tests.ldm.train.test_tasks import batch_of
 from tests.made.families import build, tiny
-from tests.made.seeded import normal
 
 
 @pytest.mark.parametrize("dora", [False, True])

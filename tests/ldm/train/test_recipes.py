@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from benchmarks.models.seeded import weight
 from ldm.config import SDXL, VisionConfig
 from ldm.model import LatentDiffusion
 from ldm.networks.vision import CLIPVision
@@ -23,7 +24,6 @@ from ldm.train.recipe import Recipe
 from ldm.train.start import Files
 from ldm.train.watch.card import training_section
 from tests.made.families import build, tiny
-from tests.made.seeded import weight
 
 CARDS = (
     "sygil",

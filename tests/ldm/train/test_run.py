@@ -13,14 +13,14 @@ import torch
 from PIL import Image
 
 import weights
+from benchmarks.models.golden import tiny_vision
+from benchmarks.models.seeded import weight
 from ldm import blocks
 from ldm.__main__ import main
 from ldm.changes.lora import merge
 from ldm.train.state import latest_state
 from ldm.train.watch.log import Log
 from tests.made.checkpoints import save_safetensors
-from tests.made.networks import tiny_vision
-from tests.made.seeded import weight
 
 TINY = [
     "data.path=pictures",

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from benchmarks.models.seeded import normal
 from ldm import blocks
 from ldm.__main__ import main
 from ldm.blocks import Scene, Solid
@@ -18,7 +19,6 @@ from ldm.train.draws import Draws
 from ldm.train.losses import vae_loss
 from ldm.train.reading import load_recipe
 from ldm.train.run import numbered
-from tests.made.seeded import normal
 
 
 def test_both_stages_make_a_model_that_draws(tmp_path: Path, monkeypatch, capsys) -> None:

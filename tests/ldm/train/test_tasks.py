@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 import weights
+from benchmarks.models.golden import tiny_vae
+from benchmarks.models.seeded import normal
 from ldm.changes.surgery import widen
 from ldm.conditioning.cond import Sizes
 from ldm.errors import ArgumentError
@@ -20,8 +22,6 @@ from ldm.train.recipe import Objective
 from ldm.train.tasks import Autoencoding, Diffusion
 from samplers import Schedule
 from tests.made.families import build, tiny
-from tests.made.networks import tiny_vae
-from tests.made.seeded import normal
 
 ALPHAS = torch.tensor(Schedule().alphas_cumprod)
 

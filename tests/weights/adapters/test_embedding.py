@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks.models.golden import tiny_clip_l
+from benchmarks.models.seeded import normal
 from ldm.conditioning.prompts import Embedding, encode_text
 from ldm.errors import FileError
 from tests.made.checkpoints import pretended, save_safetensors, save_stream, save_zip
-from tests.made.networks import tiny_clip_l
-from tests.made.seeded import normal
 from weights.adapters.embedding import load_embedding
 
 TWO, ONE = normal("two vectors", (2, 64)), normal("one vector", (64,))

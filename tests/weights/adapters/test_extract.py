@@ -17,15 +17,16 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import weights
+from benchmarks.models.folders import components, single, write_folder
+from benchmarks.models.published import tiny
+from benchmarks.models.seeded import normal
 from ldm.changes.lora import merge
 from ldm.config import ModelConfig
 from ldm.errors import AmbiguousCheckpoint, ArgumentError, FileError, NonFinite, OutputError
 from ldm.model import LatentDiffusion
-from tests.made.checkpoints import TINY, checkpoint, save_safetensors, save_stream, save_zip, tiny
-from tests.made.diffusers_folders import components, single, write_folder
+from tests.made.checkpoints import TINY, checkpoint, save_safetensors, save_stream, save_zip
 from tests.made.families import build
 from tests.made.families import tiny as wide
-from tests.made.seeded import normal
 from tests.weights.adapters.test_write import CONV, FC, KEYS, Q, product, published, some_lora, spectrum
 from weights.adapters import names as lora_names
 from weights.adapters.extract import CONVOLUTION, attention

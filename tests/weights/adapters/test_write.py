@@ -15,13 +15,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import weights
+from benchmarks.models.seeded import normal
 from ldm.changes.lora import LowRank, delta, merge
 from ldm.config import FAMILIES
 from ldm.errors import AmbiguousCheckpoint, FileError
 from tests.made.checkpoints import TINY, save_safetensors
 from tests.made.families import build
 from tests.made.families import tiny as shallow
-from tests.made.seeded import normal
 from weights.adapters import names as lora_names
 from weights.adapters.extract import CONVOLUTION, attention
 from weights.adapters.read import KIN, load_lora, read_lora

@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.models.folders import FOLDERS, STATISTIC, components, folder_config, single, write_folder
+from benchmarks.models.published import MANIFESTS, meaning, tiny
 from ldm.config import FAMILIES, ScheduleConfig
 from ldm.errors import AmbiguousCheckpoint, ArgumentError, FileError
-from tests.made.checkpoints import MANIFESTS, meaning, save_safetensors, save_zip, tiny
-from tests.made.diffusers_folders import FOLDERS, STATISTIC, components, folder_config, single, write_folder
+from tests.made.checkpoints import save_safetensors, save_zip
 from weights import load
 
 # -- every family -----------------------------------------------------------------------------------------------------------------

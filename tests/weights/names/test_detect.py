@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.models.published import FILES, UNIT, manifest, narrow, narrowed, tiny
 from ldm.config import FAMILIES, ScheduleConfig
 from ldm.errors import AmbiguousCheckpoint, ArgumentError, FileError
 from ldm.networks.unet import UNet
-from tests.made.checkpoints import FILES, UNIT, manifest, narrow, narrowed, save_safetensors, tiny
+from tests.made.checkpoints import save_safetensors
 from weights import load, save
 from weights.names.detect import REFUSED, TITLES, detect, family
 from weights.names.prediction import METADATA, SCHEDULER, STATISTIC, Finding, response, settle, settle_by_output

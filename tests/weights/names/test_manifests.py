@@ -6,13 +6,13 @@ import json
 import pytest
 import torch
 
+from benchmarks.models.published import from_openclip
+from benchmarks.models.seeded import GOLDEN
 from ldm.config import FAMILIES
 from ldm.model import LatentDiffusion
 from ldm.networks.clip import CLIPText
 from ldm.networks.unet import UNet
 from ldm.networks.vae import VAE
-from tests.made.checkpoints import from_openclip
-from tests.made.networks import GOLDEN
 from weights.names.diffusers import diffusers_unet, diffusers_vae
 
 Shapes = dict[str, tuple[int, ...]]

@@ -11,23 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.models.folders import STATISTIC, components, folder_config, single, write_folder
+from benchmarks.models.published import FILES, meaning, narrowed, tiny
+from benchmarks.models.seeded import weight
 from ldm.config import FAMILIES
 from ldm.errors import AmbiguousCheckpoint, ArgumentError, FileError, LdmError, OutputError
-from tests.made.checkpoints import (
-    FILES,
-    TINY,
-    checkpoint,
-    ema_name,
-    lightning,
-    meaning,
-    narrowed,
-    save_safetensors,
-    save_stream,
-    save_zip,
-    tiny,
-)
-from tests.made.diffusers_folders import STATISTIC, components, folder_config, single, write_folder
-from tests.made.seeded import weight
+from tests.made.checkpoints import TINY, checkpoint, ema_name, lightning, save_safetensors, save_stream, save_zip
 from weights import LEFTOVERS, convert, load, load_vae, open_file
 from weights.names.metadata import from_json
 from weights.tools.record import Conversion

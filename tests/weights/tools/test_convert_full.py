@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.made.checkpoints import manifest
-from tests.made.diffusers_folders import STATISTIC
-from tests.made.networks import relative
-from tests.made.seeded import normal, weight
+from benchmarks.models.folders import STATISTIC
+from benchmarks.models.golden import relative
+from benchmarks.models.published import manifest
+from benchmarks.models.seeded import normal, weight
 from weights import load, open_file
 from weights.files.write import Pending, cast, write
 

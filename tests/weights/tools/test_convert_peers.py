@@ -13,11 +13,12 @@ pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
 from benchmarks.models import families
+from benchmarks.models.folders import FOLDERS, single
+from benchmarks.models.golden import relative
+from benchmarks.models.published import tiny
 from ldm import tasks
 from samplers import seeded
-from tests.made.checkpoints import save_safetensors, tiny
-from tests.made.diffusers_folders import FOLDERS, single
-from tests.made.networks import relative
+from tests.made.checkpoints import save_safetensors
 from weights import convert, load
 from weights.models import embedded
 

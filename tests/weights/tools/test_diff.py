@@ -13,12 +13,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.models.folders import components, single, write_folder
+from benchmarks.models.seeded import normal, weight
 from ldm.cli.differing import DIFFERENT
 from ldm.config import FAMILIES
 from ldm.errors import ArgumentError, FileError
 from tests.made.checkpoints import TINY, checkpoint, ema_name, save_safetensors, save_stream, save_zip
-from tests.made.diffusers_folders import components, single, write_folder
-from tests.made.seeded import normal, weight
 from weights import diff
 from weights.tools import closeness
 from weights.tools.closeness import nearness, products, rank

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 import weights
+from benchmarks.models.folders import FOLDERS, STATISTIC, STEMS, config_json, write_index
+from benchmarks.models.published import FILES, manifest, narrow
 from ldm.__main__ import main
 from ldm.config import FAMILIES, VisionConfig
 from ldm.errors import ArgumentError, FileError
@@ -22,19 +24,15 @@ from ldm.networks.safety import SafetyChecker
 from tests.ldm.changes.test_lora import published as published_lora
 from tests.made import sparse
 from tests.made.checkpoints import (
-    FILES,
     POSITION_IDS,
     TINY,
     checkpoint,
     ema_name,
     lightning,
-    manifest,
-    narrow,
     save_safetensors,
     save_stream,
     save_zip,
 )
-from tests.made.diffusers_folders import FOLDERS, STATISTIC, STEMS, config_json, write_index
 from tests.weights.adapters.test_embedding import FORMS
 from weights import Report, inspect
 from weights.files.hashes import Published

@@ -16,21 +16,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.models.folders import STATISTIC, components, single, write_folder
+from benchmarks.models.published import meaning, tiny
+from benchmarks.models.seeded import weight
 from ldm.config import FAMILIES, ModelConfig
 from ldm.errors import AmbiguousCheckpoint, ArgumentError, FileError, OutputError
 from tests.made import families
-from tests.made.checkpoints import (
-    POSITION_IDS,
-    TINY,
-    checkpoint,
-    meaning,
-    save_safetensors,
-    save_stream,
-    save_zip,
-    tiny,
-)
-from tests.made.diffusers_folders import STATISTIC, components, single, write_folder
-from tests.made.seeded import weight
+from tests.made.checkpoints import POSITION_IDS, TINY, checkpoint, save_safetensors, save_stream, save_zip
 from weights import convert, load, merge, open_file, original_state
 from weights.names.metadata import to_json
 from weights.tools.merge import block_of, unet_blocks, weights_of

@@ -13,18 +13,10 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from benchmarks.models.published import narrowed
 from ldm.config import FAMILIES
 from ldm.errors import FileError, OutputError
-from tests.made.checkpoints import (
-    POSITION_IDS,
-    TINY,
-    checkpoint,
-    lightning,
-    narrowed,
-    save_safetensors,
-    save_stream,
-    save_zip,
-)
+from tests.made.checkpoints import POSITION_IDS, TINY, checkpoint, lightning, save_safetensors, save_stream, save_zip
 from weights import load, open_file, repair
 from weights.names.metadata import to_json
 

@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from benchmarks.models.seeded import normal
 from ldm.conditioning.cond import Sizes
 from ldm.errors import ArgumentError, OutputError
 from ldm.images import from_pil, to_pil
@@ -17,7 +18,6 @@ from ldm.train.recipe import Data, Recipe, Watch
 from ldm.train.tasks import Autoencoding, Diffusion, Loss
 from ldm.train.watch.validate import save_pictures, validation_loss, validation_pictures
 from tests.made.families import build, tiny
-from tests.made.seeded import normal
 
 RECIPE = Recipe("test", watch=Watch(timesteps=2, pictures=3, prompts=("a red cube", "a blue ball"), steps=2, cfg=2.0))
 

@@ -1,15 +1,16 @@
-"""The tiny networks behind the golden outputs, filled with seeded weights under the names of the files they stand for."""
+"""The tiny networks behind the golden outputs, with seeded weights under the names of the files they stand for."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
+from typing import TypeVar
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from benchmarks.models.published import from_openclip
+from benchmarks.models.seeded import golden, normal, weight
 from ldm.config import SD1, SD2, SDXL, SSD1B, X4, DepthConfig, TextConfig, UNetConfig, VAEConfig, VisionConfig
 from ldm.networks.clip import CLIPText
 from ldm.networks.dpt import DPT
@@ -17,11 +18,9 @@ from ldm.networks.safety import SafetyChecker
 from ldm.networks.unet import UNet
 from ldm.networks.vae import VAE
 from ldm.networks.vision import CLIPVision
-from tests.made.checkpoints import from_openclip
-from tests.made.seeded import normal, weight
 from weights.names.diffusers import diffusers_unet
 
-GOLDEN = Path(__file__).parents[1] / "golden"
+Network = TypeVar("Network", bound=nn.Module)
 
 TINY_UNETS: dict[str, UNetConfig] = {
     "sd1-tiny": replace(SD1, model_channels=32, context_dim=64),
@@ -43,24 +42,22 @@ DEPTH_TINY = DepthConfig(
 )
 
 
-def golden(file: str) -> dict[str, Tensor]:
-    """The tensors of one golden file."""
-    return load_file(GOLDEN / f"{file}.safetensors")
-
-
 def relative(ours: Tensor, theirs: Tensor) -> float:
     """Largest difference, in units of the reference's root mean square."""
     return ((ours - theirs).abs().max() / theirs.square().mean().sqrt()).item()
 
 
 def as_stored(ours: Tensor, half: Tensor) -> Tensor:
-    """What a reference kept in float16 may have been, as near to ours as that allows: rounding moved it by 2^-11 of itself at most, or by 2^-25."""
+    """What a reference kept in float16 may have been, as near to ours as possible.
+
+    Rounding moved it by 2^-11 of itself at most, or by 2^-25.
+    """
     reference = half.float()
     moved = (reference.abs() * 2**-11).clamp(min=2**-25)
     return torch.minimum(torch.maximum(ours, reference - moved), reference + moved)
 
 
-def fill(network: nn.Module, key: Callable[[str], str]) -> nn.Module:
+def fill(network: Network, key: Callable[[str], str]) -> Network:
     """`network` with the seeded weight of the checkpoint key that `key` gives for each of its names; ready to run."""
     network.load_state_dict({name: weight(key(name), p.shape) for name, p in network.state_dict().items()})
     return network.eval().requires_grad_(False)
@@ -90,14 +87,18 @@ def tiny_openclip() -> CLIPText:
     """The text tower with OpenCLIP's names and the weights of its golden run."""
     w, h = OPENCLIP_TINY.width, OPENCLIP_TINY.mlp
     shapes: dict[str, tuple[int, ...]] = {
-        "positional_embedding": (77, w), "text_projection": (w, 48), "token_embedding.weight": (49408, w), "ln_final.weight": (w,), "ln_final.bias": (w,),
+        "positional_embedding": (77, w),
+        "text_projection": (w, 48),
+        "token_embedding.weight": (49408, w),
+        "ln_final.weight": (w,),
+        "ln_final.bias": (w,),
+    }
+    block: dict[str, tuple[int, ...]] = {
+        "ln_1.weight": (w,), "ln_1.bias": (w,), "attn.in_proj_weight": (3 * w, w), "attn.in_proj_bias": (3 * w,),
+        "attn.out_proj.weight": (w, w), "attn.out_proj.bias": (w,), "ln_2.weight": (w,), "ln_2.bias": (w,),
+        "mlp.c_fc.weight": (h, w), "mlp.c_fc.bias": (h,), "mlp.c_proj.weight": (w, h), "mlp.c_proj.bias": (w,),
     }  # fmt: skip
     for i in range(OPENCLIP_TINY.layers):
-        block = {
-            "ln_1.weight": (w,), "ln_1.bias": (w,), "attn.in_proj_weight": (3 * w, w), "attn.in_proj_bias": (3 * w,), "attn.out_proj.weight": (w, w),
-            "attn.out_proj.bias": (w,), "ln_2.weight": (w,), "ln_2.bias": (w,), "mlp.c_fc.weight": (h, w), "mlp.c_fc.bias": (h,),
-            "mlp.c_proj.weight": (w, h), "mlp.c_proj.bias": (w,),
-        }  # fmt: skip
         shapes |= {f"transformer.resblocks.{i}.{name}": shape for name, shape in block.items()}
     tower = CLIPText(OPENCLIP_TINY)
     tower.load_state_dict(
@@ -141,11 +142,13 @@ def dpt(config: DepthConfig) -> DPT:
 
 
 def tiny_safety() -> SafetyChecker:
-    """The safety checker with the weights of its golden run: thresholds around 0.21, and the tower's prefix not doubled, as transformers 5 has it."""
-    checker = fill(
-        SafetyChecker(VISION_TINY),
-        lambda key: f"safety_checker.{key.replace('vision_model.vision_model.', 'vision_model.')}",
-    )
+    """The safety checker with the weights of its golden run: thresholds around 0.21."""
+
+    def key(name: str) -> str:  # the prefix not doubled, as transformers 5 has it
+        return f"safety_checker.{name.replace('vision_model.vision_model.', 'vision_model.')}"
+
+    checker = fill(SafetyChecker(VISION_TINY), key)
     for name in ("concept_embeds_weights", "special_care_embeds_weights"):
-        getattr(checker, name).copy_(0.21 + 0.05 * normal(f"safety_checker.{name}", getattr(checker, name).shape))
+        threshold = getattr(checker, name)
+        threshold.copy_(0.21 + 0.05 * normal(f"safety_checker.{name}", threshold.shape))
     return checker

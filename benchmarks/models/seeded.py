@@ -1,14 +1,18 @@
-"""Tensors that a name alone determines, the same on every machine: the weights and inputs behind the golden outputs."""
+"""Tensors that a name alone determines, the same on every machine, and the golden outputs of networks made of them."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from zlib import crc32
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
+
+GOLDEN = Path(__file__).resolve().parents[2] / "tests" / "golden"
 
 
 def normal(name: str, shape: Sequence[int]) -> Tensor:
@@ -18,8 +22,13 @@ def normal(name: str, shape: Sequence[int]) -> Tensor:
 
 
 def weight(name: str, shape: Sequence[int]) -> Tensor:
-    """The parameter of this checkpoint key: matrices and kernels N(0, 1 / fan-in), one-dimensional `.weight`s 1 + 0.1 N, the rest 0.1 N."""
+    """The parameter of this checkpoint key: N(0, 1 / fan-in); of vectors `.weight`s 1 + 0.1 N, the others 0.1 N."""
     values = normal(name, shape)
     if len(shape) > 1:
         return values / math.sqrt(max(1, math.prod(shape[1:])))
     return 1 + 0.1 * values if name.endswith(".weight") else 0.1 * values
+
+
+def golden(file: str) -> dict[str, Tensor]:
+    """The tensors of one golden file."""
+    return load_file(GOLDEN / f"{file}.safetensors")
