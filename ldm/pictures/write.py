@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import itertools
 import os
 import re
-import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
@@ -15,16 +13,11 @@ from pathlib import Path
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from ldm.disk import sync_directory
-from ldm.errors import ArgumentError, OutputError
+from ldm.disk import replacing, write_all, write_new
+from ldm.errors import ArgumentError
 
 ANIMATIONS = ("webp", "gif")
 MAX_FPS = 50.0  # of an animation: viewers slow down a GIF that asks for more
-
-
-# --- writing --------------------------------------------------------------------------------------------------------
-
-_counter = itertools.count()
 
 
 def save(
@@ -111,45 +104,10 @@ def _png(image: Image.Image, metadata: Mapping[str, str]) -> bytes:
 
 def _write(data: bytes, path: str | PathLike[str] | Iterable[Path], overwrite: bool) -> Path:
     """The bytes under the first name that is free, complete or not at all."""
-    names = iter([Path(path)] if isinstance(path, (str, PathLike)) else path)
+    names = iter([Path(path)] if isinstance(path, str | PathLike) else path)
+    if not overwrite:
+        return write_new(names, data)
     first = next(names)
-    temporary = first.parent / f".{first.name[:40]}.ldm-{os.getpid()}-{next(_counter)}.tmp"
-    try:
-        with open(
-            os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666), "wb"
-        ) as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        for name in itertools.chain([first], names):
-            if _takes(temporary, name, overwrite):
-                sync_directory(name.parent)
-                return name
-    except OSError as error:
-        if isinstance(error, OutputError):
-            raise
-        raise OutputError(f"could not be written: {error.strerror}", path=first) from None
-    finally:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-    raise OutputError("exists already; choose another name, or overwrite it", path=first)
-
-
-def _takes(temporary: Path, path: Path, overwrite: bool) -> bool:
-    """Give the finished file its name; False if the name is taken. No other process can take it in between."""
-    if overwrite:
-        if os.path.lexists(path) and not stat.S_ISREG(os.lstat(path).st_mode):
-            raise OutputError("is there and is not a regular file", path=path)
-        os.replace(temporary, path)
-        return True
-    try:
-        os.link(temporary, path)  # unlike rename, fails where the name exists
-    except FileExistsError:
-        return False
-    except OSError:  # a file system without links: reserve the name, then replace
-        try:
-            os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
-        except FileExistsError:
-            return False
-        os.replace(temporary, path)
-    return True
+    with replacing(first, overwrite) as descriptor:
+        write_all(descriptor, data)
+    return first

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -135,7 +135,7 @@ def encode_scenes(
         ids.append(tokenize(captions, BLOCKS.text[0].length, BLOCKS.text[0].pad).view(len(seeds), CAPTIONS, -1).int())
         on_batch(len(latents) * 64)
     result = {"latents": torch.cat(latents).contiguous(), "ids": torch.cat(ids)}
-    write_whole(cache, lambda path: save_file(result, path, {MADE_FROM: made_from}))
+    write_whole(cache, save(result, {MADE_FROM: made_from}))
     return result["latents"], result["ids"]
 
 

@@ -13,10 +13,10 @@ from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
-from ldm.disk import write_whole
+from ldm.disk import write_text, write_whole
 from ldm.train.data.decode import size_of
 from ldm.train.data.source import digest
 
@@ -68,9 +68,7 @@ class Cache:
         self._where = {name: piece for piece, there in self._pieces.items() for name in there}
 
     def _write(self, piece: Path, tensors: Mapping[str, Tensor]) -> None:
-        write_whole(
-            piece, lambda path: save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
-        )
+        write_whole(piece, save({name: tensor.contiguous() for name, tensor in tensors.items()}))
         self._pieces[piece] = list(tensors)
         self._where |= dict.fromkeys(tensors, piece)
 
@@ -132,7 +130,7 @@ class Listing:
     def save(self) -> None:
         """Keep what was asked for since the beginning, and nothing else. Raises OutputError."""
         if self.path is not None and self._after != self._before:
-            write_whole(self.path, lambda path: path.write_text(json.dumps(self._after)))
+            write_text(self.path, json.dumps(self._after))
 
 
 def _read(path: Path) -> dict[str, list]:
