@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
+from collections.abc import Mapping
 from os import PathLike
 
 LIMIT = 200  # characters in a message: it must fit on a line or two of a terminal
@@ -16,20 +18,46 @@ def printable(text: str) -> str:
 
 
 class LdmError(Exception):
-    """What happened, to what, what to do: one line of at most 200 characters.
+    """What happened, to what, what to do: one line of at most 200 characters, made of parts that can be composed anew.
 
-    `path` is the file and `key` the tensor or option concerned, where there is one. `exit_code` is what the command line returns.
+    what    the message without the file's name, and without the key where it begins with that ("steps: 0; give 1 or more")
+    path    the file concerned
+    key     the tensor, or the argument, concerned
+    remedy  what to do, where that names an argument: "choose another name or {overwrite=True}"
+    `exit_code` is what the command line returns.
     """
 
     exit_code = 1
 
-    def __init__(self, what: str, *, path: str | PathLike[str] | None = None, key: str | None = None):
-        self.path, self.key = path, key
-        text = printable(what)
-        if path is not None:
-            place = printable(str(path))
-            text = f"{place if len(place) <= 80 else '...' + place[-77:]}: {text}"
-        super().__init__(text if len(text) <= LIMIT else text[: LIMIT - 3] + "...")
+    def __init__(
+        self, what: str, *, path: str | PathLike[str] | None = None, key: str | None = None, remedy: str | None = None
+    ):
+        what = printable(what)
+        self.path, self.key, self.remedy = path, key, remedy
+        self.names_key = key is not None and what.startswith(f"{key}: ")
+        self.what = what[len(f"{key}: ") :] if self.names_key else what
+        super().__init__(self.line({}))
+
+    def line(self, spelled: Mapping[str, str]) -> str:
+        """The whole message, with arguments as `spelled` has them: {"rescale": "--cfg-rescale", "ema=False": "--raw"}."""
+        place = "" if self.path is None else f"{_end(printable(str(self.path)), 80)}: "
+        text = f"{spelled.get(str(self.key), self.key)}: {self.what}" if self.names_key else self.what
+        if self.remedy is not None:
+            text += "; " + re.sub(r"\{([^}]*)\}", lambda match: spelled.get(match[1], match[1]), self.remedy)
+        return place + _short(text, LIMIT - len(place))
+
+
+def _end(text: str, limit: int) -> str:
+    return text if len(text) <= limit else "..." + text[3 - limit :]
+
+
+def _short(what: str, limit: int) -> str:
+    """At most `limit` characters of a message. The remedy, the words after its last semicolon, is kept: the rest gives way."""
+    if len(what) <= limit:
+        return what
+    fault, mark, remedy = what.rpartition("; ")
+    room = limit - len(mark) - len(remedy) - 3
+    return f"{fault[:room]}...{mark}{remedy}" if mark and room > 0 else what[: limit - 3] + "..."
 
 
 class ArgumentError(LdmError, ValueError):
