@@ -43,7 +43,10 @@ TINY_DEPTH = DepthConfig(
 )
 
 
-def build(config: ModelConfig) -> LatentDiffusion:
+TINY = tiny("sd1")
+
+
+def build(config: ModelConfig = TINY) -> LatentDiffusion:
     """A model whose weights its parameters' names determine, so that no layer is silent."""
     model = LatentDiffusion(config)
     model.load_state_dict({name: weight(name, value.shape) for name, value in model.state_dict().items()})

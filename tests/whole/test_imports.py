@@ -243,7 +243,7 @@ def test_without_a_network_everything_works(tmp_path):
         + """
 import torch, weights
 from ldm.__main__ import main
-from tests.ldm.tasks.test_tasks import build
+from tests.made.families import build
 torch.set_num_threads(1)
 weights.save(build(), "tiny.safetensors")
 common = ["--ckpt", "tiny.safetensors", "--steps", "2", "--seed", "1"]

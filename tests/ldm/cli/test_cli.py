@@ -29,7 +29,7 @@ from ldm.limits import precision
 from ldm.pictures import write
 from ldm.pictures.read import open_image, read_metadata
 from samplers import GRIDS, SAMPLERS
-from tests.ldm.tasks.test_tasks import build
+from tests.made.families import build
 from weights.models import load
 
 ROOT = Path(__file__).parents[3]

@@ -12,8 +12,7 @@ from benchmarks.models.seeded import normal
 from ldm.__main__ import main
 from ldm.cli.lora import scaled_lora
 from tests.made.checkpoints import TINY, save_safetensors
-from tests.weights.adapters.test_extract import adding, saved
-from tests.weights.adapters.test_write import CONV, FC, HADA, KEYS, Q, published, some_lora
+from tests.made.loras import CONV, FC, HADA, KEYS, Q, adding, published, saved, some_lora
 from weights.adapters.read import load_lora, read_lora
 
 N = "unet.input_blocks.1.1.norm.weight"

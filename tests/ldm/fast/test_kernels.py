@@ -5,14 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend
 
 from benchmarks.models.golden import fill, relative
 from benchmarks.models.seeded import normal
@@ -21,24 +19,18 @@ from ldm.fast import gpu, plain
 from ldm.fast.networks import FastUNet
 from ldm.fast.share import shared
 from ldm.networks.unet import UNet
+from tests.made.kernels import DEVICE, INTERPRETED, few_groups, on_the_device
 
 pytest.importorskip("triton", reason="PyTorch comes with Triton where it comes with CUDA")
 
 ROOT = Path(__file__).parents[3]
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # read by Triton when it is imported
-DEVICE = "cpu" if INTERPRETED else "cuda"
 DTYPES = [torch.float64, torch.float16, torch.bfloat16]
-
-
-def on_the_device(test: Callable[..., None]) -> Callable[..., None]:
-    """A test that needs a GPU, or the interpreter instead."""
-    return test if INTERPRETED else pytest.mark.gpu(test)
 
 
 if not INTERPRETED:
 
     def test_the_kernels_and_the_operations_on_them_are_right_in_the_interpreter() -> None:
-        files = [f"tests/{name}.py" for name in ("test_fast_kernels", "test_fast_vae_scale")]
+        files = [Path(__file__), Path(__file__).with_name("test_vae_scale.py")]
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
         environment = os.environ | {"TRITON_INTERPRET": "1"}
         done = subprocess.run(
@@ -208,28 +200,6 @@ def test_bias_and_summand_are_added_in_place(same: bool, dtype: torch.dtype) -> 
     ours = gpu.kernels().plus(x, bias, add)
     assert ours is x
     require_close(ours, exact, terms)
-
-
-@pytest.fixture
-def plain_attention(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Attention that is there on every device and in every type."""
-    monkeypatch.setattr(gpu, "_backend", lambda *_: SDPBackend.MATH)
-
-
-@pytest.fixture
-def large_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the interpreter, which takes milliseconds for each, however large."""
-    if INTERPRETED:
-        for name in ("ROWS", "COLS"):
-            monkeypatch.setattr(gpu.kernels(), name, 256)
-
-
-def few_groups(network: nn.Module) -> nn.Module:
-    """`network` with norms over 4 groups instead of 32, for the same reason."""
-    for module in network.modules():
-        if isinstance(module, nn.GroupNorm):
-            module.num_groups = 4
-    return network
 
 
 @on_the_device

@@ -13,9 +13,7 @@ from ldm.fast import vae_scale
 from ldm.fast.networks import FastDecoder, FastEncoder
 from ldm.fast.share import shared
 from ldm.networks.vae import VAE, Decoder, Encoder
-from tests.ldm.fast.test_kernels import DEVICE, few_groups, large_tiles, on_the_device, plain_attention
-
-__all__ = ["large_tiles", "plain_attention"]  # fixtures
+from tests.made.kernels import DEVICE, few_groups, on_the_device
 
 INPUTS = {"decode": normal("latent", (1, 4, 3, 4)), "moments": normal("image", (1, 3, 6, 8))}
 pytestmark = pytest.mark.usefixtures("plain_attention", "large_tiles")

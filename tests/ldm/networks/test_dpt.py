@@ -14,8 +14,8 @@ from ldm.config import FAMILIES, DepthConfig
 from ldm.errors import ArgumentError
 from ldm.model import LatentDiffusion
 from ldm.networks.dpt import DPT, depth_input, depth_map, normalised_depth
-from tests.ldm.networks.test_vision import resampling
-from tests.weights.names.test_manifests import inside, manifest, shapes
+from tests.made.manifests import inside, manifest, shapes
+from tests.made.pictures import resampling
 from weights.names.diffusers import dpt_names
 from weights.names.metadata import from_json, to_json
 

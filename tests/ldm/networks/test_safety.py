@@ -14,7 +14,7 @@ from benchmarks.models.seeded import golden, normal
 from ldm.config import VisionConfig
 from ldm.errors import ArgumentError
 from ldm.networks.safety import SafetyChecker, flagged, safety_pixels
-from tests.weights.names.test_manifests import manifest, shapes
+from tests.made.manifests import manifest, shapes
 
 TOLERANCE = 1e-5  # of the reference's rms, as in test_vision.py
 

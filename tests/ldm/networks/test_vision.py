@@ -13,7 +13,8 @@ from ldm.errors import ArgumentError
 from ldm.model import LatentDiffusion
 from ldm.networks.vision import MEAN, STD, CLIPVision, preprocess
 from tests.made.families import tiny
-from tests.weights.names.test_manifests import inside, manifest, shapes
+from tests.made.manifests import inside, manifest, shapes
+from tests.made.pictures import resampling
 
 TOLERANCE = 1e-5  # of the reference's rms; measured 0 on one machine, rounding elsewhere
 
@@ -66,23 +67,6 @@ def test_only_image_variations_have_a_vision_tower() -> None:
 
 
 # --- preprocessing --------------------------------------------------------------------------------------------------
-
-
-def cubic(x: float) -> float:
-    """The kernel of Keys 1981 with a = -0.75, which torch and OpenCV take."""
-    x = abs(x)
-    return 1.25 * x**3 - 2.25 * x**2 + 1 if x <= 1 else (-0.75 * (x**3 - 5 * x**2 + 8 * x - 4) if x < 2 else 0.0)
-
-
-def resampling(length: int, size: int, corners: bool) -> Tensor:
-    """[size, length]: one axis of a bicubic resize without antialias, written out; beyond the border its last pixel is repeated."""
-    matrix = torch.zeros(size, length, dtype=torch.float64)
-    for i in range(size):
-        place = i * (length - 1) / (size - 1) if corners else (i + 0.5) * length / size - 0.5
-        first = int(place // 1) - 1
-        for j in range(first, first + 4):
-            matrix[i, min(max(j, 0), length - 1)] += cubic(place - j)
-    return matrix
 
 
 @pytest.mark.parametrize(("how", "corners"), [("original", True), ("card", False)])

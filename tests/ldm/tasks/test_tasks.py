@@ -13,34 +13,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from benchmarks.models.seeded import weight
 from ldm import LatentDiffusion, guided
 from ldm.conditioning.tokenizer import TruncationWarning
-from ldm.config import ModelConfig, TextConfig, UNetConfig, VAEConfig
 from ldm.errors import ArgumentError, NonFinite
 from ldm.images import from_pil, to_pil
 from ldm.limits.precision import decode
 from ldm.tasks import img2img, txt2img
 from ldm.tasks.job import Job, Sampling
 from samplers import GRIDS, SAMPLERS, Schedule, Step, cfg, dpmpp_2m, finish, karras, seeded, start
-
-TINY = ModelConfig(
-    "sd1",
-    unet=UNetConfig(
-        model_channels=32, channel_mult=(1, 2), num_res_blocks=1, context_dim=64, heads=4,
-        down_depth=((1,), (0,)), up_depth=((0, 0), (1, 1)), cross_only=(False, False),
-    ),
-    vae=VAEConfig(channels=32, channel_mult=(1, 1, 1, 1), num_res_blocks=1),
-    text=(TextConfig(width=64, layers=3, heads=4, mlp=128),),
-    size=32,
-)  # fmt: skip
-
-
-def build(config: ModelConfig = TINY) -> LatentDiffusion:
-    """A model whose weights its parameters' names determine, so that no layer is silent."""
-    model = LatentDiffusion(config)
-    model.load_state_dict({name: weight(name, value.shape) for name, value in model.state_dict().items()})
-    return model.requires_grad_(False).eval()
+from tests.made.families import build
 
 
 @pytest.fixture(scope="module")

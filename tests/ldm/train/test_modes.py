@@ -9,8 +9,8 @@ from benchmarks.models.seeded import normal
 from ldm.train import modes
 from ldm.train.draws import Draws
 from ldm.train.recipe import Method, Recipe, Run
-from tests.ldm.train.test_tasks import batch_of
 from tests.made.families import build, tiny
+from tests.made.pictures import batch_of
 
 
 @pytest.mark.parametrize("dora", [False, True])

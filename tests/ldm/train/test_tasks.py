@@ -12,7 +12,6 @@ import weights
 from benchmarks.models.golden import tiny_vae
 from benchmarks.models.seeded import normal
 from ldm.changes.surgery import widen
-from ldm.conditioning.cond import Sizes
 from ldm.errors import ArgumentError
 from ldm.model import LatentDiffusion
 from ldm.train import losses
@@ -22,21 +21,9 @@ from ldm.train.recipe import Objective
 from ldm.train.tasks import Autoencoding, Diffusion
 from samplers import Schedule
 from tests.made.families import build, tiny
+from tests.made.pictures import batch_of
 
 ALPHAS = torch.tensor(Schedule().alphas_cumprod)
-
-
-def batch_of(n: int = 2, side: int = 64, *, first: int = 0, **fields) -> Batch:
-    images = torch.stack([normal(f"image{i}", (3, side, side)).clamp(-1, 1) for i in range(n)])
-    captions = tuple(("a red cube", "a blue sphere behind a green cone")[i % 2] for i in range(n))
-    return Batch(
-        tuple(range(first, first + n)),
-        captions,
-        (side, side),
-        (Sizes(),) * n,
-        torch.ones(n),
-        **({"image": images} | fields),
-    )
 
 
 @pytest.fixture(scope="module")

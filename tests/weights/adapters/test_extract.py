@@ -7,7 +7,6 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -23,57 +22,33 @@ from benchmarks.models.seeded import normal
 from ldm.changes.lora import merge
 from ldm.config import ModelConfig
 from ldm.errors import AmbiguousCheckpoint, ArgumentError, FileError, NonFinite, OutputError
-from ldm.model import LatentDiffusion
 from tests.made.checkpoints import TINY, checkpoint, save_safetensors, save_stream, save_zip
-from tests.made.families import build
 from tests.made.families import tiny as wide
-from tests.weights.adapters.test_write import CONV, FC, KEYS, Q, product, published, some_lora, spectrum
+from tests.made.loras import (
+    CONV,
+    FC,
+    HALF,
+    KEYS,
+    Q,
+    adding,
+    product,
+    published,
+    saved,
+    seeded,
+    some_lora,
+    spectrum,
+)
 from weights.adapters import names as lora_names
 from weights.adapters.extract import CONVOLUTION, attention
 from weights.adapters.read import load_lora
 from weights.adapters.write import kohya_names
 from weights.names.metadata import CONFIG_KEY, to_json
 
-HALF = 2**-24  # of the distance of 1 to the next float32
-
 
 def shallow(family: str) -> ModelConfig:
     """The family with tiny networks and few tokens."""
     config = wide(family)
     return replace(config, text=tuple(replace(tower, vocab=128) for tower in config.text))
-
-
-@lru_cache(maxsize=8)
-def seeded(config: ModelConfig) -> LatentDiffusion:
-    """A model to borrow: who changes it puts it back."""
-    return build(config)
-
-
-def saved(
-    path: Path,
-    config: ModelConfig = TINY,
-    change: Callable[[dict[str, Tensor]], None] | None = None,
-    dtype: torch.dtype = torch.float32,
-) -> Path:
-    """A seeded model of these sizes, its parameters changed, as a checkpoint."""
-    model = seeded(config)
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    state = dict(before)
-    if change:
-        change(state)
-    try:
-        model.load_state_dict(state)
-        return weights.save(model, path, dtype=dtype)
-    finally:
-        model.load_state_dict(before)
-
-
-def adding(names: dict[str, Tensor]) -> Callable[[dict[str, Tensor]], None]:
-    def change(state: dict[str, Tensor]) -> None:
-        for name, tensor in names.items():
-            state[name] = state[name] + tensor
-
-    return change
 
 
 def lowrank(config: ModelConfig, r: int) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from benchmarks.models.seeded import normal
 from ldm.changes.lora import delta
 from ldm.errors import ArgumentError, FileError, NonFinite, OutputError
 from tests.made.checkpoints import TINY, save_safetensors
-from tests.weights.adapters.test_write import CONV, HADA, HALF, KERNEL, KEYS, Q, product, some_lora, spectrum
+from tests.made.loras import CONV, HADA, HALF, KERNEL, KEYS, Q, product, some_lora, spectrum
 from weights.adapters import names as lora_names
 from weights.adapters.read import load_lora, read_lora
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import math
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -16,81 +14,32 @@ from torch import Tensor
 
 import weights
 from benchmarks.models.seeded import normal
-from ldm.changes.lora import LowRank, delta, merge
+from ldm.changes.lora import delta, merge
 from ldm.config import FAMILIES
 from ldm.errors import AmbiguousCheckpoint, FileError
 from tests.made.checkpoints import TINY, save_safetensors
 from tests.made.families import build
 from tests.made.families import tiny as shallow
+from tests.made.loras import (
+    CONV,
+    FAMILY,
+    HADA,
+    HALF,
+    KERNEL,
+    KEYS,
+    Q,
+    product,
+    published,
+    same_bits,
+    some_lora,
+    spectrum,
+    targets,
+)
 from weights.adapters import names as lora_names
 from weights.adapters.extract import CONVOLUTION, attention
 from weights.adapters.read import KIN, load_lora, read_lora
 from weights.adapters.write import components as their_names
 from weights.adapters.write import kohya_names
-
-GOLDEN = Path(__file__).parents[2] / "golden" / "lora"
-FAMILY = {"sd1": "sd1", "sd2": "sd2-base", "sdxl": "sdxl-base", "ssd-1b": "ssd-1b"}  # manifest -> key of FAMILIES
-HALF = 2**-24  # half the distance of 1 to the next float32
-Q = "unet.input_blocks.1.1.transformer_blocks.0.attn1.to_q.weight"  # [32, 32] in TINY
-CONV = "unet.input_blocks.1.0.in_layers.2.weight"  # [32, 32, 3, 3]
-FC = "text.0.text_model.encoder.layers.1.mlp.fc1.weight"  # [256, 64]
-KEYS = {
-    Q: "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q",
-    CONV: "lora_unet_down_blocks_0_resnets_0_conv1",
-    FC: "lora_te_text_model_encoder_layers_1_mlp_fc1",
-}
-
-
-def targets(manifest: str) -> list[dict]:
-    return json.loads(gzip.decompress((GOLDEN / f"{manifest}.json.gz").read_bytes()))["targets"]
-
-
-def published(manifest: str) -> dict[str, Tensor]:
-    """A LoRA of every target of a family at its published size, under kohya's own spelling: ranks 1 and 2, alphas of all kinds."""
-    tensors: dict[str, Tensor] = {}
-    generator = torch.Generator().manual_seed(0)
-    for i, target in enumerate(targets(manifest)):
-        shape, r = target["shape"], 1 + (i % 7 == 0)
-        original = manifest in ("sdxl", "ssd-1b") and target["kohya"][0].startswith(
-            "lora_unet_"
-        )  # sd-scripts has that UNet under the original's names
-        name = target["kohya"][1 if original else 0]
-        tensors[f"{name}.lora_down.weight"] = torch.randn(r, *shape[1:], generator=generator).half()
-        tensors[f"{name}.lora_up.weight"] = torch.randn(
-            shape[0], r, *(1 for _ in shape[2:]), generator=generator
-        ).half()
-        tensors[f"{name}.alpha"] = torch.tensor((1.0, 0.3, 8.0)[i % 3], dtype=torch.float16)
-    return tensors
-
-
-def same_bits(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(x.dtype == b[name].dtype and torch.equal(x, b[name]) for name, x in a.items())
-
-
-def some_lora(path: Path, *, metadata: dict[str, str] | None = None, rank: int = 4, alpha: float = 2.0) -> Path:
-    """A LoRA in kohya's names of a matrix and a kernel of TINY's UNet and of a matrix of its text tower."""
-    shapes = lora_names.shapes(TINY)
-    tensors = {}
-    for name, key in KEYS.items():
-        shape = shapes[name]
-        tensors[f"{key}.lora_down.weight"] = normal(f"{name} down", (rank, *shape[1:])) * 0.1
-        tensors[f"{key}.lora_up.weight"] = normal(f"{name} up", (shape[0], rank, *(1 for _ in shape[2:]))) * 0.1
-        tensors[f"{key}.alpha"] = torch.tensor(alpha)
-    return save_safetensors(tensors, path, metadata)
-
-
-def product(change: LowRank, shape: tuple[int, ...]) -> Tensor:
-    """What a change adds, in float64."""
-    alpha = change.down.shape[0] if change.alpha is None else change.alpha
-    return (change.up.double().flatten(1) @ change.down.double().flatten(1) * alpha / change.down.shape[0]).reshape(
-        shape
-    )
-
-
-def spectrum(matrix: Tensor) -> np.ndarray:
-    """Singular values by numpy, in float64."""
-    return np.linalg.svd(matrix.double().flatten(1).numpy(), compute_uv=False)
-
 
 # --- names ------------------------------------------------------------------------------------------------------------
 
@@ -216,15 +165,6 @@ def test_every_kind_survives_in_kohyas_names(tmp_path: Path):
     assert all(torch.equal(delta(change, weight[name]), delta(two[name], weight[name])) for name, change in one.items())
 
 
-HADA = {
-    f"{KEYS[Q]}.hada_{part}": normal(part, (32, 2) if part.endswith("a") else (2, 32))
-    for part in ("w1_a", "w1_b", "w2_a", "w2_b")
-}
-KERNEL = {
-    "lora_down.weight": normal("d", (2, 32, 1, 1)),
-    "lora_up.weight": normal("u", (32, 2, 1, 1)),
-    "lora_mid.weight": normal("m", (2, 2, 3, 3)),
-}
 LOKR = {"lokr_w1": normal("w1", (4, 4)), "lokr_w2": normal("w2", (8, 8))}
 MORE = {
     "LoHa": (HADA, "is a LoHa"),

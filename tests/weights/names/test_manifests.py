@@ -1,8 +1,5 @@
 """Names and shapes of every family's networks against the lists of the published files."""
 
-import gzip
-import json
-
 import pytest
 import torch
 
@@ -13,9 +10,8 @@ from ldm.model import LatentDiffusion
 from ldm.networks.clip import CLIPText
 from ldm.networks.unet import UNet
 from ldm.networks.vae import VAE
+from tests.made.manifests import inside, manifest, shapes
 from weights.names.diffusers import diffusers_unet, diffusers_vae
-
-Shapes = dict[str, tuple[int, ...]]
 
 # family -> its manifest, and for each of its text towers the prefix in that file and whose names it has
 TOWERS = {
@@ -32,20 +28,6 @@ TOWERS = {
     "ssd-1b": [("conditioner.embedders.0.transformer.", "hf"), ("conditioner.embedders.1.model.", "openclip")],
     "sd-image-variations": [],
 }
-
-
-def manifest(name: str) -> Shapes:
-    tensors = json.loads(gzip.decompress((GOLDEN / "manifests" / f"{name}.json.gz").read_bytes()))["tensors"]
-    return {key: tuple(value["shape"]) for key, value in tensors.items()}
-
-
-def inside(shapes: Shapes, prefix: str) -> Shapes:
-    return {key.removeprefix(prefix): shape for key, shape in shapes.items() if key.startswith(prefix)}
-
-
-def shapes(network: torch.nn.Module | dict) -> Shapes:
-    state = network if isinstance(network, dict) else network.state_dict()
-    return {key: tuple(tensor.shape) for key, tensor in state.items()}
 
 
 @pytest.mark.parametrize("family", FAMILIES)

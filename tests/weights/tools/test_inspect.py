@@ -21,7 +21,6 @@ from ldm.__main__ import main
 from ldm.config import FAMILIES, VisionConfig
 from ldm.errors import ArgumentError, FileError
 from ldm.networks.safety import SafetyChecker
-from tests.ldm.changes.test_lora import published as published_lora
 from tests.made import sparse
 from tests.made.checkpoints import (
     POSITION_IDS,
@@ -33,7 +32,8 @@ from tests.made.checkpoints import (
     save_stream,
     save_zip,
 )
-from tests.weights.adapters.test_embedding import FORMS
+from tests.made.loras import blank_lora
+from tests.made.words import FORMS
 from weights import Report, inspect
 from weights.files.hashes import Published
 from weights.files.source import Source
@@ -424,9 +424,7 @@ def test_a_folders_shards_and_its_safety_checker_are_seen_and_its_components_alo
     ],
 )
 def test_a_lora_is_known_by_the_modules_that_it_changes(name, family, modules, tmp_path, bytes_read):
-    path = save_safetensors(
-        published_lora(name), tmp_path / "a.safetensors", {"ss_base_model_version": "of its trainer"}
-    )
+    path = save_safetensors(blank_lora(name), tmp_path / "a.safetensors", {"ss_base_model_version": "of its trainer"})
     report = inspect(path)
     lora, count = report.lora, sum(modules.values())
     assert (report.what, report.title, report.loadable, lora.families) == (

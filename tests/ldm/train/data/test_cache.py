@@ -16,8 +16,8 @@ from ldm.train.data import encoded
 from ldm.train.data.cache import Cache, weights_digest
 from ldm.train.data.examples import Examples
 from ldm.train.recipe import Data, Run
-from tests.ldm.tasks.test_tasks import TINY, build
-from tests.ldm.train.data.test_folder import captioned
+from tests.made.families import TINY, build
+from tests.made.pictures import captioned
 
 RUN = Run(micro=2)
 

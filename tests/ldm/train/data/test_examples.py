@@ -17,9 +17,8 @@ from ldm.train.data.examples import Examples
 from ldm.train.data.opening import missing_prior
 from ldm.train.data.plan import Plan
 from ldm.train.recipe import Data, Run
-from tests.ldm.tasks.test_tasks import TINY, build
-from tests.ldm.train.data.test_folder import captioned, picture
-from tests.ldm.train.data.test_shards import png, shard
+from tests.made.families import TINY, build
+from tests.made.pictures import captioned, picture, png, shard
 
 RUN = Run(micro=2)
 

@@ -13,17 +13,7 @@ from ldm.errors import ArgumentError, FileError, OutputError
 from ldm.train.data import cache
 from ldm.train.data.folder import Folder
 from ldm.train.data.scenes import Scenes
-
-
-def picture(path: Path, seed: int = 0, size: tuple[int, int] = (6, 9), **how: object) -> Path:
-    """A noisy picture of (height, width)."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)).save(path, **how)
-    return path
-
-
-def captioned(path: Path, text: str, **how: object) -> None:
-    picture(path, **how).with_suffix(".txt").write_text(text)
+from tests.made.pictures import captioned, picture
 
 
 def whys(folder: Folder) -> dict[str, str]:

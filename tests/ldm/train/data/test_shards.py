@@ -6,7 +6,6 @@ import io
 import json
 import os
 import tarfile
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,23 +14,7 @@ from PIL import Image
 from ldm.errors import ArgumentError, FileError
 from ldm.train.data import cache
 from ldm.train.data.shards import Shards, expanded
-
-
-def png(seed: int = 0, size: tuple[int, int] = (5, 7)) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def shard(path: Path, members: dict[str, bytes | str], mode: str = "w") -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, mode) as tar:
-        for name, data in members.items():
-            info = tarfile.TarInfo(name)
-            data = data.encode() if isinstance(data, str) else data
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return path
+from tests.made.pictures import png, shard
 
 
 def test_members_of_one_name_belong_together_in_the_order_of_the_shards(tmp_path):
