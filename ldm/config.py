@@ -21,41 +21,29 @@ class UNetConfig:
     heads: int | None = 8  # heads of every attention, whatever its width; or None and ...
     head_dim: int | None = None  # ... the width of one head, the number of heads following from the width
     linear_proj: bool = False  # proj_in/proj_out of a SpatialTransformer stored as matrices, not as 1x1 convolutions
-    down_depth: tuple[tuple[int, ...], ...] = (
-        (1, 1),
-        (1, 1),
-        (1, 1),
-        (0, 0),
-    )  # transformer blocks after each ResBlock, finest level first; 0: none
-    up_depth: tuple[tuple[int, ...], ...] = (
-        (0, 0, 0),
-        (1, 1, 1),
-        (1, 1, 1),
-        (1, 1, 1),
-    )  # the same coming up, coarsest level first
+    # transformer blocks after each ResBlock, 0: none. Going down, finest level first; coming up, coarsest level first
+    down_depth: tuple[tuple[int, ...], ...] = ((1, 1), (1, 1), (1, 1), (0, 0))
+    up_depth: tuple[tuple[int, ...], ...] = ((0, 0, 0), (1, 1, 1), (1, 1, 1), (1, 1, 1))
     mid_depth: int | None = 1  # transformer blocks in the middle; None: the middle is one lone ResBlock
-    cross_only: tuple[bool, ...] = (
-        False,
-        False,
-        False,
-        False,
-    )  # per level: attn1 attends to the context instead of the picture
+    cross_only: tuple[bool, ...] = (False,) * 4  # per level: attn1 attends to the context instead of the picture
     vector_dim: int | None = None  # width of the conditioning vector that joins the time embedding; None: no such input
     noise_levels: int | None = None  # entries of the noise-level embedding (x4 upscaler); None: no such input
 
     def __post_init__(self) -> None:
         levels = len(self.channel_mult)
-        down, up = (self.num_res_blocks,) * levels, (self.num_res_blocks + 1,) * levels
-        if (
-            tuple(map(len, self.down_depth)) != down
-            or tuple(map(len, self.up_depth)) != up
-            or len(self.cross_only) != levels
-        ):
+        down, up = [self.num_res_blocks] * levels, [self.num_res_blocks + 1] * levels
+        depths = [len(level) for level in self.down_depth], [len(level) for level in self.up_depth]
+        if depths != (down, up) or len(self.cross_only) != levels:
             raise ArgumentError(
-                f"UNetConfig: {levels} levels of {self.num_res_blocks} blocks need as many entries in down_depth, one more per level in up_depth, and {levels} in cross_only"
+                f"UNetConfig: {levels} levels of {self.num_res_blocks} blocks need as many entries in down_depth, "
+                f"one more per level in up_depth, and {levels} in cross_only"
             )
         if (self.heads is None) == (self.head_dim is None):
             raise ArgumentError("UNetConfig: give either heads or head_dim; the other is None")
+
+    def heads_of(self, channels: int) -> int:
+        """Attention heads of a level of this width."""
+        return self.heads or channels // (self.head_dim or channels)
 
     @property
     def factor(self) -> int:
@@ -89,9 +77,7 @@ class TextConfig:
     layers: int = 12  # blocks, counting those that are skipped
     heads: int = 12  # attention heads
     mlp: int = 3072  # hidden width of the feed-forward part
-    activation: Literal["quick_gelu", "gelu"] = (
-        "quick_gelu"  # as trained: OpenAI's towers have quick_gelu, OpenCLIP's gelu
-    )
+    activation: Literal["quick_gelu", "gelu"] = "quick_gelu"  # as trained: OpenAI's towers; OpenCLIP's have gelu
     projection: int | None = None  # width of the projected pooled embedding; None: the tower has no projection
     pad: int = 49407  # id that fills a prompt up to `length`: 49407 (end of text) or 0
     skip: int = 0  # last blocks left out of the tokens: 1 is "penultimate"
@@ -114,7 +100,7 @@ class VisionConfig:
 
 @dataclass(frozen=True)
 class DepthConfig:
-    """A DPT-hybrid: a ResNet, a vision transformer on its output, and convolutions that turn both into depth. Defaults: MiDaS's."""
+    """A DPT-hybrid: a ResNet, a vision transformer on it, convolutions that turn both into depth. Defaults: MiDaS's."""
 
     image: int = 384  # pixels along a side of the training pictures; sets how many places the position embedding has
     stem: int = 64  # channels of the first convolution; the ResNet's stages have 4, 8, 16 times as many
@@ -129,7 +115,8 @@ class DepthConfig:
     def __post_init__(self) -> None:
         if len(self.blocks) != 3 or len(self.hooks) != 2 or not 0 <= self.hooks[0] < self.hooks[1] < self.layers:
             raise ArgumentError(
-                f"DepthConfig: three entries in blocks, and two rising hooks below {self.layers} layers; not {self.blocks} and {self.hooks}"
+                f"DepthConfig: three entries in blocks, and two rising hooks below {self.layers} layers; "
+                f"not {self.blocks} and {self.hooks}"
             )
 
     @property
@@ -145,7 +132,7 @@ class ScheduleConfig:
     start: float = 0.00085  # first beta
     end: float = 0.012  # last beta
     steps: int = 1000  # timesteps
-    zero_snr: bool = False  # rescaled so that the last timestep is pure noise (Lin et al. 2023, algorithm 1); of models that predict v
+    zero_snr: bool = False  # rescaled so that the last timestep is pure noise (Lin et al. 2023, algorithm 1); needs v
 
 
 @dataclass(frozen=True)
@@ -155,27 +142,22 @@ class ModelConfig:
     name: str  # key in FAMILIES
     unet: UNetConfig = field(default_factory=UNetConfig)
     vae: VAEConfig = field(default_factory=VAEConfig)
-    text: tuple[TextConfig, ...] = (
-        TextConfig(),
-    )  # towers whose tokens are concatenated along their width; empty: no text
+    text: tuple[TextConfig, ...] = (TextConfig(),)  # towers whose tokens are concatenated along their width
     vision: VisionConfig | None = None  # tower whose image embedding is the context (image variations)
-    depth: DepthConfig | None = (
-        None  # network that guesses the depth of a picture, where the family comes with one (sd2-depth)
-    )
+    depth: DepthConfig | None = None  # network that guesses the depth of a picture (sd2-depth)
     prediction: Literal["eps", "v"] = "eps"  # what the UNet was trained to predict
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     size: int = 512  # pixels along a side of the training pictures: the default size
     concat: tuple[
         str, ...
     ] = ()  # what joins the latent at the UNet's input, in order: mask, masked_image, depth, low_res
-    zero_empty: bool = (
-        False  # guidance steers away from zeros, not from the empty prompt, where no negative prompt is given
-    )
+    zero_empty: bool = False  # without a negative prompt, guidance steers away from zeros, not from the empty prompt
 
     def __post_init__(self) -> None:
         if self.schedule.zero_snr and self.prediction == "eps":
             raise ArgumentError(
-                "ModelConfig: zero_snr with prediction 'eps': of pure noise it says nothing of the picture; set prediction='v'",
+                "ModelConfig: zero_snr with prediction 'eps': of pure noise it says nothing of the picture; "
+                "set prediction='v'",
                 key="zero_snr",
             )
 

@@ -121,7 +121,7 @@ class FastDecoder(Fast, vae.Decoder):
         for level in reversed(self.up):
             for block in level.block:
                 x = _resnet_block(self.ops, block, x)
-            if hasattr(level, "upsample"):
+            if level.upsample is not None:
                 x = self.ops.conv_up(x, level.upsample.conv, (2 * x.shape[1], 2 * x.shape[2]))
         return _channels_first(self.ops.conv(self.ops.norm(x, self.norm_out, silu=True), self.conv_out))
 
@@ -137,7 +137,7 @@ class FastEncoder(Fast, vae.Encoder):
         for level in self.down:
             for block in level.block:
                 x = _resnet_block(self.ops, block, x)
-            if hasattr(level, "downsample"):
+            if level.downsample is not None:
                 x = self.ops.conv(F.pad(x, (0, 0, 0, 1, 0, 1)), level.downsample.conv)
         return _channels_first(
             self.ops.conv(self.ops.norm(_middle(self.ops, self.mid, x), self.norm_out, silu=True), self.conv_out)

@@ -110,9 +110,9 @@ class Strips:
 def _level(level: Level, strips: Strips) -> Strips:
     for block in level.block:
         strips = _block(block, strips)
-    if hasattr(level, "downsample"):
+    if level.downsample is not None:
         strips = strips.through(level.downsample, halo=2)  # it looks one row down; two are a row of what it gives
-    if hasattr(level, "upsample"):
+    if level.upsample is not None:
         strips = strips.through(level.upsample, halo=1)
     return strips
 

@@ -6,13 +6,13 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ldm.networks.modules import Layers, M, Modules
+
 
 class Attend(nn.Module):
     """softmax(q k^T / sqrt(d)) v, without parameters: swap this module to look at attention or to change it."""
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor
-    ) -> Tensor:  # [b, h, n, d], [b, h, m, d], [b, h, m, d] -> [b, h, n, d]
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # q [b, h, n, d], k and v [b, h, m, d]; as q
         return F.scaled_dot_product_attention(q, k, v)
 
 
@@ -25,8 +25,8 @@ class CrossAttention(nn.Module):
         self.to_q = nn.Linear(dim, dim, bias=False)
         self.to_k = nn.Linear(context_dim, dim, bias=False)
         self.to_v = nn.Linear(context_dim, dim, bias=False)
-        self.to_out = nn.Sequential(nn.Linear(dim, dim), nn.Dropout(0.0))
-        self.attend = Attend()
+        self.to_out = Layers(nn.Linear(dim, dim), nn.Dropout(0.0))
+        self.attend: nn.Module = Attend()
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:  # x [b, n, dim], context [b, m, context_dim]
         q, k, v = (
@@ -53,7 +53,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, dim: int):
         super().__init__()
-        self.net = nn.Sequential(GEGLU(dim, 4 * dim), nn.Dropout(0.0), nn.Linear(4 * dim, dim))
+        self.net = Layers(GEGLU(dim, 4 * dim), nn.Dropout(0.0), nn.Linear(4 * dim, dim))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x)
@@ -101,7 +101,7 @@ class SpatialTransformer(nn.Module):
         super().__init__()
         self.norm = nn.GroupNorm(32, dim, eps=1e-6)  # 1e-5 in ResBlock: as trained
         self.proj_in = TokenProjection(dim, linear_proj)
-        self.transformer_blocks = nn.ModuleList(
+        self.transformer_blocks = Modules(
             BasicTransformerBlock(dim, context_dim, heads, cross_only) for _ in range(depth)
         )
         self.proj_out = zero(TokenProjection(dim, linear_proj))
@@ -113,8 +113,8 @@ class SpatialTransformer(nn.Module):
         return x + rearrange(self.proj_out(h), "b (h w) c -> b c h w", h=x.shape[2])
 
 
-def zero(module: nn.Module) -> nn.Module:
-    """`module` with all its parameters 0: the last layer of a residual branch, so that an untrained block is the identity."""
+def zero(module: M) -> M:
+    """`module` with all its parameters 0: it ends a residual branch, so that an untrained block is the identity."""
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
     return module

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ldm.config import TextConfig, VisionConfig
+from ldm.networks.modules import Modules
 
 END_OF_TEXT = 49407
 
-Given = tuple[
-    Tensor, Tensor, Tensor
-]  # rows [k] and places [k] in a batch of ids, and the token embeddings [k, width] that belong there
+# token embeddings that replace those of the ids: rows [k] and places [k] in a batch of ids, and vectors [k, width]
+Given = tuple[Tensor, Tensor, Tensor]
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -21,7 +23,7 @@ def quick_gelu(x: Tensor) -> Tensor:
     return x * torch.sigmoid(1.702 * x)
 
 
-ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"quick_gelu": quick_gelu, "gelu": F.gelu}
 
 
 class SelfAttention(nn.Module):
@@ -33,12 +35,10 @@ class SelfAttention(nn.Module):
         self.k_proj, self.v_proj, self.q_proj, self.out_proj = (nn.Linear(width, width) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:  # [b, n, width]
-        q, k, v = (
-            rearrange(to(x), "b n (h d) -> b h n d", h=self.heads) for to in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        return self.out_proj(
-            rearrange(F.scaled_dot_product_attention(q, k, v, is_causal=self.causal), "b h n d -> b n (h d)")
-        )
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = (rearrange(to(x), "b n (h d) -> b h n d", h=self.heads) for to in projections)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+        return self.out_proj(rearrange(out, "b h n d -> b n (h d)"))
 
 
 class MLP(nn.Module):
@@ -90,7 +90,7 @@ class Encoder(nn.Module):
 
     def __init__(self, config: TextConfig | VisionConfig, causal: bool):
         super().__init__()
-        self.layers = nn.ModuleList(Layer(config, causal) for _ in range(config.layers))
+        self.layers = Modules(Layer(config, causal) for _ in range(config.layers))
 
 
 class TextModel(nn.Module):
@@ -104,7 +104,7 @@ class TextModel(nn.Module):
 
 
 class CLIPText(nn.Module):
-    """The text tower of CLIP (Radford et al. 2021, section 2.4), with Hugging Face's parameter names for every tower."""
+    """CLIP's text tower (Radford et al. 2021, section 2.4), with Hugging Face's parameter names for every tower."""
 
     def __init__(self, config: TextConfig):
         super().__init__()
@@ -120,7 +120,7 @@ class CLIPText(nn.Module):
 
         tokens  after all but the last `skip` blocks, through the final LayerNorm if `norm`
         pooled  after all blocks: final LayerNorm at the first end-of-text, projected where the tower has a projection
-        given   token embeddings to take instead of those of the ids in these places (textual inversion, Gal et al. 2022)
+        given   token embeddings in place of those of the ids in some places (Gal et al. 2022: textual inversion)
 
         Original: SD 1 FrozenCLIPEmbedder, SD 2 FrozenOpenCLIPEmbedder, SDXL FrozenOpenCLIPEmbedder2.
         """

@@ -1,4 +1,4 @@
-"""MiDaS' DPT-hybrid, which guesses the depth that depth-to-image is told."""
+"""MiDaS' DPT-hybrid, which guesses the depth that depth-to-image is conditioned on."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from ldm.config import DepthConfig
 from ldm.errors import ArgumentError
 from ldm.networks.clip import MLP
+from ldm.networks.modules import Modules
 
 MULTIPLE = 32  # of height and width: the coarsest map has H/32 x W/32 cells
 
@@ -18,13 +19,16 @@ MULTIPLE = 32  # of height and width: the coarsest map has H/32 x W/32 cells
 
 
 def pad_same(x: Tensor, kernel: int, stride: int) -> Tensor:
-    """Zeros such that a window gives size / stride cells, an odd one on the right and at the bottom. Sizes are multiples of the stride."""
+    """Zeros such that a window gives size / stride cells, an odd one on the right and at the bottom.
+
+    Sizes are multiples of the stride.
+    """
     whole = max(kernel - stride, 0)
     return F.pad(x, (whole // 2, whole - whole // 2) * 2)
 
 
 class StdConv(nn.Conv2d):
-    """A convolution whose kernels have mean 0 and variance 1 when applied (Qiao et al. 2019, equation 4), padded as `pad_same`."""
+    """A convolution whose kernels get mean 0 and variance 1 (Qiao et al. 2019, eq. 4), padded by `pad_same`."""
 
     def __init__(self, channels: int, out_channels: int, kernel: int, stride: int = 1):
         super().__init__(channels, out_channels, kernel, stride, bias=False)
@@ -49,7 +53,7 @@ class ConvNorm(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """Three convolutions at a quarter of the width, around which x is added; the first block of a stage changes the shape."""
+    """Three convolutions at a quarter of the width, and x added. A stage's first block changes the shape."""
 
     def __init__(self, channels: int, out_channels: int, stride: int, first: bool):
         super().__init__()
@@ -70,25 +74,22 @@ class Stage(nn.Module):
 
     def __init__(self, channels: int, out_channels: int, blocks: int, stride: int):
         super().__init__()
-        self.blocks = nn.Sequential(
-            *(
-                Bottleneck(out_channels if i else channels, out_channels, 1 if i else stride, first=not i)
-                for i in range(blocks)
-            )
-        )
+        first = Bottleneck(channels, out_channels, stride, first=True)
+        others = (Bottleneck(out_channels, out_channels, 1, first=False) for _ in range(blocks - 1))
+        self.blocks = nn.Sequential(first, *others)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.blocks(x)
 
 
 class ResNet(nn.Module):
-    """BiT's ResNet (Kolesnikov et al. 2020) up to its third stage: [b, 3, H, W] -> maps of 1/4, 1/8 and 1/16 the size."""
+    """BiT's ResNet (Kolesnikov et al. 2020) to its third stage: [b, 3, H, W] -> maps of 1/4, 1/8 and 1/16 the size."""
 
     def __init__(self, config: DepthConfig):
         super().__init__()
         widths = [config.stem, *(config.stem * m for m in (4, 8, 16))]
         self.stem = ConvNorm(3, config.stem, 7, 2)
-        self.stages = nn.ModuleList(
+        self.stages = Modules(
             Stage(widths[i], widths[i + 1], blocks, 2 if i else 1) for i, blocks in enumerate(config.blocks)
         )
 
@@ -118,7 +119,7 @@ class Attention(nn.Module):
         return self.proj(rearrange(F.scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)"))
 
 
-class Block(nn.Module):
+class TransformerBlock(nn.Module):
     """One pre-norm transformer block."""
 
     def __init__(self, config: DepthConfig):
@@ -142,7 +143,7 @@ class PatchEmbed(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """ViT-B/16 on the ResNet (Dosovitskiy et al. 2021, section 3.1). Nothing reads its last `norm`, which every file has."""
+    """ViT-B/16 on the ResNet (Dosovitskiy et al. 2021, section 3.1). Its last `norm` is in every file, and unused."""
 
     def __init__(self, config: DepthConfig):
         super().__init__()
@@ -150,21 +151,23 @@ class VisionTransformer(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width))
         self.pos_embed = nn.Parameter(torch.zeros(1, self.side**2 + 1, config.width))
         self.patch_embed = PatchEmbed(config)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.blocks = Modules(TransformerBlock(config) for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.width, eps=1e-6)
 
     def embed(self, coarse: Tensor) -> Tensor:
-        """The ResNet's last map [b, c, h, w] -> tokens [b, 1 + h w, width], the first for the whole picture. Places are stretched to h x w."""
+        """The ResNet's last map [b, c, h, w] -> tokens [b, 1 + h w, width], the first for the whole picture.
+
+        The position embedding is stretched to h x w.
+        """
         x = rearrange(self.patch_embed.proj(coarse), "b c h w -> b (h w) c")
         places = rearrange(self.pos_embed[:, 1:], "b (h w) c -> b c h w", h=self.side)
         places = rearrange(F.interpolate(places, coarse.shape[2:], mode="bilinear"), "b c h w -> b (h w) c")
-        return torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + torch.cat(
-            [self.pos_embed[:, :1], places], dim=1
-        )
+        tokens = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
+        return tokens + torch.cat([self.pos_embed[:, :1], places], dim=1)
 
 
 class Readout(nn.Module):
-    """Tells every token what the one for the whole picture knows: [b, 1 + n, width] -> [b, n, width]."""
+    """Joins the token for the whole picture to every other one: [b, 1 + n, width] -> [b, n, width]."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -176,7 +179,10 @@ class Readout(nn.Module):
 
 
 class Reassemble(nn.ModuleDict):
-    """Tokens [b, 1 + h w, width] -> a map of h x w cells, or half that. Named by place in the original's list, which held reshapes too."""
+    """Tokens [b, 1 + h w, width] -> a map of h x w cells, or half that.
+
+    Its names are places in the original's list, which held reshapes too.
+    """
 
     def __init__(self, width: int, halve: bool):
         super().__init__({"0": Readout(width), "3": nn.Conv2d(width, width, 1)})
@@ -222,7 +228,7 @@ class ResidualConvUnit(nn.Module):
 
 
 class Fusion(nn.Module):
-    """Adds a finer map to what came from the coarser ones and doubles the size. Nothing reads the coarsest one's `resConfUnit1`."""
+    """Adds a finer map to that of the coarser ones, and doubles the size. The coarsest `resConfUnit1` is unused."""
 
     def __init__(self, features: int):
         super().__init__()
@@ -241,7 +247,12 @@ def double(x: Tensor) -> Tensor:
 
 
 class Scratch(nn.Module):
-    """Four maps, finest first -> [b, 1, H, W], not negative. Named by what was trained from scratch, after the pretrained part."""
+    """Four maps, finest first -> [b, 1, H, W], not negative. This part was trained from scratch, hence its name."""
+
+    refinenet1: Fusion
+    refinenet2: Fusion
+    refinenet3: Fusion
+    refinenet4: Fusion
 
     def __init__(self, config: DepthConfig):
         super().__init__()
@@ -263,9 +274,10 @@ class Scratch(nn.Module):
 
 
 class DPT(nn.Module):
-    """DPT-hybrid (Ranftl et al. 2021, section 3), with the names of MiDaS and of the published depth-to-image file under `depth_model.model.`.
+    """DPT-hybrid (Ranftl et al. 2021, section 3), with the names of MiDaS.
 
-    That file may also hold `pretrained.model.head.{weight,bias}`, the classifier of the transformer's pretraining; it is not built, because
+    The published depth-to-image file has the same under `depth_model.model.`. That file may also hold
+    `pretrained.model.head.{weight,bias}`, the classifier of the transformer's pretraining; it is not built, because
     nothing reads it and folders lack it.
     """
 
@@ -276,13 +288,14 @@ class DPT(nn.Module):
         self.scratch = Scratch(config)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[b, 3, H, W] in [-1, 1], as `depth_input` gives it -> relative inverse depth [b, H, W], at least 0, near is large.
+        """[b, 3, H, W] in [-1, 1], from `depth_input` -> relative inverse depth [b, H, W], at least 0, near is large.
 
         Raises ArgumentError unless H and W are multiples of 32.
         """
         if x.shape[2] % MULTIPLE or x.shape[3] % MULTIPLE or 0 in x.shape:
+            size = f"{x.shape[3]}x{x.shape[2]}"
             raise ArgumentError(
-                f"a picture of {x.shape[3]}x{x.shape[2]} for the depth network: both must be multiples of {MULTIPLE}; see depth_input"
+                f"a picture of {size} for the depth network: both must be multiples of {MULTIPLE}; see depth_input"
             )
         return self.scratch(self.pretrained(x)).squeeze(1)
 
@@ -291,23 +304,23 @@ class DPT(nn.Module):
 
 
 def depth_input(image: Tensor, side: int = 384) -> Tensor:
-    """[b, 3, H, W] in [-1, 1] -> what the network wants: about the same shape with one side near `side`, both multiples of 32.
+    """[b, 3, H, W] in [-1, 1] -> the network's input: about the same shape, one side near `side`, both multiples of 32.
 
-    Of the two scales that make a side `side`, the one nearer to 1 is taken, as MiDaS' "minimal" does; each side is then rounded, halves to the
-    even multiple. Cubic without antialias, as OpenCV's INTER_CUBIC. The original's (x - 0.5) / 0.5 of levels in [0, 1] is [-1, 1] again.
+    Of the two scales that make a side `side`, the one nearer to 1 is taken, as MiDaS' "minimal" does; each side is then
+    rounded, halves to the even multiple. Cubic without antialias, as OpenCV's INTER_CUBIC. The original's
+    (x - 0.5) / 0.5 of levels in [0, 1] is [-1, 1] again.
     """
     if image.ndim != 4 or image.shape[1] != 3:
         raise ArgumentError(f"pictures are tensors [b, 3, H, W]; this one is {list(image.shape)}")
-    scale = min(
-        (side / length for length in image.shape[2:]), key=lambda scale: abs(1 - scale)
-    )  # of two as near, the height's
+    scales = (side / length for length in image.shape[2:])
+    scale = min(scales, key=lambda scale: abs(1 - scale))  # of two as near, the height's
     # the original's minimum is 0, at which a picture of 40 : 1 fails in it
     height, width = (max(MULTIPLE, round(scale * length / MULTIPLE) * MULTIPLE) for length in image.shape[2:])
     return F.interpolate(image.float(), (height, width), mode="bicubic", align_corners=False)
 
 
 def normalised_depth(depth: Tensor, size: tuple[int, int]) -> Tensor:
-    """Depth [b, 1, H, W] of any scale, near is large -> [b, 1, h, w] float32 in [-1, 1], the range of each picture stretched to it.
+    """Depth [b, 1, H, W] of any scale, near is large -> [b, 1, h, w] float32, each picture stretched to [-1, 1].
 
     size  (h, w) in latent cells
     The 0.001 is training's: where other programs leave it out, constant depth gives NaN. Here it gives -1.
@@ -319,7 +332,10 @@ def normalised_depth(depth: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def depth_map(model: DPT, image: Tensor, size: tuple[int, int]) -> Tensor:
-    """Pictures [b, 3, H, W] in [-1, 1] -> what the UNet of sd2-depth is told: [b, 1, h, w] in [-1, 1]. `size` is (h, w) in latent cells."""
+    """Pictures [b, 3, H, W] in [-1, 1] -> what sd2-depth concatenates to its latent: [b, 1, h, w] in [-1, 1].
+
+    size  (h, w) in latent cells
+    """
     weight = model.pretrained.model.cls_token
     x = depth_input(image, model.config.image).to(weight.device, weight.dtype)
     return normalised_depth(model(x)[:, None], size)

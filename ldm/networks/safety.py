@@ -19,7 +19,10 @@ CARE = 0.01  # taken off every concept's threshold where a special-care concept 
 
 
 class SafetyChecker(nn.Module):
-    """CLIP's vision tower, and embeddings of concepts with the similarity from which each counts; names are those of the published file."""
+    """CLIP's vision tower, and embeddings of concepts with the similarity from which each counts.
+
+    Parameter names are those of the published file.
+    """
 
     def __init__(self, config: VisionConfig):
         super().__init__()
@@ -32,10 +35,11 @@ class SafetyChecker(nn.Module):
         self.special_care_embeds_weights = nn.Parameter(torch.ones(SPECIAL_CARE))
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """[b, 3, s, s] as `safety_pixels` gives it -> flags [b], true where a picture is nearer to a concept than its threshold allows.
+        """[b, 3, s, s] as `safety_pixels` gives it -> flags [b], true where a picture is too near to a concept.
 
-        Nearness is the cosine between embeddings; by how much it passes a threshold is rounded to three decimals first, so that less than 0.0005
-        does not count. Original: `safety_checker.py` of CompVis/stable-diffusion-safety-checker.
+        Nearness is the cosine between embeddings. By how much it passes the concept's threshold is rounded to three
+        decimals first, so that less than 0.0005 does not count.
+        Original: `safety_checker.py` of CompVis/stable-diffusion-safety-checker.
         """
         near = F.normalize(self.visual_projection(self.vision_model["vision_model"](pixels)))
         special = self._beyond(near, self.special_care_embeds, self.special_care_embeds_weights).round(decimals=3)
@@ -50,11 +54,12 @@ class SafetyChecker(nn.Module):
 
 
 def safety_pixels(pictures: Sequence[Image.Image] | Tensor, size: int = 224) -> Tensor:
-    """Pictures -> what the checker wants: [b, 3, size, size] float32, normalised.
+    """Pictures -> the checker's input: [b, 3, size, size] float32, normalised.
 
     pictures  of any mode and sizes; or [b, 3, H, W] in [-1, 1], which is rounded to 256 levels as when saved
-    The shorter side becomes `size` (bicubic, antialiased, rounded to 256 levels), and the middle of the longer one is kept: CLIPImageProcessor
-    of transformers, with which the checker was published. Raises ArgumentError for no pictures, or another shape.
+    The shorter side becomes `size` (bicubic, antialiased, rounded to 256 levels), and the middle of the longer one is
+    kept, as by transformers' CLIPImageProcessor, with which the checker was published.
+    Raises ArgumentError for no pictures, or another shape.
     """
     if isinstance(pictures, Tensor):
         if pictures.ndim != 4 or pictures.shape[1] != 3:
@@ -63,8 +68,8 @@ def safety_pixels(pictures: Sequence[Image.Image] | Tensor, size: int = 224) -> 
         pictures = [Image.fromarray(picture) for picture in levels.permute(0, 2, 3, 1).numpy()]
     if not pictures:
         raise ArgumentError("no pictures to check: give at least one")
-    levels = np.stack([np.asarray(_middle(picture.convert("RGB"), size)) for picture in pictures])
-    return normalised(torch.from_numpy(levels).permute(0, 3, 1, 2).float() / 127.5 - 1)
+    squares = np.stack([np.asarray(_middle(picture.convert("RGB"), size)) for picture in pictures])
+    return normalised(torch.from_numpy(squares).permute(0, 3, 1, 2).float() / 127.5 - 1)
 
 
 def _middle(picture: Image.Image, size: int) -> Image.Image:

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from ldm.config import UNetConfig
 from ldm.networks.attention import SpatialTransformer, zero
+from ldm.networks.modules import Layers, Modules
 
 
 def timestep_embedding(t: Tensor, dim: int) -> Tensor:
@@ -50,11 +51,9 @@ class ResBlock(nn.Module):
 
     def __init__(self, channels: int, emb_dim: int, out_channels: int):
         super().__init__()
-        self.in_layers = nn.Sequential(
-            nn.GroupNorm(32, channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1)
-        )
-        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_dim, out_channels))
-        self.out_layers = nn.Sequential(
+        self.in_layers = Layers(nn.GroupNorm(32, channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1))
+        self.emb_layers = Layers(nn.SiLU(), nn.Linear(emb_dim, out_channels))
+        self.out_layers = Layers(
             nn.GroupNorm(32, out_channels),
             nn.SiLU(),
             nn.Dropout(0.0),
@@ -97,20 +96,21 @@ class UNet(nn.Module):
         widths = [width * m for m in config.channel_mult]
 
         def transformer(channels: int, depth: int, cross_only: bool = False) -> SpatialTransformer:
-            heads = config.heads or channels // config.head_dim
+            heads, linear = config.heads_of(channels), config.linear_proj
             return SpatialTransformer(
-                channels, config.context_dim, heads, depth, linear_proj=config.linear_proj, cross_only=cross_only
+                channels, config.context_dim, heads, depth, linear_proj=linear, cross_only=cross_only
             )
 
-        self.time_embed = nn.Sequential(nn.Linear(width, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim))
+        def embedding(inputs: int) -> Layers:
+            return Layers(nn.Linear(inputs, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim))
+
+        self.time_embed = embedding(width)
         if config.vector_dim is not None:
-            self.label_emb = nn.Sequential(
-                nn.Sequential(nn.Linear(config.vector_dim, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim))
-            )
+            self.label_emb: nn.Module = nn.Sequential(embedding(config.vector_dim))
         elif config.noise_levels is not None:
             self.label_emb = nn.Embedding(config.noise_levels, emb_dim)
 
-        self.input_blocks = nn.ModuleList([Block([nn.Conv2d(config.in_channels, width, 3, padding=1)])])
+        self.input_blocks = Modules([Block([nn.Conv2d(config.in_channels, width, 3, padding=1)])])
         skips, channels = [width], width
         for level, depths in enumerate(config.down_depth):
             for depth in depths:
@@ -128,7 +128,7 @@ class UNet(nn.Module):
         if config.mid_depth is not None:
             self.middle_block.extend([transformer(channels, config.mid_depth), ResBlock(channels, emb_dim, channels)])
 
-        self.output_blocks = nn.ModuleList()
+        self.output_blocks: Modules[Block] = Modules()
         for level, depths in zip(reversed(range(len(widths))), config.up_depth, strict=True):
             for i, depth in enumerate(depths):
                 layers = [ResBlock(channels + skips.pop(), emb_dim, widths[level])]
@@ -139,7 +139,7 @@ class UNet(nn.Module):
                     layers.append(Upsample(channels))
                 self.output_blocks.append(Block(layers))
 
-        self.out = nn.Sequential(
+        self.out = Layers(
             nn.GroupNorm(32, channels), nn.SiLU(), zero(nn.Conv2d(channels, config.out_channels, 3, padding=1))
         )
 
@@ -166,18 +166,13 @@ class UNet(nn.Module):
         return self.out(x)
 
     def describe(self) -> str:
-        """The table of blocks: name here, what it is, resolution, channels, transformer depth, and its name in diffusers."""
-        rows = [("block", "layers", "resolution", "channels", "depth", "diffusers")]
-        rows += [
-            _row(f"input_blocks.{i}", block, *place)
-            for (i, block), place in zip(enumerate(self.input_blocks), _down_places(self.config), strict=True)
-        ]
-        deepest = 2 ** (len(self.config.channel_mult) - 1)
-        rows.append(_row("middle_block", self.middle_block, deepest, "mid_block"))
-        rows += [
-            _row(f"output_blocks.{i}", block, *place)
-            for (i, block), place in zip(enumerate(self.output_blocks), _up_places(self.config), strict=True)
-        ]
+        """The table of blocks: name, layers, resolution, channels, transformer depth, and the name in diffusers."""
+        rows = [["block", "layers", "resolution", "channels", "depth", "diffusers"]]
+        for i, (block, place) in enumerate(zip(self.input_blocks, _down_places(self.config), strict=True)):
+            rows.append(_row(f"input_blocks.{i}", block, *place))
+        rows.append(_row("middle_block", self.middle_block, self.config.factor, "mid_block"))
+        for i, (block, place) in enumerate(zip(self.output_blocks, _up_places(self.config), strict=True)):
+            rows.append(_row(f"output_blocks.{i}", block, *place))
         columns = [max(map(len, column)) for column in zip(*rows, strict=True)]
         return "\n".join(
             "  ".join(cell.ljust(n) for cell, n in zip(row, columns, strict=True)).rstrip() for row in rows
@@ -204,15 +199,9 @@ def _up_places(config: UNetConfig) -> list[tuple[int, str]]:
     ]
 
 
-def _row(name: str, block: Block, factor: int, diffusers: str) -> tuple[str, ...]:
+def _row(name: str, block: Block, factor: int, diffusers: str) -> list[str]:
     kinds = {ResBlock: "res", SpatialTransformer: "transformer", Downsample: "down", Upsample: "up", nn.Conv2d: "conv"}
     channels = next(p.shape[0] for layer in reversed(block) for p in [*layer.parameters()][-1:])
     depth = sum(len(layer.transformer_blocks) for layer in block if isinstance(layer, SpatialTransformer))
-    return (
-        name,
-        " ".join(kinds[type(layer)] for layer in block),
-        f"1/{factor}",
-        str(channels),
-        str(depth or "-"),
-        diffusers,
-    )
+    layers = " ".join(kinds[type(layer)] for layer in block)
+    return [name, layers, f"1/{factor}", str(channels), str(depth or "-"), diffusers]

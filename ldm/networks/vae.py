@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ldm.config import VAEConfig
+from ldm.networks.modules import Modules
 
 
 def _norm(channels: int) -> nn.GroupNorm:
@@ -69,23 +70,20 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """The blocks of one resolution, and the way out of it: `downsample` or `upsample`, or neither at the ends."""
+    """The blocks of one resolution, and the way out of it: down, up, or at the ends neither."""
 
-    def __init__(self, channels: int, out_channels: int, blocks: int, **resample: nn.Module):
+    def __init__(self, channels: int, out_channels: int, blocks: int, *, down: bool = False, up: bool = False):
         super().__init__()
-        self.block = nn.ModuleList(
-            ResnetBlock(channels if i == 0 else out_channels, out_channels) for i in range(blocks)
-        )
-        for name, module in resample.items():
-            self.add_module(name, module)
+        self.block = Modules(ResnetBlock(out_channels if i else channels, out_channels) for i in range(blocks))
+        self.downsample = Downsample(out_channels) if down else None
+        self.upsample = Upsample(out_channels) if up else None
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self.block:
             x = block(x)
-        for name in ("downsample", "upsample"):
-            if hasattr(self, name):
-                x = getattr(self, name)(x)
-        return x
+        if self.downsample is not None:
+            x = self.downsample(x)
+        return x if self.upsample is None else self.upsample(x)
 
 
 class Middle(nn.Module):
@@ -109,14 +107,8 @@ class Encoder(nn.Module):
         widths = [config.channels * m for m in config.channel_mult]
         inner = [config.channels, *widths]
         self.conv_in = nn.Conv2d(3, config.channels, 3, padding=1)
-        self.down = nn.ModuleList(
-            Level(
-                inner[i],
-                width,
-                config.num_res_blocks,
-                **({"downsample": Downsample(width)} if i < len(widths) - 1 else {}),
-            )
-            for i, width in enumerate(widths)
+        self.down = Modules(
+            Level(inner[i], width, config.num_res_blocks, down=i < len(widths) - 1) for i, width in enumerate(widths)
         )
         self.mid = Middle(widths[-1])
         self.norm_out = _norm(widths[-1])
@@ -138,9 +130,8 @@ class Decoder(nn.Module):
         inner = [*widths, widths[-1]]
         self.conv_in = nn.Conv2d(config.z_channels, widths[-1], 3, padding=1)
         self.mid = Middle(widths[-1])
-        self.up = nn.ModuleList(
-            Level(inner[i + 1], width, config.num_res_blocks + 1, **({"upsample": Upsample(width)} if i > 0 else {}))
-            for i, width in enumerate(widths)
+        self.up = Modules(
+            Level(inner[i + 1], width, config.num_res_blocks + 1, up=i > 0) for i, width in enumerate(widths)
         )
         self.norm_out = _norm(widths[0])
         self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
@@ -153,7 +144,7 @@ class Decoder(nn.Module):
 
 
 class VAE(nn.Module):
-    """The KL autoencoder (Rombach et al. 2022, section 3.1). Latents outside this class are scaled to about unit variance."""
+    """The KL autoencoder (Rombach et al. 2022, section 3.1). Outside of it latents have about unit variance."""
 
     def __init__(self, config: VAEConfig):
         super().__init__()
@@ -168,11 +159,14 @@ class VAE(nn.Module):
         return self.quant_conv(self.encoder(image))
 
     def encode(self, image: Tensor, noise: Tensor | None = None) -> Tensor:
-        """[b, 3, H, W] in [-1, 1] -> scaled latent [b, z, h, w]: the mean, or a sample when `noise` (N(0, 1), same shape) is given."""
+        """[b, 3, H, W] in [-1, 1] -> scaled latent [b, z, h, w]: the mean, or a sample where `noise` is given.
+
+        noise  N(0, 1), of the latent's shape
+        """
         return self.latent(self.moments(image), noise)
 
     def latent(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Moments [b, 2 z, h, w] -> scaled latent [b, z, h, w]: the mean, or a sample when `noise` (N(0, 1), same shape) is given."""
+        """Moments [b, 2 z, h, w] -> scaled latent [b, z, h, w]: the mean, or a sample where `noise` is given."""
         mean, logvar = moments.chunk(2, dim=1)
         if noise is not None:
             mean = mean + torch.exp(0.5 * logvar.clamp(-30.0, 20.0)) * noise

@@ -1,4 +1,4 @@
-"""The CLIP vision tower, which tells image variations what to vary and the safety checker what it sees."""
+"""The CLIP vision tower, on whose image embedding image variations are conditioned and the safety checker decides."""
 
 from __future__ import annotations
 
@@ -11,12 +11,11 @@ from ldm.config import VisionConfig
 from ldm.errors import ArgumentError
 from ldm.networks.clip import Encoder
 
-MEAN, STD = (
-    (0.48145466, 0.4578275, 0.40821073),
-    (0.26862954, 0.26130258, 0.27577711),
-)  # of the pictures CLIP was trained on, levels in [0, 1]
+# of the pictures that CLIP was trained on, levels in [0, 1]
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
 
-PREPROCESSORS = ("original", "card")  # ways to make a picture of any size what the tower of image variations wants
+PREPROCESSORS = ("original", "card")  # ways from a picture of any size to the input of the tower of image variations
 
 
 class Embeddings(nn.Module):
@@ -30,14 +29,12 @@ class Embeddings(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         patches = rearrange(self.patch_embedding(pixels), "b c h w -> b (h w) c")
-        return (
-            torch.cat([self.class_embedding.expand(len(patches), 1, -1), patches], dim=1)
-            + self.position_embedding.weight
-        )
+        tokens = torch.cat([self.class_embedding.expand(len(patches), 1, -1), patches], dim=1)
+        return tokens + self.position_embedding.weight
 
 
 class VisionModel(nn.Module):
-    """What the checkpoints call `vision_model`: [b, 3, s, s], normalised -> [b, width], the token of the whole picture."""
+    """Called `vision_model` in checkpoints: [b, 3, s, s], normalised -> [b, width], the token of the whole picture."""
 
     def __init__(self, config: VisionConfig):
         super().__init__()
@@ -63,7 +60,7 @@ class CLIPVision(nn.Module):
         self.visual_projection = nn.Linear(config.width, config.projection, bias=False)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """[b, 3, s, s] as `preprocess` gives it -> image embedding [b, projection], not normalised. s is the config's `image`."""
+        """[b, 3, s, s] from `preprocess`, s the config's `image` -> image embedding [b, projection], not normalised."""
         return self.visual_projection(self.vision_model(pixels))
 
 
@@ -74,18 +71,19 @@ def normalised(image: Tensor) -> Tensor:
 
 
 def preprocess(image: Tensor, how: str = "original", size: int = 224) -> Tensor:
-    """[b, 3, H, W] in [-1, 1] -> what the tower of image variations wants: [b, 3, size, size] float32, normalised.
+    """[b, 3, H, W] in [-1, 1] -> the input of the tower of image variations: [b, 3, size, size] float32, normalised.
 
-    how  "original": as it was trained. kornia's bicubic `resize` with align_corners=True and antialias=False, which hands its arguments to
-         torch's `interpolate` and adds only a blur before it, if antialias: so this is that call
-         "card": as the model card asks: torchvision's bicubic `Resize` without antialias, which is `interpolate` with align_corners=False
-    Nothing is cropped: what is not square is squeezed. Raises ArgumentError for a `how` that is not in PREPROCESSORS, or another shape.
+    how  "original": as it was trained, by kornia's bicubic `resize` with align_corners=True and antialias=False.
+         Without antialias that hands its arguments to torch's `interpolate`, so this is the same call
+         "card": as the model card asks, by torchvision's bicubic `Resize` without antialias, which is `interpolate`
+         with align_corners=False
+    Nothing is cropped: a picture that is not square is squeezed. Raises ArgumentError for a `how` that is not in
+    PREPROCESSORS, or another shape.
     Original: FrozenCLIPImageEmbedder of justinpinkney/stable-diffusion.
     """
     if how not in PREPROCESSORS:
-        raise ArgumentError(
-            f"how: {str(how)[:40]!r} is no preprocessing; there are {', '.join(PREPROCESSORS)}", key="how"
-        )
+        known = ", ".join(PREPROCESSORS)
+        raise ArgumentError(f"how: {str(how)[:40]!r} is no preprocessing; there are {known}", key="how")
     if image.ndim != 4 or image.shape[1] != 3:
         raise ArgumentError(f"pictures are tensors [b, 3, H, W]; this one is {list(image.shape)}")
     return normalised(F.interpolate(image.float(), (size, size), mode="bicubic", align_corners=how == "original"))
