@@ -24,25 +24,15 @@ from benchmarks.machine import machine, peak_memory
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
 LIMITS = {"raw": 1.1, "diffusers": 0.5}  # what loading should take at most, in units of the others' times
 
-# row -> {side: what it does}. `single`, `pickled` and `folder` are the same seeded weights in three forms.
-LOADS = {
-    "single": {
-        "raw": "safetensors.torch.load_file",
-        "ldm": "weights.load",
-        "diffusers": "StableDiffusionPipeline.from_single_file",
-    },
-    "pickled": {
-        "raw": "torch.load(weights_only=True, mmap=True)",
-        "ldm": "weights.load",
-        "diffusers": "StableDiffusionPipeline.from_single_file",
-    },
-    "folder": {
-        "raw": "safetensors.torch.load_file, each",
-        "ldm": "weights.load",
-        "diffusers": "StableDiffusionPipeline.from_pretrained",
-    },
+SINGLE, FOLDER = "StableDiffusionPipeline.from_single_file", "StableDiffusionPipeline.from_pretrained"
+Rows = dict[str, dict[str, str]]  # row -> {side: what it does}
+# `single`, `pickled` and `folder` are the same seeded weights in three forms.
+LOADS: Rows = {
+    "single": {"raw": "safetensors.torch.load_file", "ldm": "weights.load", "diffusers": SINGLE},
+    "pickled": {"raw": "torch.load(weights_only=True, mmap=True)", "ldm": "weights.load", "diffusers": SINGLE},
+    "folder": {"raw": "safetensors.torch.load_file, each", "ldm": "weights.load", "diffusers": FOLDER},
 }
-CONVERSIONS = {
+CONVERSIONS: Rows = {
     "single to folder": {"ldm": "weights.convert", "diffusers": "from_single_file, save_pretrained"},
     "folder to single": {"ldm": "weights.convert"},  # diffusers has a script for it outside the package
     "pickled to single": {"ldm": "weights.convert"},
@@ -86,9 +76,7 @@ def load(side: str, form: str, path: Path, config: Path) -> Callable[[], Any]:
 
         if form == "pickled":
             return lambda: torch.load(path, weights_only=True, mmap=True)["state_dict"]
-        return lambda: {
-            f"{file.parent.name}.{key}": tensor for file in files_of(path) for key, tensor in load_file(file).items()
-        }
+        return lambda: {(file, key): tensor for file in files_of(path) for key, tensor in load_file(file).items()}
     import diffusers
 
     diffusers.logging.set_verbosity_error()
@@ -96,9 +84,8 @@ def load(side: str, form: str, path: Path, config: Path) -> Callable[[], Any]:
     pipeline = diffusers.StableDiffusionPipeline
     if form == "folder":
         return lambda: pipeline.from_pretrained(path, torch_dtype=_dtype(path), local_files_only=True)
-    return lambda: pipeline.from_single_file(
-        str(path), config=str(config), torch_dtype=_dtype(path), local_files_only=True, safety_checker=None
-    )
+    alike = {"config": str(config), "local_files_only": True, "safety_checker": None}
+    return lambda: pipeline.from_single_file(str(path), torch_dtype=_dtype(path), **alike)
 
 
 def _dtype(path: Path) -> torch.dtype:
@@ -110,34 +97,23 @@ def tensors_of(loaded: Any) -> Iterable[Tensor]:
     """Every tensor of what was loaded."""
     if isinstance(loaded, dict):
         return (tensor for tensor in loaded.values() if isinstance(tensor, Tensor))
-    networks = (
-        [loaded]
-        if isinstance(loaded, nn.Module)
-        else [part for part in loaded.components.values() if isinstance(part, nn.Module)]
-    )
-    return (tensor for network in networks for tensor in network.state_dict().values())
+    parts = [loaded] if isinstance(loaded, nn.Module) else loaded.components.values()
+    return (tensor for part in parts if isinstance(part, nn.Module) for tensor in part.state_dict().values())
 
 
 def one(side: str, row: str, path: Path, config: Path, cold: bool) -> dict[str, Any]:
     """Seconds until it returns, and until every weight was read; the process's peak memory in bytes, and before."""
-    before = peak_memory()
-    if row in LOADS:
-        run = load(side, row, path, config)
-        if cold:
-            evict(path)
-        began = time.perf_counter()
-        loaded = run()
-        returned = time.perf_counter() - began
-        size = touched(tensors_of(loaded))
-        took = time.perf_counter() - began
-    else:
-        convert = _conversion(side, row, path, config)
-        if cold:
-            evict(path)
-        began = time.perf_counter()
-        size = convert()
-        took = returned = time.perf_counter() - began
-    return {"returned": returned, "read": took, "bytes": size, "peak": peak_memory(), "before": before}
+    before, loading = peak_memory(), row in LOADS
+    run = load(side, row, path, config) if loading else _conversion(side, row, path, config)
+    if cold:
+        evict(path)
+    began = time.perf_counter()
+    made = run()
+    returned = read = time.perf_counter() - began
+    if loading:
+        made = touched(tensors_of(made))
+        read = time.perf_counter() - began
+    return {"returned": returned, "read": read, "bytes": made, "peak": peak_memory(), "before": before}
 
 
 def _conversion(side: str, row: str, path: Path, config: Path) -> Callable[[], int]:
@@ -182,45 +158,30 @@ def prepare(directory: Path, family: str, dtype: torch.dtype, tiny: bool) -> dic
     return {"single": single, "pickled": directory / f"{name}.ckpt", "folder": directory / f"{name}-folder"}
 
 
-def measure(
-    forms: dict[str, Path], rows: dict[str, dict[str, str]], sides: Sequence[str], repeats: int, cold: bool
-) -> list[dict[str, Any]]:
+def measure(forms: dict[str, Path], rows: Rows, sides: Sequence[str], repeats: int, cold: bool) -> list[dict[str, Any]]:
     """Every row, its sides in turn, each run in a process of its own."""
     found = []
-    for row, there in rows.items():
+    for row, what in rows.items():
         path = forms[row.split(" ")[0]]
-        runs: dict[str, list[dict[str, float]]] = {side: [] for side in there if side in sides}
+        runs: dict[str, list[dict[str, float]]] = {side: [] for side in what if side in sides}
         for _ in range(repeats):
             for side in runs:
-                command = [
-                    sys.executable,
-                    __file__,
-                    "--one",
-                    side,
-                    row,
-                    str(path),
-                    str(forms["folder"]),
-                    *(["--cold"] if cold else []),
-                ]
-                done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
-                if done.returncode:
-                    raise RuntimeError(f"{side}, {row}: {done.stderr.strip()[-2000:]}")
-                runs[side].append(json.loads(done.stdout.splitlines()[-1]))
+                options = ["--one", side, row, str(path), str(forms["folder"]), *(["--cold"] if cold else [])]
+                runs[side].append(_in_a_process(options))
         for side, taken in runs.items():
             values = {name: statistics.median(run[name] for run in taken) for name in taken[0]}
             spread = max(run["read"] for run in taken) - min(run["read"] for run in taken)
-            found.append(
-                {
-                    "row": row,
-                    "side": side,
-                    "what": there[side],
-                    "cold": cold,
-                    **values,
-                    "spread": spread,
-                    "repeats": repeats,
-                }
-            )
+            about: dict[str, Any] = {"row": row, "side": side, "what": what[side], "cold": cold}
+            found.append({**about, **values, "spread": spread, "repeats": repeats})
     return found
+
+
+def _in_a_process(options: list[str]) -> dict[str, float]:
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, __file__, *options], capture_output=True, text=True, env=environment)
+    if done.returncode:
+        raise RuntimeError(f"{', '.join(options[1:3])}: {done.stderr.strip()[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def lines_of(rows: Sequence[dict[str, Any]]) -> list[str]:
@@ -230,9 +191,8 @@ def lines_of(rows: Sequence[dict[str, Any]]) -> list[str]:
     for row in rows:
         against = []
         if row["side"] == "ldm":
-            against = [
-                _against(row, side, times[key]) for side in LIMITS if (key := (row["row"], side, row["cold"])) in times
-            ]
+            keys = [(row["row"], side, row["cold"]) for side in LIMITS]
+            against = [_against(row, key[1], times[key]) for key in keys if key in times]
         state = "cold" if row["cold"] else "warm"
         figures = f"{row['returned']:9.2f}s{row['read']:9.2f}s{row['spread']:7.2f}s{row['peak'] / 1e9:6.2f} GB"
         lines.append(f"{row['row']:18}{row['side']:7}{state:5}{figures}  {', '.join(against)}")
@@ -249,29 +209,14 @@ def _against(row: dict[str, Any], side: str, theirs: float) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print, and write what was measured where it is asked for."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--family", default="sd1", help="whose names and shapes the weights have (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--dtype",
-        choices=DTYPES,
-        default="float16",
-        help="of the weights, in the files and in memory (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--repeats", type=int, default=3, help="of every measurement; medians are shown (default: %(default)s)"
-    )
+    rows = (*LOADS, *CONVERSIONS)
+    parser.add_argument("--family", default="sd1", help="whose names the weights have (default: %(default)s)")
+    parser.add_argument("--dtype", choices=DTYPES, default="float16", help="of the weights (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=3, help="whose medians are shown (default: %(default)s)")
     parser.add_argument("--tiny", action="store_true", help="a tiny model: whether this runs, not how fast")
     parser.add_argument("--out", metavar="FILE", help="write the figures there, as JSON with the machine")
-    parser.add_argument(
-        "--cold", action="store_true", help="only with files that the system has not cached (default: both)"
-    )
-    parser.add_argument(
-        "--row",
-        choices=(*LOADS, *CONVERSIONS),
-        action="append",
-        help="measure this alone; may be repeated (default: all)",
-    )
+    parser.add_argument("--cold", action="store_true", help="only with files not cached by the system (default: both)")
+    parser.add_argument("--row", choices=rows, action="append", help="measure this; may be repeated (default: all)")
     parser.add_argument("--one", nargs=4, metavar=("SIDE", "ROW", "PATH", "CONFIG"), help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.one:
@@ -286,20 +231,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         forms = prepare(Path(directory), args.family, DTYPES[args.dtype], args.tiny)
         sides = ("raw", "ldm") if args.tiny else ("raw", "ldm", "diffusers")
         loads, conversions = (
-            {row: there for row, there in table.items() if not args.row or row in args.row}
-            for table in (LOADS, CONVERSIONS)
+            {row: table[row] for row in args.row or table if row in table} for table in (LOADS, CONVERSIONS)
         )
-        rows = measure(forms, loads, sides, args.repeats, cold=True)
-        rows += [] if args.cold else measure(forms, loads, sides, args.repeats, cold=False)
-        rows += measure(forms, conversions, sides, args.repeats, cold=True)
-    print("\n".join(lines_of(rows)))
+        measured = measure(forms, loads, sides, args.repeats, cold=True)
+        measured += [] if args.cold else measure(forms, loads, sides, args.repeats, cold=False)
+        measured += measure(forms, conversions, sides, args.repeats, cold=True)
+    print("\n".join(lines_of(measured)))
     if args.out:
-        found = {
-            "family": args.family,
-            "dtype": args.dtype,
-            "machine": machine(packages=("safetensors", "diffusers", "transformers")),
-            "rows": rows,
-        }
+        here = machine(packages=("safetensors", "diffusers", "transformers"))
+        found = {"family": args.family, "dtype": args.dtype, "machine": here, "rows": measured}
         Path(args.out).write_text(json.dumps(found, indent=1) + "\n")
     return 0
 

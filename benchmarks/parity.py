@@ -9,6 +9,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -18,25 +19,14 @@ from torch import Tensor
 
 from benchmarks.machine import machine
 from benchmarks.models import families
-from benchmarks.models.golden import (
-    TINY_UNETS,
-    TINY_VAES,
-    as_stored,
-    dpt,
-    run_unet,
-    tiny_clip_l,
-    tiny_openclip,
-    tiny_safety,
-    tiny_vae,
-    tiny_vision,
-)
-from benchmarks.models.mixture import RUNS, SCHEDULE, SHAPE, TIMESTEPS, run
+from benchmarks.models import golden as nets
+from benchmarks.models.mixture import RUNS, SCHEDULE, TIMESTEPS, noised_latent, run
 from benchmarks.models.peers import peer, require, seeded_model
 from benchmarks.models.seeded import GOLDEN, golden, normal
 from ldm.conditioning.cond import size_embedding
 from ldm.conditioning.tokenizer import TruncationWarning, tokenize
 from ldm.config import FAMILIES, DepthConfig, ModelConfig
-from samplers import GRIDS, finish, noised
+from samplers import GRIDS, finish
 
 LIMIT = 1e-5  # relative; the tests say of each output why, and hold some to less
 
@@ -64,9 +54,8 @@ def compared(kind: str, name: str, ours: Tensor, theirs: Tensor, exact: str = ""
     if ours.shape != theirs.shape:
         raise ValueError(f"{name}: our output is {list(ours.shape)}, the reference {list(theirs.shape)}")
     error, unit = ours.double() - theirs.double(), theirs.double().square().mean().sqrt()
-    return Row(
-        kind, name, (error.abs().max() / unit).item(), (error.square().mean().sqrt() / unit).item(), exact, elementwise
-    )
+    worst, rms = error.abs().max() / unit, error.square().mean().sqrt() / unit
+    return Row(kind, name, worst.item(), rms.item(), exact, elementwise)
 
 
 def equal(ours: Sequence[float], theirs: Sequence[float], what: str) -> str:
@@ -90,30 +79,23 @@ def golden_rows() -> Iterator[Row]:
 @torch.no_grad()
 def _networks() -> Iterator[Row]:
     file = golden("unet")
-    for name in TINY_UNETS:
-        yield compared("unet", name, run_unet(name), file[f"{name}/out"])
-    yield compared(
-        "unet", "sdxl sizes", size_embedding(file["sdxl/sizes"]), file["sdxl/size_embedding_original_crop_target"]
-    )
+    for name in nets.TINY_UNETS:
+        yield compared("unet", name, nets.run_unet(name), file[f"{name}/out"])
+    sizes = file["sdxl/size_embedding_original_crop_target"]
+    yield compared("unet", "sdxl sizes", size_embedding(file["sdxl/sizes"]), sizes)
     file = golden("vae")
-    for name, config in TINY_VAES.items():
-        vae, side = tiny_vae(name), 8 * config.factor
-        yield compared(
-            "vae",
-            f"{name} moments",
-            vae.moments(normal(f"{name}/image", (2, 3, side, side)).clamp(-1, 1)),
-            file[f"{name}/moments"],
-        )
-        decoded = vae.decode(
-            normal(f"{name}/z", (2, 4, 8, 8))
-        )  # its worst element hangs on the processor's instructions: tests/test_vae.py
-        yield compared("vae", f"{name} decoded", decoded, file[f"{name}/decoded"], elementwise=False)
+    for name, config in nets.TINY_VAES.items():
+        vae, side = nets.tiny_vae(name), 8 * config.factor
+        image, z = normal(f"{name}/image", (2, 3, side, side)).clamp(-1, 1), normal(f"{name}/z", (2, 4, 8, 8))
+        yield compared("vae", f"{name} moments", vae.moments(image), file[f"{name}/moments"])
+        # The worst element of what is decoded depends on the processor's instructions, hence its rms.
+        yield compared("vae", f"{name} decoded", vae.decode(z), file[f"{name}/decoded"], elementwise=False)
     file = golden("text")
     clip_l = {"last_hidden_state": (0, True), "hidden_states_-2": (1, False), "pooled": None}
     openclip = {"last_ln_final": (0, True), "penultimate_ln_final": (1, True), "penultimate_raw": (1, False)}
     for name, tower, ids, outputs in (
-        ("clip-l-tiny", tiny_clip_l(), "ids_pad_eot", clip_l),
-        ("openclip-tiny", tiny_openclip(), "ids_pad0", {**openclip, "pooled_projected": None}),
+        ("clip-l-tiny", nets.tiny_clip_l(), "ids_pad_eot", clip_l),
+        ("openclip-tiny", nets.tiny_openclip(), "ids_pad0", {**openclip, "pooled_projected": None}),
     ):
         for output, layer in outputs.items():
             tokens, pooled = tower(file[ids].long(), *(layer or ()))
@@ -123,9 +105,9 @@ def _networks() -> Iterator[Row]:
 @torch.no_grad()
 def _vision() -> Iterator[Row]:
     file = golden("vision")
-    embedding = tiny_vision()(normal("clip-vision-tiny/pixels", (2, 3, 28, 28)))
+    embedding = nets.tiny_vision()(normal("clip-vision-tiny/pixels", (2, 3, 28, 28)))
     yield compared("vision", "clip-vision-tiny image_embeds", embedding, file["clip-vision-tiny/image_embeds"])
-    checker, pixels = tiny_safety(), normal("safety/pixels", (6, 3, 28, 28))
+    checker, pixels = nets.tiny_safety(), normal("safety/pixels", (6, 3, 28, 28))
     embedding = checker.visual_projection(checker.vision_model["vision_model"](pixels))
     yield compared("vision", "safety-tiny image_embeds", embedding, file["safety-tiny/image_embeds"])
     ours, theirs = checker(pixels).float(), file["safety-tiny/flags"]
@@ -135,14 +117,9 @@ def _vision() -> Iterator[Row]:
 @torch.no_grad()
 def _depth() -> Row:
     """Full size, hence held by its rms: single elements in float32 are off by 2e-4 from those in float64."""
-    ours = dpt(DepthConfig())(normal("dpt-hybrid/x", (1, 3, 384, 384)).clamp(-1, 1))
-    return compared(
-        "depth",
-        "dpt-hybrid depth, beyond the reference's float16",
-        ours,
-        as_stored(ours, golden("dpt")["dpt-hybrid/depth"]),
-        elementwise=False,
-    )
+    ours = nets.dpt(DepthConfig())(normal("dpt-hybrid/x", (1, 3, 384, 384)).clamp(-1, 1))
+    theirs = nets.as_stored(ours, golden("dpt")["dpt-hybrid/depth"])
+    return compared("depth", "dpt-hybrid depth, beyond the reference's float16", ours, theirs, elementwise=False)
 
 
 def _tokens() -> Row:
@@ -151,13 +128,8 @@ def _tokens() -> Row:
         warnings.simplefilter("ignore", TruncationWarning)
         ours = tokenize(file["prompts"], pad=0)
     theirs = torch.tensor(file["ids_padded_with_0"])
-    return compared(
-        "text",
-        f"tokens of {len(ours)} prompts",
-        ours,
-        theirs,
-        equal(ours.flatten().tolist(), theirs.flatten().tolist(), "ids"),
-    )
+    exact = equal(ours.flatten().tolist(), theirs.flatten().tolist(), "ids")
+    return compared("text", f"tokens of {len(ours)} prompts", ours, theirs, exact)
 
 
 def _samplers() -> Iterator[Row]:
@@ -171,13 +143,7 @@ def _samplers() -> Iterator[Row]:
             exact = equal(timesteps, TIMESTEPS[key], "timesteps") if key in TIMESTEPS else ""
             yield compared("sampler", key, out, file[key], exact, elementwise=False)
         elif key == "img2img/encoded_strength0.6":
-            x, tail = noised(
-                normal("init_latent", SHAPE),
-                normal("enc_noise", SHAPE),
-                GRIDS["ddim"](SCHEDULE, 50),
-                strength=0.6,
-                original=True,
-            )
+            x, tail = noised_latent()
             yield compared("sampler", key, finish(x, tail[:1]), file[key], elementwise=False)
 
 
@@ -193,17 +159,13 @@ def peer_rows(config: ModelConfig = FAMILIES["sd1"], cells: int = 64) -> Iterato
     model = seeded_model(config)
     theirs = peer(model)
     millions = sum(p.numel() for p in model.unet.parameters()) / 1e6
-    x, context, t = (
-        normal("x", (1, 4, cells, cells)),
-        normal("context", (1, 77, config.unet.context_dim)),
-        torch.tensor([500.0]),
-    )
+    x, t = normal("x", (1, 4, cells, cells)), torch.tensor([500.0])
+    context = normal("context", (1, 77, config.unet.context_dim))
     yield compared("diffusers", f"UNet, {millions:.1f} M", model.unet(x, t, context), theirs.unet(x, t, context).sample)
     side = cells * config.vae.factor
     image = normal("image", (1, 3, side, side)).clamp(-1, 1)
-    yield compared(
-        "diffusers", "VAE moments", model.vae.moments(image), theirs.vae.encode(image).latent_dist.parameters
-    )
+    moments = theirs.vae.encode(image).latent_dist.parameters
+    yield compared("diffusers", "VAE moments", model.vae.moments(image), moments)
     z = normal("z", (1, 4, cells, cells))
     yield compared("diffusers", "VAE decoded", model.vae.decode(z), theirs.vae.decode(z / config.vae.scale).sample)
     ids = tokenize(["a photograph of an astronaut riding a horse", ""]) % config.text[0].vocab
@@ -230,22 +192,12 @@ def show(row: Row) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the table; return 0 if every output is as near as it should be, 1 if not."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--full",
-        action="store_true",
-        help="compare full-size SD 1 networks with diffusers and transformers too: 9 GB, minutes",
-    )
-    parser.add_argument(
-        "--families",
-        action="store_true",
-        help="compare narrow networks of every family with diffusers and transformers too: a minute",
-    )
-    parser.add_argument(
-        "--cells",
-        type=int,
-        default=64,
-        help="side of the full-size comparison's latent, a multiple of 8 (default: %(default)s)",
-    )
+    full = "compare full-size SD 1 networks with diffusers and transformers too: 9 GB, minutes"
+    narrow = "compare narrow networks of every family with diffusers and transformers too: a minute"
+    cells = "side of the full-size comparison's latent, a multiple of 8 (default: %(default)s)"
+    parser.add_argument("--full", action="store_true", help=full)
+    parser.add_argument("--families", action="store_true", help=narrow)
+    parser.add_argument("--cells", type=int, default=64, help=cells)
     parser.add_argument("--out", type=Path, help="JSON file to write")
     args = parser.parse_args(argv)
     if args.cells < 8 or args.cells % 8:
@@ -255,29 +207,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     head = f"{'':19}  {'output':48}  {'max':>9}  {'rms':>9}  of the error, relative to the reference's rms"
     print(f"{head}; limit {LIMIT:g}")
     rows = []
-    for source in (
-        golden_rows,
-        *([family_rows] if args.families else []),
-        *([lambda: peer_rows(cells=args.cells)] if args.full else []),
-    ):
-        for row in source():
-            show(row)
-            rows.append(row)
+    wanted = [golden_rows()]
+    wanted += [family_rows()] if args.families else []
+    wanted += [peer_rows(cells=args.cells)] if args.full else []
+    for row in chain(*wanted):
+        show(row)
+        rows.append(row)
     far = [row for row in rows if not row.ok]
     print(f"{len(rows)} outputs, {len(far)} beyond the limit")
     if args.out:
-        packages = ("diffusers", "transformers") if args.full or args.families else ()
-        args.out.write_text(
-            json.dumps(
-                {
-                    "machine": machine(packages=packages),
-                    "limit": LIMIT,
-                    "rows": [{**asdict(row), "ok": row.ok} for row in rows],
-                },
-                indent=1,
-            )
-            + "\n"
-        )
+        here = machine(packages=("diffusers", "transformers") if args.full or args.families else ())
+        found = {"machine": here, "limit": LIMIT, "rows": [{**asdict(row), "ok": row.ok} for row in rows]}
+        args.out.write_text(json.dumps(found, indent=1) + "\n")
     return 1 if far else 0
 
 

@@ -173,9 +173,8 @@ def _blur(x: ndarray) -> ndarray:
 def _sample(image: ndarray, rows: ndarray, cols: ndarray, outside: float = 0.0) -> ndarray:
     h, w = image.shape
     inside = (rows >= 0) & (rows < h) & (cols >= 0) & (cols < w)
-    return np.where(
-        inside, image[np.clip(rows, 0, h - 1).astype(int), np.clip(cols, 0, w - 1).astype(int)], np.float32(outside)
-    )
+    near = np.clip(rows, 0, h - 1).astype(int), np.clip(cols, 0, w - 1).astype(int)
+    return np.where(inside, image[near], np.float32(outside))
 
 
 _STEPS = (np.arange(GRID) + 0.5) / GRID * (1 + 2 * PAD) - PAD
@@ -255,9 +254,8 @@ def _cost(
 
 def _fit(rgb: ndarray, color: str, mask: ndarray, others: ndarray, colors: Colors) -> Found:
     """The shape whose outline and shading fit best; behind `others` [h, w] it may go on."""
-    doubtful = (
-        mask & ~_dilated(_eroded(mask)) & _dilated(_dilated(others))
-    )  # thin seams: two colours mixed may look like a third
+    # Thin seams are in doubt: two colours mixed may look like a third, or like none.
+    doubtful = mask & ~_dilated(_eroded(mask)) & _dilated(_dilated(others))
     mask = mask & ~doubtful
     top, bottom, left, right = _extent(mask)
     row = min(_WINDOW_ROWS, key=lambda r: abs(r - (top + bottom) / 2))
@@ -265,7 +263,7 @@ def _fit(rgb: ndarray, color: str, mask: ndarray, others: ndarray, colors: Color
     bank = _templates(row, col)
     near = _dilated(mask) & others
     which, boxes = _boxes(bank.aspect, mask, bool(near.any()))
-    between = _dilated(mask) & _dilated(others)  # ... or like none
+    between = _dilated(mask) & _dilated(others)
     own = _blur(mask)
     known = mask | ~(others | between | doubtful)
     bright = _brightness(rgb, np.array(colors[color]))
@@ -314,9 +312,8 @@ def agrees(reading: Reading, scene: Scene) -> dict[str, bool]:
     result = {"colours": sorted(colors) == sorted(wanted), "solids": False, "relation": False}
     if result["colours"]:
         place = [colors.index(color) for color in wanted]
-        result["solids"] = all(
-            reading.solids[k].shape == solid.shape for k, solid in zip(place, scene.solids, strict=True)
-        )
+        shapes = [reading.solids[k].shape for k in place]
+        result["solids"] = shapes == [solid.shape for solid in scene.solids]
         asserted = [(0, scene.relations[0], 1)] if len(wanted) > 1 else []
         if len(wanted) > 2:
             asserted.append((2, scene.relations[1], 1))
@@ -463,23 +460,18 @@ def report(args: argparse.Namespace) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> None:
     """`python benchmarks/quality.py`: writes quality.json, quality.png and showcase.png, and prints the figures."""
     parser = argparse.ArgumentParser(description=__doc__)
+    results = Path(__file__).parent / "results"
     parser.add_argument("--ckpt", help="checkpoint to score (default: the model that ships)")
     parser.add_argument("--n", type=int, default=200, help="prompts (default: %(default)s)")
-    parser.add_argument(
-        "--showcase", type=int, default=16, help="pictures of the showcase prompt (default: %(default)s)"
-    )
+    parser.add_argument("--showcase", type=int, default=16, help="pictures of its prompt (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=25, help="(default: %(default)s)")
     parser.add_argument("--sampler", default="dpmpp_2m", help="(default: %(default)s)")
     parser.add_argument("--grid", help="(default: the sampler's)")
     parser.add_argument("--cfg", type=float, default=5.0, help="guidance scale (default: %(default)s)")
-    parser.add_argument(
-        "--seed", type=int, default=0, help="of the prompts and of the first picture (default: %(default)s)"
-    )
+    parser.add_argument("--seed", type=int, default=0, help="of prompts and first picture (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=20, help="pictures made together (default: %(default)s)")
     parser.add_argument("--device", default="cpu", help="(default: %(default)s)")
-    parser.add_argument(
-        "--out", type=Path, default=Path(__file__).parent / "results", help="folder (default: benchmarks/results)"
-    )
+    parser.add_argument("--out", type=Path, default=results, help="folder (default: benchmarks/results)")
     figures = report(parser.parse_args(argv))
     print(json.dumps({key: value for key, value in figures.items() if key != "pictures"}, indent=1))
 

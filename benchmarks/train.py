@@ -121,9 +121,8 @@ def fitting(jobs: Mapping[str, Job]) -> tuple[bool, dict[str, str]]:
         device, lora = job.device, job.method == "lora"
         held = 4 * sum(map(math.prod, shapes(UNet, config_of(job.family, tiny=job.tiny).unet).values()))
         shared = held if lora and device == "cpu" else 0.0  # of the files that both map ...
-        copies = (
-            COPIES if not lora else 0 if shared and job.dtype == "float32" else 1
-        )  # ... and read as they are, or round
+        as_stored = shared and job.dtype == "float32"  # ... and read as they are
+        copies = COPIES if not lora else 0 if as_stored else 1
         kept = KEPT * job.batch * (job.size / 512) ** 2
         own[side] = PROCESS + copies * held + (0.1 if job.checkpointing else 1) * kept
     return machine.fitting(own, shared, device)

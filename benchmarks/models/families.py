@@ -43,11 +43,8 @@ def _unet(family: str, model: LatentDiffusion, folder: Path) -> tuple[str, Tenso
     config = model.config.unet
     narrow = {"addition_time_embed_dim": SIZE_WIDTH} if config.vector_dim else {}
     theirs = UNet2DConditionModel.from_pretrained(folder / "unet", **narrow).eval()
-    x, context, t = (
-        normal("x", (2, config.in_channels, 16, 16)),
-        normal("context", (2, 77, config.context_dim)),
-        torch.tensor([500.0, 37.0]),
-    )
+    x, t = normal("x", (2, config.in_channels, 16, 16)), torch.tensor([500.0, 37.0])
+    context = normal("context", (2, 77, config.context_dim))
     y: Tensor | None = None
     more: dict[str, Any] = {}
     if config.noise_levels:

@@ -166,11 +166,7 @@ def _depth_json(depth: DepthConfig) -> dict[str, Any]:
         "fusion_hidden_size": depth.features,
         "readout_type": "project",
         "backbone_out_indices": [0, 1, *depth.hooks],
-        "backbone_config": {
-            "depths": [*depth.blocks],
-            "embedding_size": depth.stem,
-            "layer_type": "bottleneck",
-        },
+        "backbone_config": {"depths": [*depth.blocks], "embedding_size": depth.stem, "layer_type": "bottleneck"},
     }
 
 

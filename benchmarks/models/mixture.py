@@ -85,6 +85,12 @@ STARTS = ("ddim/", "plms/", "dpmpp_2m_stability/", "k/", "img2img/ddim")
 RUNS = [key for key in golden("samplers") if key.startswith(STARTS) and "/sigmas/" not in key]
 
 
+def noised_latent() -> tuple[Tensor, list[float]]:
+    """Where the golden run of image to image begins, and the sigmas that are left to it."""
+    latent, noise = normal("init_latent", SHAPE), normal("enc_noise", SHAPE)
+    return noised(latent, noise, GRIDS["ddim"](SCHEDULE, 50), strength=0.6, original=True)
+
+
 def run(key: str) -> tuple[Tensor, list[float]]:
     """(result, timesteps of the network calls) of the run that a golden key names."""
     first, *rest = key.split("/")
@@ -96,10 +102,8 @@ def run(key: str) -> tuple[Tensor, list[float]]:
         sigmas = GRIDS[grid](SCHEDULE, 10)
         x = x_T * sigmas[0]  # k-diffusion leaves out the unit variance of the data
     elif first == "img2img":
-        name, noise = "ddim", normal("enc_noise", SHAPE)
-        x, sigmas = noised(
-            normal("init_latent", SHAPE), noise, GRIDS["ddim"](SCHEDULE, 50), strength=0.6, original=True
-        )
+        name = "ddim"
+        x, sigmas = noised_latent()
     else:
         name, kind = first.removesuffix("_stability"), rest[0]
         sigmas = GRIDS["dpm_solver" if name == "dpmpp_2m" else "ddim"](SCHEDULE, int(rest[1].removeprefix("steps")))

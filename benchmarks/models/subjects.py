@@ -17,9 +17,7 @@ from ldm import blocks
 from ldm.blocks import RELATIONS, SHAPES, SIZES, Placed, Scene, Solid
 
 MAGENTA = "magenta"
-COLORS = blocks.COLORS | {
-    MAGENTA: (0.75, 0.10, 0.70)
-}  # its hue, 304 degrees, is halfway between purple's 275 and pink's 328
+COLORS = blocks.COLORS | {MAGENTA: (0.75, 0.10, 0.70)}  # hue 304 degrees, halfway from purple's 275 to pink's 328
 SKS = "sks"  # DreamBooth's rare word (Ruiz et al. 2023, section 3.1), here in the place of a colour
 BODY, TIP = "blue", "yellow"  # of the particular cone: its lower half and its upper
 CUT, WIDER = 0.5, 1.04  # where the tip begins, of the cone's height; how much wider than the body it is there

@@ -98,9 +98,13 @@ def inputs(config: ModelConfig, cell: Cell, device: str, dtype: torch.dtype) -> 
         sizes = torch.tensor([[cell.size, cell.size, 0, 0, cell.size, cell.size]] * (2 * b), device=device, dtype=dtype)
     context = normal("context", (2 * b, config.text[0].length, config.unet.context_dim)).to(device, dtype)
     t = torch.full((2 * b,), 500.0, device=device)
-    return Inputs(
-        ids, torch.cat([x, x]).to(device, dtype), t, context, pooled, sizes, normal("latent", shape).to(device, dtype)
-    )
+    x, latent = torch.cat([x, x]).to(device, dtype), normal("latent", shape).to(device, dtype)
+    return Inputs(ids, x, t, context, pooled, sizes, latent)
+
+
+def seeds(cell: Cell) -> list[int]:
+    """Of the pictures of a cell."""
+    return list(range(SEED, SEED + cell.batch))
 
 
 def levels(pictures: list[Image.Image]) -> Tensor:

@@ -14,13 +14,13 @@ from benchmarks.sides.cells import (
     GUIDANCE,
     NEGATIVE,
     PROMPT,
-    SEED,
     Cell,
     Job,
     Side,
     config_of,
     inputs,
     levels,
+    seeds,
 )
 from samplers import seeded
 
@@ -42,9 +42,8 @@ def diffusers_best(job: Job) -> Side:
     from torch._dynamo import config as dynamo
     from torch._inductor import config as inductor
 
-    inductor.conv_1x1_as_mm = inductor.coordinate_descent_tuning = inductor.coordinate_descent_check_all_directions = (
-        True
-    )
+    for name in ("conv_1x1_as_mm", "coordinate_descent_tuning", "coordinate_descent_check_all_directions"):
+        setattr(inductor, name, True)
     inductor.epilogue_fusion = False
     inductor.freezing = job.device == "cpu"
     pipe = pipeline(job)
@@ -65,11 +64,10 @@ def pipeline(job: Job) -> DiffusionPipeline:
     for each in (library.logging, logging):
         each.set_verbosity_error()
         each.disable_progress_bar()
-    pipe = library.DiffusionPipeline.from_pretrained(
-        job.folder, torch_dtype=DTYPES[job.dtype], local_files_only=True
-    ).to(job.device)
+    dtype = DTYPES[job.dtype]
+    pipe = library.DiffusionPipeline.from_pretrained(job.folder, torch_dtype=dtype, local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return pipe.to(job.device)
 
 
 def theirs(job: Job, pipe: DiffusionPipeline) -> Side:
@@ -80,9 +78,8 @@ def theirs(job: Job, pipe: DiffusionPipeline) -> Side:
 
     def text(ids: tuple[Tensor, ...]) -> Tensor:
         outputs = [tower(each, output_hidden_states=True) for tower, each in zip(towers, ids, strict=True)]
-        return torch.cat(
-            [out.hidden_states[-2] if len(towers) > 1 else out.last_hidden_state for out in outputs], dim=-1
-        )
+        last = len(towers) == 1
+        return torch.cat([out.last_hidden_state if last else out.hidden_states[-2] for out in outputs], dim=-1)
 
     def decode(latent: Tensor) -> Tensor:
         upcast = pipe.vae.dtype == torch.float16 and pipe.vae.config.get("force_upcast")  # as its pipelines do
@@ -95,28 +92,17 @@ def theirs(job: Job, pipe: DiffusionPipeline) -> Side:
 
     def picture(cell: Cell) -> Tensor:
         pipe.scheduler = schedulers[cell.sampler]
-        cells = cell.size // config.vae.factor
-        noise = seeded(list(range(SEED, SEED + cell.batch)), job.device)(
-            (cell.batch, config.vae.z_channels, cells, cells)
-        ).to(dtype)
-        made = pipe(
-            [PROMPT] * cell.batch,
-            negative_prompt=[NEGATIVE] * cell.batch,
-            latents=noise,
-            height=cell.size,
-            width=cell.size,
-            num_inference_steps=cell.steps,
-            guidance_scale=GUIDANCE,
-        )
+        n, cells = cell.batch, cell.size // config.vae.factor
+        noise = seeded(seeds(cell), job.device)((n, config.vae.z_channels, cells, cells)).to(dtype)
+        size = {"height": cell.size, "width": cell.size, "num_inference_steps": cell.steps}
+        made = pipe([PROMPT] * n, negative_prompt=[NEGATIVE] * n, latents=noise, guidance_scale=GUIDANCE, **size)
         return levels(made.images)
 
     def side(cell: Cell) -> Callable[[], Tensor]:
         given = inputs(config, cell, job.device, dtype)
-        more = (
-            {}
-            if given.pooled is None
-            else {"added_cond_kwargs": {"text_embeds": given.pooled, "time_ids": given.sizes}}
-        )
+        more: dict[str, Any] = {}
+        if given.pooled is not None:
+            more["added_cond_kwargs"] = {"text_embeds": given.pooled, "time_ids": given.sizes}
         return {
             "text": lambda: text(given.ids),
             "step": lambda: pipe.unet(given.x, given.t, given.context, return_dict=False, **more)[0],
@@ -132,9 +118,7 @@ def scheduler(pipe: DiffusionPipeline, sampler: str) -> Any:
     from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 
     if sampler == "ddim":
-        return DDIMScheduler.from_config(
-            pipe.scheduler.config, timestep_spacing="leading", steps_offset=1, clip_sample=False, set_alpha_to_one=False
-        )
-    return DPMSolverMultistepScheduler.from_config(
-        pipe.scheduler.config, timestep_spacing="trailing", use_karras_sigmas=False, final_sigmas_type="zero"
-    )
+        options = {"timestep_spacing": "leading", "steps_offset": 1, "clip_sample": False, "set_alpha_to_one": False}
+        return DDIMScheduler.from_config(pipe.scheduler.config, **options)
+    options = {"timestep_spacing": "trailing", "use_karras_sigmas": False, "final_sigmas_type": "zero"}
+    return DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, **options)

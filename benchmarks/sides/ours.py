@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.sides.cells import DTYPES, GRID, GUIDANCE, NEGATIVE, PROMPT, SEED, Cell, Job, Side, inputs, levels
+from benchmarks.sides.cells import DTYPES, GRID, GUIDANCE, NEGATIVE, PROMPT, Cell, Job, Side, inputs, levels, seeds
 from ldm.conditioning import Sizes
 from ldm.conditioning.cond import vector
 from ldm.model import LatentDiffusion
@@ -48,15 +48,9 @@ def _ours(model: LatentDiffusion) -> Side:
             return torch.cat([tower(ids, each.skip, each.norm)[0] for tower, each, ids in towers], dim=-1)
 
         def picture() -> Tensor:
-            options: dict[str, Any] = {
-                "height": cell.size,
-                "width": cell.size,
-                "sampler": cell.sampler,
-                "grid": GRID[cell.sampler],
-            }
-            seeds = list(range(SEED, SEED + cell.batch))
-            made = txt2img(model, PROMPT, negative=NEGATIVE, seeds=seeds, steps=cell.steps, cfg=GUIDANCE, **options)
-            return levels(made)
+            size: dict[str, Any] = {"height": cell.size, "width": cell.size, "steps": cell.steps}
+            how: dict[str, Any] = {"sampler": cell.sampler, "grid": GRID[cell.sampler], "cfg": GUIDANCE}
+            return levels(txt2img(model, PROMPT, negative=NEGATIVE, seeds=seeds(cell), **size, **how))
 
         stages: dict[str, Callable[[], Tensor]] = {
             "text": text,

@@ -75,9 +75,8 @@ class Ended(Exception):
 def config_of(family: str, *, tiny: bool) -> ModelConfig:
     """The family with a narrow autoencoder and text towers of one block: latents and text are given."""
     own = cells.config_of(family, tiny=tiny)
-    return replace(
-        own, vae=replace(own.vae, channels=32), text=tuple(replace(tower, layers=tower.skip + 1) for tower in own.text)
-    )
+    text = tuple(replace(tower, layers=tower.skip + 1) for tower in own.text)
+    return replace(own, vae=replace(own.vae, channels=32), text=text)
 
 
 @dataclass(frozen=True)
@@ -99,11 +98,10 @@ def given(job: Job, number: int) -> Given:
     index = tuple(range(number * b, (number + 1) * b))
     draws = Draws(Run().seed, index)
     latent = normal(f"latent {number}", (b, config.vae.z_channels, side, side))
-    return Given(
-        index, latent, draws.normal("noise", latent.shape[1:]), draws.integers("timestep", config.schedule.steps),
-        normal(f"context {number}", (b, config.text[0].length, config.unet.context_dim)),
-        None if width is None else normal(f"pooled {number}", (b, width - 256 * SIZE_NUMBERS)),
-    )  # fmt: skip
+    noise, t = draws.normal("noise", latent.shape[1:]), draws.integers("timestep", config.schedule.steps)
+    context = normal(f"context {number}", (b, config.text[0].length, config.unet.context_dim))
+    pooled = None if width is None else normal(f"pooled {number}", (b, width - 256 * SIZE_NUMBERS))
+    return Given(index, latent, noise, t, context, pooled)
 
 
 def start(name: str, factor: nn.Parameter) -> None:
@@ -138,32 +136,17 @@ def ldm(job: Job, pace: Pace) -> None:
         mean = one.latent / model.config.vae.scale
         moments = torch.cat([mean, torch.full_like(mean, NO_SPREAD)], dim=1)
         pace.wait()  # the loop has just forgotten the last update's gradients
-        size, ones = (job.size, job.size), torch.ones(job.batch)
-        return Batch(
-            one.index,
-            ("",) * job.batch,
-            size,
-            (Sizes(),) * job.batch,
-            ones,
-            moments=moments,
-            context=one.context,
-            pooled=one.pooled,
-        )
+        text: dict[str, Any] = {"context": one.context, "pooled": one.pooled}
+        captions, sizes, ones = ("",) * job.batch, (Sizes(),) * job.batch, torch.ones(job.batch)
+        return Batch(one.index, captions, (job.size, job.size), sizes, ones, moments=moments, **text)
 
     def log(record: Record) -> None:
         pace.note(loss=record["loss"], grad_norm=record["grad_norm"])
 
     pace.note(trained=sum(p.numel() for p in made.parameters.values()))
     with checkpoint_blocks(made.task) if job.checkpointing else nullcontext():
-        fit(
-            made.task,
-            made.parameters,
-            micro,
-            recipe,
-            Path(job.folder),
-            ranks=Ranks(device=job.device),
-            watchers=Watchers(log=log),
-        )
+        ranks, watchers = Ranks(device=job.device), Watchers(log=log)
+        fit(made.task, made.parameters, micro, recipe, Path(job.folder), ranks=ranks, watchers=watchers)
 
 
 # --- diffusers --------------------------------------------------------------------------------------------------------
@@ -179,7 +162,7 @@ def diffusers(job: Job, pace: Pace) -> None:
 
     half = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}[job.dtype]
     accelerator = Accelerator(mixed_precision=half, cpu=job.device == "cpu")
-    kind = getattr(torch, job.dtype)  # of what is not trained
+    device, kind = accelerator.device, getattr(torch, job.dtype)  # the type of what is not trained
     unet = _unet(job, kind)
     if job.checkpointing:
         unet.enable_gradient_checkpointing()
@@ -192,15 +175,13 @@ def diffusers(job: Job, pace: Pace) -> None:
     while True:
         one = given(job, number)
         pace.wait()
-        latent, noise, context = (
-            tensor.to(accelerator.device, kind) for tensor in (one.latent, one.noise, one.context)
-        )
-        t, more = one.t.to(accelerator.device), {}
+        latent, noise, context = (tensor.to(device, kind) for tensor in (one.latent, one.noise, one.context))
+        t, more = one.t.to(device), {}
         if one.pooled is not None:
             sizes = torch.tensor(
-                [[job.size, job.size, 0, 0, job.size, job.size]] * job.batch, device=accelerator.device, dtype=kind
+                [[job.size, job.size, 0, 0, job.size, job.size]] * job.batch, device=device, dtype=kind
             )
-            more["added_cond_kwargs"] = {"text_embeds": one.pooled.to(accelerator.device, kind), "time_ids": sizes}
+            more["added_cond_kwargs"] = {"text_embeds": one.pooled.to(device, kind), "time_ids": sizes}
         with accelerator.accumulate(unet):
             eps = unet(noising.add_noise(latent, noise, t), t, context, return_dict=False, **more)[0]
             loss = F.mse_loss(eps.float(), noise.float())

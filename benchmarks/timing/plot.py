@@ -7,18 +7,10 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-WIDTH, MARGIN, LABEL, FIGURES = (
-    1200,
-    24,
-    300,
-    230,
-)  # pixels: the whole, its border, what is left of the bars and right of them
-BAR, GAP, CELL_GAP, HEAD = (
-    22,
-    4,
-    26,
-    72,
-)  # pixels: height of a bar, room below it, below a cell's bars, and of the title
+# In pixels: the whole, its border, what is left of the bars and right of them; a bar, the room below it and below a
+# cell's bars, and the title.
+WIDTH, MARGIN, LABEL, FIGURES = 1200, 24, 300, 230
+BAR, GAP, CELL_GAP, HEAD = 22, 4, 26, 72
 COLOURS = {
     "fast": "#c2410c",
     "ldm": "#f59e0b",

@@ -156,11 +156,8 @@ def _import(side: str) -> None:
         import diffusers
         import transformers
 
-        _ = (
-            diffusers.StableDiffusionPipeline,
-            diffusers.StableDiffusionXLPipeline,
-            transformers.CLIPTextModel,
-        )  # they import when used
+        # These names import their modules when they are used.
+        _ = diffusers.StableDiffusionPipeline, diffusers.StableDiffusionXLPipeline, transformers.CLIPTextModel
 
 
 if __name__ == "__main__":
