@@ -16,6 +16,13 @@ from ldm.conditioning.cond import Sizes
 from ldm.train.data.batch import Batch
 
 
+def color(image: Image.Image) -> tuple[int, int, int]:
+    """The one colour of a picture."""
+    assert image.mode == "RGB"
+    ((_, value),) = image.getcolors()
+    return value
+
+
 def picture(path: Path, seed: int = 0, size: tuple[int, int] = (6, 9), **how: object) -> Path:
     """A noisy picture of (height, width)."""
     path.parent.mkdir(parents=True, exist_ok=True)
