@@ -2,29 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from dataclasses import replace
-from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
+from benchmarks import quality
 from ldm import blocks
 from ldm.blocks import COLORS, RELATIONS, SHAPES, Scene, Solid
-
-
-def _benchmark(name: str) -> ModuleType:  # benchmarks are scripts, not a package
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[2] / "benchmarks" / f"{name}.py")
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-quality = _benchmark("quality")
 
 
 def worn(picture: np.ndarray, seed: int, sigma: float = 1.0, noise: float = 4.0) -> np.ndarray:

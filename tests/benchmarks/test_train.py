@@ -1,107 +1,43 @@
-"""The benchmark of training steps on tiny networks: both sides learn the same, their clock stands still while they wait, and rows can say no."""
+"""The command that times training steps, on tiny networks: who takes turns, and that rows can say no."""
 
 from __future__ import annotations
 
-import io
 import json
 import sys
 from dataclasses import asdict
 from itertools import product
-from types import SimpleNamespace
 
 import pytest
-import torch
 
 from benchmarks import machine, train
 from benchmarks.models import peers
-from benchmarks.sides import process
-from benchmarks.sides import training as train_sides
-from benchmarks.sides.training import Ended, Job
+from benchmarks.sides import process, training
+from benchmarks.sides.training import Job
 
-
-class Counted:
-    """A pace that asks for a few updates and keeps what is said of them."""
-
-    def __init__(self, updates):
-        self.updates, self.noted = updates, []
-
-    def note(self, **seen):
-        self.noted.append(seen)
-
-    def wait(self):
-        if len(self.noted) > self.updates:
-            raise Ended
-
-
-def learned(side, folder, method, checkpointing, updates, *, rate=1e-3, batch=1):
-    """What a side notes: the number of trained values, then every update's loss and norm of the gradient."""
-    pace = Counted(updates)
-    with pytest.raises(Ended):
-        train_sides.SIDES[side](
-            Job(side, "sd1", True, method, checkpointing, 64, batch, rate, str(folder), "float32", "cpu", None), pace
-        )
-    return pace.noted
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Seeded narrow weights, written once."""
-    made = tmp_path_factory.mktemp("training") / "sd1"
-    peers.write_folder(train_sides.config_of("sd1", tiny=True), made, torch.float32)
-    return made
-
-
-def needs_peers():
-    for package in train.PACKAGES:
-        pytest.importorskip(package, reason="the comparison needs the extra 'bench'")
-
-
-@pytest.mark.parametrize(("method", "checkpointing", "batch"), [("full", True, 1), ("lora", False, 2)])
-def test_both_sides_learn_the_same(folder, method, checkpointing, batch):
-    """Later losses too, after updates that change them: optimisers agree. 1e-4: Adam takes the sign of a gradient that rounding alone decides."""
-    needs_peers()
-    ours, theirs = (learned(side, folder, method, checkpointing, 2, batch=batch) for side in ("ldm", "diffusers"))
-    assert ours[0] == theirs[0]
-    assert ours[0]["trained"] > 0
-    for i, (a, b) in enumerate(zip(ours[1:], theirs[1:], strict=True)):
-        limits = {"loss": 1e-6, "grad_norm": 1e-5} if i == 0 else {"loss": 1e-4, "grad_norm": 1e-3}
-        for name, limit in limits.items():
-            assert a[name] == pytest.approx(b[name], rel=limit)
-
-
-@pytest.mark.parametrize("side", train_sides.SIDES)
-def test_checkpointing_computes_every_attention_twice(folder, side, monkeypatch):
-    needs_peers()
-    attend, calls = torch.nn.functional.scaled_dot_product_attention, []
-    monkeypatch.setattr(
-        torch.nn.functional,
-        "scaled_dot_product_attention",
-        lambda *given, **options: calls.append(1) or attend(*given, **options),
-    )
-    seen = []
-    for checkpointing in (False, True):
-        calls.clear()
-        learned(side, folder, "lora", checkpointing, 1)
-        seen.append(len(calls))
-    assert seen == [32, 64]  # 16 transformer blocks of SD 1, each with two
-
-
-def test_a_rate_of_learning_shows_in_the_second_loss(folder):
-    """By five times what the test above lets pass at least, or it would compare nothing after the first update."""
-    slow, fast = (learned("ldm", folder, "lora", False, 2, rate=rate) for rate in (1e-9, 1e-3))
-    assert slow[1] == fast[1]
-    assert fast[2]["loss"] != pytest.approx(slow[2]["loss"], rel=5e-4)
+SAYS = """
+import json, sys
+job = json.loads(sys.argv[1])
+if job["rate"] < 0:
+    print(json.dumps({"failed": "no weights"}), flush=True)
+    raise SystemExit
+memory = {"between": 1, "peak": 2, "device_peak": None}
+print(json.dumps({"seconds": 1, "trained": 5, **memory}), flush=True)
+for i, _ in enumerate(sys.stdin):
+    open(job["folder"], "a").write(job["side"][0])
+    if (job["side"], job["rate"]) == ("diffusers", i):
+        raise SystemExit("/some/where/file.py: no more")
+    print(json.dumps({"seconds": i + 1.0, "loss": 1.0, "grad_norm": 1.0, **memory}), flush=True)
+"""
 
 
 @pytest.mark.slow  # twelve processes, a minute or two
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_every_case_is_the_same_on_both_sides(tmp_path, dtype):
-    needs_peers()
+def test_every_case_is_the_same_on_both_sides(with_peers, tmp_path, dtype):
     out = tmp_path / "train.json"
     assert train.main(["--tiny", "--repeats=1", "--threads=1", f"--dtype={dtype}", f"--out={out}"]) == 0
     rows = json.loads(out.read_text())["rows"]
     assert [(row["case"], row["checkpointing"], row["side"], row["status"]) for row in rows] == [
-        (*each, "same") for each in product(train.CASES, (False, True), train_sides.SIDES)
+        (*each, "same") for each in product(train.CASES, (False, True), training.SIDES)
     ]
     for ours, theirs in zip(rows[::2], rows[1::2], strict=True):
         assert ours["ratio"] == pytest.approx(theirs["seconds"]["median"] / ours["seconds"]["median"])
@@ -135,48 +71,6 @@ def test_one_side_in_its_own_process_has_a_row(tmp_path, capsys):
     assert row["load"]["peak"] > 0
     assert found["machine"]["threads"] == found["settings"]["threads"] == 1
     assert "sd1-lora, 64, checkpointing" in capsys.readouterr().out
-
-
-def test_the_clock_stands_still_while_nobody_asks(monkeypatch):
-    now, told = [1000], []
-
-    class Patient(io.StringIO):
-        def readline(self):
-            now[0] += 100
-            return super().readline()
-
-    monkeypatch.setattr(train_sides, "time", SimpleNamespace(perf_counter=lambda: now[0]))
-    monkeypatch.setattr(train_sides.sys, "stdin", Patient("\n\n"))
-    monkeypatch.setattr(train_sides, "forget_peak", lambda device: told.append("peak forgotten"))
-    pace = train_sides.Asked("cpu", told.append)
-    for seconds, noted in ((7, {"trained": 5}), (2, {"loss": 1.0})):
-        now[0] += seconds
-        pace.note(**noted)
-        pace.wait()
-    now[0] += 3
-    with pytest.raises(Ended):
-        pace.wait()
-    load, forgotten, *updates = told
-    assert forgotten == "peak forgotten"  # that of loading, which is told before
-    assert (load["seconds"], load["trained"]) == (7, 5)
-    assert [(update["seconds"], update["loss"]) for update in updates] == [(2, 1.0), (3, 1.0)]
-
-
-# --- sides that only say that they learn ------------------------------------------------------------------------------
-
-SAYS = """
-import json, sys
-job = json.loads(sys.argv[1])
-if job["rate"] < 0:
-    print(json.dumps({"failed": "no weights"}), flush=True)
-    raise SystemExit
-print(json.dumps({"seconds": 1, "trained": 5, "between": 1, "peak": 1, "device_peak": None}), flush=True)
-for i, _ in enumerate(sys.stdin):
-    open(job["folder"], "a").write(job["side"][0])
-    if (job["side"], job["rate"]) == ("diffusers", i):
-        raise SystemExit("/some/where/file.py: no more")
-    print(json.dumps({"seconds": i + 1.0, "loss": 1.0, "grad_norm": 1.0, "between": 1, "peak": 2, "device_peak": None}), flush=True)
-"""
 
 
 @pytest.fixture
@@ -225,11 +119,7 @@ def test_a_side_that_ends_has_a_row_that_says_so_and_the_other_goes_on(asked):
     assert (theirs["status"], theirs["seconds"]) == ("failed", None)
 
 
-def test_a_side_that_cannot_begin_says_why_but_not_where(asked, tmp_path):
-    told, lost = [], str(tmp_path / "nothing")
-    train_sides.answers(Job("ldm", "sd1", True, "lora", False, 64, 1, 1e-4, lost, "float32", "cpu", None), told.append)
-    assert "nothing" in told[0]["failed"]
-    assert str(tmp_path) not in told[0]["failed"]  # it goes into a file that others read
+def test_sides_that_cannot_begin_have_rows_that_say_so(asked):
     assert asked(-1)[0] == {side: {"failed": "no weights"} for side in ("ldm", "diffusers")}
 
 
@@ -267,7 +157,7 @@ def test_sides_that_do_not_fit_into_memory_together_are_seen_before(monkeypatch)
             side: Job(
                 side, case.family, False, case.method, checkpointing, size, 1, case.rate, "", "float32", "cpu", None
             )
-            for side in train_sides.SIDES
+            for side in training.SIDES
         }
         together, large = train.fitting(jobs)
         return together, sorted(large)
@@ -292,10 +182,13 @@ def test_a_void_or_failed_row_is_an_exit_status(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        (["--size=100"], "--size 100: give a multiple of 64"), (["--repeats=0"], "--repeats 0: give 1"), (["--batch=0"], "--batch 0: give 1"),
-        (["--device=tpu"], "--device tpu: give cpu, cuda or cuda:N"), (["--dtype=float16"], "--dtype float16: diffusers does not train in it on a CPU"),
+        (["--size=100"], "--size 100: give a multiple of 64"),
+        (["--repeats=0"], "--repeats 0: give 1"),
+        (["--batch=0"], "--batch 0: give 1"),
+        (["--device=tpu"], "--device tpu: give cpu, cuda or cuda:N"),
+        (["--dtype=float16"], "--dtype float16: diffusers does not train in it on a CPU"),
     ],
-)  # fmt: skip
+)
 def test_arguments_that_cannot_be_honoured_are_refused(given, said, capsys):
     with pytest.raises(SystemExit) as left:
         train.main(given)
