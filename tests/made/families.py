@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
+
+import pytest
 
 from benchmarks.models.seeded import weight
 from ldm.config import FAMILIES, DepthConfig, ModelConfig, TextConfig, UNetConfig, VAEConfig, VisionConfig
@@ -51,3 +54,17 @@ def build(config: ModelConfig = TINY) -> LatentDiffusion:
     model = LatentDiffusion(config)
     model.load_state_dict({name: weight(name, value.shape) for name, value in model.state_dict().items()})
     return model.requires_grad_(False).eval()
+
+
+@cache
+def borrowed(family: str) -> LatentDiffusion:
+    """The tiny model of a family, built once a process: whoever changes it puts it back."""
+    return build(tiny(family))
+
+
+def batch_sizes(model: LatentDiffusion, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The batch size of every network call from now on."""
+    sizes: list[int] = []
+    forward = model.unet.forward
+    monkeypatch.setattr(model.unet, "forward", lambda x, *rest: (sizes.append(len(x)), forward(x, *rest))[1])
+    return sizes

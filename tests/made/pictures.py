@@ -23,6 +23,25 @@ def color(image: Image.Image) -> tuple[int, int, int]:
     return value
 
 
+def photo_of(width: int = 32, height: int = 32) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def half_white(width: int = 32, height: int = 32) -> Image.Image:
+    """A mask: the right half is repainted."""
+    mask = Image.new("L", (width, height), 0)
+    mask.paste(255, (width // 2, 0, width, height))
+    return mask
+
+
+def levels_of(image: Image.Image) -> np.ndarray:
+    return np.asarray(image).astype(int)
+
+
+def levels(images: list[Image.Image]) -> np.ndarray:
+    return np.stack([np.asarray(image) for image in images]).astype(int)
+
+
 def picture(path: Path, seed: int = 0, size: tuple[int, int] = (6, 9), **how: object) -> Path:
     """A noisy picture of (height, width)."""
     path.parent.mkdir(parents=True, exist_ok=True)
