@@ -13,6 +13,7 @@ from ldm.changes import surgery
 from ldm.cli import arguments, terminal
 from ldm.cli.files import Readers, require_weights
 from ldm.config import FAMILIES
+from ldm.disk import require_writable
 from ldm.errors import printable
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -127,7 +128,7 @@ def prune(args: argparse.Namespace, readers: Readers) -> None:
     of DST, in the type of numbers that is written.
     """
     require_weights("SRC", args.src, readers)
-    readers.package.files.output.require_writable(args.dst, args.overwrite)
+    require_writable(args.dst, args.overwrite)
     surgery.PLANS[args.plan](readers.package.config_of(args.src))  # refuses what does not fit before any weight is read
     model = readers.load(args.src, dtype=args.dtype)
     small = surgery.prune(model, args.plan)

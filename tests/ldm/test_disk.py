@@ -86,3 +86,84 @@ def test_a_directory_that_may_not_be_written_to_is_refused_before_the_work(
         require_writable(tmp_path / "a", overwrite=False)
     with pytest.raises(OutputError, match="cannot be written: embedded null byte"):
         require_writable("a\0", overwrite=False)
+
+
+# --- directories ----------------------------------------------------------------------------------------------------
+
+
+def folder(path: Path, text: str, overwrite: bool = False, stop: BaseException | None = None) -> None:
+    with replacing_directory(path, overwrite) as temporary:
+        (temporary / "unet").mkdir()
+        (temporary / "unet" / "config.json").write_text(text)
+        assert not (path / "unet" / text).exists()
+        if stop:
+            raise stop
+
+
+def test_a_directory_appears_when_it_is_complete(tmp_path: Path) -> None:
+    folder(tmp_path / "x", "one")
+    assert (tmp_path / "x" / "unet" / "config.json").read_text() == "one"
+    folder(tmp_path / "x", "two", overwrite=True)
+    assert (tmp_path / "x" / "unet" / "config.json").read_text() == "two"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["x"]
+
+
+@pytest.mark.parametrize(
+    ("stop", "raised"),
+    [(KeyboardInterrupt(), KeyboardInterrupt), (OSError(errno.ENOSPC, "No space left on device"), OutputError)],
+)
+def test_a_directory_that_fails_leaves_the_old_one(stop: BaseException, raised: type, tmp_path: Path) -> None:
+    folder(tmp_path / "x", "one")
+    with pytest.raises(raised):
+        folder(tmp_path / "x", "two", overwrite=True, stop=stop)
+    assert (tmp_path / "x" / "unet" / "config.json").read_text() == "one"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["x"]
+
+
+def test_the_old_directory_comes_back_when_the_new_one_cannot_take_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder(tmp_path / "x", "one")
+    real = os.rename
+
+    def rename(source, target):
+        if Path(target) == tmp_path / "x" and (Path(source) / "unet" / "config.json").read_text() == "two":
+            raise OSError(errno.EIO, "Input/output error")
+        real(source, target)
+
+    monkeypatch.setattr(os, "rename", rename)
+    with pytest.raises(OutputError, match="Input/output error"):
+        folder(tmp_path / "x", "two", overwrite=True)
+    assert (tmp_path / "x" / "unet" / "config.json").read_text() == "one"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["x"]
+
+
+@pytest.mark.parametrize("after", [1, 2])
+def test_an_interrupt_between_the_renames_loses_nothing(
+    after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The interpreter may raise KeyboardInterrupt just after a call has done its work."""
+    folder(tmp_path / "x", "one")
+    real, count = os.rename, 0
+
+    def rename(source, target):
+        nonlocal count
+        real(source, target)
+        count += 1
+        if count == after:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "rename", rename)
+    with pytest.raises(KeyboardInterrupt):
+        folder(tmp_path / "x", "two", overwrite=True)
+    assert (tmp_path / "x" / "unet" / "config.json").read_text() == ("one" if after == 1 else "two")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["x"]
+
+
+def test_a_directory_is_not_replaced_unasked_nor_by_a_file(tmp_path: Path) -> None:
+    folder(tmp_path / "x", "one")
+    with pytest.raises(OutputError, match="exists already"):
+        folder(tmp_path / "x", "two")
+    (tmp_path / "f").write_text("")
+    with pytest.raises(OutputError, match="exists and is not a directory"):
+        folder(tmp_path / "f", "two", overwrite=True)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ldm.changes.lora import LowRank, Shape
 from ldm.config import ModelConfig
+from ldm.disk import require_writable
 from ldm.errors import AmbiguousCheckpoint
 from weights.adapters import names as lora_names
 from weights.adapters.merge import place_of
@@ -22,7 +23,6 @@ from weights.adapters.write import difference_key, kohya_names, network_facts, w
 from weights.files.folders import Folder
 from weights.files.hashes import sha256_of
 from weights.files.opened import Weights
-from weights.files.output import require_writable
 from weights.files.write import OnWrite, Pending
 from weights.models import described, open_any, require_dtype, statistic
 from weights.names.diffusers import diffusers_vae

@@ -16,12 +16,12 @@ from torch import Tensor
 
 from ldm.changes.lora import Change, Changes, delta
 from ldm.config import ModelConfig
+from ldm.disk import require_writable
 from ldm.errors import ArgumentError, FileError
 from weights.adapters import names as lora_names
 from weights.adapters.read import read_lora
 from weights.files.folders import is_folder
 from weights.files.opened import Weights, open_file
-from weights.files.output import require_writable
 from weights.files.write import OnWrite, Pending, cast, guarded, write
 from weights.models import described, require_dtype
 from weights.names.layout import Layout, original

@@ -10,13 +10,13 @@ import torch
 
 from ldm.changes.lora import Change, Decomposed, Full, LowRank, delta
 from ldm.config import ModelConfig
+from ldm.disk import require_writable
 from ldm.errors import FileError
 from weights.adapters import names as lora_names
 from weights.adapters.rank import Kept, Rule, energy, factored, require_rank, resized, rule
 from weights.adapters.read import Dialect, Source, read_lora
 from weights.adapters.write import TITLES, expressible, network_facts, require_dialect, require_held, unheld, write_lora
 from weights.files.hashes import sha256_of
-from weights.files.output import require_writable
 from weights.files.write import OnWrite
 from weights.models import require_dtype
 

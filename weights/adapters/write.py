@@ -28,11 +28,10 @@ from ldm.changes.lora import (
     require_fit,
 )
 from ldm.config import ModelConfig
-from ldm.disk import write_all
+from ldm.disk import replacing, replacing_directory, require_writable, write_all
 from ldm.errors import ArgumentError, FileError
 from weights.adapters import names as lora_names
 from weights.adapters.read import ALPHA_KEY, TOWERS, Dialect
-from weights.files.output import replacing, replacing_directory, require_writable
 from weights.files.write import OnWrite, Pending, cast, pending, write
 from weights.models import require_dtype
 from weights.names.diffusers import diffusers_unet

@@ -7,12 +7,13 @@ import json
 import os
 import shlex
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from functools import partial
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
@@ -48,16 +49,14 @@ _FOREIGN = {  # first bytes -> what the file is, and what to do
 }
 
 
-class Weights(Mapping[str, Tensor]):
-    """The tensors of a file by name. Opening reads only names and shapes; `[key]` reads that tensor, on the CPU in its own dtype.
+class Tensors(Mapping[str, Tensor]):
+    """Named tensors on the disk: names and shapes are known, `[key]` reads a tensor, on the CPU in its own dtype.
 
-    A tensor that is all of a well-aligned record is mapped: no copy, the same memory when asked for again, and writing to it does not
-    change the file. Others are copied.
+    A context manager: leaving it closes the files, and tensors already read stay valid.
     """
 
-    def __init__(self, source: Source, kind: Literal["safetensors", "zip", "stream"], contents: Contents):
-        self.source, self.kind = source, kind
-        self.specs, self.metadata = contents.specs, contents.metadata
+    def __init__(self, path: Path, specs: Mapping[str, Spec], metadata: Mapping[str, str], sources: Iterable[Source]):
+        self.path, self.specs, self.metadata, self.sources = path, dict(specs), dict(metadata), [*sources]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.specs)
@@ -69,7 +68,7 @@ class Weights(Mapping[str, Tensor]):
         return key in self.specs
 
     def __getitem__(self, key: str) -> Tensor:
-        return self._tensor(key, mapped=True)
+        return self.read(key)
 
     def read(
         self,
@@ -80,39 +79,70 @@ class Weights(Mapping[str, Tensor]):
         *,
         mapped: bool = True,
     ) -> Tensor:
-        """The tensor, or a run of its rows, on `device` in `dtype`, converted while reading: no more than one tensor exists twice.
+        """The tensor, or a run of its rows, on `device` in `dtype`; at most one tensor is in memory twice.
 
-        `mapped` false: a copy, also where nothing is converted. What passes through is then given back to the system when it is let go.
+        `mapped` false: a copy, also where nothing is converted. Its memory is free again when the tensor is let go.
         """
-        spec = self.specs[key]
-        device, dtype = torch.device(device), dtype or spec.dtype
-        as_stored = device.type == "cpu" and dtype == spec.dtype
-        tensor = self._tensor(key, mapped=mapped and as_stored, rows=rows)
+        stored = self.specs[key].dtype
+        device, dtype = torch.device(device), dtype or stored
+        as_stored = device.type == "cpu" and dtype == stored
+        tensor = self.stored(key, mapped and as_stored, rows)
         return tensor if as_stored else tensor.to(device).to(dtype)
+
+    def stored(self, key: str, mapped: bool, rows: slice | None = None) -> Tensor:
+        """The tensor, or a run of its rows, on the CPU in its own dtype; a copy unless `mapped`."""
+        raise NotImplementedError
+
+    def read_ahead(self) -> AbstractContextManager[Callable[[], None]]:
+        """All will be read soon: it is fetched, and its checksums are checked, while the block does other things.
+
+        Gives the function that waits for the checksums. It raises FileError where one is wrong.
+        """
+        raise NotImplementedError
 
     def shape(self, key: str) -> tuple[int, ...]:
         """The tensor's shape, without reading it."""
         return self.specs[key].shape
 
-    @property
-    def path(self) -> Path:
-        """The file."""
-        return self.source.path
-
     def error(self, what: str, key: str | None = None) -> FileError:
-        """The error to raise about this file."""
-        return self.source.error(what, key)
+        """The error to raise about this file or folder."""
+        return FileError(what, path=self.path, key=key)
+
+    def damaged(self, fault: str, key: str | None = None) -> FileError:
+        """The error to raise about what is incomplete or was altered on its way."""
+        return self.error(f"{fault}; download it again", key)
 
     def require_unchanged(self) -> None:
-        """Refuse a file that was written to since it was opened."""
-        self.source.require_unchanged()
+        """Refuse what was written to since it was opened."""
+        for source in self.sources:
+            source.require_unchanged()
+
+    def close(self) -> None:
+        """Give the files back; tensors already read stay valid."""
+        for source in self.sources:
+            source.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+class Weights(Tensors):
+    """The tensors of one file.
+
+    A tensor that is all of a well-aligned record is mapped: no copy, the same memory when asked for again, and writing
+    to it does not change the file. Others are copied.
+    """
+
+    def __init__(self, source: Source, kind: Literal["safetensors", "zip", "stream"], contents: Contents):
+        super().__init__(source.path, contents.specs, contents.metadata, [source])
+        self.source, self.kind = source, kind
 
     @contextlib.contextmanager
     def read_ahead(self) -> Iterator[Callable[[], None]]:
-        """All of the file will be read soon: it is fetched, and its checksums are checked, while the block does other things.
-
-        Gives the function that waits for the checksums. It raises FileError where one is wrong.
-        """
+        """As `Tensors.read_ahead`; several threads check."""
         self.source.prefetch()
         records = {
             id(spec.record): (spec.record, key)
@@ -141,17 +171,8 @@ class Weights(Mapping[str, Tensor]):
             finally:
                 in_order.clear()  # ends every turn
 
-    def close(self) -> None:
-        """Give the file back; tensors already read stay valid."""
-        self.source.close()
-
-    def __enter__(self) -> Weights:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
-
-    def _tensor(self, key: str, mapped: bool, rows: slice | None = None) -> Tensor:
+    def stored(self, key: str, mapped: bool, rows: slice | None = None) -> Tensor:
+        """As `Tensors.stored`. Of rows only their bytes are read, unless the tensor is spread over its record."""
         spec = self.specs[key]
         if spec.numel == 0:
             return torch.empty(spec.shape, dtype=spec.dtype)[rows or ...]
@@ -163,33 +184,30 @@ class Weights(Mapping[str, Tensor]):
             self._verify(key, record, lambda: self.source.crc32(record.start, record.size))
         else:
             buffer = self.source.copied(record.start, record.size)
-            self._verify(key, record, lambda: zlib.crc32(memoryview(buffer.numpy())))
+            self._verify(key, record, lambda: zlib.crc32(buffer.numpy().data))
             flat = buffer.view(spec.dtype)
         if whole:
             return flat.view(spec.shape)
         return flat.as_strided(spec.shape, spec.stride, spec.offset).clone(memory_format=torch.contiguous_format)
 
     def _rows(self, key: str, spec: Spec, mapped: bool, rows: slice) -> Tensor:
-        """Rows alone: their bytes are read and no others, unless the tensor is strewn over its record."""
         first, last, _ = rows.indices(spec.shape[0])
         if not spec.whole:
-            return self._tensor(key, mapped)[first:last].clone()
+            return self.stored(key, mapped)[first:last].clone()
         record, row = spec.record, spec.record.size // spec.shape[0]
         start, count = record.start + first * row, (last - first) * row
         self._verify(key, record, lambda: self.source.crc32(record.start, record.size))
-        in_place = mapped and start % spec.dtype.itemsize == 0
-        flat = (
-            self.source.mapped(start, count, spec.dtype)
-            if in_place
-            else self.source.copied(start, count).view(spec.dtype)
-        )
+        if mapped and start % spec.dtype.itemsize == 0:
+            flat = self.source.mapped(start, count, spec.dtype)
+        else:
+            flat = self.source.copied(start, count).view(spec.dtype)
         return flat.view(last - first, *spec.shape[1:])
 
     def _verify(self, key: str, record: Record, checksum: Callable[[], int]) -> None:
         if record.crc is None or record.verified:
             return
         if checksum() != record.crc:
-            raise self.error(f"is damaged: the checksum of {key} is wrong; download it again", key)
+            raise self.damaged(f"is damaged: the checksum of {key} is wrong", key)
         record.verified = True
 
 
@@ -200,7 +218,7 @@ def open_file(path: str | PathLike[str]) -> Weights:
         kind = kind_of(source)
         if kind == "safetensors":
             return Weights(source, kind, _safetensors(source))
-        if source.path.suffix.lower() == ".safetensors":  # who chose safetensors did not choose pickle
+        if source.path.suffix.lower() == ".safetensors":  # this name promises that the file is no pickle
             raise source.error(
                 "is a torch pickle file, not safetensors as its name says; rename it to .ckpt to read it as what it is"
             )
@@ -213,7 +231,7 @@ def open_file(path: str | PathLike[str]) -> Weights:
 def kind_of(source: Source) -> Literal["safetensors", "zip", "stream"]:
     """What the first 4 KiB say the file is; refused by name when that is no file of weights."""
     if source.size == 0:
-        raise source.error("is empty (0 bytes); download it again")
+        raise source.damaged("is empty (0 bytes)")
     head = source.read(0, min(source.size, 4096))
     if head.startswith(b"version https://git-lfs.github.com/spec/"):
         raise source.error("is a Git LFS pointer, not the weights; run 'git lfs pull' or download the file")
@@ -223,7 +241,7 @@ def kind_of(source: Source) -> Literal["safetensors", "zip", "stream"]:
     if text.startswith((b"<?xml", b"<error", b"<!--")):
         raise source.error("is an XML text, perhaps a server's error message; download the weights again")
     if source.size < 8:
-        raise source.error(f"is only {source.size} bytes long; download it again")
+        raise source.damaged(f"is only {source.size} bytes long")
     if head.startswith(b"PK\x03\x04") or head.startswith(b"PK\x05\x06"):
         return "zip"
     for start, what in _FOREIGN.items():
@@ -241,18 +259,16 @@ def kind_of(source: Source) -> Literal["safetensors", "zip", "stream"]:
     if head[:1] == b"\x80" and 2 <= head[1] <= 5:
         raise source.error("is a pickle, but not one that torch.save wrote; use a .safetensors of this model")
     if not any(head):
-        raise source.error("is all zeros: the download did not finish; download it again")
+        raise source.damaged("is all zeros: the download did not finish")
     if text[:1] in (b"{", b"["):
         raise source.error("is JSON text, perhaps a server's error message; download the weights again")
     if all(byte in b"\t\n\r" or 32 <= byte < 127 for byte in head[:512]):
         raise source.error("is plain text, not weights; download the file itself")
-    raise source.error(
-        f"is neither .safetensors nor a torch checkpoint (it begins with {head[:8].hex(' ')}); download it again"
-    )
+    raise source.damaged(f"is neither .safetensors nor a torch checkpoint (it begins with {head[:8].hex(' ')})")
 
 
 def _safetensors(source: Source) -> Contents:
-    """What the header says, of a file that ends with its last tensor."""
+    """What the header says. The file must end with its last tensor."""
     contents, end = read_header(source)
     if end < source.size:
         name = shlex.quote(source.path.name) if len(source.path.name) <= 60 else "FILE"
@@ -261,52 +277,48 @@ def _safetensors(source: Source) -> Contents:
 
 
 def read_header(source: Source) -> tuple[Contents, int]:
-    """What a safetensors header says, every number compared with the file before it is believed, and where the last tensor ends.
+    """What a safetensors header says, every number compared with the file, and the position where the last tensor ends.
 
-    The tensors must tile the file up to there.
+    The tensors must fill the file up to there without a gap.
     """
     length = int.from_bytes(source.read(0, 8), "little")
     if not 2 <= length <= MAX_HEADER:
-        raise source.error(f"has a header of {length} bytes, above the limit of {MAX_HEADER}; download it again")
+        raise source.damaged(f"has a header of {length} bytes, above the limit of {MAX_HEADER}")
     if 8 + length > source.size:
-        raise source.error(
-            f"is truncated: its header alone is {8 + length} bytes, {source.size} are there; download it again"
-        )
+        raise source.damaged(f"is truncated: its header alone is {8 + length} bytes, {source.size} are there")
     raw = source.read(8, length)
     if sum(map(raw.count, (b",", b"[", b"{"))) > MAX_HEADER_PARTS:
-        raise source.error("has a header of too many parts for a model; download it again")
+        raise source.damaged("has a header of too many parts for a model")
     try:
-        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:  # includes what is not UTF-8
-        reason = str(error) if isinstance(error, _HeaderError) else "it is not JSON"
-        raise source.error(f"has a damaged header: {reason}; download it again") from None
+        header = strict_json(raw)
+    except (ValueError, RecursionError) as error:
+        reason = str(error) if isinstance(error, _Forbidden) else "it is not JSON"
+        raise source.damaged(f"has a damaged header: {reason}") from None
     if not isinstance(header, dict):
-        raise source.error("has a damaged header: it is not an object; download it again")
+        raise source.damaged("has a damaged header: it is not an object")
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or any(not isinstance(value, str) for value in metadata.values()):
-        raise source.error("has a damaged header: its metadata are not text; download it again", "__metadata__")
+        raise source.damaged("has a damaged header: its metadata are not text", "__metadata__")
     if not header:
-        raise source.error("holds no tensors; download it again")
+        raise source.damaged("holds no tensors")
     if len(header) > MAX_TENSORS:
-        raise source.error(f"has {len(header)} tensors, above the limit of {MAX_TENSORS}; download it again")
+        raise source.damaged(f"has {len(header)} tensors, above the limit of {MAX_TENSORS}")
     base = 8 + length
     specs = {key: _spec(source, key, entry, base) for key, entry in header.items()}
     position = base
     for key, spec in sorted(specs.items(), key=lambda item: (item[1].record.start, item[1].record.size)):
         if spec.record.start != position:
             fault = "overlaps another tensor" if spec.record.start < position else "has unused bytes before it"
-            raise source.error(f"{key} {fault}; download it again", key)
+            raise source.damaged(f"{key} {fault}", key)
         position += spec.record.size
     if position > source.size:
-        raise source.error(f"is truncated: {source.size} bytes of {position}; download it again")
+        raise source.damaged(f"is truncated: {source.size} bytes of {position}")
     return Contents(specs, metadata), position
 
 
 def _spec(source: Source, key: str, entry: Any, base: int) -> Spec:
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise source.error(
-            f"has a damaged header: {key} is not a dtype, a shape and two offsets; download it again", key
-        )
+        raise source.damaged(f"has a damaged header: {key} is not a dtype, a shape and two offsets", key)
     name, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     dtype = DTYPES.get(name) if isinstance(name, str) else None
     if dtype is None:
@@ -319,23 +331,26 @@ def _spec(source: Source, key: str, entry: Any, base: int) -> Spec:
         or len(shape) > MAX_RANK
         or any(type(n) is not int or not 0 <= n < 2**63 for n in shape)
     ):
-        raise source.error(f"{key} has no valid shape; download it again", key)
+        raise source.damaged(f"{key} has no valid shape", key)
     if not isinstance(offsets, list) or len(offsets) != 2 or any(type(n) is not int or n < 0 for n in offsets):
-        raise source.error(f"{key} has no valid offsets; download it again", key)
+        raise source.damaged(f"{key} has no valid offsets", key)
     record = Record(base + offsets[0], offsets[1] - offsets[0], users=1)
     spec = Spec(dtype, tuple(shape), contiguous(tuple(shape)), 0, record)
     if not spec.is_possible:
-        raise source.error(f"{key} has an absurd size; download it again", key)
+        raise source.damaged(f"{key} has an absurd size", key)
     if spec.numel * dtype.itemsize != record.size:
-        raise source.error(
-            f"{key} is {spec.numel} numbers of {dtype.itemsize} bytes by its shape, {record.size} bytes by its place; download it again",
-            key,
-        )
+        numbers = f"{spec.numel} numbers of {dtype.itemsize} bytes"
+        raise source.damaged(f"{key} is {numbers} by its shape, {record.size} bytes by its place", key)
     return spec
 
 
-class _HeaderError(ValueError):
-    """Valid JSON that a header must not hold."""
+def strict_json(raw: bytes) -> Any:
+    """JSON without doubled keys and NaN. Raises ValueError for anything else, RecursionError for deep nesting."""
+    return json.loads(raw.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_refuse_constant)
+
+
+class _Forbidden(ValueError):
+    """Valid JSON that these files must not hold."""
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -343,9 +358,9 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) != len(pairs):
         keys = [key for key, _ in pairs]
         (twice, *_) = {key for key in keys if keys.count(key) > 1} if len(keys) < 5000 else {"a key"}
-        raise _HeaderError(f"{twice[:80]} appears twice")
+        raise _Forbidden(f"{twice[:80]} appears twice")
     return found
 
 
 def _refuse_constant(name: str) -> None:
-    raise _HeaderError(f"it holds {name}")
+    raise _Forbidden(f"it holds {name}")

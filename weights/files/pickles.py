@@ -1,8 +1,9 @@
 """Reads the pickle of a checkpoint without resolving or running anything named in it.
 
-A pickle is a program for a small stack machine. This machine knows lists, dictionaries, numbers, text and, by exact (module, name)
-pairs, the handful of functions that describe a tensor; those are carried out by our own code, in rebuild.py. Names of training bookkeeping give
-an `Inert` that stands for the object and keeps nothing of it. Any other name is an error that quotes it. No name is ever looked up.
+A pickle is a program for a small stack machine. This machine knows lists, dictionaries, numbers, text and, by exact
+(module, name) pairs, the few functions that describe a tensor; our own code in rebuild.py carries those out. A name of
+training bookkeeping gives an `Inert`, which stands for the object and keeps nothing of it. Any other name is an error
+that quotes it. No name is ever looked up.
 """
 
 from __future__ import annotations
@@ -34,10 +35,11 @@ MAX_BYTES = 64 * 2**20  # of one pickle
 MAX_OPERATIONS = 1_000_000  # a full SDXL training checkpoint has about 300,000
 MAX_MARKS = 200  # open at a time: nesting
 MAX_INT_BYTES = 1024  # of one integer; the widest that torch writes has 10
+REMEDY = "use a .safetensors of this model"
 
 
 class Machine:
-    """Runs one pickle from `data[start:]`. `what` names it in errors; storages are collected in `storages` by key."""
+    """Runs one pickle from `data[start:]`. `error` makes the errors; storages are collected in `storages` by key."""
 
     def __init__(self, data: bytes, start: int, error: Callable[..., FileError], storages: dict[str, Storage]):
         self.data, self.at, self.error, self.storages = data, start, error, storages
@@ -75,15 +77,14 @@ class Machine:
         """Count work that a few bytes can ask for again and again."""
         self.left -= work
         if self.left < 0:
-            raise self.error(
-                f"its pickle has more than {MAX_OPERATIONS} operations, far more than weights need; use a .safetensors of this model"
-            )
+            what = f"its pickle has more than {MAX_OPERATIONS} operations, far more than weights need"
+            raise self.error(f"{what}; {REMEDY}")
 
-    def bad(self, what: str) -> FileError:
-        """A pickle that is broken, or made to break readers."""
-        return self.error(f"its pickle is damaged or made to mislead: {what}; use a .safetensors of this model")
+    def bad(self, what: str, key: str | None = None) -> FileError:
+        """The error to raise about a pickle that is broken, or made to break readers."""
+        return self.error(f"its pickle is damaged or made to mislead: {what}; {REMEDY}", key)
 
-    # -- bytes ---------------------------------------------------------------------------------------------------------------
+    # --- bytes --------------------------------------------------------------------------------------------------------
 
     def take(self, count: int) -> bytes:
         end = self.at + count
@@ -108,7 +109,7 @@ class Machine:
         except UnicodeDecodeError:
             raise self.bad("text that is not UTF-8") from None
 
-    # -- stack ---------------------------------------------------------------------------------------------------------------
+    # --- stack --------------------------------------------------------------------------------------------------------
 
     def push(self, value: Any) -> None:
         self.stack.append(value)
@@ -155,7 +156,7 @@ class Machine:
             raise self.bad("a number that is none")
         return int(raw)
 
-    # -- objects -------------------------------------------------------------------------------------------------------------
+    # --- objects ------------------------------------------------------------------------------------------------------
 
     def name(self, module: str, name: str) -> None:
         """Push what stands for module.name. This is where every name in a file ends: in a table, or in an error."""
@@ -172,9 +173,8 @@ class Machine:
             self.push(InertType(f"{module}.{name}"))
         else:
             full = f"{module}.{name}"
-            raise self.error(
-                f"refers to {full if len(full) <= 60 else full[:57] + '...'}, which is code, not weights; use a .safetensors of this model"
-            )
+            shown = full if len(full) <= 60 else f"{full[:57]}..."
+            raise self.error(f"refers to {shown}, which is code, not weights; {REMEDY}")
 
     def reduce(self) -> None:
         arguments, function = self.pop(), self.pop()
@@ -215,19 +215,16 @@ class Machine:
             raise self.bad("it sets keys of what is not a dictionary")
 
     def fill(self, target: dict[str, Any], keys: list[Any], values: list[Any]) -> None:
-        """Only text can name a tensor; what other keys name is left out, and such keys are never hashed."""
+        """Put values under keys that are text. Others cannot name a tensor: they are left out and never hashed."""
         self.spend(len(keys))
         for key, value in zip(keys, values, strict=True):
             if type(key) is str:
                 if key in target:
-                    raise self.error(
-                        f"its pickle is damaged or made to mislead: the key {key} appears twice; use a .safetensors of this model",
-                        key,
-                    )
+                    raise self.bad(f"the key {key} appears twice", key)
                 target[key] = value
 
     def persistent(self, identity: Any) -> None:
-        """('storage', type, key, location, numel[, view]): torch's way to say that numbers are stored elsewhere in the file."""
+        """('storage', type, key, location, numel[, view]): numbers that are stored elsewhere in the file."""
         if type(identity) is not tuple or len(identity) not in (5, 6) or identity[5:] not in ((), (None,)):
             raise self.bad("a reference to something other than a storage")
         kind, stored, key, location, numel = identity[:5]
@@ -243,7 +240,7 @@ class Machine:
         self.push(self.storages[key])
 
 
-# -- operations, by opcode ---------------------------------------------------------------------------------------------------
+# --- operations, by opcode ------------------------------------------------------------------------------------------
 
 
 def _frame(m: Machine) -> None:
@@ -266,7 +263,7 @@ def _stack_global(m: Machine) -> None:
 
 
 def _instance(m: Machine) -> None:
-    """INST, of protocol 0: a name that is called at once. An allowed name would be written otherwise."""
+    """INST, of protocol 0: a name that is called at once. torch writes its own names with other operations."""
     _global(m)
     raise m.bad("operation INST, which torch does not write")
 

@@ -13,21 +13,19 @@ from ldm.errors import FileError
 STORAGES = {
     ("torch", f"{name}Storage"): dtype
     for name, dtype in {
-        "Double": torch.float64, "Float": torch.float32, "Half": torch.float16, "BFloat16": torch.bfloat16, "Long": torch.int64,
-        "Int": torch.int32, "Short": torch.int16, "Char": torch.int8, "Byte": torch.uint8, "Bool": torch.bool,
+        "Double": torch.float64, "Float": torch.float32, "Half": torch.float16, "BFloat16": torch.bfloat16,
+        "Long": torch.int64, "Int": torch.int32, "Short": torch.int16, "Char": torch.int8, "Byte": torch.uint8,
+        "Bool": torch.bool,
     }.items()
 }  # fmt: skip
-
-
-UNTYPED = (
-    "torch.storage",
-    "UntypedStorage",
-)  # bytes, whose type each tensor says: how torch stores types that have no storage class
+# Bytes, whose type each tensor says: how torch stores types that have no storage class.
+UNTYPED = ("torch.storage", "UntypedStorage")
 TYPES = {
     ("torch", str(dtype).removeprefix("torch.")): dtype
     for dtype in (
         torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2,
-        torch.int64, torch.int32, torch.int16, torch.int8, torch.uint64, torch.uint32, torch.uint16, torch.uint8, torch.bool,
+        torch.int64, torch.int32, torch.int16, torch.int8,
+        torch.uint64, torch.uint32, torch.uint16, torch.uint8, torch.bool,
     )
 }  # fmt: skip
 
@@ -68,7 +66,6 @@ INERT = frozenset(
     }.items()
     for name in names.split()
 )
-
 
 CONTAINER_WORK = 4  # operations that an empty list or dictionary counts as, besides its own
 MAX_DIMENSIONS = 64  # torch's own limit
@@ -125,7 +122,7 @@ class Inert:
 
 
 class InertType(Inert):
-    """Stands for the type itself, or for the function that makes the object. One placeholder serves for all objects it makes."""
+    """Stands for the type itself, or for the function that makes the object. All objects it makes are one `Inert`."""
 
     __slots__ = ("instance",)
 
@@ -169,7 +166,7 @@ class ParameterDict(dict):
     """A torch ParameterDict, which old embeddings use: its parameters by name."""
 
 
-# -- the functions ----------------------------------------------------------------------------------------------------------
+# --- the functions --------------------------------------------------------------------------------------------------
 
 
 def _ordered_dict(machine: Reader, arguments: tuple) -> dict[str, Any]:
@@ -204,7 +201,7 @@ def _tensor(machine: Reader, arguments: tuple) -> TensorRef:
 
 
 def _typed_tensor(machine: Reader, arguments: tuple) -> TensorRef:
-    """(storage of bytes, offset, shape, stride, requires_grad, hooks, type[, metadata]): float8 and the unsigned types."""
+    """(storage of bytes, offset, shape, stride, requires_grad, hooks, type[, metadata]): float8 and unsigned types."""
     if len(arguments) not in (7, 8) or type(arguments[6]) is not TypeName:
         raise machine.bad("a tensor with a wrong number of arguments, or without a type")
     if type(arguments[0]) is not Storage or arguments[0].dtype is not None:
@@ -220,11 +217,15 @@ def _view(machine: Reader, arguments: tuple, dtype: torch.dtype) -> TensorRef:
         raise machine.bad("a tensor of absurd rank")
     if any(type(n) is not int for n in shape + stride):
         raise machine.bad("a tensor whose shape is not made of whole numbers")
-    if arguments[5:6] and not (type(arguments[5]) is dict and not arguments[5]) and arguments[5] is not None:
+    if not all(map(_is_nothing, arguments[5:6])):
         raise machine.bad("a tensor with hooks, which are code")
-    if arguments[6:7] and not (type(arguments[6]) is dict and not arguments[6]) and arguments[6] is not None:
+    if not all(map(_is_nothing, arguments[6:7])):
         raise machine.bad("a tensor that is conjugated or negated in passing")
     return TensorRef(storage, offset, shape, stride, dtype)
+
+
+def _is_nothing(value: Any) -> bool:
+    return value is None or (type(value) is dict and not value)
 
 
 def _parameter(machine: Reader, arguments: tuple) -> TensorRef:
@@ -238,12 +239,7 @@ def _parameter(machine: Reader, arguments: tuple) -> TensorRef:
 
 def _encode(machine: Reader, arguments: tuple) -> Inert:
     """Bytes in protocol 2, as text and a codec; only numpy scalars, which are bookkeeping, hold any."""
-    if (
-        len(arguments) != 2
-        or type(arguments[0]) is not str
-        or type(arguments[1]) is not str
-        or arguments[1] not in ("latin1", "latin-1")
-    ):
+    if len(arguments) != 2 or type(arguments[0]) is not str or arguments[1] not in ("latin1", "latin-1"):
         raise machine.bad("bytes in an unusual encoding")
     return BYTES
 

@@ -17,34 +17,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ldm.errors import LIMIT, FileError, printable
+from ldm.errors import FileError
 
 # File systems on which another machine may shorten a file under a map, and the process would be killed for touching it.
-REMOTE = frozenset(
-    (
-        "nfs",
-        "nfs4",
-        "cifs",
-        "smb3",
-        "smbfs",
-        "afs",
-        "coda",
-        "ceph",
-        "glusterfs",
-        "lustre",
-        "gpfs",
-        "beegfs",
-        "9p",
-        "virtiofs",
-        "vboxsf",
-        "fuse",
-    )
-)
+REMOTE = frozenset((
+    "nfs", "nfs4", "cifs", "smb3", "smbfs", "afs", "coda", "ceph", "glusterfs", "lustre", "gpfs", "beegfs", "9p",
+    "virtiofs", "vboxsf", "fuse",
+))  # fmt: skip
 WINDOW = 8 * 2**20  # bytes that the system is asked for at once: as many as it takes at once
-CHUNK = 2**22  # bytes read at once while checking
-_in_turn = (
-    threading.Lock()
-)  # files of one folder are fetched one after the other: a disk is slower in two places at once
+CHUNK = 2**22  # bytes read at once while checking or hashing: one system call, and they fit a processor's cache
+_in_turn = threading.Lock()  # files are fetched one after the other: a disk is slow in two places at once
 
 
 class Source:
@@ -66,14 +48,15 @@ class Source:
 
     def error(self, what: str, key: str | None = None) -> FileError:
         """The error to raise about this file."""
-        return refusal(what, self.path, key)
+        return FileError(what, path=self.path, key=key)
+
+    def damaged(self, fault: str, key: str | None = None) -> FileError:
+        """The error to raise about a file that is incomplete or was altered on its way."""
+        return self.error(f"{fault}; download it again", key)
 
     def read(self, start: int, count: int) -> bytes:
         """Bytes [start, start + count); refused when the file ends before."""
-        if start < 0 or count < 0 or start + count > self.size:
-            raise self.error(
-                f"is truncated: bytes {start} to {start + count} of {self.size} are needed; download it again"
-            )
+        self._require_inside(start, count)
         with self._position, self._readable():
             self._file.seek(start)
             data = self._file.read(count)
@@ -85,19 +68,16 @@ class Source:
 
     def copied(self, start: int, count: int) -> Tensor:
         """The same bytes as a fresh uint8 tensor, aligned for any dtype."""
-        if start < 0 or count < 0 or start + count > self.size:
-            raise self.error(
-                f"is truncated: bytes {start} to {start + count} of {self.size} are needed; download it again"
-            )
+        self._require_inside(start, count)
         buffer = torch.empty(count, dtype=torch.uint8)
         if count:
-            self._fill(memoryview(buffer.numpy()), start)
+            self._fill(buffer.numpy().data, start)
         return buffer
 
     def mapped(self, start: int, count: int, dtype: torch.dtype) -> Tensor:
-        """The same bytes as a tensor of `dtype` over the mapped file: nothing is read before it is used, writes stay private.
+        """The same bytes as a tensor of `dtype` over the mapped file: they are read when used, and writes stay private.
 
-        A copy where mapping is not safe, which is on file systems of other machines, or not possible.
+        It is a copy where mapping is not possible, or not safe, as on file systems of other machines.
         `start` must be a multiple of the item size and `count` a positive one. Every tensor has a storage of its own.
         """
         if self._map is None:
@@ -110,9 +90,9 @@ class Source:
         return torch.frombuffer(self._map, dtype=dtype, count=count // dtype.itemsize, offset=start)
 
     def crc32(self, start: int, count: int, room: bytearray | None = None) -> int:
-        """CRC-32 of the same bytes, read through a small buffer: checking a mapped tensor must not make all of it resident.
+        """CRC-32 of the same bytes, read through a small buffer, so that a mapped tensor need not be in memory.
 
-        room   that buffer, for who checks many and would have the system clear a new one each time
+        room   that buffer, for a caller who checks many: the system clears every new one
         """
         buffer, crc = memoryview(room or bytearray(min(count, CHUNK))), 0
         for at in range(start, start + count, len(buffer) or 1):
@@ -122,7 +102,7 @@ class Source:
         return crc
 
     def prefetch(self) -> None:
-        """Ask the system for all of a file that it has not cached, in the order of the disk, and do not wait: mapped tensors are used in another, page by page."""
+        """Ask the system, without waiting, for a file that it has not cached, in the order of the disk."""
         if hasattr(os, "posix_fadvise") and not _is_cached(self._file.fileno(), self.size):
             threading.Thread(target=_prefetch, args=(os.dup(self._file.fileno()), self.size), daemon=True).start()
 
@@ -136,15 +116,17 @@ class Source:
         """Give the file back; mapped tensors stay valid."""
         self._file.close()
 
+    def _require_inside(self, start: int, count: int) -> None:
+        if start < 0 or count < 0 or start + count > self.size:
+            raise self.damaged(f"is truncated: bytes {start} to {start + count} of {self.size} are needed")
+
     def _fill(self, view: memoryview, start: int) -> None:
         done = 0
         while done < len(view):
             with self._readable():
                 got = self._read_into(view[done:], start + done)
             if not got:
-                raise self.error(
-                    f"became shorter while it was being read ({start + done} of {self.size} bytes); download it again"
-                )
+                raise self.damaged(f"became shorter while it was being read ({start + done} of {self.size} bytes)")
             done += got
 
     def _read_into(self, view: memoryview, start: int) -> int:
@@ -157,7 +139,7 @@ class Source:
 
     @contextlib.contextmanager
     def _readable(self) -> Iterator[None]:
-        """The system's errors while reading as ours, so that they are not taken for those of a file that is written meanwhile."""
+        """Turn the system's errors while reading into ours: a caller who is writing would take them for its own."""
         try:
             yield
         except OSError as error:
@@ -191,28 +173,14 @@ class Source:
                 raise self.error("is a diffusers folder, not a file; use weights.load, which reads it as a whole")
             raise self.error("is a directory; name the .safetensors or .ckpt file in it")
         if not stat.S_ISREG(status.st_mode):
-            kinds = {
-                stat.S_IFIFO: "a FIFO",
-                stat.S_IFSOCK: "a socket",
-                stat.S_IFCHR: "a device",
-                stat.S_IFBLK: "a device",
-            }
-            raise self.error(
-                f"is {kinds.get(stat.S_IFMT(status.st_mode), 'not a regular file')}, not a file of weights; name a .safetensors or .ckpt file"
-            )
-
-
-def refusal(what: str, path: Path, key: str | None = None) -> FileError:
-    """A FileError whose remedy, the words after the last semicolon, is kept: names from the file that are too long for a line give way."""
-    fault, mark, remedy = printable(what).rpartition("; ")
-    room = LIMIT - min(len(printable(str(path))), 80) - len(": ; ") - len(remedy)
-    if mark and len(fault) > room:
-        fault = f"{fault[: room - 3]}..."
-    return FileError(f"{fault}{mark}{remedy}", path=path, key=key)
+            kinds = {stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket"}
+            kinds |= dict.fromkeys((stat.S_IFCHR, stat.S_IFBLK), "a device")
+            kind = kinds.get(stat.S_IFMT(status.st_mode), "not a regular file")
+            raise self.error(f"is {kind}, not a file of weights; name a .safetensors or .ckpt file")
 
 
 def _is_cached(descriptor: int, size: int) -> bool:
-    """Are samples from all over the file in memory? False where the system does not tell."""
+    """Are samples from all over the file in memory? False where the system cannot say."""
     try:
         return all(os.preadv(descriptor, [bytearray(1)], size * k // 16, os.RWF_NOWAIT) for k in range(16))
     except (OSError, AttributeError):
@@ -220,7 +188,7 @@ def _is_cached(descriptor: int, size: int) -> bool:
 
 
 def _prefetch(descriptor: int, size: int) -> None:
-    """The system takes a few MB at a time, and makes us wait while the disk is busy: this is for a thread of its own."""
+    """Runs in a thread of its own: the system takes a few MB at a time, and the call waits while the disk is busy."""
     try:
         with _in_turn:
             for start in range(0, size, WINDOW):
@@ -230,7 +198,7 @@ def _prefetch(descriptor: int, size: int) -> None:
 
 
 def is_remote(device: int, mounts: str) -> bool:
-    """Does another machine serve the file system of this device number? `mounts` is what Linux says in /proc/self/mountinfo; elsewhere: no."""
+    """Does another machine serve the file system of this device number? `mounts` is Linux's /proc/self/mountinfo."""
     number = f"{os.major(device)}:{os.minor(device)}"
     for line in mounts.splitlines():
         place, _, system = line.partition(" - ")

@@ -13,7 +13,7 @@ import torch
 
 from ldm.errors import FileError
 from weights.files import zips
-from weights.files.pickles import MAX_BYTES, Machine
+from weights.files.pickles import MAX_BYTES, REMEDY, Machine
 from weights.files.rebuild import Inert, Storage, TensorRef
 from weights.files.source import Source
 
@@ -73,7 +73,7 @@ class Spec:
 
 @dataclass(frozen=True)
 class Contents:
-    """What a file of weights holds: tensors by name, and the plain facts noted beside them (global_step, epoch, ...)."""
+    """What a file of weights holds: tensors by name, and the plain facts beside them (global_step, epoch, ...)."""
 
     specs: Mapping[str, Spec]
     metadata: Mapping[str, str] = field(default_factory=dict)
@@ -104,9 +104,7 @@ def read_zip(source: Source) -> Contents:
         tops.add(match[1])
         files[match[2]] = entry
     if len(tops) != 1 or "data.pkl" not in files:
-        raise source.error(
-            "is a zip, but not one that torch.save wrote: it has no data.pkl, or two top folders; download it again"
-        )
+        raise source.damaged("is a zip, but not one that torch.save wrote: it has no data.pkl, or two top folders")
     if "byteorder" in files and zips.contents(source, files["byteorder"], 16).strip() != b"little":
         raise source.error("holds big-endian numbers; save it again on a little-endian machine")
     data = zips.contents(source, files["data.pkl"], MAX_BYTES)
@@ -151,35 +149,31 @@ def read_stream(source: Source) -> Contents:
         or len(set(keys)) != len(keys)
         or set(keys) != set(storages)
     ):
-        raise source.error("lists other storages than its tensors use; download it again")
+        raise source.damaged("lists other storages than its tensors use")
     records = {}
     for key in keys:
         (count,) = struct.unpack("<q", source.read(at, 8))
         if count != storages[key].numel:  # of bytes, where the storage has no type
-            raise source.error(
-                f"storage {key} has {count} numbers where its tensors expect {storages[key].numel}; download it again"
-            )
+            raise source.damaged(f"storage {key} has {count} numbers where its tensors expect {storages[key].numel}")
         size = storages[key].size
         at += 8
         if at + size > source.size:
-            raise source.error(f"is truncated: {source.size} bytes, at least {at + size} are needed; download it again")
+            raise source.damaged(f"is truncated: {source.size} bytes, at least {at + size} are needed")
         records[key] = Record(at, size)
         at += size
     if at != source.size:
-        raise source.error(f"has {source.size - at} extra bytes after the last tensor; download it again")
+        raise source.damaged(f"has {source.size - at} extra bytes after the last tensor")
     return _contents(source, top, storages, records)
 
 
 def _contents(source: Source, top: Any, storages: Mapping[str, Storage], records: Mapping[str, Record]) -> Contents:
     refs, facts = _named(source, top)
     for key in sorted(set(storages) ^ set(records), key=lambda key: key in records):  # the missing ones first
-        raise source.error(
-            f"storage {key} is {'missing' if key in storages else 'used by no tensor'}; download it again"
-        )
+        raise source.damaged(f"storage {key} is {'missing' if key in storages else 'used by no tensor'}")
     for key, storage in storages.items():
         if storage.size != records[key].size:
-            raise source.error(
-                f"storage {key} has {records[key].size} bytes where {storage.numel} numbers are expected; download it again"
+            raise source.damaged(
+                f"storage {key} has {records[key].size} bytes where {storage.numel} numbers are expected"
             )
     for ref in refs.values():
         records[ref.storage.key].users += 1
@@ -190,19 +184,17 @@ def _checked(source: Source, key: str, ref: TensorRef, records: Mapping[str, Rec
     """The tensor, if it lies within its storage. All in Python's integers, which do not overflow."""
     capacity = ref.storage.size // ref.dtype.itemsize
     if len(ref.shape) > MAX_RANK or len(ref.shape) != len(ref.stride):
-        raise source.error(
-            f"{key} has {len(ref.shape)} dimensions and {len(ref.stride)} strides; download it again", key
-        )
+        raise source.damaged(f"{key} has {len(ref.shape)} dimensions and {len(ref.stride)} strides", key)
     if ref.offset < 0 or any(n < 0 for n in ref.shape) or any(n < 0 for n in ref.stride):
-        raise source.error(f"{key} has a negative size, stride or offset; download it again", key)
+        raise source.damaged(f"{key} has a negative size, stride or offset", key)
     spec = Spec(ref.dtype, ref.shape, ref.stride, ref.offset, records[ref.storage.key])
     if any(n >= 2**63 for n in (*ref.stride, ref.offset)) or (not spec.numel and not spec.is_possible):
-        raise source.error(f"{key} has an absurd size, stride or offset; download it again", key)
+        raise source.damaged(f"{key} has an absurd size, stride or offset", key)
     last = ref.offset + sum((n - 1) * step for n, step in zip(ref.shape, ref.stride, strict=True))
     if (spec.numel and last >= capacity) or (not spec.numel and ref.offset > capacity):
-        raise source.error(f"{key} reaches beyond its storage of {capacity} numbers; download it again", key)
+        raise source.damaged(f"{key} reaches beyond its storage of {capacity} numbers", key)
     if spec.numel > MAX_EXPANSION * capacity:
-        raise source.error(f"{key} claims {spec.numel} numbers and stores {capacity}; download it again", key)
+        raise source.damaged(f"{key} claims {spec.numel} numbers and stores {capacity}", key)
     # a dimension of one never steps: torch writes any stride there
     normal = tuple(
         own if n != 1 else usual for n, own, usual in zip(ref.shape, ref.stride, contiguous(ref.shape), strict=True)
@@ -237,17 +229,13 @@ def _named(source: Source, top: Any) -> tuple[dict[str, TensorRef], dict[str, st
         prefix, room, depth = rooms.pop()
         seen += 1 + len(room)
         if seen > 10 * MAX_TENSORS:
-            raise source.error(
-                f"names more than {10 * MAX_TENSORS} things, far more than a model needs; use a .safetensors of this model"
-            )
+            what = f"names more than {10 * MAX_TENSORS} things, far more than a model needs"
+            raise source.error(f"{what}; {REMEDY}")
         for name, value in room.items():
             key = f"{prefix}{name}"
             if type(value) is TensorRef:
                 if key in found or len(found) >= MAX_TENSORS:
-                    raise source.error(
-                        f"names {key} twice, or has more than {MAX_TENSORS} tensors; use a .safetensors of this model",
-                        key,
-                    )
+                    raise source.error(f"names {key} twice, or has more than {MAX_TENSORS} tensors; {REMEDY}", key)
                 found[key] = value
             elif isinstance(value, dict) and depth < 3:
                 rooms.append((f"{key}.", value, depth + 1))

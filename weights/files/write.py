@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import pickle
 import zipfile
@@ -17,24 +18,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm.disk import write_all
+from ldm.disk import replacing, require_space, write_all
 from ldm.errors import ArgumentError, OutputError
-from weights.files.folders import Folder
-from weights.files.opened import DTYPES, Weights
-from weights.files.output import replacing, require_space
+from weights.files.opened import DTYPES, Tensors
 from weights.files.rebuild import STORAGES
 from weights.files.torchfiles import contiguous
 
 Shape = tuple[int, ...]
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-TORCH_FILES = (
-    ".ckpt",
-    ".pt",
-    ".pth",
-    ".bin",
-)  # what ends so is written as torch.save does; everything else as .safetensors
-ALIGNMENT = 64  # bytes, of the numbers in a torch file: what torch itself keeps, so that they can be mapped
+TORCH_FILES = (".ckpt", ".pt", ".pth", ".bin")  # written as torch.save does; all others are written as .safetensors
+ALIGNMENT = 64  # bytes, of the numbers in a torch file: as torch itself aligns them, so that they can be mapped
 
 
 @dataclass(frozen=True)
@@ -62,23 +56,20 @@ class Pending:
     @property
     def size(self) -> int:
         """In bytes."""
-        size = self.dtype.itemsize
-        for n in self.shape:
-            size *= n
-        return size
+        return self.dtype.itemsize * math.prod(self.shape)
 
 
-def guarded(files: Iterable[Weights | Folder], on_write: OnWrite | None) -> OnWrite:
-    """`on_write`, that before the result takes its name refuses sources that were written to meanwhile."""
+def guarded(files: Iterable[Tensors], on_write: OnWrite | None) -> OnWrite:
+    """`on_write`, which before the result takes its name refuses sources that were written to meanwhile."""
 
-    def told(written: Written) -> None:
+    def progress(written: Written) -> None:
         if written.done == written.total:
             for file in files:
                 file.require_unchanged()
         if on_write is not None:
             on_write(written)
 
-    return told
+    return progress
 
 
 def pending(tensor: Tensor, dtype: torch.dtype | None = None) -> Pending:
@@ -101,23 +92,17 @@ def write(
 ) -> Path:
     """Write a file of weights: `.safetensors`, or what torch.save writes where the name ends in one of TORCH_FILES.
 
-    All or nothing: a temporary file in the same directory takes the place of `path` when it is complete and on the disk. At most one tensor
-    is made at a time. In a torch file the tensors lie under "state_dict", with the metadata beside it.
+    All or nothing: a temporary file beside `path` takes its place when it is complete and on the disk.
+    At most one tensor is made at a time. In a torch file the tensors lie under "state_dict", the metadata beside it.
     Raises OutputError; ArgumentError for metadata that are not text.
     """
     path = Path(path)
     if not all(type(word) is str for pair in metadata.items() for word in pair):
         raise ArgumentError("metadata must be text: names and values", key="metadata")
-    unwritable = next(
-        (word for word in (*tensors, *metadata, *metadata.values()) if not word.isprintable() and _is_broken(word)),
-        None,
-    )
-    if unwritable is not None:
-        raise OutputError(
-            f"{unwritable[:60]} has half a character in its name, which no file can hold; drop it",
-            path=path,
-            key=unwritable,
-        )
+    broken = next((word for word in (*tensors, *metadata, *metadata.values()) if _is_broken(word)), None)
+    if broken is not None:
+        what = f"{broken[:60]} has half a character in its name, which no file can hold; drop it"
+        raise OutputError(what, path=path, key=broken)
     total, done = sum(entry.size for entry in tensors.values()), 0
 
     def report(name: str, tensor: Tensor) -> None:
@@ -134,29 +119,23 @@ def write(
 
 
 def _is_broken(word: str) -> bool:
-    """Has it half of a surrogate pair in it, which UTF-8 cannot say?"""
-    return any("\ud800" <= letter <= "\udfff" for letter in word)
+    """Has it half of a surrogate pair in it, which UTF-8 cannot hold?"""
+    return not word.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in word)
 
 
 def _safetensors(
     tensors: Mapping[str, Pending], path: Path, metadata: Mapping[str, str], descriptor: int, report: _Report
 ) -> None:
     if "__metadata__" in tensors:
-        raise OutputError(
-            "has a tensor named __metadata__, which a .safetensors cannot hold; write a .ckpt",
-            path=path,
-            key="__metadata__",
-        )
+        what = "has a tensor named __metadata__, which a .safetensors cannot hold; write a .ckpt"
+        raise OutputError(what, path=path, key="__metadata__")
     header: dict[str, object] = {"__metadata__": dict(metadata)}
     position = 0
     order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))  # widest first: all aligned
     for name in order:
         entry = tensors[name]
-        header[name] = {
-            "dtype": NAMES[entry.dtype],
-            "shape": list(entry.shape),
-            "data_offsets": [position, position + entry.size],
-        }
+        offsets = [position, position + entry.size]
+        header[name] = {"dtype": NAMES[entry.dtype], "shape": list(entry.shape), "data_offsets": offsets}
         position += entry.size
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
@@ -172,38 +151,34 @@ def _made(entry: Pending, path: Path, name: str) -> Tensor:
     if tuple(tensor.shape) != entry.shape:
         raise AssertionError(f"{name} was announced as {entry.shape} and is {tuple(tensor.shape)}")
     made = tensor.to(device="cpu", dtype=entry.dtype).contiguous()
-    may_overflow = (
-        made.dtype != tensor.dtype and torch.float16 == made.dtype
-    ) or tensor.dtype == torch.float64 != made.dtype
-    if may_overflow and not made.isinf().equal(tensor.cpu().isinf()):
+    narrower = made.dtype != tensor.dtype and (made.dtype == torch.float16 or tensor.dtype == torch.float64)
+    if narrower and not made.isinf().equal(tensor.cpu().isinf()):
         what = str(made.dtype).removeprefix("torch.")
-        raise OutputError(
-            f"{name} has numbers too large for {what}; write {'float32 or bfloat16' if what == 'float16' else 'float64'}",
-            path=path,
-            key=name,
-        )
+        wider = "float32 or bfloat16" if what == "float16" else "float64"
+        raise OutputError(f"{name} has numbers too large for {what}; write {wider}", path=path, key=name)
     return made
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 # --- torch files ----------------------------------------------------------------------------------------------------
 
 
+@dataclass
 class _Run:
     """A storage of the file, to be pickled as a persistent id."""
 
-    def __init__(self, key: str, entry: Pending):
-        self.key, self.entry = key, entry
+    key: str
+    entry: Pending
 
 
+@dataclass
 class _Stored:
     """A tensor of the file: all of its storage."""
 
-    def __init__(self, run: _Run):
-        self.run = run
+    run: _Run
 
     def __reduce__(self) -> tuple[Any, ...]:
         shape = self.run.entry.shape
@@ -229,15 +204,11 @@ def _torch(
     runs = {name: _Run(str(i), entry) for i, (name, entry) in enumerate(tensors.items())}
     odd = next((name for name, entry in tensors.items() if entry.dtype not in _STORAGE_TYPES), None)
     if odd:
-        raise OutputError(
-            f"{odd} has {tensors[odd].dtype} numbers, which this version does not write into torch files; write a .safetensors",
-            path=path,
-            key=odd,
-        )
+        what = f"{odd} has {tensors[odd].dtype} numbers, which this version does not write into torch files"
+        raise OutputError(f"{what}; write a .safetensors", path=path, key=odd)
     if "state_dict" in metadata:
-        raise ArgumentError(
-            "metadata: state_dict is where a torch file keeps its tensors; leave it out", key="metadata"
-        )
+        what = "metadata: state_dict is where a torch file keeps its tensors; leave it out"
+        raise ArgumentError(what, key="metadata")
     text = io.BytesIO()
     _Pickler(text, protocol=2).dump(
         {**metadata, "state_dict": OrderedDict((name, _Stored(run)) for name, run in runs.items())}

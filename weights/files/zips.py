@@ -40,33 +40,29 @@ class _Claim:
 def entries(source: Source) -> dict[str, Entry]:
     """Name -> entry, in the order of the directory.
 
-    Refused: compression, encryption, repeated names, and a file that is not exactly its entries followed by their directory.
+    Refused: compression, encryption, repeated names, and a file that is not its entries followed by their directory.
     """
     start, size, count = _directory(source)
     claims = _claims(source, source.read(start, size), count)
     if not claims:
-        raise source.error("is an empty zip archive; download it again")
+        raise source.damaged("is an empty zip archive")
     found: dict[bytes, Entry] = {}
     position = 0
     in_file_order = sorted(claims, key=lambda claim: claim.offset)
     for claim, following in zip(in_file_order, [*(c.offset for c in in_file_order[1:]), start], strict=True):
         if claim.offset != position:
-            what = (
-                "is a zip with bytes before its first entry"
-                if position == 0
-                else "is a zip whose entries overlap or leave holes"
-            )
-            raise source.error(f"{what}; download it again", claim.name.decode(errors="replace"))
+            what = "whose entries overlap or leave holes" if position else "with bytes before its first entry"
+            raise source.damaged(f"is a zip {what}", claim.name.decode(errors="replace"))
         entry = _local(source, claim, following)
         found[claim.name] = entry
         position = following
     seen: set[str] = set()
     for entry in found.values():
         if entry.name.casefold() in seen:
-            raise source.error(f"is a zip with two entries named {entry.name}; download it again", entry.name)
+            raise source.damaged(f"is a zip with two entries named {entry.name}", entry.name)
         seen.add(entry.name.casefold())
     if len(found) != len(claims):
-        raise source.error("is a zip with two entries of one name; download it again")
+        raise source.damaged("is a zip with two entries of one name")
     return {entry.name: entry for entry in (found[claim.name] for claim in claims)}
 
 
@@ -79,7 +75,7 @@ def contents(source: Source, entry: Entry, limit: int) -> bytes:
         )
     data = source.read(entry.start, entry.size)
     if zlib.crc32(data) != entry.crc:
-        raise source.error(f"is damaged: the checksum of {entry.name} is wrong; download it again", entry.name)
+        raise source.damaged(f"is damaged: the checksum of {entry.name} is wrong", entry.name)
     return data
 
 
@@ -90,10 +86,8 @@ def _directory(source: Source) -> tuple[int, int, int]:
     if len(tail) < 22 or tail[:4] != _END or tail[20:] != b"\0\0":
         rest = source.read(max(0, source.size - 66_000), min(66_000, source.size))
         if _END in rest:
-            raise source.error("is a zip with bytes after its end; download it again")
-        raise source.error(
-            f"is truncated: a zip whose directory is missing ({source.size} bytes are there); download it again"
-        )
+            raise source.damaged("is a zip with bytes after its end")
+        raise source.damaged(f"is truncated: a zip whose directory is missing ({source.size} bytes are there)")
     disk, first, here, count, size, start = struct.unpack("<HHHHII", tail[4:20])
     if end >= 20 + 56 and source.read(end - 20, 4) == _LOCATOR64:
         disk64, at, disks = struct.unpack("<IQI", source.read(end - 16, 16))
@@ -101,12 +95,12 @@ def _directory(source: Source) -> tuple[int, int, int]:
         length, _, _, disk_a, disk_b, here64, count64, size64, start64 = struct.unpack("<QHHIIQQQQ", record[4:])
         small = ((here, here64, _FULL16), (count, count64, _FULL16), (size, size64, _FULL32), (start, start64, _FULL32))
         if record[:4] != _END64 or at != end - 76 or length != 44 or disk64 or disks > 1 or disk_a or disk_b:
-            raise source.error("is a zip whose zip64 record is damaged; download it again")
+            raise source.damaged("is a zip whose zip64 record is damaged")
         if any(value not in (wide, full) for value, wide, full in small):
-            raise source.error("is a zip whose two end records disagree; download it again")
+            raise source.damaged("is a zip whose two end records disagree")
         here, count, size, start, end = here64, count64, size64, start64, end - 76
     if disk not in (0, _FULL16) or first not in (0, _FULL16) or here != count or start + size != end:
-        raise source.error("is a zip whose directory is not where it says; download it again")
+        raise source.damaged("is a zip whose directory is not where it says")
     if count > MAX_ENTRIES or size > 1024 * MAX_ENTRIES:
         raise source.error(
             f"is a zip with {count} entries, above the limit of {MAX_ENTRIES}; use a .safetensors of this model"
@@ -119,7 +113,7 @@ def _claims(source: Source, directory: bytes, count: int) -> list[_Claim]:
     while at < len(directory):
         header = directory[at : at + 46]
         if len(header) < 46 or header[:4] != _CENTRAL:
-            raise source.error("is a zip whose directory is damaged; download it again")
+            raise source.damaged("is a zip whose directory is damaged")
         flags, method = struct.unpack("<HH", header[8:12])
         crc, packed, size, name_length, extra_length, comment_length, disk = struct.unpack("<IIIHHHH", header[16:36])
         (offset,) = struct.unpack("<I", header[42:46])
@@ -127,7 +121,7 @@ def _claims(source: Source, directory: bytes, count: int) -> list[_Claim]:
         extra = directory[at + 46 + name_length : at + 46 + name_length + extra_length]
         at += 46 + name_length + extra_length + comment_length
         if at > len(directory):
-            raise source.error("is a zip whose directory is damaged; download it again")
+            raise source.damaged("is a zip whose directory is damaged")
         size, packed, offset = _wide(source, extra, (size, packed, offset))
         shown = name.decode(errors="replace")
         if flags & ~_KNOWN_FLAGS:
@@ -142,17 +136,17 @@ def _claims(source: Source, directory: bytes, count: int) -> list[_Claim]:
             raise source.error("is one part of a zip over several files; join them first")
         claims.append(_Claim(name, flags, crc, size, offset))
     if len(claims) != count:
-        raise source.error(f"is a zip that announces {count} entries and lists {len(claims)}; download it again")
+        raise source.damaged(f"is a zip that announces {count} entries and lists {len(claims)}")
     return claims
 
 
 def _wide(source: Source, extra: bytes, values: tuple[int, ...]) -> tuple[int, ...]:
-    """`values` (size, packed size, offset) with those that are full replaced from the zip64 field, as far as it has them."""
+    """`values` (size, packed size, offset), those that are full replaced from the zip64 field as far as it goes."""
     wide, at = b"", 0
     while at + 4 <= len(extra):
         tag, length = struct.unpack("<HH", extra[at : at + 4])
         if at + 4 + length > len(extra):
-            raise source.error("is a zip with a damaged extra field; download it again")
+            raise source.damaged("is a zip with a damaged extra field")
         if tag == 1:
             wide = extra[at + 4 : at + 4 + length]
         at += 4 + length
@@ -169,7 +163,7 @@ def _local(source: Source, claim: _Claim, following: int) -> Entry:
     shown = claim.name.decode(errors="replace")
     header = source.read(claim.offset, min(30, source.size - claim.offset) if claim.offset < source.size else 30)
     if len(header) < 30 or header[:4] != _LOCAL:
-        raise source.error(f"is a zip whose entry {shown} is not where the directory says; download it again", shown)
+        raise source.damaged(f"is a zip whose entry {shown} is not where the directory says", shown)
     flags, method = struct.unpack("<HH", header[6:10])
     crc, packed, size, name_length, extra_length = struct.unpack("<IIIHH", header[14:30])
     rest = source.read(claim.offset + 30, name_length + extra_length)
@@ -180,18 +174,16 @@ def _local(source: Source, claim: _Claim, following: int) -> Entry:
     else:
         agrees = agrees and (crc, size, packed) == (claim.crc, claim.size, claim.size)
     if not agrees:
-        raise source.error(f"is a zip whose entry {shown} and its directory disagree; download it again", shown)
+        raise source.damaged(f"is a zip whose entry {shown} and its directory disagree", shown)
     start = claim.offset + 30 + name_length + extra_length
     end = start + claim.size
     gap = following - end
     if end > source.size or gap < 0 or not _is_descriptor(source, claim, end, gap):
-        raise source.error(f"is a zip whose entries overlap or leave holes (at {shown}); download it again", shown)
+        raise source.damaged(f"is a zip whose entries overlap or leave holes (at {shown})", shown)
     try:
         return Entry(claim.name.decode(), start, claim.size, claim.crc)
     except UnicodeDecodeError:
-        raise source.error(
-            f"is a zip with an entry name that is not UTF-8 ({shown}); download it again", shown
-        ) from None
+        raise source.damaged(f"is a zip with an entry name that is not UTF-8 ({shown})", shown) from None
 
 
 def _is_descriptor(source: Source, claim: _Claim, end: int, gap: int) -> bool:

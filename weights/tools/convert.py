@@ -12,12 +12,11 @@ from pathlib import Path
 import torch
 
 from ldm.config import ModelConfig
-from ldm.disk import write_all
+from ldm.disk import replacing, replacing_directory, require_space, require_writable, write_all
 from ldm.errors import ArgumentError, FileError, OutputError
 from weights.files.folders import COMPONENTS, MAX_JSON, Folder, add_component, is_folder, read_json
 from weights.files.hashes import sha256_of
 from weights.files.opened import Weights, open_file
-from weights.files.output import replacing, replacing_directory, require_space, require_writable
 from weights.files.write import TORCH_FILES, OnWrite, Written, guarded, write
 from weights.folder.read import component
 from weights.models import open_any, require_dtype

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from ldm.config import ModelConfig
+from ldm.disk import require_writable
 from ldm.errors import ArgumentError, FileError
 from weights.files.folders import is_folder
 from weights.files.hashes import sha256_of
-from weights.files.output import require_writable
 from weights.files.write import OnWrite, Pending, cast, guarded, write
 from weights.models import open_any, require_dtype
 from weights.names.layout import reason

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from ldm.config import FAMILIES, ScheduleConfig
+from ldm.disk import require_writable
 from weights.files import torchfiles
 from weights.files.opened import Weights, kind_of, read_header
-from weights.files.output import require_writable
 from weights.files.source import Source
 from weights.files.write import TORCH_FILES, OnWrite, Pending, guarded, write
 from weights.plan import Refuse, short

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from ldm.errors import FileError
-from weights.files.hashes import CHUNK, PUBLISHED, Hashed, a1111_new, a1111_old, of_size, published, sha256
-from weights.files.source import Source
+from weights.files.hashes import PUBLISHED, Hashed, a1111_new, a1111_old, of_size, published, sha256
+from weights.files.source import CHUNK, Source
 
 
 @pytest.fixture
