@@ -1,16 +1,17 @@
-"""Noise schedules, grids, solvers and guidance: functions of tensors and floats, which know nothing of networks, text or files.
+"""Noise schedules, grids, solvers and guidance: functions of tensors and floats, unaware of networks, text or files.
 
-Every solver is `(denoise, x, sigmas) -> x` (see `core.Sampler`); `SAMPLERS` and `GRIDS` name them all.
+Every solver is `(denoise, x, sigmas) -> x` (see `core.Sampler`); `SAMPLERS` and `GRIDS` name them all. To add one, put
+it into its table: `SAMPLERS["mine"] = f` is known to every task and command at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from samplers.adams import lms, plms
-from samplers.core import Denoiser, Noise, OnStep, Sampler, Step
+from samplers.core import Denoiser, Noise, OnStep, Sampler, Sigmas, Step, watched
 from samplers.ddim import ddim, ddpm, lcm
 from samplers.dpmpp import dpmpp_2m, dpmpp_2m_sde, dpmpp_2s_ancestral, dpmpp_3m_sde, dpmpp_sde
 from samplers.euler import dpm_2, dpm_2_ancestral, euler, euler_ancestral, heun
@@ -23,36 +24,40 @@ from samplers.unipc import unipc
 SAMPLERS: dict[str, Sampler] = {
     sampler.__name__: sampler
     for sampler in (
-        ddim, ddpm, plms, euler, euler_ancestral, heun, dpm_2, dpm_2_ancestral, lms, dpmpp_2s_ancestral, dpmpp_2m, dpmpp_sde, dpmpp_2m_sde,
-        dpmpp_3m_sde, unipc, lcm,
+        ddim, ddpm, plms, euler, euler_ancestral, heun, dpm_2, dpm_2_ancestral, lms, dpmpp_2s_ancestral, dpmpp_2m,
+        dpmpp_sde, dpmpp_2m_sde, dpmpp_3m_sde, unipc, lcm,
     )
 }  # fmt: skip
 
-# The grid each sampler is used with unless another is asked for. The originals keep the spacing they were published with; a consistency
-# model starts at the noisiest level, which `trailing` has for any count; the k-diffusion family has Karras' levels, the least error at 10 to 30 steps.
-DEFAULT_GRID: dict[str, str] = dict.fromkeys(SAMPLERS, "karras") | {
-    "ddim": "ddim",
-    "ddpm": "ddim",
-    "plms": "ddim",
-    "lcm": "trailing",
-}
+
+class _DefaultGrid(dict[str, str]):
+    """Sampler -> grid. A sampler without an entry has Karras' levels, the least error at 10 to 30 steps."""
+
+    def __missing__(self, sampler: str) -> str:
+        return "karras"
 
 
-def calls(name: str, sigmas: Sequence[float]) -> int:
-    """Network calls that SAMPLERS[name] makes on this grid, counted by running it on a single number. Raises KeyError for an unknown name."""
-    count = 0
+# The grid each sampler is used with unless another is asked for. The originals keep the spacing they were published
+# with; a consistency model starts at the noisiest level, which `trailing` has for any count.
+ORIGINAL = {"ddim": "ddim", "ddpm": "ddim", "plms": "ddim", "lcm": "trailing"}
+DEFAULT_GRID: dict[str, str] = _DefaultGrid(dict.fromkeys(SAMPLERS, "karras") | ORIGINAL)
 
-    def denoise(x: torch.Tensor, sigma: float) -> torch.Tensor:
-        nonlocal count
-        count += 1
-        return x * 0
 
-    SAMPLERS[name](denoise, torch.zeros(1, 1, 1, 1), sigmas, noise=lambda shape: torch.zeros(tuple(shape)))
-    return count
+def calls(name: str, sigmas: Sigmas, **options: Any) -> int:
+    """Network calls that SAMPLERS[name] makes on this grid, counted by running it on a single number.
+
+    options  its own keywords, such as eta. Raises KeyError for an unknown name, and what the sampler raises
+    """
+    seen: list[Step] = []
+    denoise = watched(lambda x, sigma: x * 0, seen.append, 0)
+    SAMPLERS[name](denoise, torch.zeros(1, 1, 1, 1), sigmas, noise=lambda shape: torch.zeros(*shape), **options)
+    return len(seen)
 
 
 __all__ = [
-    "AYS_SD1", "AYS_SDXL", "DEFAULT_GRID", "GRIDS", "SAMPLERS", "Combine", "Denoiser", "Grid", "Guidance", "Noise", "OnStep", "Sampler", "Schedule",
-    "Step", "calls", "cfg", "ddim", "ddpm", "dpm_2", "dpm_2_ancestral", "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_2s_ancestral", "dpmpp_3m_sde", "dpmpp_sde",
-    "euler", "euler_ancestral", "finish", "heun", "karras", "keep_known", "lcm", "lms", "noised", "plms", "seeded", "start", "tail", "unipc",
+    "AYS_SD1", "AYS_SDXL", "DEFAULT_GRID", "GRIDS", "SAMPLERS", "Combine", "Denoiser", "Grid", "Guidance", "Noise",
+    "OnStep", "Sampler", "Schedule", "Sigmas", "Step", "calls", "cfg", "ddim", "ddpm", "dpm_2", "dpm_2_ancestral",
+    "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_2s_ancestral", "dpmpp_3m_sde", "dpmpp_sde", "euler", "euler_ancestral",
+    "finish", "heun", "karras", "keep_known", "lcm", "lms", "noised", "plms", "seeded", "start", "tail", "unipc",
+    "watched",
 ]  # fmt: skip

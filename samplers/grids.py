@@ -32,9 +32,9 @@ def at(schedule: Schedule, timesteps: Sequence[float]) -> list[float]:
 def ddim(schedule: Schedule, steps: int) -> list[float]:
     """The original DDIM spacing with exactly the steps asked for: t = i * (T // steps) + 1, then sigma of t = 0, not 0.
 
-    Where steps divides T these are the original's own; diffusers calls it "leading", offset 1. It leaves out the noisiest levels, the more
-    the fewer the steps (1 step starts at t = 1), and of more than T / 2 steps it has only t = steps ... 1. steps = T has no room for the
-    offset: t = T - 1 ... 0, then 0.
+    Where steps divides T these are the original's own; diffusers calls it "leading", offset 1. It leaves out the
+    noisiest levels, the more the fewer the steps (1 step starts at t = 1), and of more than T / 2 steps it has only
+    t = steps ... 1. steps = T has no room for the offset: t = T - 1 ... 0, then 0.
     """
     steps, last = checked(schedule, steps), schedule.steps
     if steps == last:
@@ -43,9 +43,10 @@ def ddim(schedule: Schedule, steps: int) -> list[float]:
 
 
 def ddim_original(schedule: Schedule, steps: int) -> list[float]:
-    """The original DDIM spacing with the original's own count: t = range(0, T, T // steps) + 1 (31 steps for 30), then sigma of t = 0.
+    """The original DDIM spacing with its own count: t = range(0, T, T // steps) + 1, then sigma of t = 0.
 
-    Raises ValueError, naming counts that work, where the original runs off the end of its table (t = T: 3, 9, 27, 36, ... steps).
+    30 steps become 31. Raises ValueError, naming counts that work, where the original runs off the end of its table
+    (t = T: 3, 9, 27, 36, ... steps).
     """
     steps, last = checked(schedule, steps), schedule.steps
 
@@ -54,24 +55,19 @@ def ddim_original(schedule: Schedule, steps: int) -> list[float]:
 
     if timesteps(steps)[-1] >= last:
         good = [n for n in range(1, last + 1) if timesteps(n)[-1] < last]
-        near = [
-            str(n)
-            for n in (
-                max((n for n in good if n < steps), default=None),
-                min((n for n in good if n > steps), default=None),
-            )
-            if n
-        ]
+        near = [n for n in good if n < steps][-1:] + [n for n in good if n > steps][:1]
         raise ValueError(
-            f"ddim_original has no {steps} steps, its first timestep would be {last}: use {' or '.join(near)}, or the grid ddim"
+            f"ddim_original has no {steps} steps, its first timestep would be {last}: "
+            f"use {' or '.join(map(str, near))}, or the grid ddim"
         )
     return [schedule.sigmas[t] for t in reversed(timesteps(steps))] + [schedule.sigma_min]
 
 
 def dpm_solver(schedule: Schedule, steps: int) -> list[float]:
-    """The original DPM-Solver spacing (Lu et al. 2022): times even from 1 to 1 / T, timestep (time - 1 / T) * T, ending at t = 0.
+    """The original DPM-Solver spacing (Lu et al. 2022): times even from 1 to 1 / T, down to timestep 0.
 
-    Times are rounded to float32 at every step, as the original's, so that the timesteps agree with it to the last bit.
+    The timestep of a time is (time - 1 / T) * T. Times are rounded to float32 at every step, as the original's, so that
+    the timesteps agree with it to the last bit.
     """
     last = schedule.steps
     times = torch.linspace(1, 1 / last, checked(schedule, steps) + 1, dtype=torch.float32)
@@ -79,29 +75,30 @@ def dpm_solver(schedule: Schedule, steps: int) -> list[float]:
 
 
 def discrete(schedule: Schedule, steps: int) -> list[float]:
-    """k-diffusion's grid: timesteps even from the last to 0, log sigma linear between the trained ones, then sigma 0."""
+    """k-diffusion's grid: timesteps even from the last to 0, log sigma linear between trained ones, then sigma 0."""
     t = np.linspace(schedule.steps - 1, 0, checked(schedule, steps))
     return [*np.exp(np.interp(t, np.arange(schedule.steps), np.log(schedule.sigmas))).tolist(), 0.0]
 
 
 def linspace(schedule: Schedule, steps: int) -> list[float]:
-    """Timesteps even from the last to 0, rounded to those trained (Lin et al. 2023, table 2, "linspace"), then sigma 0."""
+    """Timesteps even from the last to 0, rounded to trained ones (Lin et al. 2023, table 2, "linspace"), then 0."""
     return at(schedule, np.linspace(schedule.steps - 1, 0, checked(schedule, steps)).round().tolist())
 
 
 def trailing(schedule: Schedule, steps: int) -> list[float]:
-    """Timesteps round(T - i * T / steps) - 1 (Lin et al. 2023, table 2, "trailing"), then sigma 0. Suits few steps and zero_snr."""
+    """Timesteps round(T - i * T / steps) - 1 (Lin et al. 2023, "trailing"), then 0. Suits few steps and zero_snr."""
     steps, last = checked(schedule, steps), schedule.steps
     return at(schedule, [round(last - i * last / steps) - 1 for i in range(steps)])
 
 
 def sgm_uniform(schedule: Schedule, steps: int) -> list[float]:
-    """SDXL's own grid (generative-models): the floor of timesteps even from the last down to, not including, 0; then sigma 0."""
-    return at(schedule, np.floor(np.linspace(schedule.steps - 1, 0, checked(schedule, steps), endpoint=False)).tolist())
+    """SDXL's own grid (generative-models): the floor of timesteps even from the last to 0, without 0; then sigma 0."""
+    timesteps = np.linspace(schedule.steps - 1, 0, checked(schedule, steps), endpoint=False)
+    return at(schedule, np.floor(timesteps).tolist())
 
 
 def simple(schedule: Schedule, steps: int) -> list[float]:
-    """ComfyUI's "simple": every (T / steps)-th trained level from the top, T - 1 - floor(i * T / steps); then sigma 0."""
+    """ComfyUI's "simple": every (T / steps)-th trained level from the top, T - 1 - floor(i * T / steps); then 0."""
     steps, last = checked(schedule, steps), schedule.steps
     return at(schedule, [last - 1 - i * last // steps for i in range(steps)])
 
@@ -114,7 +111,7 @@ def karras(schedule: Schedule, steps: int, *, rho: float = 7.0) -> list[float]:
 
 
 def polyexponential(schedule: Schedule, steps: int, *, rho: float = 1.0) -> list[float]:
-    """log sigma a power of an even ramp: rho 1 is `exponential`, above 1 spends more steps at low noise, below 1 at high; then 0."""
+    """log sigma a power of an even ramp, then 0: rho 1 is `exponential`, more spends more steps at low noise."""
     ramp = np.linspace(1, 0, checked(schedule, steps)) ** rho
     low, high = math.log(schedule.sigma_min), math.log(schedule.sigma_max)
     return [*np.exp(low + ramp * (high - low)).tolist(), 0.0]
@@ -135,7 +132,7 @@ def beta(schedule: Schedule, steps: int, *, alpha: float = 0.6, beta: float = 0.
 
 
 def beta_quantile(p: np.ndarray, a: float, b: float) -> np.ndarray:
-    """x with I_x(a, b) = p, by bisection of the regularised incomplete beta function (DLMF 8.17.7, and 8.17.4 above one half)."""
+    """x with I_x(a, b) = p, by bisection of the incomplete beta function (DLMF 8.17.7, and 8.17.4 above one half)."""
     n = np.arange(64)
     norm = math.gamma(a + b) / (math.gamma(a) * math.gamma(b))
 
@@ -179,7 +176,7 @@ def ays_sdxl(schedule: Schedule, steps: int) -> list[float]:
 GRIDS: dict[str, Grid] = {
     grid.__name__: grid
     for grid in (
-        ddim, ddim_original, dpm_solver, discrete, trailing, linspace, karras, exponential, polyexponential, sgm_uniform, simple, beta,
-        ays, ays_sdxl,
+        ddim, ddim_original, dpm_solver, discrete, trailing, linspace, karras, exponential, polyexponential,
+        sgm_uniform, simple, beta, ays, ays_sdxl,
     )
 }  # fmt: skip

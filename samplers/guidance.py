@@ -15,8 +15,8 @@ from samplers.core import Denoiser
 class Combine(Protocol):
     """x0 of each condition -> one x0.
 
-    `needs(sigma)` gives the indices of the conditions that matter at this noise level, so that no network call is wasted on the others.
-    Call with x0 of every condition in order, or of just those in needs(sigma).
+    `needs(sigma)` gives the indices of the conditions that matter at this noise level, so that no network call is
+    wasted on the others. Call with x0 of every condition in order, or of just those in needs(sigma).
     """
 
     def needs(self, sigma: float) -> tuple[int, ...]: ...
@@ -72,9 +72,10 @@ class Guidance:
 def cfg(scale: float, rescale: float = 0.0, interval: tuple[float, float] | None = None) -> Guidance:
     """Classifier-free guidance (Ho & Salimans 2022, eq. 6, with scale = w + 1): x0 = uncond + scale * (cond - uncond).
 
-    scale     1 uses only cond, 0 only uncond: `needs` says so and one network pass suffices. A negative prompt is just another uncond
-    rescale   share of the way back to the deviation of cond, image by image (Lin et al. 2023, eq. 15-16), against over-exposure.
-              Taken on x0, where the over-exposure is seen; others take it on the network's eps or v
+    scale     1 uses only cond, 0 only uncond: `needs` says so and one network pass suffices. A negative prompt is just
+              another uncond
+    rescale   share of the way back to the deviation of cond, image by image (Lin et al. 2023, eq. 15-16), against
+              over-exposure. Taken on x0, where the over-exposure is seen; others take it on the network's eps or v
     interval  guide only for low < sigma <= high (Kynkaanniemi et al. 2024); elsewhere cond alone
     Raises ValueError for a scale that is not finite, a rescale outside [0, 1], or an empty interval.
     """
@@ -84,10 +85,11 @@ def cfg(scale: float, rescale: float = 0.0, interval: tuple[float, float] | None
 def keep_known(denoise: Denoiser, known: Tensor, mask: Tensor, noise: Tensor) -> Denoiser:
     """A denoiser that repaints only where the mask is 1: for inpainting with a model that has no mask input.
 
-    The network sees `known`, noised to its level, outside the mask, and x0 is `known` there (as in Lugmayr et al. 2022, eq. 8, on x0):
-    a grid that ends at 0 returns `known` outside the mask.
+    The network sees `known`, noised to its level, outside the mask, and x0 is `known` there (as in Lugmayr et al. 2022,
+    eq. 8, on x0): a grid that ends at 0 returns `known` outside the mask.
 
-    known  [b, c, h, w] clean latent;  mask [b or 1, 1, h, w] in [0, 1], 1 = repaint;  noise [b, c, h, w], the one that x started from
+    known  [b, c, h, w] clean latent;  mask [b or 1, 1, h, w] in [0, 1], 1 = repaint;  noise [b, c, h, w], the one that
+           x started from
     """
 
     def kept(x: Tensor, sigma: float) -> Tensor:

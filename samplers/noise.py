@@ -1,4 +1,4 @@
-"""Noise that depends on the seed of each image alone: not on the batch, the device or what else has drawn random numbers."""
+"""Noise that depends on the seed of each image alone: not on the batch, the device or other random numbers."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from samplers.core import Noise
 def seeded(seeds: Sequence[int], device: torch.device | str = "cpu") -> Noise:
     """Noise for a batch with one seed per image: image k draws from a generator of its own, seeded seeds[k].
 
-    Draws are float32 on the CPU and then moved, so every device sees the same numbers, and image k of a batch sees the same as if it were
-    made alone. A draw is a function of (seed, how many draws came before it, their shapes). Call `seeded` anew to begin again.
-    Returns noise(shape [b, ...]) -> N(0, 1) of that shape on `device`. Raises ValueError for a seed that is no integer of 64 bits,
-    for no seeds, and, when drawing, for a batch that is not one image per seed.
+    Draws are float32 on the CPU and then moved, so every device sees the same numbers, and image k of a batch sees the
+    same as if it were made alone. A draw is a function of (seed, how many draws came before it, their shapes). Call
+    `seeded` anew to begin again.
+    Returns noise(shape [b, ...]) -> N(0, 1) of that shape on `device`. Raises ValueError for a seed that is no integer
+    of 64 bits, for no seeds, and, when drawing, for a batch that is not one image per seed.
     """
     if len(seeds) == 0:
         raise ValueError("no seeds given: pass one integer per image, such as seeded([7])")

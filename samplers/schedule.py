@@ -1,6 +1,7 @@
-"""The noise schedule of training as sigmas, time grids as descending lists of sigmas, and where a picture enters and leaves them.
+"""The noise schedule of training as sigmas, and where a picture enters and leaves it.
 
-sigma = sqrt((1 - alpha_bar) / alpha_bar): x / sqrt(alpha_bar) = x0 + sigma * noise, for which every solver is a formula in sigma alone.
+sigma = sqrt((1 - alpha_bar) / alpha_bar): x / sqrt(alpha_bar) = x0 + sigma * noise, for which every solver is a formula
+in sigma alone.
 """
 
 from __future__ import annotations
@@ -17,11 +18,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Schedule:
-    """The levels that a network was trained at. sqrt(beta) rises linearly from sqrt(start) to sqrt(end) over `steps` timesteps from 0.
+    """The levels that a network was trained at: sqrt(beta) rises linearly from sqrt(start) to sqrt(end) over `steps`.
 
-    zero_snr  rescale to zero terminal signal (Lin et al. 2023, alg. 1), for v models trained so. The last level would be infinite; here
-              its signal sqrt(alpha_bar) is 2^-12 and sigma 4096: next to unit noise that is below half a unit in the last place of
-              float16, so no network can tell, and every grid and solver stays finite. (Or 3/4 of the signal before, if that is less.)
+    zero_snr  rescale to zero terminal signal (Lin et al. 2023, alg. 1), for v models trained so. The last level would
+              be infinite; here its signal sqrt(alpha_bar) is 2^-12 and sigma 4096: next to unit noise that is below
+              half a unit in the last place of float16, so no network can tell, and every grid and solver stays finite.
+              (Or 3/4 of the signal before, if that is less.)
     """
 
     start: float = 0.00085
@@ -59,10 +61,11 @@ class Schedule:
         return self.sigmas[-1]
 
     def timestep(self, sigma: float) -> float:
-        """The timestep of a noise level, fractional between the trained ones, exact at them, the nearest end outside them.
+        """The timestep of a noise level: exact at the trained ones, fractional between, the nearest end outside.
 
-        Between two timesteps log(alpha_bar) is linear in t: DPM-Solver's rule, and the one that meets the reference runs of both origins.
-        k-diffusion's, log(sigma) linear, differs by up to 3 % of sigma below t = 1, by 1e-5 of it above t = 100; only `discrete` needs it.
+        Between two timesteps log(alpha_bar) is linear in t: DPM-Solver's rule, and the one that meets the reference
+        runs of both origins. k-diffusion's, log(sigma) linear, differs by up to 3 % of sigma below t = 1, by 1e-5 of it
+        above t = 100; only `discrete` needs it.
         Raises ValueError if sigma is negative or not a number.
         """
         if not sigma >= 0:
@@ -87,20 +90,23 @@ class Schedule:
 
 
 def start(noise: Tensor, sigmas: Sequence[float]) -> Tensor:
-    """Pure noise [b, c, h, w] as x at noise level sigmas[0], scaled to the variance 1 + sigma^2 of a noised unit-variance latent."""
+    """Pure noise [b, c, h, w] as x at level sigmas[0]: scaled to the variance 1 + sigma^2 of a noised unit latent."""
     return noise * math.sqrt(1 + sigmas[0] ** 2)
 
 
 def finish(x: Tensor, sigmas: Sequence[float]) -> Tensor:
-    """The latent of x at noise level sigmas[-1]: x / sqrt(1 + sigma^2), x itself for a grid that ends at 0. The original DDIM, PLMS and
-    DPM-Solver grids end at 0.0292, and what little noise is left is shrunk rather than removed, as they do."""
+    """The latent of x at noise level sigmas[-1]: x / sqrt(1 + sigma^2), x itself for a grid that ends at 0.
+
+    The original DDIM, PLMS and DPM-Solver grids end at 0.0292, and the noise that is left is shrunk, not removed.
+    """
     return x / math.sqrt(1 + sigmas[-1] ** 2)
 
 
 def tail(sigmas: Sequence[float], strength: float) -> list[float]:
     """The last int(steps * strength) steps of a grid: what img2img denoises. strength in (0, 1], 1 is all of it.
 
-    Raises ValueError for a strength outside (0, 1], or too small for a single step; the message names the least that is not.
+    Raises ValueError for a strength outside (0, 1], or too small for a single step; the message names the least that is
+    not.
     """
     steps = len(sigmas) - 1
     if not 0 < strength <= 1:
@@ -115,11 +121,11 @@ def tail(sigmas: Sequence[float], strength: float) -> list[float]:
 def noised(
     x0: Tensor, noise: Tensor, sigmas: Sequence[float], *, strength: float = 1.0, original: bool = False
 ) -> tuple[Tensor, list[float]]:
-    """(x, sigmas) to begin img2img with: the clean latent x0 noised to the first level of `tail(sigmas, strength)`, and that tail.
+    """(x, sigmas) to begin img2img with: the clean latent x0, noised to the first level of `tail`, and that tail.
 
-    original  as the first published scripts: noise of the level before the tail's first, one step noisier than what is then denoised,
-              rescaled to the variance that the first level expects. At strength 1 no such level exists and the tail loses a step instead
-              (the later scripts' clamp).
+    original  as the first published scripts: noise of the level before the tail's first, one step noisier than what is
+              then denoised, rescaled to the variance that the first level expects. At strength 1 no such level exists
+              and the tail loses a step instead (the later scripts' clamp).
     x0, noise [b, c, h, w]. Raises ValueError as `tail` does.
     """
     part = tail(sigmas, strength)

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import numpy as np
 from torch import Tensor
 
-from samplers.core import Denoiser, Noise, OnStep, Step, pairs
+from samplers.core import Denoiser, Noise, Sigmas, pairs
 
-POINTS, WEIGHTS = np.polynomial.legendre.leggauss(
-    24
-)  # on [-1, 1]: exact to rounding for every step between two trained levels
+# on [-1, 1]: exact to rounding for every step between two trained levels
+POINTS, WEIGHTS = np.polynomial.legendre.leggauss(24)
 
 
 def moments(h: float, count: int) -> list[float]:
@@ -24,8 +22,8 @@ def moments(h: float, count: int) -> list[float]:
 def coefficients(r: list[float], h: float) -> list[float]:
     """Weights of x0(r_k) - x0(0), over a step of lambda that runs from u = 0 to u = 1.
 
-    They integrate polynomials in u exactly (Zhao et al. 2023, theorem 3.1: R_p a_p B(h) = phi_p); B(h) cancels, but for a single r,
-    where the paper sets a = 1/2 and B is its B_2(h) = exp(h) - 1, for x0 prediction 1 - exp(-h).
+    They integrate polynomials in u exactly (Zhao et al. 2023, theorem 3.1: R_p a_p B(h) = phi_p); B(h) cancels, but for
+    a single r, where the paper sets a = 1/2 and B is its B_2(h) = exp(h) - 1, for x0 prediction 1 - exp(-h).
     """
     if len(r) <= 1:
         return [-math.expm1(-h) / (2 * node) for node in r]
@@ -44,23 +42,20 @@ def advance(x: Tensor, x0: Tensor, others: list[tuple[float, Tensor]], lam: floa
 def unipc(
     denoise: Denoiser,
     x: Tensor,
-    sigmas: Sequence[float],
+    sigmas: Sigmas,
     *,
     order: int = 2,
     lower_order_final: bool = True,
     noise: Noise | None = None,
-    on_step: OnStep | None = None,
 ) -> Tensor:
-    """UniPC-p in x0 prediction with B_2 (Zhao et al. 2023, section 3: predictor UniP-p, corrector UniC-p), lambda = -log sigma.
+    """UniPC-p in x0 prediction with B_2 (Zhao et al. 2023, section 3: predictor UniP-p, corrector UniC-p).
 
-    Every prediction is corrected once the network has been called there for the next step; x0 is not computed again at the corrected x.
+    lambda = -log sigma. Every prediction is corrected once the network has been called there for the next step; x0 is
+    not computed again at the corrected x.
 
-    x       [b, c, h, w] float32 at noise level sigmas[0]
-    sigmas  descending; a last step to 0 is of first order
-    order   p: 2 is the authors' choice with guidance, 3 without; the first steps have lower order
-    lower_order_final  the last steps fall back to order 1, as in the authors' code: better in few steps, but then the order is 2 in all;
-            without it, p + 1
-    Returns x at noise level sigmas[-1], after one network call per step. Raises ValueError for an order below 1.
+    order              p, 1 or more: 2 is the authors' choice with guidance, 3 without; the first steps have a lower one
+    lower_order_final  the last steps fall back to order 1, as in the authors' code: better in few steps, but then the
+                       order is 2 in all; without it, p + 1
     """
     if order < 1:
         raise ValueError(f"order is {order}: give 1, 2 or 3")
@@ -72,8 +67,6 @@ def unipc(
         if past:
             (last, last_x0), *older = past
             x = advance(base, last_x0, [*older[: p - 1], (lam, x0)], last, lam - last)
-        if on_step:
-            on_step(Step(i, len(steps), sigma, x, x0))
         if sigma_next == 0:
             return x0
         past = [(lam, x0), *past[: order - 1]]

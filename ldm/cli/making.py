@@ -121,7 +121,7 @@ def _pictures(
         part = items[first : first + args.batch]
         title = f"{done + first + 1}-{done + first + len(part)} of {total}" if total > 1 else ""
         with terminal.progress(title) as watch:
-            on_step = place.previewing(loaded.model, args.preview, watch) if args.preview else watch
+            on_step = place.previewing(loaded.model, args.preview, sampling, watch) if args.preview else watch
             pictures = cell.drawing.draw(
                 loaded.model, [item.prompt for item in part], seeds=[cell.seeds[item.offset] for item in part], negative=getattr(args, "negative", None),
                 on_step=on_step, **keywords,
@@ -269,7 +269,7 @@ def animate(args: argparse.Namespace, readers: Readers) -> None:
     sampling = settings.sampling(args, embeddings)
     keywords = {field.name: getattr(sampling, field.name) for field in fields(Sampling)}
     with terminal.progress(f"{args.frames} frames") as watch:
-        on_step = place.previewing(loaded.model, args.preview, watch) if args.preview else watch
+        on_step = place.previewing(loaded.model, args.preview, sampling, watch) if args.preview else watch
         frames = tasks.interpolate(
             loaded.model, prompts, seeds=seeds, frames=args.frames, width=width, height=height, batch=args.batch, negative=args.negative, on_step=on_step, **keywords
         )  # fmt: skip

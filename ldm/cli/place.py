@@ -16,6 +16,7 @@ from ldm.errors import ArgumentError, NonFinite, OutputError
 from ldm.limits import precision
 from ldm.model import LatentDiffusion
 from ldm.pictures import sheets, write
+from ldm.tasks.job import Sampling
 from samplers import OnStep, Step
 
 
@@ -85,12 +86,15 @@ class Place:
             frames, next(names) if self.overwrite else names, kind=kind, fps=fps, overwrite=self.overwrite
         )
 
-    def previewing(self, model: LatentDiffusion, every: int, watch: OnStep) -> OnStep:
-        """`watch`, and every few steps the current x0 of the batch in a file, the same all through the run."""
+    def previewing(self, model: LatentDiffusion, every: int, sampling: Sampling, watch: OnStep) -> OnStep:
+        """`watch`, and after every few steps the current x0 of the batch in a file, the same all through the run."""
+        sigmas = sampling.sigmas(model.schedule)
+        steps, total = len(sigmas) - 1, sampling.calls(sigmas)
 
         def on_step(step: Step) -> None:
             watch(step)
-            if (step.index + 1) % every == 0:
+            before, after = (calls * steps // total for calls in (step.index, step.index + 1))  # whole steps
+            if after > before and after % every == 0:
                 try:
                     pictures = images.to_pil(precision.decode(model, step.x0))
                 except (

@@ -52,7 +52,7 @@ def progress(title: str) -> Iterator[OnStep]:
         return
     from tqdm import tqdm
 
-    with tqdm(desc=title, unit="step", leave=False, file=sys.stderr) as bar:
+    with tqdm(desc=title, unit="call", leave=False, file=sys.stderr) as bar:
 
         def on_step(step: Step) -> None:
             bar.total = step.total

@@ -11,7 +11,6 @@ from itertools import groupby
 from numbers import Integral, Real
 from typing import Any
 
-import torch
 from PIL import Image
 from torch import Tensor
 
@@ -21,9 +20,10 @@ from ldm.denoiser import guided
 from ldm.errors import ArgumentError, NonFinite
 from ldm.images import to_pil
 from ldm.limits import precision
+from ldm.limits.recover import is_finite
 from ldm.model import LatentDiffusion
-from samplers import DEFAULT_GRID, GRIDS, SAMPLERS, Guidance, Schedule, cfg, finish, noised, seeded, start, tail
-from samplers.core import Denoiser, Noise, OnStep, Step
+from samplers import DEFAULT_GRID, GRIDS, SAMPLERS, Guidance, Schedule, calls, cfg, finish, noised, seeded, start, tail
+from samplers.core import Denoiser, Noise, OnStep, Step, watched
 
 MAX_CFG = 100.0
 
@@ -91,6 +91,15 @@ class Sampling:
             return GRIDS[self.grid_name(schedule)](schedule, self.steps)
         except ValueError as error:
             raise ArgumentError(f"steps: {error}", key="steps") from None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The sampler's own keywords."""
+        return {} if self.eta is None else {"eta": self.eta}
+
+    def calls(self, sigmas: Sequence[float]) -> int:
+        """Network calls that the sampler makes on this grid."""
+        return calls(self.sampler, sigmas, **self.options)
 
 
 # --- checks ---------------------------------------------------------------------------------------------------------
@@ -166,7 +175,7 @@ class Job:
         None  # what to steer away from; None: what the model was trained to steer away from when nothing is said
     )
     batch: int | None = None  # pictures made at once; None: all
-    on_step: OnStep | None = None  # told before each update
+    on_step: OnStep | None = None  # gets every network call as a Step, before its result is used
     sampling: Sampling = field(default_factory=Sampling)
 
     @staticmethod
@@ -229,18 +238,20 @@ class Job:
         return guided(model, conds, self.sampling.guidance)
 
     def solve(self, denoise: Denoiser, x: Tensor, sigmas: Sequence[float], noise: Noise) -> Tensor:
-        """From x at noise level sigmas[0] to x at sigmas[-1]. Raises NonFinite, naming the step, as soon as a value is NaN or infinite."""
+        """From x at noise level sigmas[0] to x at sigmas[-1]. Raises NonFinite, naming the step, at the first NaN or infinity."""
+        steps, total = len(sigmas) - 1, self.sampling.calls(sigmas)
 
-        def checked(step: Step) -> None:
-            if not torch.isfinite(step.x0).all():
+        def report(step: Step) -> None:
+            if not is_finite(step.x0):
                 raise NonFinite(
-                    f"step {step.index + 1} of {step.total} (sigma {step.sigma:.4g}): NaN or infinity; use float32 or bfloat16, or check the weights"
+                    f"step {step.index * steps // total + 1} of {steps} (sigma {step.sigma:.4g}): NaN or infinity; "
+                    "use float32 or bfloat16, or check the weights"
                 )
             if self.on_step:
                 self.on_step(step)
 
-        keywords = {} if self.sampling.eta is None else {"eta": self.sampling.eta}
-        return SAMPLERS[self.sampling.sampler](denoise, x, sigmas, noise=noise, on_step=checked, **keywords)
+        sampler = SAMPLERS[self.sampling.sampler]
+        return sampler(watched(denoise, report, total), x, sigmas, noise=noise, **self.sampling.options)
 
     def draw(self, model: LatentDiffusion, denoise: Denoiser, first: Tensor, noise: Noise) -> Tensor:
         """Latents from nothing but noise, `first` [b, c, h, w]; `noise` is what the sampler draws from on the way."""

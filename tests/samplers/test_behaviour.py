@@ -12,7 +12,7 @@ from torch import Tensor
 import samplers
 from benchmarks.models.mixture import SCHEDULE, exact, slope
 from benchmarks.models.seeded import normal, weight
-from samplers import DEFAULT_GRID, GRIDS, SAMPLERS, Schedule, Step, calls, ddim, ddpm, finish, seeded, start
+from samplers import DEFAULT_GRID, GRIDS, SAMPLERS, Schedule, Step, calls, ddim, ddpm, finish, seeded, start, watched
 
 NOISY = [
     "ddpm",
@@ -93,16 +93,24 @@ def test_a_single_step_to_zero_returns_x0(name):
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_the_observer_sees_every_step_before_the_update(name):
+def test_every_network_call_is_reported_before_its_result_is_used(name):
     seen: list[Step] = []
+    asked: list[tuple[Tensor, float]] = []
+
+    def denoise(x: Tensor, sigma: float) -> Tensor:
+        asked.append((x, sigma))
+        assert len(seen) == len(asked) - 1
+        return exact(x, sigma)
+
     sigmas = GRIDS["karras"](SCHEDULE, 5)
-    x = normal("x_T", (1, 4, 4, 4)) * sigmas[0]
-    SAMPLERS[name](exact, x, sigmas, noise=seeded([0]), on_step=seen.append)
-    assert [(step.index, step.total, step.sigma) for step in seen] == [
-        (i, 5, sigma) for i, sigma in enumerate(sigmas[:-1])
-    ]
+    x, total = normal("x_T", (1, 4, 4, 4)) * sigmas[0], calls(name, sigmas)
+    plain = SAMPLERS[name](exact, x, sigmas, noise=seeded([0]))
+    assert torch.equal(SAMPLERS[name](watched(denoise, seen.append, total), x, sigmas, noise=seeded([0])), plain)
+    assert [(step.index, step.total) for step in seen] == [(i, total) for i in range(total)]
+    assert all(step.x is x and step.sigma == sigma for step, (x, sigma) in zip(seen, asked, strict=True))
+    assert all(torch.equal(step.x0, exact(step.x, step.sigma)) for step in seen)
     assert torch.equal(seen[0].x, x)
-    assert torch.equal(seen[0].x0, exact(x, sigmas[0]))
+    assert {*sigmas[:-1]} <= {step.sigma for step in seen}
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
@@ -213,6 +221,7 @@ def test_network_calls_are_counted_not_written_down():
         ("heun", "dpm_2", "dpm_2_ancestral", "dpmpp_2s_ancestral", "dpmpp_sde"), 19
     ) | {"plms": 11}
     assert calls("heun", GRIDS["ddim"](SCHEDULE, 10)) == 20  # the original grids do not end at 0
+    assert calls("dpm_2_ancestral", ten, eta=1e3) == 10  # all of the noise is fresh: each step goes down to 0 first
 
 
 @pytest.mark.parametrize("name", SAMPLERS)

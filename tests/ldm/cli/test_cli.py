@@ -14,6 +14,7 @@ import sys
 import time
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -28,7 +29,8 @@ from ldm.errors import NonFinite
 from ldm.limits import precision
 from ldm.pictures import write
 from ldm.pictures.read import open_image, read_metadata
-from samplers import GRIDS, SAMPLERS
+from ldm.tasks.job import Sampling
+from samplers import GRIDS, SAMPLERS, Schedule, Step, euler, karras
 from tests.made.families import build
 from weights.models import load
 
@@ -216,6 +218,25 @@ def test_a_preview_shows_the_current_estimate_in_one_file(here, ldm, monkeypatch
     assert seen == [(88, 48)] * 3 + [(32, 32)] * 2 + [(32, 32)] * 3 + [(32, 32)]
     assert ldm("txt2img 'a cat' --ckpt tiny.safetensors --seed 7 --steps 6 --preview --out cat.png").code == 0
     assert Path("cat-preview.png").exists()
+
+
+@pytest.mark.parametrize(("sampler", "previewed"), [("dpmpp_2m", [1, 3, 5]), ("heun", [3, 7, 10]), ("plms", [2, 4, 6])])
+def test_previews_count_steps_where_some_take_two_network_calls(tmp_path, monkeypatch, sampler, previewed):
+    seen, x, schedule = [], torch.zeros(1), Schedule()
+
+    def decode(model, x0):
+        seen.append(int(x0))
+        raise NonFinite("too early")
+
+    monkeypatch.setattr(place.precision, "decode", decode)
+    sampling, reported = Sampling(sampler=sampler, steps=6), []
+    total = sampling.calls(sampling.sigmas(schedule))
+    home = place.Place(tmp_path, is_file=False, overwrite=False)
+    on_step = home.previewing(SimpleNamespace(schedule=schedule), 2, sampling, reported.append)
+    for i in range(total):
+        on_step(Step(i, total, 1.0, x, x + i))
+    assert seen == previewed
+    assert len(reported) == total == previewed[-1] + 1
 
 
 def test_a_preview_that_cannot_be_drawn_is_left_out(here, ldm, monkeypatch):
@@ -613,6 +634,34 @@ def test_samplers_lists_everything_with_its_real_cost(ldm):
     assert "(Song et al. 2021, eq. 12)" in text
     assert "  t      901 801 701 601 501 401 301 201 101 1 end" in result.lines
     assert any(line.startswith("  sigma  14.61 9.103 ") for line in result.lines)
+
+
+def test_a_sampler_and_a_grid_of_ones_own_work_in_every_command(here, ldm, monkeypatch):
+    def mine(denoise, x, sigmas, *, noise=None):
+        """Euler's method under another name."""
+        return euler(denoise, x, sigmas)
+
+    def coarse(schedule, steps):
+        """Half of the steps asked for."""
+        return karras(schedule, (steps + 1) // 2)
+
+    monkeypatch.setitem(SAMPLERS, "mine", mine)
+    monkeypatch.setitem(GRIDS, "coarse", coarse)
+    for options, same in (
+        ("--sampler mine --steps 2", "--sampler euler --steps 2"),
+        ("--sampler mine --grid coarse --steps 4", "--sampler euler --steps 2"),
+    ):
+        for out, given in (("a.png", options), ("b.png", same)):
+            assert ldm(f"txt2img 'a cat' {QUICK} --overwrite --out {out} {given}").errors == []
+        assert np.array_equal(open_image("a.png"), open_image("b.png"))
+        facts = read_metadata("a.png")
+        assert (facts["sampler"], facts["grid"]) == ("mine", "coarse" if "coarse" in options else "karras")
+    assert ldm(f"txt2img 'a cat' {QUICK} --grid-of sampler=mine,euler --grid-of grid=coarse,karras").errors == []
+    text = "\n".join(ldm("samplers --steps 10").lines)
+    assert re.search(r"^mine +karras +10  Euler's method under another name\.$", text, re.MULTILINE)
+    assert re.search(r"^coarse +Half of the steps asked for\.$", text, re.MULTILINE)
+    (error,) = ldm(f"txt2img 'a cat' {QUICK} --sampler mind").errors
+    assert error.startswith("ldm: error: --sampler: 'mind' is unknown; mine?")
 
 
 def test_samplers_says_where_a_grid_has_no_such_count(ldm):

@@ -59,6 +59,11 @@ def test_a_denoiser_that_is_no_network_is_watched_too():
     sigmas = job.sampling.sigmas(Schedule())
     with pytest.raises(NonFinite, match=r"step 3 of 4 .*: NaN or infinity"):
         job.solve(denoise, torch.ones(1, 4, 2, 2), sigmas, seeded([1]))
+    calls.clear()  # the third network call belongs to the second step of Heun's
+    with pytest.raises(NonFinite, match=r"step 2 of 4 .*: NaN or infinity"):
+        replace(job, sampling=Sampling(steps=4, sampler="heun")).solve(
+            denoise, torch.ones(1, 4, 2, 2), sigmas, seeded([1])
+        )
 
 
 def test_a_vae_that_gives_nan_is_an_error_and_no_picture():

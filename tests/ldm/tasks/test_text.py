@@ -18,7 +18,8 @@ from ldm.conditioning.tokenizer import TruncationWarning
 from ldm.errors import ArgumentError
 from ldm.images import to_pil
 from ldm.tasks import hires, img2img, txt2img
-from samplers import GRIDS, SAMPLERS, Step, cfg, dpmpp_2m, finish, karras, seeded, start
+from ldm.tasks.job import Sampling
+from samplers import GRIDS, SAMPLERS, Schedule, Step, cfg, dpmpp_2m, finish, karras, seeded, start
 from tests.made.families import batch_sizes, borrowed
 from tests.made.pictures import levels, levels_of, photo_of
 
@@ -158,6 +159,32 @@ def test_every_step_is_reported_in_float32_whatever_the_model_computes_in(model)
     assert [(step.index, step.total) for step in steps] == [(0, 3), (1, 3), (2, 3)]
     assert {tensor.dtype for step in steps for tensor in (step.x, step.x0)} == {torch.float32}
     assert levels([image]).std() > 1
+
+
+def test_every_network_call_is_reported_where_a_step_takes_two(model):
+    steps: list[Step] = []
+    txt2img(model, "a", seeds=[1], steps=3, sampler="heun", on_step=steps.append)
+    assert [(step.index, step.total) for step in steps] == [(i, 5) for i in range(5)]
+    sigmas = karras(model.schedule, 3)
+    assert [step.sigma for step in steps] == [sigmas[0], sigmas[1], sigmas[1], sigmas[2], sigmas[2]]
+
+
+def test_a_sampler_and_a_grid_of_ones_own_need_no_second_table(model, monkeypatch):
+    def mine(denoise, x, sigmas, *, eta=0.5, noise=None):
+        return SAMPLERS["ddim"](denoise, x, sigmas, eta=eta, noise=noise)
+
+    def coarse(schedule, steps):
+        return karras(schedule, steps)[::2]
+
+    monkeypatch.setitem(SAMPLERS, "mine", mine)
+    monkeypatch.setitem(GRIDS, "coarse", coarse)
+    assert Sampling(sampler="mine").grid_name(Schedule()) == "karras"
+    assert Sampling(sampler="mine").grid_name(Schedule(zero_snr=True)) == "trailing"
+    seen: list[Step] = []
+    (picture,) = txt2img(model, "a", seeds=[1], steps=4, sampler="mine", grid="coarse", eta=0.0, on_step=seen.append)
+    assert [(step.total, step.sigma) for step in seen] == [(2, sigma) for sigma in karras(model.schedule, 4)[:-1:2]]
+    monkeypatch.setitem(GRIDS, "karras", coarse)
+    assert picture == txt2img(model, "a", seeds=[1], steps=4, sampler="euler")[0]
 
 
 def test_a_prompt_that_is_cut_is_reported(model):
