@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -141,17 +141,9 @@ def stopwatch(path: Path) -> Iterator[None]:
 Read = Callable[[ndarray], quality.Reading]
 
 
-@dataclass(frozen=True)
-class Score:
+def score(right: Sequence[bool]) -> dict[str, Any]:
     """How many of n pictures show all of what they were asked for."""
-
-    n: int
-    right: int
-    share: float
-
-    @classmethod
-    def of(cls, marks: Sequence[bool]) -> Score:
-        return cls(len(marks), sum(marks), round(float(np.mean(marks)), 4))
+    return {"n": len(right), "right": sum(right), "share": round(float(np.mean(right)), 4)}
 
 
 def marks(pictures: Sequence[ndarray], scenes: Sequence[Scene], read: Read = quality.read) -> list[bool]:
@@ -164,8 +156,8 @@ def of_nine(picture: ndarray) -> quality.Reading:
     return quality.read(picture, subjects.COLORS)
 
 
-def percent(score: Score) -> str:
-    return f"{100 * score.share:.0f} % of {score.n}"
+def percent(right: Sequence[bool]) -> str:
+    return f"{100 * score(right)['share']:.0f} % of {len(right)}"
 
 
 @dataclass(frozen=True)
@@ -182,11 +174,11 @@ class Drawn:
         return cls(asked, pictures, {kind: marks(pictures[kind], scenes, read) for kind, scenes in asked.items()})
 
     def figures(self) -> dict[str, Any]:
-        return {kind: asdict(Score.of(right)) for kind, right in self.right.items()}
+        return {kind: score(right) for kind, right in self.right.items()}
 
     def row(self, name: str, kinds: dict[str, tuple[str, int]]) -> Row:
         """The first pictures of each kind beside each other; `kinds` gives each its label, and how many."""
-        lines = [f"{label} {percent(Score.of(self.right[kind]))}" for kind, (label, _) in kinds.items()]
+        lines = [f"{label} {percent(self.right[kind])}" for kind, (label, _) in kinds.items()]
         picked = [(kind, k) for kind, (_, n) in kinds.items() for k in range(min(n, len(self.pictures[kind])))]
         return Row(
             "\n".join([name, *lines]),
@@ -204,7 +196,7 @@ Result = tuple[dict[str, Any], Panel]  # figures, pictures
 def teach_magenta(how: How) -> Result:
     """A LoRA that knows a ninth colour from 20 pictures."""
     lessons = subjects.magenta_lessons(20)
-    data = subjects.folder(how.runs / "magenta", map(subjects.render, lessons), subjects.said(lessons))
+    data = subjects.folder(how.runs / "magenta", map(subjects.render, lessons), subjects.captions(lessons))
     n = prior_pictures("lora", how)
     prior = how.rehearsal("magenta-prior", [blocks.sample(seed) for seed in range(n)])
     out, cost = train("lora", how, [f"data.path={data}", f"data.prior={prior}"])
@@ -263,13 +255,13 @@ def bind_sks(how: How) -> Result:
         drawn = Drawn.by(how, model, asked, subjects.read)
         any_cones = how.draw(model, [Scene((Solid("cone", ""),))] * few)
         as_sks = marks(any_cones, asked["sks"], subjects.read)
-        figures[when] = drawn.figures() | {"any_cone_is_sks": asdict(Score.of(as_sks))}
+        figures[when] = drawn.figures() | {"any_cone_is_sks": score(as_sks)}
         rows.append(drawn.row(when.replace("_", " "), columns))
     return figures, Panel("DreamBooth: sks is one particular cone", rows)
 
 
 def fill_holes(how: How) -> Result:
-    """An inpainting model widened from the start, beside the start, which is only kept from changing what is known."""
+    """An inpainting model made from the start, beside the start itself, whose result keeps the known region."""
     out, cost = train("inpainting", how)
     scenes = blocks.held_out_scenes(how.pictures)
     whole = [blocks.render(scene) for scene in scenes]
@@ -287,8 +279,8 @@ def fill_holes(how: How) -> Result:
             painted += tasks.inpaint(model, picture, hole, blocks.canonical(scene), seeds=[k], **settings)
         pictures = [*map(np.asarray, painted)]
         right = marks(pictures, scenes)
-        figures[when] = asdict(Score.of(right))
-        label = f"{'known kept' if when == 'start' else when}\n{percent(Score.of(right))}"
+        figures[when] = score(right)
+        label = f"{'known kept' if when == 'start' else when}\n{percent(right)}"
         rows.append(Row(label, pictures[:COLUMNS], right[:COLUMNS], captions))
     return figures, Panel("Inpainting: widened by mask and masked picture", rows)
 
@@ -334,8 +326,8 @@ def beside_start(how: How, others: dict[str, Path]) -> tuple[dict[str, Any], lis
     for when, path in {"start": how.start, **others}.items():
         drawn = how.draw(how.model(path), scenes)
         right = marks(drawn, scenes)
-        figures[when] = asdict(Score.of(right))
-        rows.append(Row(f"{when}\n{percent(Score.of(right))}", drawn[:COLUMNS], right[:COLUMNS], captions))
+        figures[when] = score(right)
+        rows.append(Row(f"{when}\n{percent(right)}", drawn[:COLUMNS], right[:COLUMNS], captions))
     return figures, rows
 
 

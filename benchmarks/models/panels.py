@@ -36,11 +36,12 @@ class Panel:
 
 def draw(panel: Panel) -> Image.Image:
     """The panel's title and rows. Captions are written below the last of rows that have the same ones."""
-    said = [
-        bool(row.captions) and (k + 1 == len(panel.rows) or list(panel.rows[k + 1].captions) != list(row.captions))
-        for k, row in enumerate(panel.rows)
+    below = [*panel.rows[1:], None]
+    words = [
+        bool(row.captions) and (each is None or [*each.captions] != [*row.captions])
+        for row, each in zip(panel.rows, below, strict=True)
     ]
-    heights = [SIDE + (WORDS if words else 0) + GAP for words in said]
+    heights = [SIDE + (WORDS if captioned else 0) + GAP for captioned in words]
     width = 2 * EDGE + LABEL + COLUMNS * (SIDE + GAP) - GAP
     sheet = Image.new("RGB", (width, HEAD + sum(heights) + EDGE // 2), PAPER)
     pen = ImageDraw.Draw(sheet)
@@ -48,7 +49,7 @@ def draw(panel: Panel) -> Image.Image:
     pen.line((EDGE, 2, width - EDGE, 2), LINE, 2)
     pen.text((EDGE, 13), panel.title, INK, title)
     y = HEAD
-    for row, words, height in zip(panel.rows, said, heights, strict=True):
+    for row, captioned, height in zip(panel.rows, words, heights, strict=True):
         first, *rest = row.label.split("\n")
         pen.text((EDGE, y + 4), first, INK, large)
         pen.multiline_text((EDGE, y + 28), "\n".join(rest), FAINT, small, spacing=5)
@@ -57,7 +58,7 @@ def draw(panel: Panel) -> Image.Image:
             sheet.paste(Image.fromarray(picture), (x, y))
             if row.marks:
                 _mark(pen, x + SIDE - 22, y + 4, row.marks[k])
-            if words:
+            if captioned:
                 pen.multiline_text((x, y + SIDE + 3), textwrap.fill(row.captions[k], 24), FAINT, tiny, spacing=1)
         y += height
     return sheet

@@ -75,7 +75,7 @@ def magenta_pairs(n: int, seed: int, without: Container[str] = ()) -> list[Scene
     return list(found.values())
 
 
-def said(scenes: Sequence[Scene]) -> list[list[str]]:
+def captions(scenes: Sequence[Scene]) -> list[list[str]]:
     """Some ways to say what each scene shows."""
     return [[blocks.caption(scene, WAYS * k + way) for way in range(WAYS)] for k, scene in enumerate(scenes)]
 

@@ -13,7 +13,7 @@ from ldm.train.data.folder import Folder
 
 def test_magenta_is_taught_in_twenty_pictures_and_asked_for_in_other_words(tmp_path):
     lessons = subjects.magenta_lessons(20)
-    said = subjects.said(lessons)
+    said = subjects.captions(lessons)
     there = Folder(str(subjects.folder(tmp_path / "magenta", map(subjects.render, lessons), said)), "")
     assert len(there.items) == 20
     assert not there.bad
