@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from ldm.errors import ArgumentError
+from samplers.schedule import Schedule
 
 
 @dataclass(frozen=True)
@@ -125,14 +126,7 @@ class DepthConfig:
         return 16
 
 
-@dataclass(frozen=True)
-class ScheduleConfig:
-    """The noise schedule of training: sqrt(beta) rises linearly from sqrt(start) to sqrt(end) over `steps`."""
-
-    start: float = 0.00085  # first beta
-    end: float = 0.012  # last beta
-    steps: int = 1000  # timesteps
-    zero_snr: bool = False  # rescaled so that the last timestep is pure noise (Lin et al. 2023, algorithm 1); needs v
+ScheduleConfig = Schedule  # the noise schedule of training
 
 
 @dataclass(frozen=True)
@@ -146,12 +140,12 @@ class ModelConfig:
     vision: VisionConfig | None = None  # tower whose image embedding is the context (image variations)
     depth: DepthConfig | None = None  # network that guesses the depth of a picture (sd2-depth)
     prediction: Literal["eps", "v"] = "eps"  # what the UNet was trained to predict
-    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    schedule: Schedule = field(default_factory=Schedule)
     size: int = 512  # pixels along a side of the training pictures: the default size
-    concat: tuple[
-        str, ...
-    ] = ()  # what joins the latent at the UNet's input, in order: mask, masked_image, depth, low_res
+    concat: tuple[str, ...] = ()  # what joins the latent as input, in order: mask, masked_image, depth, low_res
     zero_empty: bool = False  # without a negative prompt, guidance steers away from zeros, not from the empty prompt
+    title: str = field(default="", compare=False)  # what a model of this family is, in words: "an SD 1 model"
+    base: str = field(default="", compare=False)  # the family it was made from, by more inputs or another prediction
 
     def __post_init__(self) -> None:
         if self.schedule.zero_snr and self.prediction == "eps":
@@ -160,6 +154,27 @@ class ModelConfig:
                 "set prediction='v'",
                 key="zero_snr",
             )
+
+    @property
+    def pooled_tower(self) -> int | None:
+        """Which text tower's pooled text is read, counted from 0; None: that of none, so its last blocks and projection are not needed."""
+        return len(self.text) - 1 if self.text and self.unet.vector_dim is not None else None
+
+    @property
+    def family(self) -> ModelConfig:
+        """The family of this name, whose title and base count; a model's own config, where there is none."""
+        return FAMILIES.get(self.name, self)
+
+    @property
+    def kin(self) -> str:
+        """The family that shapes show: that it was made from, where they differ in the prediction alone, or itself."""
+        base = FAMILIES.get(self.family.base)
+        return self.name if base is None or base.concat != self.concat else base.name
+
+    def twin(self, prediction: Literal["eps", "v"]) -> ModelConfig | None:
+        """The family with this prediction, where two differ in that alone (SD 2), which shapes do not show; None elsewhere."""
+        twins = [one for one in FAMILIES.values() if one.kin == self.kin]
+        return next((one for one in twins if one.prediction == prediction), None) if len(twins) > 1 else None
 
 
 CLIP_L = TextConfig()
@@ -189,39 +204,52 @@ VAE_F8 = VAEConfig()
 VAE_F4 = VAEConfig(channel_mult=(1, 2, 4), scale=0.08333)
 VAE_SDXL = VAEConfig(scale=0.13025)
 
-_sd1 = ModelConfig("sd1")
-_sd2 = ModelConfig("sd2-base", unet=SD2, text=(OPENCLIP_H,))
+_sd1 = ModelConfig("sd1", title="an SD 1 model")
+_sd2 = ModelConfig("sd2-base", unet=SD2, text=(OPENCLIP_H,), title="an SD 2 model")
 _sdxl = ModelConfig(
-    "sdxl-base",
-    unet=SDXL,
-    vae=VAE_SDXL,
-    text=(replace(CLIP_L, skip=1, norm=False), OPENCLIP_BIGG),
-    size=1024,
-    zero_empty=True,
-)
+    "sdxl-base", unet=SDXL, vae=VAE_SDXL, text=(replace(CLIP_L, skip=1, norm=False), OPENCLIP_BIGG), size=1024, zero_empty=True,
+    title="an SDXL base model",
+)  # fmt: skip
+
+
+def _inpainting(base: ModelConfig, name: str, title: str) -> ModelConfig:
+    """The family of the inpainting models that were made from another family's."""
+    unet = replace(base.unet, in_channels=9)
+    return replace(base, name=name, unet=unet, concat=("mask", "masked_image"), title=title, base=base.name)
+
 
 FAMILIES: dict[str, ModelConfig] = {
     family.name: family
     for family in (
         _sd1,
-        replace(_sd1, name="sd1-inpainting", unet=replace(SD1, in_channels=9), concat=("mask", "masked_image")),
-        replace(_sd1, name="sd-image-variations", text=(), vision=VisionConfig()),
+        _inpainting(_sd1, "sd1-inpainting", "an SD 1 inpainting model"),
+        replace(_sd1, name="sd-image-variations", text=(), vision=VisionConfig(), title="an SD Image Variations model"),
         _sd2,
-        replace(_sd2, name="sd2-v", prediction="v", size=768),
-        replace(_sd2, name="sd2-inpainting", unet=replace(SD2, in_channels=9), concat=("mask", "masked_image")),
-        replace(_sd2, name="sd2-depth", unet=replace(SD2, in_channels=5), depth=DepthConfig(), concat=("depth",)),
+        replace(_sd2, name="sd2-v", prediction="v", size=768, base="sd2-base"),
+        _inpainting(_sd2, "sd2-inpainting", "an SD 2 inpainting model"),
+        replace(
+            _sd2,
+            name="sd2-depth",
+            unet=replace(SD2, in_channels=5),
+            depth=DepthConfig(),
+            concat=("depth",),
+            title="an SD 2 depth model",
+        ),
         replace(
             _sd2,
             name="x4-upscaler",
             unet=X4,
             vae=VAE_F4,
             prediction="v",
-            schedule=ScheduleConfig(0.0001, 0.02),
+            schedule=Schedule(0.0001, 0.02),
             concat=("low_res",),
+            title="an SD x4 upscaler",
         ),
         _sdxl,
-        replace(_sdxl, name="sdxl-inpainting", unet=replace(SDXL, in_channels=9), concat=("mask", "masked_image")),
-        replace(_sdxl, name="sdxl-refiner", unet=REFINER, text=(OPENCLIP_BIGG,), zero_empty=False),
-        replace(_sdxl, name="ssd-1b", unet=SSD1B),
+        _inpainting(_sdxl, "sdxl-inpainting", "an SDXL inpainting model"),
+        replace(
+            _sdxl, name="sdxl-refiner", unet=REFINER, text=(OPENCLIP_BIGG,), zero_empty=False, title="an SDXL refiner"
+        ),
+        replace(_sdxl, name="ssd-1b", unet=SSD1B, title="an SSD-1B model"),
     )
 }

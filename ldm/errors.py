@@ -52,12 +52,12 @@ def _end(text: str, limit: int) -> str:
 
 
 def _short(what: str, limit: int) -> str:
-    """At most `limit` characters of a message. The remedy, the words after its last semicolon, is kept: the rest gives way."""
+    """At most `limit` characters of a message. A remedy, the words after its last semicolon, is kept unless it is a long list."""
     if len(what) <= limit:
         return what
     fault, mark, remedy = what.rpartition("; ")
     room = limit - len(mark) - len(remedy) - 3
-    return f"{fault[:room]}...{mark}{remedy}" if mark and room > 0 else what[: limit - 3] + "..."
+    return f"{fault[:room]}...{mark}{remedy}" if mark and room >= LIMIT // 4 else what[: limit - 3] + "..."
 
 
 class ArgumentError(LdmError, ValueError):

@@ -18,7 +18,6 @@ from ldm.networks.dpt import DPT
 from ldm.networks.unet import UNet
 from ldm.networks.vae import VAE
 from ldm.networks.vision import CLIPVision
-from samplers import Schedule
 
 NOISE_LEVEL, MAX_NOISE_LEVEL = 20, 350  # of the x4 upscaler: the published default, and what it was trained with
 
@@ -29,8 +28,7 @@ class LatentDiffusion(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        told = config.schedule
-        self.schedule = Schedule(told.start, told.end, told.steps, told.zero_snr)
+        self.schedule = config.schedule
         self.unet = UNet(config.unet)
         self.vae = VAE(config.vae)
         self.text = nn.ModuleList(CLIPText(text) for text in config.text)

@@ -337,10 +337,9 @@ def _targets(model: LatentDiffusion, spec: Spec) -> dict[str, nn.Module]:
 
 def _unheard(config: ModelConfig) -> tuple[str, ...]:
     """How the layers of text towers are called that come after what the UNet is given: they would learn nothing."""
-    pooled = len(config.text) - 1 if config.unet.vector_dim is not None else None  # the tower that is heard to its end
     return tuple(
         f"text.{i}.{after}"
-        for i, tower in enumerate(config.text) if i != pooled
+        for i, tower in enumerate(config.text) if i != config.pooled_tower
         for after in (*(f"text_model.encoder.layers.{k}." for k in range(tower.layers - tower.skip, tower.layers)), "text_projection")
     )  # fmt: skip
 

@@ -179,8 +179,7 @@ def unused(model: LatentDiffusion) -> re.Pattern[str]:
     """Names of parameters that no loss depends on: blocks of text towers after the one that is read, where no pooled text is told."""
     names = [r"text\.\d+\.text_projection"] if model.config.unet.vector_dim is None else []
     for i, tower in enumerate(model.config.text):
-        pooled = model.config.unet.vector_dim is not None and i == len(model.config.text) - 1
-        if not pooled:
+        if i != model.config.pooled_tower:
             names += [rf"text\.{i}\.text_model\.encoder\.layers\.{tower.layers - 1 - k}\." for k in range(tower.skip)]
             names += [] if tower.norm else [rf"text\.{i}\.text_model\.final_layer_norm\."]
             names.append(rf"text\.{i}\.text_projection")

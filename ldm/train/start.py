@@ -17,7 +17,6 @@ from ldm.pictures.write import save
 from ldm.train.data.opening import missing_prior
 from ldm.train.ranks import Ranks, all_agree
 from ldm.train.recipe import Data, Recipe, Start
-from samplers import Schedule
 
 
 @dataclass(frozen=True)
@@ -57,9 +56,8 @@ def told_to_predict(model: LatentDiffusion, wanted: Start) -> LatentDiffusion:
     """The model, in place, with the prediction and the schedule that it is going to learn. Raises ArgumentError for eps without signal."""
     config = model.config
     if wanted.prediction and wanted.prediction != config.prediction:
-        name = {"sd2-base": "sd2-v", "sd2-v": "sd2-base"}.get(
-            config.name, config.name
-        )  # the families that differ in this alone
+        twin = config.twin(wanted.prediction)
+        name = config.name if twin is None else twin.name
         config = replace(config, prediction=wanted.prediction, name=name)
     if wanted.zero_snr:
         if config.prediction != "v":
@@ -68,7 +66,7 @@ def told_to_predict(model: LatentDiffusion, wanted: Start) -> LatentDiffusion:
                 key="model.zero_snr",
             )
         config = replace(config, schedule=replace(config.schedule, zero_snr=True))
-        model.schedule = Schedule(config.schedule.start, config.schedule.end, config.schedule.steps, zero_snr=True)
+        model.schedule = config.schedule
     model.config = config
     return model
 

@@ -24,7 +24,10 @@ from torch import Tensor
 from benchmarks.models.published import DTYPES, manifest, original_name, seeded
 from benchmarks.models.seeded import weight
 from ldm.config import ModelConfig, TextConfig, UNetConfig, VAEConfig
+from ldm.errors import FileError
 from ldm.model import LatentDiffusion
+from weights.checkpoint import Parameters
+from weights.names.layout import original
 
 TINY = ModelConfig(  # every kind of layer that SD 1 has, 2.5 million parameters
     "sd1",
@@ -251,3 +254,22 @@ def ckpt_of(data: bytes | Any, records: Mapping[str, bytes] | None = None, **mor
     data = data if isinstance(data, bytes) else pickled(data)
     records = {"data/0": bytes(24)} if records is None else records
     return zip_of({"data.pkl": data, "version": b"3\n", **records, **more})
+
+
+class Header(dict[str, tuple[int, ...]]):
+    """The names and shapes of a file, without the file."""
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        return self[key]
+
+    def error(self, what: str, key: str | None = None) -> FileError:
+        return FileError(what, path="x.ckpt", key=key)
+
+
+def accounted(
+    found: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]], *, ema: bool = False
+) -> Parameters:
+    """The parameters `wanted` in a single file with these names and shapes, every key of which is accounted for."""
+    made = Parameters(file=Header(found), layout=original(found), network=lambda: wanted, ema=ema)
+    made.require_whole()
+    return made

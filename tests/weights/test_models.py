@@ -13,19 +13,23 @@ from benchmarks.models.seeded import weight
 from ldm.config import FAMILIES
 from ldm.errors import AmbiguousCheckpoint, ArgumentError, FileError
 from ldm.model import LatentDiffusion
-from tests.made.checkpoints import TINY, checkpoint, ema_name, lightning, save_safetensors, save_stream, save_zip
+from tests.made.checkpoints import (
+    TINY,
+    accounted,
+    checkpoint,
+    ema_name,
+    lightning,
+    save_safetensors,
+    save_stream,
+    save_zip,
+)
 from weights import load
+from weights.checkpoint import AVERAGED, RAW
 from weights.names import original as names
 from weights.names.detect import detect
-from weights.names.layout import original
 from weights.names.metadata import CONFIG_KEY, from_json, to_json
-from weights.plan import AVERAGED, RAW, plan
 
 SD1_FILES = ["sd1", "sd1-full", "sd1-pruned-fp16", "sd1-pruned-fp16-posids16"]
-
-
-def error(what: str, key: str | None = None) -> FileError:
-    return FileError(what, path="x.ckpt", key=key)
 
 
 def shapes_of(name: str) -> dict[str, tuple[int, ...]]:
@@ -56,22 +60,22 @@ def test_every_key_of_a_published_file_is_loaded_or_ignored_for_a_reason(file):
     found = shapes_of(file)
     config = detect(found, {}, None, "x.ckpt")
     assert config == FAMILIES["sd1"]
-    made = plan(original(found), wanted(), found, error)
-    assert len(made.sources) == 686 + 248 + 196
+    made = accounted(found, wanted())
+    assert len(made.places) == 686 + 248 + 196
     assert all(made.ignored.values())
-    assert {original_name(ours): place.key for ours, place in made.sources.items()} == {
+    assert {original_name(ours): place.key for ours, place in made.places.items()} == {
         key: key for key in set(found) - set(made.ignored)
     }
 
 
 def test_the_moving_average_takes_the_place_of_the_unet_and_of_nothing_else():
     found = shapes_of("sd1-full")
-    made = plan(original(found), wanted(), found, error, ema=True)
-    assert {place.key for place in made.sources.values()} | set(made.ignored) == set(found)
-    for ours, place in made.sources.items():
+    made = accounted(found, wanted(), ema=True)
+    assert {place.key for place in made.places.values()} | set(made.ignored) == set(found)
+    for ours, place in made.places.items():
         assert place.key == (ema_name(original_name(ours)) if ours.startswith("unet.") else original_name(ours))
     assert sum(reason == AVERAGED for reason in made.ignored.values()) == 686
-    assert sum(reason == RAW for reason in plan(original(found), wanted(), found, error).ignored.values()) == 686
+    assert sum(reason == RAW for reason in accounted(found, wanted()).ignored.values()) == 686
 
 
 def test_dotless_names_are_unambiguous():

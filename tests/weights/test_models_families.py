@@ -12,11 +12,9 @@ from benchmarks.models.published import FILES, MANIFESTS, meaning, narrowed, tin
 from benchmarks.models.seeded import weight
 from ldm.errors import FileError
 from ldm.model import LatentDiffusion
-from tests.made.checkpoints import ema_name, save_safetensors, save_stream, save_zip
+from tests.made.checkpoints import accounted, ema_name, save_safetensors, save_stream, save_zip
 from weights import load, open_file, save
-from weights.models import built
-from weights.names.layout import original
-from weights.plan import plan
+from weights.names.blank import built
 
 MODELS = [name for name, family in FILES.items() if family]
 BOOKKEEPING = ("position_ids", "logit_scale", "decay", "num_updates", "sigmas")
@@ -64,19 +62,15 @@ def shapes(state: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
     return {key: tuple(value.shape) for key, value in state.items()}
 
 
-def error(what: str, key: str | None = None) -> FileError:
-    return FileError(what, path="x", key=key)
-
-
 @pytest.mark.parametrize("file", MODELS)
 def test_every_key_of_a_published_file_is_loaded_or_ignored_for_a_reason(file: str) -> None:
     found = shapes(narrowed(file))
     wanted = {
         name: tuple(value.shape) for name, value in built(lambda: LatentDiffusion(config_of(file))).state_dict().items()
     }
-    made = plan(original(found), wanted, found, error)
-    assert set(made.sources) == set(wanted)
-    assert {key for place in made.sources.values() for key in place.keys} | set(made.ignored) == set(found)
+    made = accounted(found, wanted)
+    assert set(made.places) == set(wanted)
+    assert {key for place in made.places.values() for key in place.keys} | set(made.ignored) == set(found)
     assert all(made.ignored.values())
 
 

@@ -13,9 +13,9 @@ from torch import Tensor
 from ldm.conditioning.prompts import Embedding
 from ldm.config import ModelConfig
 from ldm.errors import ArgumentError, printable
+from weights.checkpoint import require_dtype
 from weights.files.opened import Weights, open_file
 from weights.files.write import pending, write
-from weights.models import require_dtype
 
 MAX_VECTORS = 1000
 PARAMETERS, TOKENS = (

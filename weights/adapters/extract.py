@@ -17,19 +17,14 @@ from ldm.config import ModelConfig
 from ldm.disk import require_writable
 from ldm.errors import AmbiguousCheckpoint
 from weights.adapters import names as lora_names
-from weights.adapters.merge import place_of
 from weights.adapters.rank import Kept, Rule, energy, factored, require_rank, rule
 from weights.adapters.write import difference_key, kohya_names, network_facts, write_lora
+from weights.checkpoint import Checkpoint, described, open_any, recognise, require_dtype
 from weights.files.folders import Folder
 from weights.files.hashes import sha256_of
 from weights.files.opened import Weights
 from weights.files.write import OnWrite, Pending
-from weights.models import described, open_any, require_dtype, statistic
-from weights.names.diffusers import diffusers_vae
-from weights.names.layout import Layout
-from weights.names.metadata import CONFIG_KEY
-from weights.names.places import Place
-from weights.names.prediction import settle
+from weights.names.prediction import Prediction, predicting
 
 ATTENTION = re.compile(
     r"unet\..+\.(proj_in|proj_out|transformer_blocks\..+)\.weight|text\.\d+\..+\.encoder\.layers\..+\.weight"
@@ -37,12 +32,6 @@ ATTENTION = re.compile(
 CONVOLUTION = re.compile(
     r"unet\..+\.(in_layers\.2|out_layers\.3|emb_layers\.1|skip_connection|op|conv)\.weight"
 )  # and what with conv_dim
-VERSIONS = {
-    "sd1": "sd_v1",
-    "sd1-inpainting": "sd_v1",
-    "sd-image-variations": "sd_v1",
-    "sd2-v": "sd_v2_v",
-}  # kohya's words; sd_v2 and sdxl_base_v1-0 are the others
 
 
 @dataclass(frozen=True)
@@ -105,20 +94,20 @@ def extract_lora(
     require_dtype(dtype)
     require_writable(dst, overwrite)
     with open_any(base) as one, open_any(tuned) as other:
-        config, layouts = _same_family(one, other)
-        pairs, unpaired = _pairs(one, other, layouts, config, text)
+        before, after, config = _same_family(one, other)
+        pairs, unpaired = _pairs(before, after, config, text)
         changes: dict[str, LowRank] = {}
         kept, differing, unchanged = [], [], 0
         for parameter, pair in pairs.items():
-            before, after = pair.base(), pair.tuned()
-            if torch.equal(before.to(pair.coarse), after.to(pair.coarse)):
+            weight, tuned_weight = pair.base(), pair.tuned()
+            if torch.equal(weight.to(pair.coarse), tuned_weight.to(pair.coarse)):
                 unchanged += 1
                 continue
             of = _rule(parameter, how, conv_rank)
             if of is None:
                 differing.append(parameter)
                 continue
-            change, report = factored(after - before, of, parameter, dtype)
+            change, report = factored(tuned_weight - weight, of, parameter, dtype)
             changes[parameter] = change
             kept.append(report)
             if on_module is not None:
@@ -148,91 +137,67 @@ def extract_lora(
     return Extracted(written, config.name, tuple(kept), rest, unchanged, unpaired)
 
 
-def _same_family(one: Weights | Folder, other: Weights | Folder) -> tuple[ModelConfig, tuple[Layout, Layout]]:
-    (config, first), (theirs, second) = described(one), described(other)
-    if _kind(config) != _kind(theirs):
-        raise other.error(
-            f"is {theirs.name}, {one.path.name[:40]} is {config.name}; a LoRA takes a model to another of its family"
-        )
-    said, tells = _prediction(one, config, first), _prediction(other, theirs, second)
+def _same_family(one: Weights | Folder, other: Weights | Folder) -> tuple[Checkpoint, Checkpoint, ModelConfig]:
+    """Both models, and the config of their family."""
+    (base, said), (tuned, tells) = _model(one), _model(other)
+    if base.config.kin != tuned.config.kin:
+        what = f"is {tuned.config.name}, {one.path.name[:40]} is {base.config.name}"
+        raise other.error(f"{what}; a LoRA takes a model to another of its family")
     if said and tells and said != tells:
-        raise other.error(
-            f"predicts {tells}, {one.path.name[:40]} predicts {said}: that is no change of weights; take a base that predicts {tells}"
-        )
-    return replace(config, name="sd2-v") if config.name == "sd2-base" and "v" in (said, tells) else config, (
-        first,
-        second,
-    )
+        what = f"predicts {tells}, {one.path.name[:40]} predicts {said}: that is no change of weights"
+        raise other.error(f"{what}; take a base that predicts {tells}")
+    return base, tuned, predicting(base.config, said or tells or base.config.prediction)
 
 
-def _kind(config: ModelConfig) -> str:
-    return "sd2-base" if config.name == "sd2-v" else config.name  # the same networks: shapes do not tell them apart
-
-
-def _prediction(file: Weights | Folder, config: ModelConfig, layout: Layout) -> str | None:
-    """What the model predicts, where file and weights agree on it."""
+def _model(file: Weights | Folder) -> tuple[Checkpoint, Prediction | None]:
+    """The model in a file, and what it predicts; None: file and weights disagree on that, or do not tell."""
+    model = described(file)
     try:
-        finding = settle(
-            config,
-            file.specs,
-            file.metadata,
-            lambda: statistic(file, layout),
-            file.error,
-            explicit=CONFIG_KEY in file.metadata,
-        )
+        model = recognise(file)
     except AmbiguousCheckpoint:
-        return None
-    return None if finding.doubt is not None else finding.config.prediction
+        return model, None
+    return model, None if model.finding.doubt is not None else model.config.prediction
 
 
 def _pairs(
-    one: Weights | Folder, other: Weights | Folder, layouts: tuple[Layout, Layout], config: ModelConfig, text: bool
+    base: Checkpoint, tuned: Checkpoint, config: ModelConfig, text: bool
 ) -> tuple[dict[str, _Pair], tuple[str, ...]]:
     """Every parameter of UNet, text towers and VAE in both, in the order of their names here, and what only one of them has."""
-    shapes: dict[str, Shape | None] = {
-        name: shape for name, shape in lora_names.shapes(config).items() if text or not name.startswith("text.")
-    }
-    shapes |= dict.fromkeys(f"vae.{name}" for name in diffusers_vae(config.vae))
-    pairs, unpaired = {}, []
+    shapes = {name: shape for name, shape in lora_names.shapes(config).items() if text or not name.startswith("text.")}
+    shapes |= {name: shape for name, shape in base.wanted.items() if name.startswith("vae.")}
+    models = (base, tuned)
+    for model in models:
+        there = [name for name in shapes if name in model.places]
+        model.require_single(there)
+        model.require_numbers(there)
+    pairs: dict[str, _Pair] = {}
+    unpaired = []
     for name, shape in shapes.items():
-        places = [place_of(file, layout, name) for file, layout in zip((one, other), layouts, strict=True)]
-        if None in places:
-            if name.startswith("unet."):
-                raise (other if places[0] else one).error(f"has no {name[-60:]}; use a complete checkpoint", name)
-            unpaired += [name] if any(places) else []
-            continue
-        pairs[name] = _pair((one, other), [place for place in places if place], shape, name)
+        having = [model for model in models if name in model.places]
+        if len(having) == 2:
+            own = base.shape(name) if name.startswith("text.") else shape  # towers may have gained tokens
+            pairs[name] = _pair(base, tuned, name, own)
+        elif name.startswith("unet."):
+            raise (base if base not in having else tuned).file.error(
+                f"has no {name[-60:]}; use a complete checkpoint", name
+            )
+        elif having:
+            unpaired.append(name)
     return pairs, tuple(unpaired)
 
 
-def _pair(
-    files: tuple[Weights | Folder, Weights | Folder], places: list[Place], shape: Shape | None, name: str
-) -> _Pair:
-    stored = [file.shape(place.key) for file, place in zip(files, places, strict=True)]
-    if shape is None or name.startswith(
-        "text."
-    ):  # the tables know no sizes of the VAE, and towers may have gained tokens
-        shape = places[0].ours(stored[0])
-    for file, place, there in zip(files, places, stored, strict=True):
-        if not place.fits(there, shape) and not (place.how == "kernel" and there[:2] == shape[:2]):
-            raise file.error(
-                f"{place.key[-40:]} is {list(there)}, in the other {list(places[0].stored(shape))}; text=False leaves towers out",
-                place.key,
-            )
-        if not file.specs[place.key].dtype.is_floating_point:
-            raise file.error(
-                f"{place.key[-40:]} holds {file.specs[place.key].dtype} numbers: quantised weights are not read",
-                place.key,
-            )
-    dtypes = [file.specs[place.key].dtype for file, place in zip(files, places, strict=True)]
+def _pair(base: Checkpoint, tuned: Checkpoint, name: str, shape: Shape) -> _Pair:
+    for model in (base, tuned):
+        place = model.places[name]
+        found = model.file.shape(place.key)
+        if not place.fits(found, shape):
+            what = f"{place.key[-40:]} is {list(found)}, in the other {list(base.places[name].stored(shape))}"
+            raise model.file.error(f"{what}; text=False leaves towers out", place.key)
+    dtypes = [model.file.specs[model.places[name].key].dtype for model in (base, tuned)]
+    coarse = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
     size = dtypes[1].itemsize * torch.Size(shape).numel()
-    readers = [partial(_read, file, place, shape) for file, place in zip(files, places, strict=True)]
-    return _Pair(shape, *readers, max(dtypes, key=lambda dtype: torch.finfo(dtype).eps), size)
-
-
-def _read(file: Weights | Folder, place: Place, shape: Shape) -> Tensor:
-    stored = file.read(place.key, dtype=torch.float32, rows=place.rows(file.shape(place.key)), mapped=False)
-    return place.turned(stored, shape)
+    before, after = (partial(model.read, name, torch.float32) for model in (base, tuned))
+    return _Pair(shape, before, after, coarse, size)
 
 
 def _rule(parameter: str, how: Rule, conv_rank: int | None) -> Rule | None:
@@ -271,13 +236,17 @@ def _difference(pair: _Pair) -> Tensor:
 
 
 def _metadata(config: ModelConfig, base: Path, tuned: Path) -> dict[str, str]:
-    two = config.unet.linear_proj and config.unet.vector_dim is None
-    version = VERSIONS.get(config.name) or ("sdxl_base_v1-0" if config.unet.vector_dim is not None else "sd_v2")
-    facts = {
-        "ss_base_model_version": version,
-        "ss_v2": str(two),
-        "ss_sd_model_name": base.name,
-        "ldm.family": config.name,
-        "ldm.tuned": tuned.name,
-    }
+    unet = config.unet
+    two = unet.linear_proj and unet.vector_dim is None
+    facts = {"ss_base_model_version": _version(config), "ss_v2": str(two), "ss_sd_model_name": base.name}
+    facts |= {"ldm.family": config.name, "ldm.tuned": tuned.name}
     return facts | ({"ss_new_sd_model_hash": sha256_of(base)} if base.is_file() else {})
+
+
+def _version(config: ModelConfig) -> str:
+    """What kohya's scripts call the kind of model."""
+    if config.unet.vector_dim is not None:
+        return "sdxl_base_v1-0"
+    if not config.unet.linear_proj:
+        return "sd_v1"
+    return "sd_v2_v" if config.kin == "sd2-base" and config.prediction == "v" else "sd_v2"

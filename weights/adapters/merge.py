@@ -20,12 +20,10 @@ from ldm.disk import require_writable
 from ldm.errors import ArgumentError, FileError
 from weights.adapters import names as lora_names
 from weights.adapters.read import read_lora
+from weights.checkpoint import Checkpoint, described, require_dtype
 from weights.files.folders import is_folder
 from weights.files.opened import Weights, open_file
 from weights.files.write import OnWrite, Pending, cast, guarded, write
-from weights.models import described, require_dtype
-from weights.names.layout import Layout, original
-from weights.names.places import Place, Shape
 
 LORAS, DROPPED = "ldm.merged_loras", "ldm.dropped"  # keys of the metadata
 EMA = "model_ema."
@@ -38,7 +36,6 @@ UNTRUE = (
 
 Scale = float | tuple[float, float]  # of all; or of the UNet, and of the text towers
 Terms = list[tuple[Change, float]]
-Part = tuple[Place, Shape, Terms]  # where one of our parameters lies, its shape here, what is added to it
 
 
 @dataclass(frozen=True)
@@ -78,15 +75,21 @@ def merge_lora(
             path=checkpoint,
         )
     with open_file(checkpoint) as file:
-        config, layout = described(file) if model_config is None else (model_config, original(file))
+        model = described(file, model_config)
+        config = model.config
         sources = [(read_lora(path, config).changes, _pair(scale)) for path, scale in loras]
         terms = _terms(sources)
-        places = _places(file, layout, terms, config)
-        dropped = _dropped(file, places)
+        changed = _changed(model, terms)
+        dropped = _dropped(file, changed)
         tensors = {
-            key: Pending(_dtype(file, layout, key, dtype), file.shape(key), partial(_merged, file, key, places.get(key, ())))
-            for key in file if key not in dropped
-        }  # fmt: skip
+            key: Pending(
+                _dtype(model, key, dtype),
+                file.shape(key),
+                partial(_tensor, model, key, terms if key in changed else None),
+            )
+            for key in file
+            if key not in dropped
+        }
         metadata = _metadata(file.metadata, loras, dropped)
         written = write(tensors, dst, metadata, overwrite=overwrite, on_write=guarded([file], on_write))
     lines = tuple(
@@ -124,36 +127,21 @@ def _terms(sources: Iterable[tuple[Changes, tuple[float, float]]]) -> dict[str, 
     return terms
 
 
-def _places(file: Weights, layout: Layout, terms: Mapping[str, Terms], config: ModelConfig) -> dict[str, list[Part]]:
-    """{key of the file: the parameters of ours in it}: three in a matrix of q, k and v."""
-    shapes = lora_names.shapes(config)
-    found: dict[str, list[Part]] = {}
-    for parameter, added in terms.items():
-        place = place_of(file, layout, parameter)
+def _changed(model: Checkpoint, terms: Mapping[str, Terms]) -> set[str]:
+    """The keys of the file that change. Raises FileError for a parameter that is not there as the LoRA needs it."""
+    file, shapes = model.file, lora_names.shapes(model.config)
+    model.require_single(terms)
+    changed = set()
+    for parameter in terms:
+        place = model.places.get(parameter)
         if place is None:
             raise file.error(f"has no {parameter[-60:]}, which the LoRA changes; use a complete checkpoint", parameter)
-        if (
-            not place.fits(file.shape(place.key), shapes[parameter])
-            or not file.specs[place.key].dtype.is_floating_point
-        ):
-            spec = file.specs[place.key]
-            raise file.error(
-                f"{place.key[-60:]} is {list(spec.shape)} of {spec.dtype}, where {list(shapes[parameter])} floating-point numbers belong",
-                place.key,
-            )
-        found.setdefault(place.key, []).append((place, shapes[parameter], added))
-    return found
-
-
-def place_of(file: Weights, layout: Layout, parameter: str) -> Place | None:
-    """Where one of our parameters lies; None: nowhere. Raises FileError where there are two of it."""
-    there = [place for place in layout.places(parameter) if all(key in file for key in place.keys)]
-    if len(there) > 1:
-        raise file.error(
-            f"has {there[0].key[-50:]} twice, also as {there[1].key[-50:]}; which is right cannot be known",
-            there[1].key,
-        )
-    return there[0] if there else None
+        spec = file.specs[place.key]
+        if not place.fits(spec.shape, shapes[parameter]) or model.integers(parameter) is not None:
+            what = f"{place.key[-60:]} is {list(spec.shape)} of {spec.dtype}, where {list(shapes[parameter])} floating-point numbers belong"
+            raise file.error(what, place.key)
+        changed.add(place.key)
+    return changed
 
 
 def _dropped(file: Weights, places: Iterable[str]) -> dict[str, str]:
@@ -164,28 +152,22 @@ def _dropped(file: Weights, places: Iterable[str]) -> dict[str, str]:
     return dict.fromkeys(averages, "moving average of the weights before the LoRA, no longer theirs")
 
 
-def _dtype(file: Weights, layout: Layout, key: str, dtype: torch.dtype | None) -> torch.dtype:
-    stored = file.specs[key].dtype
-    network = any(key.startswith(part.theirs) for part in layout.parts) and not key.endswith("position_ids")
+def _dtype(model: Checkpoint, key: str, dtype: torch.dtype | None) -> torch.dtype:
+    stored = model.file.specs[key].dtype
+    network = any(key.startswith(part.theirs) for part in model.layout.parts) and not key.endswith("position_ids")
     return cast(stored, dtype) if network else stored
 
 
-def _merged(file: Weights, key: str, parts: Sequence[Part]) -> Tensor:
-    """The tensor as stored, or the sum in float32 where it changes."""
-    if not parts:
-        return file.read(key, mapped=False)
-    stored = file.read(key, dtype=torch.float32, mapped=False)
-    for place, shape, terms in parts:
-        rows = place.rows(tuple(stored.shape))
-        ours = place.turned(stored if rows is None else stored[rows], shape)
-        changed = ours + total(ours, terms)
-        back = (
-            changed.T
-            if place.how == "transposed"
-            else changed.reshape(ours.shape if rows is not None else stored.shape)
-        )
-        stored = back if rows is None else torch.cat([stored[: rows.start], back, stored[rows.stop :]])
-    return stored
+def _tensor(model: Checkpoint, key: str, terms: Mapping[str, Terms] | None) -> Tensor:
+    """The tensor as it is stored, or the sum in float32 where it changes."""
+    if terms is None:
+        return model.file.read(key, mapped=False)
+
+    def parameter(name: str) -> Tensor:
+        weight = model.read(name, torch.float32)
+        return weight + total(weight, terms[name]) if name in terms else weight
+
+    return model.stored(key, parameter)
 
 
 def total(weight: Tensor, terms: Terms) -> Tensor:

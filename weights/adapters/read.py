@@ -18,8 +18,8 @@ from ldm.changes.lora import Change, Changes, Decomposed, Full, Generalised, Had
 from ldm.config import FAMILIES, ModelConfig, UNetConfig
 from ldm.errors import AmbiguousCheckpoint, ArgumentError, FileError
 from weights.adapters import names as lora_names
+from weights.checkpoint import described, open_any
 from weights.files.opened import Weights, open_file
-from weights.models import described, open_any
 from weights.names.detect import require_family
 
 Dialect = Literal["kohya", "diffusers", "peft"]
@@ -116,7 +116,7 @@ def _fault(files: Mapping[str, Path], config: ModelConfig) -> FileError | None:
 def config_of(path: str | PathLike[str]) -> ModelConfig:
     """The config of the model in a file or folder, of which only the header is read."""
     with open_any(path) as file:
-        return described(file)[0]
+        return described(file).config
 
 
 def _files(path: Path) -> dict[str, Path]:

@@ -16,9 +16,9 @@ from weights.adapters import names as lora_names
 from weights.adapters.rank import Kept, Rule, energy, factored, require_rank, resized, rule
 from weights.adapters.read import Dialect, Source, read_lora
 from weights.adapters.write import TITLES, expressible, network_facts, require_dialect, require_held, unheld, write_lora
+from weights.checkpoint import require_dtype
 from weights.files.hashes import sha256_of
 from weights.files.write import OnWrite
-from weights.models import require_dtype
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ def _resized(
             continue
         if not isinstance(inner, LowRank):
             raise FileError(
-                f"{parameter[-60:]} is {TITLES[type(inner)]}, which is no plain product; convert it with as_lora first",
+                f"{parameter[-40:]} is {TITLES[type(inner)]}, which is no plain product; convert it with as_lora first",
                 path=path,
                 key=parameter,
             )

@@ -32,8 +32,8 @@ from ldm.disk import replacing, replacing_directory, require_writable, write_all
 from ldm.errors import ArgumentError, FileError
 from weights.adapters import names as lora_names
 from weights.adapters.read import ALPHA_KEY, TOWERS, Dialect
+from weights.checkpoint import require_dtype
 from weights.files.write import OnWrite, Pending, cast, pending, write
-from weights.models import require_dtype
 from weights.names.diffusers import diffusers_unet
 
 

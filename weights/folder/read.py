@@ -9,14 +9,14 @@ from dataclasses import fields as fields_of
 from pathlib import Path
 from typing import Any
 
-from ldm.config import DepthConfig, ModelConfig, ScheduleConfig, TextConfig, UNetConfig, VAEConfig, VisionConfig
+from ldm.config import DepthConfig, ModelConfig, TextConfig, UNetConfig, VAEConfig, VisionConfig
 from ldm.errors import FileError
+from samplers.schedule import Schedule
 from weights.files.folders import Folder, read_json
-from weights.names.detect import family, lookup, named, require_family, without_unread
-from weights.names.layout import FOLDER, Layout, Part, diffusers
-from weights.names.original import hugging_face, hugging_face_vision
+from weights.names.detect import family, named, require_family, shown, without_unread
+from weights.names.layout import Layout, bare, diffusers
 from weights.names.prediction import SCHEDULER, ZERO_SNR
-from weights.names.sizes import Config, read_diffusers_unet, read_diffusers_vae, read_text, read_vision, visible
+from weights.names.sizes import Config, visible
 
 # Settings of which the published models have one value; another would need another network.
 UNET_FIXED = {"act_fn": "silu", "norm_num_groups": 32, "norm_eps": 1e-5, "center_input_sample": False, "flip_sin_to_cos": True, "freq_shift": 0,
@@ -41,27 +41,20 @@ def describe(folder: Folder, config: ModelConfig | str | None) -> tuple[ModelCon
     if isinstance(config, str):
         require_family(config)
     shapes = {key: folder.shape(key) for key in folder}
-    there = {key.split("/")[0] for key in shapes}
-    towers = [name for name in ("text_encoder", "text_encoder_2") if name in there]
-    parts = [Part(f"text.{i}.", f"{name}/", hugging_face) for i, name in enumerate(towers)]
-    bare = Layout((*parts, Part("vision.", "image_encoder/", hugging_face_vision)), FOLDER)
-    found = [read_text(lookup(bare, shapes, f"text.{i}.")) for i in range(len(towers))]
+    folders = {key.split("/")[0] for key in shapes}
+    towers = [name for name in ("text_encoder", "text_encoder_2") if name in folders]
+    there = shown(shapes, bare(folders), folder=True)
     if isinstance(config, ModelConfig):
-        known = without_unread(config, found)
-        return known, diffusers(known, there)
+        known = without_unread(config, there.text)
+        return known, diffusers(known, folders)
 
     path = folder.path
-    told = component(path, "unet", "UNet2DConditionModel")
-    unet = _agreeing(folder, "unet", _unet(told), read_diffusers_unet(shapes, "unet/"))
+    fields = component(path, "unet", "UNet2DConditionModel")
+    unet = _agreeing(folder, "unet", _unet(fields), there.unet)
     marks = {"cc_projection.": ()} if (path / "cc_projection").is_dir() else {}
-    known = named(family(visible(unet), "image_encoder" in there, marks), config, path)
-    vae = _agreeing(
-        folder,
-        "vae",
-        read_vae_config(component(path, "vae", "AutoencoderKL"), known.vae),
-        read_diffusers_vae(shapes, "vae/"),
-    )
-    cells = told.whole("sample_size", known.size // vae.factor, MAX_CELLS)
+    known = named(family(visible(unet), "image_encoder" in folders, marks), config, path)
+    vae = _agreeing(folder, "vae", read_vae_config(component(path, "vae", "AutoencoderKL"), known.vae), there.vae)
+    cells = fields.whole("sample_size", known.size // vae.factor, MAX_CELLS)
     known = replace(known, unet=unet, vae=vae, schedule=_schedule(folder, known.schedule), size=cells * vae.factor)
     if len(towers) != len(known.text):
         raise folder.error(
@@ -69,20 +62,17 @@ def describe(folder: Folder, config: ModelConfig | str | None) -> tuple[ModelCon
         )
     text = []
     for i, name in enumerate(towers):
-        shown = found[i] if found[i] is None or _reads_pooled(known, i) else replace(found[i], projection=None)
-        text.append(_agreeing(folder, name, _text(component(path, name, "CLIP"), known, i), shown))
+        tower = there.text[i]
+        if tower is not None and i != known.pooled_tower:
+            tower = replace(tower, projection=None)
+        text.append(_agreeing(folder, name, _text(component(path, name, "CLIP"), known, i), tower))
     known = replace(known, text=tuple(text))
     if known.vision is not None:
-        shown = read_vision(lookup(bare, shapes, "vision."))
-        known = replace(
-            known,
-            vision=_agreeing(
-                folder, "image_encoder", read_vision_config(component(path, "image_encoder", "CLIP")), shown
-            ),
-        )
-    if known.depth is not None and "depth_estimator" in there:
+        vision = read_vision_config(component(path, "image_encoder", "CLIP"))
+        known = replace(known, vision=_agreeing(folder, "image_encoder", vision, there.vision))
+    if known.depth is not None and "depth_estimator" in folders:
         known = replace(known, depth=_depth(component(path, "depth_estimator", "DPTForDepthEstimation"), known.depth))
-    return known, diffusers(known, there)
+    return known, diffusers(known, folders)
 
 
 def _agreeing(folder: Folder, name: str, claimed: Config, there: Config | None) -> Any:
@@ -211,13 +201,9 @@ def _text(fields: Fields, known: ModelConfig, i: int) -> TextConfig:
         heads=fields.dividing("num_attention_heads", 8, width),
         mlp=fields.whole("intermediate_size", 2048),
         activation=fields.one_of("hidden_act", "quick_gelu", ("quick_gelu", "gelu")),
-        projection=fields.whole("projection_dim", 512) if _reads_pooled(known, i) else None,
+        projection=fields.whole("projection_dim", 512) if i == known.pooled_tower else None,
         skip=min(usual.skip, layers - 1) if known.unet.vector_dim is not None else 0,
     )
-
-
-def _reads_pooled(config: ModelConfig, i: int) -> bool:
-    return config.unet.vector_dim is not None and i == len(config.text) - 1
 
 
 def read_vision_config(fields: Fields) -> VisionConfig:
@@ -272,7 +258,7 @@ def _depth(fields: Fields, known: DepthConfig) -> DepthConfig:
     )
 
 
-def _schedule(folder: Folder, known: ScheduleConfig) -> ScheduleConfig:
+def _schedule(folder: Folder, known: Schedule) -> Schedule:
     """The noise schedule of training, where the folder tells it; what it says of the prediction goes to the folder's metadata."""
     path = folder.path / "scheduler" / "scheduler_config.json"
     if not path.exists():
@@ -294,7 +280,7 @@ def _schedule(folder: Folder, known: ScheduleConfig) -> ScheduleConfig:
         folder.metadata[SCHEDULER] = str(prediction)
     if fields.flag("rescale_betas_zero_snr", False):
         folder.metadata[ZERO_SNR] = "true"
-    return ScheduleConfig(start, end, fields.whole("num_train_timesteps", known.steps))
+    return Schedule(start, end, fields.whole("num_train_timesteps", known.steps))
 
 
 MAX_WIDTH, MAX_LAYERS, MAX_ITEMS = 2**16, 128, 16

@@ -179,7 +179,7 @@ def vae_alone_json(vae: VAEConfig, size: int) -> dict[str, Any]:
 def text_json(config: ModelConfig, i: int) -> dict[str, Any]:
     """config.json of text tower i."""
     text = config.text[i]
-    projected = is_xl(config) and i == len(config.text) - 1
+    projected = i == config.pooled_tower
     return {
         "architectures": ["CLIPTextModelWithProjection" if projected else "CLIPTextModel"], "model_type": "clip_text_model", "attention_dropout": 0.0,
         "bos_token_id": tokenizer.START, "eos_token_id": tokenizer.END, "pad_token_id": text.pad, "hidden_act": text.activation, "hidden_size": text.width,

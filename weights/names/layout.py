@@ -140,15 +140,20 @@ def _towers(keys: Container[str], prefix: str, vision: bool) -> list[tuple[str, 
     return [(theirs, names.openclip)] if theirs + _OPENCLIP in keys and not vision else []
 
 
+def bare(folders: Container[str]) -> Layout:
+    """The layout of those networks of a diffusers folder with these components whose names are the same in every model."""
+    towers = [name for name in ("text_encoder", "text_encoder_2") if name in folders]  # the refiner has only the second
+    parts = [Part(f"text.{i}.", f"{name}/", names.hugging_face) for i, name in enumerate(towers)]
+    return Layout((*parts, Part("vision.", "image_encoder/", names.hugging_face_vision)), FOLDER)
+
+
 def diffusers(config: ModelConfig, folders: Container[str]) -> Layout:
     """The layout of a diffusers folder with these components."""
     parts = [
         Part("unet.", "unet/", diffusers_names.in_diffusers_unet(config.unet)),
         Part("vae.", "vae/", diffusers_names.in_diffusers_vae(config.vae)),
     ]
-    towers = [name for name in ("text_encoder", "text_encoder_2") if name in folders]  # the refiner has only the second
-    parts += [Part(f"text.{i}.", f"{name}/", names.hugging_face) for i, name in enumerate(towers)]
-    parts.append(Part("vision.", "image_encoder/", names.hugging_face_vision))
+    parts += bare(folders).parts
     if config.depth is not None:
         parts.append(Part("depth.", "depth_estimator/", diffusers_names.in_transformers_dpt(config.depth)))
     return Layout(tuple(parts), FOLDER)

@@ -8,18 +8,23 @@ import types
 from dataclasses import asdict, fields, is_dataclass
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from ldm.config import DepthConfig, ModelConfig, TextConfig, UNetConfig, VAEConfig, VisionConfig
+from ldm.config import FAMILIES, DepthConfig, ModelConfig, TextConfig, UNetConfig, VAEConfig, VisionConfig
 from ldm.errors import ArgumentError
 
 CONFIG_KEY = "ldm.config"
 MAX_SIZE = 2**20  # of any number of channels, layers, pixels, ...
 MAX_ITEMS = 64  # of any list
 MAX_TEXT = 100_000  # characters of the whole
+NAMED = ("title", "base")  # fields that are written only of models of no known family, whose name tells them
 
 
 def to_json(config: ModelConfig) -> str:
     """The config as one line of JSON; `from_json` gives it back."""
-    return json.dumps(asdict(config), separators=(",", ":"))
+    described = asdict(config)
+    for field in NAMED:
+        if config.name in FAMILIES or not described[field]:
+            del described[field]
+    return json.dumps(described, separators=(",", ":"))
 
 
 def from_json(text: str) -> ModelConfig:
@@ -70,7 +75,13 @@ def _read_dataclass(kind: Any, value: Any, where: str) -> Any:
     unknown = sorted(set(value) - known)
     if unknown:
         raise ArgumentError(f"{where} has a field that this version does not know: {unknown[0][:60]}", key=CONFIG_KEY)
-    return kind(**{name: _read(hints[name], item, f"{where}.{name}") for name, item in value.items()})
+    values = {name: _read(hints[name], item, f"{where}.{name}") for name, item in value.items()}
+    try:
+        return kind(**values)
+    except ArgumentError:
+        raise
+    except ValueError as fault:
+        raise ArgumentError(f"its {CONFIG_KEY} is impossible: {fault}", key=CONFIG_KEY) from None
 
 
 def _require(holds: bool, value: Any, where: str, what: str) -> Any:
@@ -92,8 +103,8 @@ def _require_buildable(config: ModelConfig) -> None:
         fault = part and check(part)
         if fault:
             raise ArgumentError(f"its {CONFIG_KEY} is impossible: {fault}", key=CONFIG_KEY)
-    if not 0 < config.schedule.start <= config.schedule.end < 1 or config.schedule.steps < 1 or config.size < 1:
-        raise ArgumentError(f"its {CONFIG_KEY} is impossible: a schedule or picture size out of range", key=CONFIG_KEY)
+    if config.size < 1:
+        raise ArgumentError(f"its {CONFIG_KEY} is impossible: a picture size of {config.size} pixels", key=CONFIG_KEY)
 
 
 def _unet(unet: UNetConfig) -> str | None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 Shape = tuple[int, ...]
@@ -65,3 +67,18 @@ class Place:
         if self.how == "transposed":
             return tensor.T.contiguous()
         return tensor.view(ours) if self.how == "kernel" else tensor
+
+
+def joined(key: str, parts: Sequence[tuple[Place, Tensor]]) -> Tensor:
+    """The tensor that a file has under a key, from those of ours that lie in it, each with its place. Kernels keep our shape."""
+    rows = []
+    for place, tensor in sorted(parts, key=lambda part: "qkv".find(part[0].how)):
+        if place.more:
+            tensor = tensor.chunk(len(place.keys))[place.keys.index(key)]
+        rows.append(tensor.T.contiguous() if place.how == "transposed" else tensor)
+    return rows[0] if len(rows) == 1 else torch.cat(rows)
+
+
+def short(key: str, limit: int = 34) -> str:
+    """The telling end of a long name."""
+    return key if len(key) <= limit else "..." + key[3 - limit :]

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ldm.config import FAMILIES, ModelConfig
+from ldm.config import ModelConfig
 from ldm.errors import AmbiguousCheckpoint, ArgumentError, FileError
 from ldm.networks.unet import UNet
 
@@ -142,10 +142,10 @@ def response(unet: UNet) -> float:
 
 
 def predicting(config: ModelConfig, prediction: Prediction, *, named: bool = True) -> ModelConfig:
-    """The config with this prediction; of SD 2's text models, unless somebody gave their config, the family that has it."""
-    if named and config.name in ("sd2-base", "sd2-v"):
-        other = FAMILIES["sd2-v" if prediction == "v" else "sd2-base"]
-        return replace(config, name=other.name, prediction=prediction, size=other.size)
+    """The config with this prediction; unless somebody gave the config, of a family that differs in this alone, that family's (SD 2)."""
+    twin = config.twin(prediction) if named else None
+    if twin is not None:
+        return replace(config, name=twin.name, prediction=prediction, size=twin.size)
     return replace(config, prediction=prediction)
 
 
@@ -174,7 +174,7 @@ def marks(config: ModelConfig) -> tuple[str, ...]:
 
 def deviation_of(config: ModelConfig, statistic: Callable[[], Tensor | None]) -> float | None:
     """The statistic of SD 2's text models; None where it means nothing."""
-    if config.name not in ("sd2-base", "sd2-v"):
+    if config.kin != "sd2-base":
         return None
     tensor = statistic()
     return None if tensor is None else tensor.double().std(correction=0).item()

@@ -14,34 +14,35 @@ import torch
 from ldm.config import ModelConfig
 from ldm.disk import replacing, replacing_directory, require_space, require_writable, write_all
 from ldm.errors import ArgumentError, FileError, OutputError
+from weights.checkpoint import Checkpoint, open_any, recognise, require_dtype
 from weights.files.folders import COMPONENTS, MAX_JSON, Folder, add_component, is_folder, read_json
 from weights.files.hashes import sha256_of
 from weights.files.opened import Weights, open_file
 from weights.files.write import TORCH_FILES, OnWrite, Written, guarded, write
 from weights.folder.read import component
-from weights.models import open_any, require_dtype
 from weights.names.detect import lookup, require_family
+from weights.names.instead import vae_key
 from weights.names.layout import LEFTOVERS, original
 from weights.names.metadata import CONFIG_KEY, to_json
 from weights.names.prediction import METADATA, Prediction, require_prediction
 from weights.names.sizes import UNET, read_text
 from weights.tools import record
-from weights.tools.moves import Move
 from weights.tools.record import Conversion
 from weights.tools.routes import (
     ONLY,
-    Known,
+    Move,
     Only,
     Route,
+    Wish,
     file_to_file,
     folder_to_file,
-    known,
     network_alone,
     same_names,
     sharded,
     to_folder,
+    vae_to_file,
+    vae_to_folder,
 )
-from weights.tools.vae_alone import is_vae, vae_to_file, vae_to_folder
 
 FILES = (".safetensors", *TORCH_FILES)  # what a target that is one file ends in; all others are folders
 FOREIGN = (
@@ -103,7 +104,7 @@ def convert(
     _require_apart(Path(src), dst, manifest, overwrite)
     file, on_purpose = _open(src, drop, variant)
     with file:
-        route, model = _planned(file, to_file, dtype, ema, prune, only, config, prediction)
+        route, model = _planned(file, to_file, Wish(dtype, ema, prune), only, config, prediction)
         if isinstance(file, Folder) and not to_file and only is None:
             route = replace(route, texts={**route.texts, **_texts(file, config, prediction)})
         route = route if shard_size is None else sharded(route, shard_size)
@@ -117,7 +118,9 @@ def convert(
             SOURCE: file.path.resolve().name,
             SOURCE_HASH: sha256_of(file),
         }
-        if to_file and model is not None and model.doubt is None and only is None:  # what is in doubt must stay so
+        if (
+            to_file and model is not None and model.finding.doubt is None and only is None
+        ):  # what is in doubt must stay so
             facts[CONFIG_KEY] = to_json(_as_written(model.config, route.files[""]))
         digests: dict[tuple[str, str], str] = {}
         report = _reporter(made.bytes, guarded([file], on_write), digests if manifest is not None else None)
@@ -274,36 +277,39 @@ def _texts(folder: Folder, config: ModelConfig | str | None, prediction: Predict
 
 
 def _planned(
-    file: Weights | Folder, to_file: bool, dtype: torch.dtype | None, ema: bool | None, prune: bool, only: Only | None, config: ModelConfig | str | None,
+    file: Weights | Folder,
+    to_file: bool,
+    wish: Wish,
+    only: Only | None,
+    config: ModelConfig | str | None,
     prediction: Prediction | None,
-) -> tuple[Route, Known | None]:  # fmt: skip
-    container_alone = to_file and isinstance(file, Weights) and ema is None and not prune and only is None
+) -> tuple[Route, Checkpoint | None]:
+    """The route of a conversion, and the model in the source; None: it is no model, or of a kind that this version does not know."""
+    plain = wish == Wish(dtype=wish.dtype) and only is None
     is_model = f"{UNET}input_blocks.0.0.weight" in file or any(key.startswith("unet/") for key in file)
     if not is_model:
-        if (
-            ema is not None
-            or prune
-            or (only is not None and not (only == "vae" and (isinstance(file, Folder) or is_vae(file))))
-        ):
-            raise file.error(
-                "is no model but a part of one, or something else: ema, prune and only have nothing to choose from; leave them out"
-            )
-        return _no_model(file, to_file, dtype, config, "first_stage_model." if only else ""), None
+        vae = isinstance(file, Folder) or vae_key(file) is not None
+        if not (plain or (only == "vae" and vae and wish == Wish(dtype=wish.dtype))):
+            what = "is no model but a part of one, or something else: ema, prune and only have nothing to choose from"
+            raise file.error(f"{what}; leave them out")
+        return _no_model(file, to_file, wish.dtype, config, "first_stage_model." if only else ""), None
     try:
-        model = known(file, config, prediction, dtype, ema, prune)
+        model = recognise(file, config, prediction, ema=wish.ema is True)
+        model.require_whole()
     except FileError:
-        if container_alone and config is None and prediction is None:  # of any kind, this version's or not
-            return same_names(file, dtype), None
+        if (
+            to_file and isinstance(file, Weights) and plain and config is None and prediction is None
+        ):  # of a kind that is not known
+            return same_names(file, wish.dtype), None
         raise
-    if model.raw and ema is None and (not to_file or prune or only == "unet"):
-        raise file.error(
-            "holds raw weights and their moving average, of which the target takes one: say ema=True or ema=False"
-        )
+    if model.averages and wish.ema is None and (not to_file or wish.prune or only == "unet"):
+        what = "holds raw weights and their moving average, of which the target takes one"
+        raise file.error(f"{what}: say ema=True or ema=False")
     if only is not None:
-        return network_alone(model, only, to_file), model
-    if to_file:
-        return (file_to_file(model) if isinstance(file, Weights) else folder_to_file(model)), model
-    return to_folder(model), model
+        return network_alone(model, wish, only, to_file), model
+    if not to_file:
+        return to_folder(model, wish), model
+    return (file_to_file if isinstance(file, Weights) else folder_to_file)(model, wish), model
 
 
 def _no_model(
@@ -311,17 +317,15 @@ def _no_model(
 ) -> Route:
     """A VAE alone in either layout; anything else in another container, without a prefix of its names."""
     if isinstance(file, Folder) and not to_file:
-        raise file.error(
-            "is the folder of one network, and the target a folder too; name a target that ends in .safetensors or .ckpt"
-        )
+        what = "is the folder of one network, and the target a folder too"
+        raise file.error(f"{what}; name a target that ends in .safetensors or .ckpt")
     if isinstance(file, Folder):
         return vae_to_file(file, dtype)
     if to_file:
         return same_names(file, dtype, prefix)
-    if not is_vae(file):
-        raise file.error(
-            "is neither a model nor a VAE: only those have a folder layout; name a target that ends in .safetensors or .ckpt"
-        )
+    if vae_key(file) is None:
+        what = "is neither a model nor a VAE: only those have a folder layout"
+        raise file.error(f"{what}; name a target that ends in .safetensors or .ckpt")
     return vae_to_folder(file, config, dtype)
 
 
@@ -340,13 +344,15 @@ def _told(file: Weights | Folder, licence: str | None, only: Only | None) -> dic
     return told | ({LICENCE: said} if said else {})
 
 
-def _facts(model: Known | None, ema: bool | None, only: Only | None) -> dict[str, str]:
+def _facts(model: Checkpoint | None, ema: bool | None, only: Only | None) -> dict[str, str]:
     """What the conversion knows: what the UNet predicts, and which of two sets of weights it has."""
     if model is None or only not in (None, "unet"):
         return {}
-    predicts = {} if model.doubt is not None else {METADATA: {"eps": "epsilon", "v": "v"}[model.config.prediction]}
+    predicts = (
+        {} if model.finding.doubt is not None else {METADATA: {"eps": "epsilon", "v": "v"}[model.config.prediction]}
+    )
     which = {None: "raw weights and their moving average", True: "moving average", False: "raw weights"}[ema]
-    return predicts | ({WHICH: which} if model.raw else {})
+    return predicts | ({WHICH: which} if model.averages else {})
 
 
 def _as_written(config: ModelConfig, moves: Mapping[str, Move]) -> ModelConfig:

@@ -14,7 +14,7 @@ import torch
 
 from ldm.config import ModelConfig
 from ldm.errors import ArgumentError
-from weights.models import open_any
+from weights.checkpoint import open_any
 from weights.names.detect import require_family
 from weights.names.places import Shape
 from weights.tools.closeness import nearness, products, rank, ratio, rounding_error, same_numbers

@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from ldm.config import ModelConfig, TextConfig, UNetConfig, VAEConfig
 from ldm.errors import AmbiguousCheckpoint, FileError
+from weights.checkpoint import Parameters, network_of
 from weights.files.folders import Folder
 from weights.files.opened import Weights
 from weights.files.torchfiles import Spec
-from weights.names import original as names
-from weights.names.detect import lookup
-from weights.names.layout import Layout
+from weights.names.layout import WHAT, Layout
 from weights.names.layout import reason as ignored_for
-from weights.names.places import Shape
 from weights.names.prediction import STATISTIC, THRESHOLD, Finding, claims_of, deviation_of, settle
-from weights.names.sizes import read_text
-from weights.plan import plan
 from weights.tools.facts import AverageFacts, Component, Damage, PredictionFacts, TrainingFacts
 
 TOWERS = {768: "CLIP-L", 1024: "OpenCLIP-H", 1280: "OpenCLIP-bigG"}  # text towers by width
@@ -51,16 +47,6 @@ MAX_IDS = 65536  # numbers of a position_ids that is read to be checked; the pub
 def typed(dtype: torch.dtype) -> str:
     """torch.float16 -> float16."""
     return str(dtype).removeprefix("torch.")
-
-
-def reason(error: FileError) -> str:
-    """What an error says, without the name of the file that a report begins with."""
-    return str(error).removeprefix(": ")
-
-
-def refusal(what: str, key: str | None = None) -> FileError:
-    """An error without a file's name, to be quoted."""
-    return FileError(what, key=key)
 
 
 # --- components -----------------------------------------------------------------------------------------------------
@@ -128,18 +114,10 @@ def same_names(unet: UNetConfig | None, vae: VAEConfig | None, config: ModelConf
     )
 
 
-def tower_titles(towers: Mapping[str, TextConfig | None]) -> dict[str, str]:
+def tower_titles(towers: Sequence[TextConfig | None]) -> dict[str, str]:
     """What text towers are called, by component."""
-    return {
-        name: f"text tower, {TOWERS.get(tower.width, f'{tower.width} wide')}" if tower else "text tower"
-        for name, tower in towers.items()
-    }
-
-
-def read_towers(layout: Layout, shapes: Mapping[str, Shape]) -> dict[str, TextConfig | None]:
-    """{"text.0": its visible sizes, ...}"""
-    parts = [part.ours for part in layout.parts if part.ours.startswith("text.")]
-    return {ours.rstrip("."): read_text(lookup(layout, shapes, ours)) for ours in parts}
+    known = [TOWERS.get(tower.width, f"{tower.width} wide") if tower else None for tower in towers]
+    return {f"text.{i}": f"text tower, {which}" if which else "text tower" for i, which in enumerate(known)}
 
 
 # --- families -------------------------------------------------------------------------------------------------------
@@ -179,50 +157,21 @@ class Account:
     refusal: str | None  # what the loader would say
 
 
-def account(layout: Layout, wanted: Mapping[str, Shape], specs: Mapping[str, Spec], *, sized: bool = True) -> Account:
-    """Where the parameters `wanted` of a network are among these tensors, by name; `sized`: by shape and type too, as the loader asks."""
-    shapes = {key: spec.shape for key, spec in specs.items()}
-    used: set[str] = set()
-    there: set[str] = set()
-    lacking: dict[str, list[str]] = {}  # network -> keys
-    averages = set()
-    for ours in wanted:
-        places = layout.places(ours)
-        found = [place for place in places if all(key in shapes for key in place.keys)]
-        used.update(key for place in found for key in place.keys)
-        if found:
-            there.add(_network(ours))
-            if layout.averaged is not None and found[0].key.startswith(layout.averaged):
-                averages.add(names.ema(found[0].key))
-        else:
-            lacking.setdefault(_network(ours), []).extend(
-                [key for key in places[0].keys if key not in shapes] if places else [ours]
-            )
-    unknown = tuple(
-        key for key in shapes if key not in used and key not in averages and ignored_for(layout.ignored, key) is None
-    )
-    missing_keys = tuple(dict.fromkeys(key for network in lacking if network in there for key in lacking[network]))
-    ema = None if layout.averaged is None else average(shapes, averages)
-    refused = _refused(layout, wanted, specs, shapes) if sized else None
-    return Account(tuple(network for network in lacking if network not in there), missing_keys, unknown, ema, refused)
-
-
-def _refused(
-    layout: Layout, wanted: Mapping[str, Shape], specs: Mapping[str, Spec], shapes: Mapping[str, Shape]
-) -> str | None:
-    """What the loader would say against these tensors."""
+def account(parameters: Parameters, *, sized: bool = True) -> Account:
+    """What there is of a network in a file, by name; `sized`: by shape and type too, as the loader asks."""
+    there = {network_of(name) for name in parameters.raw}
+    gone = [network for network in parameters.missing if network not in there and network.startswith(tuple(WHAT))]
+    missing_keys = [key for network, keys in parameters.missing.items() if network not in gone for key in keys]
+    ema = None if parameters.layout.averaged is None else average(parameters.file, parameters.averaged.values())
+    refused = None
     try:
-        sources = plan(layout, wanted, shapes, refusal).sources
+        if sized:
+            parameters.require_whole()
+            parameters.require_numbers()
     except FileError as error:
-        return reason(error)
-    whole = next(
-        (key for place in sources.values() for key in place.keys if not specs[key].dtype.is_floating_point), None
-    )
-    return (
-        None
-        if whole is None
-        else f"{whole} holds {typed(specs[whole].dtype)} numbers, not floating-point ones: quantised weights are not read"
-    )
+        refused = error.what
+    networks = tuple(network.rstrip(".") for network in gone)
+    return Account(networks, tuple(dict.fromkeys(missing_keys)), tuple(parameters.unknown), ema, refused)
 
 
 def average(keys: Iterable[str], expected: Iterable[str]) -> AverageFacts:
@@ -236,11 +185,6 @@ def average(keys: Iterable[str], expected: Iterable[str]) -> AverageFacts:
             "leftover" if {"model_ema.decay", "model_ema.num_updates"} & keys else "none", 0, len(expected)
         )
     return AverageFacts("full" if expected <= set(there) else "partial", len(there), len(expected))
-
-
-def _network(ours: str) -> str:
-    match = re.match(r"text\.\d+|(unet|vae|vision|depth)(?=\.)", ours)
-    return match[0] if match else ""
 
 
 # --- prediction -----------------------------------------------------------------------------------------------------
@@ -263,11 +207,13 @@ def prediction(
     try:
         if (deviation := deviation_of(config, statistic)) is not None:
             evidence.append(f"weights: norm1.bias std {deviation:.3f}; eps has less than {THRESHOLD}, v more")
-        finding: Finding = settle(config, file.specs, file.metadata, statistic, refusal, explicit=explicit is not None)
+        finding: Finding = settle(
+            config, file.specs, file.metadata, statistic, file.error, explicit=explicit is not None
+        )
     except AmbiguousCheckpoint as clash:
-        return PredictionFacts(None, tuple(evidence), reason(clash)), config, reason(clash)
+        return PredictionFacts(None, tuple(evidence), clash.what), config, clash.what
     except FileError as fault:
-        return PredictionFacts(None, tuple(evidence), None), config, reason(fault)
+        return PredictionFacts(None, tuple(evidence), None), config, fault.what
     if finding.doubt is not None:
         said = f"norm1.bias std {finding.doubt:.3f} is in between: loading asks the network"
         return PredictionFacts(None, tuple(evidence), said), finding.config, None
@@ -285,9 +231,9 @@ def prediction(
 def _claims(file: Weights | Folder) -> list[str]:
     """Who says what, or what somebody says that this version does not understand."""
     try:
-        return [f"{who}: {what}" for who, what in claims_of(file.specs, file.metadata, refusal).items()]
+        return [f"{who}: {what}" for who, what in claims_of(file.specs, file.metadata, file.error).items()]
     except FileError as fault:
-        return [reason(fault)]
+        return [fault.what]
 
 
 # --- damage, training -----------------------------------------------------------------------------------------------

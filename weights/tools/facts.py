@@ -7,9 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-What = Literal[
-    "model", "unet", "vae", "text tower", "safety checker", "lora", "embedding", "controlnet", "transformer", "other"
-]
+from weights.names.instead import What
 
 
 @dataclass(frozen=True)

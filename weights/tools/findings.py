@@ -3,35 +3,37 @@
 from __future__ import annotations
 
 import contextlib
-import math
+import functools
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
 from ldm.config import FAMILIES, VAE_F4, VAE_F8, ModelConfig, VisionConfig
 from ldm.errors import FileError
 from ldm.model import LatentDiffusion
 from ldm.networks.safety import SafetyChecker
-from ldm.networks.vae import VAE
+from weights.checkpoint import Parameters, vae_alone
 from weights.files.folders import Folder, add_component
 from weights.files.opened import Weights
+from weights.files.torchfiles import Spec
 from weights.folder.read import describe
-from weights.models import vae_layout
-from weights.names import original as names
+from weights.models import SAFETY
 from weights.names.blank import shapes as shapes_of
-from weights.names.detect import REFUSED, TITLES, detect, family, like_file, lookup, not_a_model
-from weights.names.layout import ALONE, FOLDER, Layout, Part, original
+from weights.names.detect import detect, family, like_file, shown, title_of
+from weights.names.instead import What, instead, kind_of
+from weights.names.layout import ALONE, FOLDER, Layout, bare, original
 from weights.names.metadata import CONFIG_KEY
-from weights.names.original import hugging_face, hugging_face_vision
+from weights.names.original import hugging_face
 from weights.names.sizes import (
     UNET,
+    Shapes,
     read_diffusers_unet,
     read_diffusers_vae,
     read_text,
     read_unet,
     read_vae,
-    read_vision,
     visible,
 )
 from weights.tools.adapters import embedding_facts, lora_facts
@@ -42,14 +44,12 @@ from weights.tools.evidence import (
     components,
     owners,
     prediction,
-    read_towers,
-    reason,
     same_names,
     sizes_of,
     tower_titles,
     vae_sizes,
 )
-from weights.tools.facts import AverageFacts, Component, EmbeddingFacts, LoraFacts, PredictionFacts, What
+from weights.tools.facts import AverageFacts, Component, EmbeddingFacts, LoraFacts, PredictionFacts
 
 FOLDER_OWNERS = {
     "unet/": "unet",
@@ -94,68 +94,58 @@ def describe_contents(
     return _part(file, shapes, FAMILIES[config] if isinstance(config, str) else config)
 
 
-def _single(
-    file: Weights | Folder, shapes: Mapping[str, tuple[int, ...]], config: ModelConfig | str | None
-) -> Findings:
+def _single(file: Weights | Folder, shapes: Shapes, config: ModelConfig | str | None) -> Findings:
     """A model in one file."""
     layout = original(shapes)
-    towers = read_towers(layout, shapes)
-    unet, vision = read_unet(shapes), read_vision(lookup(layout, shapes, "vision."))
-    name = family(unet, vision is not None, shapes)
+    there = shown(shapes, layout)
+    name = family(there.unet, there.vision is not None, shapes)
+    known, refused = None, None
     try:
-        known, refused = detect(shapes, file.metadata, config, ""), None
+        known = detect(shapes, file.metadata, config, file.path)
     except FileError as error:
-        known, refused = None, reason(error)
-    explicit = (
-        "the config given"
-        if config is not None
-        else f"{CONFIG_KEY} in its metadata"
-        if CONFIG_KEY in file.metadata
-        else None
-    )
-    evidence = () if unet is None else (f"{sizes_of(unet)} -> {name}",)
+        refused = error.what
+    explicit = None
+    if config is not None:
+        explicit = "the config given"
+    elif CONFIG_KEY in file.metadata:
+        explicit = f"{CONFIG_KEY} in its metadata"
+    evidence = () if there.unet is None else (f"{sizes_of(there.unet)} -> {name}",)
     if known is not None and explicit is not None:
         evidence += (f"{explicit}: {known.name}",)
-    groups = components(file.specs, owners(layout), layout.ignored, tower_titles(towers))
-    like = (
-        like_file(FAMILIES[name], [*towers.values()])
-        if name in FAMILIES and same_names(unet, read_vae(shapes), FAMILIES[name])
-        else None
-    )
+    groups = components(file.specs, owners(layout), layout.ignored, tower_titles(there.text))
+    usual = FAMILIES.get(name)
+    like = None
+    if usual is not None and same_names(there.unet, there.vae, usual):
+        like = like_file(usual, there.text)
     return _model(file, layout, name, known, like, refused, explicit, evidence, groups)
 
 
-def _folder(
-    folder: Folder, shapes: Mapping[str, tuple[int, ...]], config: ModelConfig | str | None, stack: contextlib.ExitStack
-) -> Findings:
+def _folder(folder: Folder, shapes: Shapes, config: ModelConfig | str | None, stack: contextlib.ExitStack) -> Findings:
     """A model in a diffusers folder."""
-    there = [name for name in ("text_encoder", "text_encoder_2") if any(key.startswith(f"{name}/") for key in shapes)]
-    parts = tuple(Part(f"text.{i}.", f"{name}/", hugging_face) for i, name in enumerate(there))
-    layout = Layout((*parts, Part("vision.", "image_encoder/", hugging_face_vision)), FOLDER)
-    towers = read_towers(layout, shapes)
-    unet = read_diffusers_unet(shapes, "unet/")
-    name = family(
-        unet,
-        any(key.startswith("image_encoder/") for key in shapes),
-        {"cc_projection.": ()} if (folder.path / "cc_projection").is_dir() else {},
-    )
+    folders = {key.split("/")[0] for key in shapes}
+    layout = bare(folders)
+    there = shown(shapes, layout, folder=True)
+    marks = ("cc_projection.",) if (folder.path / "cc_projection").is_dir() else ()
+    name = family(there.unet, "image_encoder" in folders, marks)
     known, refused = None, None
     try:
         known, layout = describe(folder, config)
-    except FileError as error:
-        refused = str(error).removeprefix(f"{folder.path}: ")
-    prefixes = FOLDER_OWNERS | {f"{name}/": f"text.{i}" for i, name in enumerate(there)}
-    groups = components({**folder.specs, **_safety_checker(folder, stack)}, prefixes, FOLDER, tower_titles(towers))
-    evidence = () if unet is None else (f"{sizes_of(unet)} -> {name}",)
+    except FileError as error:  # of a file in the folder, perhaps
+        inside = "" if error.path is None else os.path.relpath(error.path, folder.path)
+        refused = error.what if inside in ("", ".") else f"{Path(inside).as_posix()}: {error.what}"
+    prefixes = FOLDER_OWNERS | {
+        part.theirs: part.ours.rstrip(".") for part in layout.parts if part.ours.startswith("text.")
+    }
+    groups = components({**folder.specs, **_safety_checker(folder, stack)}, prefixes, FOLDER, tower_titles(there.text))
+    evidence = () if there.unet is None else (f"{sizes_of(there.unet)} -> {name}",)
     evidence += (
         ("its config.json files describe the tensors beside them",) if known is not None and config is None else ()
     )
-    return _model(
-        folder, layout, name, known, None, refused, None if config is None else "the config given", evidence, groups
-    )
+    explicit = None if config is None else "the config given"
+    return _model(folder, layout, name, known, None, refused, explicit, evidence, groups)
 
 
-def _safety_checker(folder: Folder, stack: contextlib.ExitStack) -> Mapping[str, Any]:
+def _safety_checker(folder: Folder, stack: contextlib.ExitStack) -> Mapping[str, Spec]:
     """The tensors of the safety checker, which lies in the folder and is no part of the model."""
     path = folder.path / "safety_checker"
     if not any(next(path.glob(f"{stem}*"), None) for stem in ("model", "pytorch_model")):
@@ -166,18 +156,27 @@ def _safety_checker(folder: Folder, stack: contextlib.ExitStack) -> Mapping[str,
 
 
 def _model(
-    file: Weights | Folder, layout: Layout, name: str, known: ModelConfig | None, like: ModelConfig | None, refused: str | None,
-    explicit: str | None, evidence: tuple[str, ...], groups: tuple[Component, ...],
-) -> Findings:  # fmt: skip
-    """What a model and a lone UNet have in common. Where it cannot be `known`, its names are compared with those of one that it is `like`."""
+    file: Weights | Folder,
+    layout: Layout,
+    name: str,
+    known: ModelConfig | None,
+    like: ModelConfig | None,
+    refused: str | None,
+    explicit: str | None,
+    evidence: tuple[str, ...],
+    groups: tuple[Component, ...],
+) -> Findings:
+    """What a model and a lone UNet have in common. Where it is not `known`, its names are compared with those that it is `like`."""
     what: What = "unet" if {group.name for group in groups} <= {"unet", "leftovers", "schedule"} else "model"
     predicted, trouble = None, None
     found = Account((), (), (), None if layout.averaged is None else average(file.specs, ()), None)
+    title = title_of(name)
     if (config := known or like) is not None:
         predicted, config, trouble = prediction(file, config, layout, explicit)
         name = config.name
-        found = account(layout, shapes_of(LatentDiffusion, config), file.specs, sized=known is not None)
-    title = TITLES.get(name) or REFUSED.get(name, name)
+        title = config.family.title or name
+        network = functools.partial(shapes_of, LatentDiffusion, config)
+        found = account(Parameters(file=file, layout=layout, network=network), sized=known is not None)
     return Findings(
         what=what,
         title=f"UNet alone, of {title}" if what == "unet" else re.sub(r"^an? ", "", title),
@@ -196,33 +195,9 @@ def _model(
 # --- everything else ------------------------------------------------------------------------------------------------
 
 
-def what_is(shapes: Mapping[str, tuple[int, ...]]) -> What:
-    """What a file without a UNet under its original name is: the answers of `weights.detect.not_a_model`, in its order, as words."""
-    if any(re.search(r"^lora_|\.lora_|_lora\.|hada_w|lokr_w", key) for key in shapes):
-        return "lora"
-    if any("double_blocks." in key or "joint_blocks." in key for key in shapes):
-        return "transformer"
-    if any(key.startswith(("control_model.", "controlnet_")) for key in shapes):
-        return "controlnet"
-    if any(
-        f"{prefix}encoder.conv_in.weight" in shapes and f"{prefix}decoder.conv_in.weight" in shapes
-        for prefix in ("", "first_stage_model.")
-    ):
-        return "vae"
-    if "conv_in.weight" in shapes and any(key.startswith("down_blocks.") for key in shapes):
-        return "unet"
-    if any(key.removeprefix("diffusion_model.") == "input_blocks.0.0.weight" for key in shapes):
-        return "unet"
-    if any(key.startswith("special_care_embeds") for key in shapes):
-        return "safety checker"
-    if any("text_model.encoder.layers.0." in key for key in shapes):
-        return "text tower"
-    small = len(shapes) <= 3 and all(len(shape) <= 2 and math.prod(shape) <= 1_000_000 for shape in shapes.values())
-    return "embedding" if small or any(key.startswith("string_to_param.") for key in shapes) else "other"
-
-
-def _part(file: Weights | Folder, shapes: Mapping[str, tuple[int, ...]], config: ModelConfig | None) -> Findings:
-    what = what_is(shapes)
+def _part(file: Weights | Folder, shapes: Shapes, config: ModelConfig | None) -> Findings:
+    kind = kind_of(shapes)
+    what = "other" if kind is None else kind.what
     if what == "lora":
         return _lora(file, config)
     teller = {"embedding": _embedding, "vae": _vae, "safety checker": _safety, "unet": _unet, "text tower": _text}.get(
@@ -236,7 +211,7 @@ def _lora(file: Weights | Folder, config: ModelConfig | None) -> Findings:
     try:
         facts, unknown, evidence = lora_facts(file, config)
     except FileError as error:
-        return Findings("lora", "damaged LoRA", groups, (), problem=str(error).removeprefix(f"{file.path}: "))
+        return Findings("lora", "damaged LoRA", groups, (), problem=error.what)
     title = "/".join(facts.kinds) + (
         f" for {' or '.join(facts.families)}" if facts.families else " for no known family"
     )
@@ -248,25 +223,19 @@ def _lora(file: Weights | Folder, config: ModelConfig | None) -> Findings:
     return Findings("lora", title, groups, evidence, None, problem, unknown_keys=unknown, lora=facts)
 
 
-def _embedding(file: Weights | Folder, shapes: Mapping[str, Any]) -> Findings:
+def _embedding(file: Weights | Folder, shapes: Shapes) -> Findings:
     groups = components(file.specs, {"": "embedding"}, ())
     try:
         facts = embedding_facts(file)
     except FileError as error:
-        return Findings(
-            "other",
-            "small tensors that are no embedding",
-            groups,
-            (),
-            problem=str(error).removeprefix(f"{file.path}: "),
-        )
+        return Findings("other", "small tensors that are no embedding", groups, (), problem=error.what)
     evidence = tuple(f"{key}: {[*shapes[key]]}" for key in shapes if file.specs[key].dtype.is_floating_point)
     return Findings(
         "embedding", f"textual-inversion embedding for {' and '.join(facts.towers)}", groups, evidence, embedding=facts
     )
 
 
-def _vae(file: Weights | Folder, shapes: Mapping[str, Any]) -> Findings:
+def _vae(file: Weights | Folder, shapes: Shapes) -> Findings:
     groups = components(
         file.specs,
         {
@@ -291,21 +260,20 @@ def _vae(file: Weights | Folder, shapes: Mapping[str, Any]) -> Findings:
         else "VAE of other sizes"
     )
     try:
-        layout = None if known is None else vae_layout(shapes, known, file)
+        parameters = None if known is None else vae_alone(file, known)
     except FileError:
-        layout = None
-    if layout is None:
+        parameters = None
+    if parameters is None:
         return Findings("vae", title, groups, evidence, problem="no family of this project has a VAE of these sizes")
-    found = account(layout, shapes_of(VAE, known), file.specs)
+    found = account(parameters)
     return Findings(
         "vae", title, groups, evidence, None, found.refusal, None, (), found.missing_keys, found.unknown_keys
     )
 
 
-def _safety(file: Weights | Folder, shapes: Mapping[str, Any]) -> Findings:
-    found = account(
-        Layout((Part("", "", names.doubled_vision),), ALONE), shapes_of(SafetyChecker, VisionConfig()), file.specs
-    )
+def _safety(file: Weights | Folder, shapes: Shapes) -> Findings:
+    network = functools.partial(shapes_of, SafetyChecker, VisionConfig())
+    found = account(Parameters(file=file, layout=SAFETY, network=network))
     return Findings(
         "safety checker",
         "safety checker",
@@ -320,22 +288,22 @@ def _safety(file: Weights | Folder, shapes: Mapping[str, Any]) -> Findings:
     )
 
 
-def _unet(file: Weights | Folder, shapes: Mapping[str, Any]) -> Findings:
+def _unet(file: Weights | Folder, shapes: Shapes) -> Findings:
     prefix = "diffusion_model." if "diffusion_model.input_blocks.0.0.weight" in shapes else ""
     unet = read_diffusers_unet(shapes, "") if "conv_in.weight" in shapes else read_unet(shapes, prefix)
     name = family(unet, False, shapes)
     evidence = () if unet is None else (f"{sizes_of(unet)} -> {name}",)
     return Findings(
         "unet",
-        f"UNet alone, of {(TITLES | REFUSED)[name]}",
+        f"UNet alone, of {title_of(name)}",
         components(file.specs, {"": "unet"}, ()),
         evidence,
         name,
-        not_a_model(shapes),
+        instead(shapes),
     )
 
 
-def _text(file: Weights | Folder, shapes: Mapping[str, Any]) -> Findings:
+def _text(file: Weights | Folder, shapes: Shapes) -> Findings:
     key = next(key for key in shapes if "text_model.encoder.layers.0." in key)
     prefix = key[: key.index("text_model.encoder.layers.0.")]
     tower = read_text(
@@ -343,7 +311,7 @@ def _text(file: Weights | Folder, shapes: Mapping[str, Any]) -> Findings:
             (shapes[prefix + place.key] for place in hugging_face(name) if prefix + place.key in shapes), None
         )
     )
-    titles = tower_titles({"text.0": tower})
+    titles = tower_titles((tower,))
     evidence = (
         () if tower is None else (f"text tower: {tower.width} wide, {tower.layers} blocks, {tower.vocab} tokens",)
     )
@@ -353,11 +321,11 @@ def _text(file: Weights | Folder, shapes: Mapping[str, Any]) -> Findings:
         components(file.specs, {"": "text.0"}, (), titles),
         evidence,
         None,
-        not_a_model(shapes),
+        instead(shapes),
     )
 
 
-def _other(what: What, file: Weights | Folder, shapes: Mapping[str, Any]) -> Findings:
+def _other(what: What, file: Weights | Folder, shapes: Shapes) -> Findings:
     title = {"controlnet": "ControlNet", "transformer": "Flux or SD 3 transformer"}.get(what, "something else")
     name = {"controlnet": "controlnet"}.get(what, "unknown")
-    return Findings(what, title, components(file.specs, {"": name}, ()), (), None, not_a_model(shapes))
+    return Findings(what, title, components(file.specs, {"": name}, ()), (), None, instead(shapes))

@@ -3,37 +3,30 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
-from ldm.config import FAMILIES, ModelConfig
+from ldm.config import FAMILIES, DepthConfig, ModelConfig
 from ldm.networks.clip import CLIPText
 from ldm.networks.dpt import DPT
 from ldm.networks.unet import UNet
 from ldm.networks.vae import VAE
 from ldm.networks.vision import CLIPVision
+from weights.checkpoint import Parameters, network_of, read
 from weights.files.folders import Folder
 from weights.files.opened import Weights
 from weights.names import blank
-from weights.names import diffusers as diffusers_names
 from weights.names import original as names
-from weights.names.detect import REFUSED, TITLES, family, lookup, not_a_model
-from weights.names.layout import ALONE, FOLDER, Layout, Part, diffusers, original, reason
+from weights.names.detect import REFUSED, UNKNOWN, Shown, family, family_title, shown, title_of, unread
+from weights.names.diffusers import in_diffusers_unet, in_diffusers_vae
+from weights.names.instead import kind_of
+from weights.names.layout import ALONE, Layout, Part, bare, diffusers, original, reason
 from weights.names.places import Place, Shape
-from weights.names.sizes import (
-    UNET,
-    Shapes,
-    read_diffusers_unet,
-    read_diffusers_vae,
-    read_text,
-    read_unet,
-    read_vae,
-    read_vision,
-)
+from weights.names.sizes import UNET, Shapes, read_diffusers_unet, read_diffusers_vae, read_unet, read_vae
 
 AVERAGE = "moving average of the weights"
 UNREAD = "part of a text tower after the last block that is read"
@@ -82,11 +75,7 @@ class Side:
     def read(self, name: str) -> Tensor:
         """The tensor in its own type, on the CPU. It is a copy: what passes through is given back to the system."""
         entry = self.entries[name]
-        pieces = [
-            self.file.read(key, rows=entry.place.rows(self.file.shape(key)), mapped=False) for key in entry.place.keys
-        ]
-        tensor = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-        return tensor.T if entry.place.how == "transposed" else tensor.reshape(entry.shape)
+        return read(self.file, entry.place, entry.shape)
 
 
 def is_network(component: str) -> bool:
@@ -103,153 +92,123 @@ def by_parameters(file: Weights | Folder, config: ModelConfig | str | None = Non
     """
     shapes = {key: file.shape(key) for key in file}
     known = FAMILIES[config] if isinstance(config, str) else config
-    found = _folder(shapes, known) if isinstance(file, Folder) else _single(shapes, known)
-    if found is None:
-        return None
-    title, layout, parameters, read = found
-    entries: dict[str, Entry] = {}
-    used: set[str] = set()
-    for ours in parameters:
-        place = next(
-            (place for place in layout.places(ours) if all(_usable(place, shapes.get(key)) for key in place.keys)), None
-        )
-        if place is None:
-            continue
-        entries[ours] = _entry(
-            file,
-            _component(ours),
-            place,
-            read(ours) or (_reason(layout, place.key) if ours.startswith("text.") else ""),
-        )
-        used.update(place.keys)
-        average = names.ema(place.key) if layout.averaged and place.key.startswith(layout.averaged) else ""
-        if average in shapes:
-            entries[f"ema.{ours}"] = _entry(file, "ema", Place(average), AVERAGE)
-            used.add(average)
-    for key in shapes:
-        if key not in used:
-            name = _leftover(layout, key)
-            entries[name if name not in entries else f"other/{key}"] = _entry(
-                file, "other", Place(key), _reason(layout, key)
-            )
-    return Side(file, title, _container(file), entries, ours=True)
+    if isinstance(file, Folder) or any(key.startswith(UNET) for key in shapes):
+        found = _model(shapes, isinstance(file, Folder), known)
+    else:
+        found = _alone(shapes)
+    return None if found is None else Side(file, found.title, _container(file), _entries(file, found), ours=True)
 
 
 def by_keys(file: Weights | Folder) -> Side:
     """The tensors by the file's own names."""
     shapes = {key: file.shape(key) for key in file}
-    entries = {
-        key: _entry(
-            file, next((component for pattern, component in _OWN if re.match(pattern, key)), "other"), Place(key), ""
-        )
-        for key in shapes
+    owners = {
+        key: next((component for pattern, component in _OWN if re.match(pattern, key)), "other") for key in shapes
     }
-    model = isinstance(file, Folder) or f"{UNET}input_blocks.0.0.weight" in shapes
-    told = re.match(r"is (an? [^,(;:]+)", not_a_model(shapes)) if not model else None
-    title = REFUSED["unknown"] if model else told[1].strip() if told else "a file of weights"
+    entries = {key: _entry(file, component, Place(key), "") for key, component in owners.items()}
+    kind = kind_of(shapes)
+    model = isinstance(file, Folder) or (kind is not None and kind.what == "model")
+    title = REFUSED[UNKNOWN] if model else "a file of weights" if kind is None else kind.title
     return Side(file, title, _container(file), entries, ours=False)
 
 
 # --- what the networks of a file are --------------------------------------------------------------------------------
 
-_Found = tuple[
-    str, Layout, list[str], Callable[[str], str]
-]  # title, layout, our names of the parameters, why a parameter may be left out
+
+@dataclass(frozen=True)
+class _Networks:
+    """The networks that a file may have, by what its shapes show."""
+
+    title: str
+    layout: Layout
+    sizes: Mapping[
+        str, tuple[Callable[..., nn.Module], object]
+    ]  # prefix of our names -> how the network is built, its config
+    family: ModelConfig | None = None  # of a published family, which may lack what it does not read
+
+    def parameters(self) -> dict[str, Shape]:
+        """Our names of all parameters of those networks that the layout has a place for."""
+        parts = [part.ours for part in self.layout.parts if part.ours in self.sizes]
+        return {ours + name: shape for ours in parts for name, shape in blank.shapes(*self.sizes[ours]).items()}
 
 
-def _single(shapes: Shapes, known: ModelConfig | None) -> _Found | None:
-    if not any(key.startswith(UNET) for key in shapes):
-        return _alone(shapes)
-    layout = original(shapes)
-    towers = [read_text(lookup(layout, shapes, part.ours)) for part in layout.parts if part.ours.startswith("text.")]
-    vision = read_vision(lookup(layout, shapes, "vision."))
-    unet = read_unet(shapes)
-    name = known.name if known is not None and unet is None else family(unet, vision is not None, shapes)
-    if known is None and unet is not None:
-        usual = FAMILIES.get(name, FAMILIES["sd1"])
-        known = replace(
-            usual, unet=unet, vae=read_vae(shapes), text=tuple(towers), vision=vision, depth=FAMILIES["sd2-depth"].depth
-        )
-    return known and (_title(name), layout, [*_parameters(known, layout)], _unread(name))
-
-
-def _folder(shapes: Shapes, known: ModelConfig | None) -> _Found | None:
-    there = {key.split("/")[0] for key in shapes}
-    folders = [folder for folder in ("text_encoder", "text_encoder_2") if folder in there]
-    parts = [Part(f"text.{i}.", f"{folder}/", names.hugging_face) for i, folder in enumerate(folders)]
-    bare = Layout((*parts, Part("vision.", "image_encoder/", names.hugging_face_vision)), FOLDER)
-    towers = [read_text(lookup(bare, shapes, part.ours)) for part in parts]
-    vision = read_vision(lookup(bare, shapes, "vision."))
-    unet, vae = read_diffusers_unet(shapes, "unet/"), read_diffusers_vae(shapes, "vae/")
-    name = known.name if known is not None and unet is None else family(unet, vision is not None, shapes)
-    if known is None and unet is not None and vae is not None:
-        usual = FAMILIES.get(name, FAMILIES["sd1"])
-        known = replace(usual, unet=unet, vae=vae, text=tuple(towers), vision=vision, depth=FAMILIES["sd2-depth"].depth)
-    if known is None:
+def _model(shapes: Shapes, is_folder: bool, known: ModelConfig | None) -> _Networks | None:
+    """The networks of a whole model; None: without a `config` that is `known` its structure cannot be told."""
+    folders = {key.split("/")[0] for key in shapes} if is_folder else set()
+    layout = bare(folders) if is_folder else original(shapes)
+    there = shown(shapes, layout, folder=is_folder)
+    depth = DepthConfig() if known is None else known.depth
+    if known is not None:
+        sizes: Shown | ModelConfig = known
+        layout = diffusers(known, folders) if is_folder else layout
+    elif there.unet is None or (is_folder and there.vae is None):
         return None
-    layout = diffusers(known, there)
-    return _title(name), layout, [*_parameters(known, layout)], _unread(name)
+    else:
+        sizes = there
+        if is_folder and there.vae is not None:
+            layout = diffusers(replace(FAMILIES["sd1"], unet=there.unet, vae=there.vae, depth=depth), folders)
+    networks: dict[str, tuple[Callable[..., nn.Module], object]] = {
+        "unet.": (UNet, sizes.unet),
+        "vae.": (VAE, sizes.vae),
+        "vision.": (CLIPVision, sizes.vision),
+        "depth.": (DPT, depth),
+        **{f"text.{i}.": (CLIPText, tower) for i, tower in enumerate(sizes.text)},
+    }
+    networks = {ours: network for ours, network in networks.items() if network[1] is not None}
+    if known is not None and there.unet is None:
+        return _Networks(family_title(known), layout, networks, FAMILIES.get(known.name))
+    name = family(there.unet, there.vision is not None, shapes)
+    return _Networks(title_of(name), layout, networks, FAMILIES.get(name))
 
 
-def _alone(shapes: Shapes) -> _Found | None:
+def _alone(shapes: Shapes) -> _Networks | None:
     """A VAE or a UNet that comes alone, under its own names or diffusers'."""
     for prefix in ("", "first_stage_model."):
         for vae, places in (
             (read_vae(shapes, prefix), lambda config: names.vae),
-            (read_diffusers_vae(shapes, prefix), diffusers_names.in_diffusers_vae),
+            (read_diffusers_vae(shapes, prefix), in_diffusers_vae),
         ):
             if vae is not None and vae.channel_mult:  # none: its blocks have other names
-                layout = Layout((Part("vae.", prefix, places(vae)),), ALONE)
-                return "a VAE", layout, [f"vae.{name}" for name in blank.shapes(VAE, vae)], lambda ours: ""
+                return _Networks("a VAE", Layout((Part("vae.", prefix, places(vae)),), ALONE), {"vae.": (VAE, vae)})
     for unet, places in (
         (read_unet(shapes, ""), lambda config: names.same),
-        (read_diffusers_unet(shapes, ""), diffusers_names.in_diffusers_unet),
+        (read_diffusers_unet(shapes, ""), in_diffusers_unet),
     ):
         if unet is not None:
-            layout = Layout((Part("unet.", "", places(unet)),), ALONE)
-            return "a UNet", layout, [f"unet.{name}" for name in blank.shapes(UNet, unet)], lambda ours: ""
+            return _Networks("a UNet", Layout((Part("unet.", "", places(unet)),), ALONE), {"unet.": (UNet, unet)})
     return None
 
 
-def _parameters(config: ModelConfig, layout: Layout) -> Iterator[str]:
-    """Our names of all parameters of the networks that the layout has a place for."""
-    towers = {f"text.{i}.": (CLIPText, text) for i, text in enumerate(config.text)}
-    networks: dict[str, tuple[Callable[..., nn.Module], object]] = {
-        "unet.": (UNet, config.unet), "vae.": (VAE, config.vae), "vision.": (CLIPVision, config.vision), "depth.": (DPT, config.depth), **towers,
-    }  # fmt: skip
-    for part in layout.parts:
-        kind, sizes = networks.get(part.ours, (None, None))
-        if kind is not None and sizes is not None:
-            yield from (part.ours + name for name in blank.shapes(kind, sizes))
-
-
-def _title(name: str) -> str:
-    return TITLES.get(name) or REFUSED.get(name) or f"a model of family {name}"
-
-
-def _unread(name: str) -> Callable[[str], str]:
-    """Why a model of this family may lack a part of a text tower."""
-    config = FAMILIES.get(name)
-
-    def reason(ours: str) -> str:
-        match = re.match(r"text\.(\d+)\.(?:text_model\.encoder\.layers\.(\d+)\.|(text_projection))", ours)
-        if match is None or config is None or int(match[1]) >= len(config.text):
-            return ""
-        i = int(match[1])
-        pooled = config.unet.vector_dim is not None and i == len(config.text) - 1
-        last = match[3] is not None or int(match[2]) >= config.text[i].layers - config.text[i].skip
-        return UNREAD if last and not pooled else ""
-
-    return reason
+def _entries(file: Weights | Folder, found: _Networks) -> dict[str, Entry]:
+    """Every tensor of a file: parameters and their moving averages by our names, others by names that all layouts share, or the file's."""
+    parameters = Parameters(file=file, layout=found.layout, network=found.parameters)
+    entries: dict[str, Entry] = {}
+    used: set[str] = set()
+    for ours, place in parameters.places.items():
+        if not all(_usable(place, file.shape(key)) for key in place.keys):
+            continue
+        why = UNREAD if found.family is not None and unread(ours, found.family) else ""
+        if not why and ours.startswith("text."):
+            why = reason(found.layout.ignored, place.key) or ""
+        entries[ours] = _entry(file, network_of(ours).rstrip("."), place, why)
+        used.update(place.keys)
+        if ours in parameters.averages:
+            average = parameters.averages[ours]
+            entries[f"ema.{ours}"] = _entry(file, "ema", Place(average), AVERAGE)
+            used.add(average)
+    for key in file:
+        if key not in used:
+            name = _leftover(found.layout, key)
+            why = reason(found.layout.ignored, key) or ""
+            entries[name if name not in entries else f"other/{key}"] = _entry(file, "other", Place(key), why)
+    return entries
 
 
 # --- one tensor -----------------------------------------------------------------------------------------------------
 
 
-def _usable(place: Place, stored: Shape | None) -> bool:
+def _usable(place: Place, stored: Shape) -> bool:
     """Can this place be read from a tensor of this shape? Which shape it should have, the comparison says."""
-    if stored is None:
-        return False
     if place.how in ("q", "k", "v"):
         return len(stored) > 0 and stored[0] % 3 == 0
     return len(stored) == 2 if place.how == "transposed" else len(stored) > 0 or not place.more
@@ -264,10 +223,6 @@ def _entry(file: Weights | Folder, component: str, place: Place, reason: str) ->
     return Entry(component, place, file.specs[place.key].dtype, shape, reason)
 
 
-def _component(ours: str) -> str:
-    return re.match(r"text\.\d+|\w+", ours)[0]
-
-
 def _leftover(layout: Layout, key: str) -> str:
     """A name that the leftovers of a tower have in every layout; the file's own for others."""
     leaf = re.fullmatch(r"(?:.+[./])?(position_ids|logit_scale)", key)
@@ -276,10 +231,6 @@ def _leftover(layout: Layout, key: str) -> str:
         None,
     )
     return part.ours + leaf[1] if leaf and part else key
-
-
-def _reason(layout: Layout, key: str) -> str:
-    return reason(layout.ignored, key) or ""
 
 
 def _container(file: Weights | Folder) -> str:

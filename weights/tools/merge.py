@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import functools
 import json
 import math
 import re
@@ -20,16 +21,15 @@ from torch import Tensor
 from ldm.config import ModelConfig
 from ldm.disk import require_writable
 from ldm.errors import ArgumentError, FileError
-from weights.files.folders import is_folder
+from weights.checkpoint import Checkpoint, open_any, recognise, require_dtype
+from weights.files.folders import Folder, is_folder
 from weights.files.hashes import sha256_of
+from weights.files.opened import Weights
 from weights.files.write import OnWrite, Pending, cast, guarded, write
-from weights.models import open_any, require_dtype
-from weights.names.layout import reason
+from weights.names.detect import unread
 from weights.names.metadata import CONFIG_KEY, to_json
-from weights.names.places import Shape
+from weights.names.places import short
 from weights.names.prediction import Prediction, require_prediction
-from weights.plan import short
-from weights.tools.merge_sides import Side, agreeing, averages, side_of
 
 Method = Literal["weighted", "add-difference", "slerp"]
 METHODS: tuple[Method, ...] = ("weighted", "add-difference", "slerp")
@@ -163,42 +163,37 @@ def merge(
         )
     paths = {"A": a, "B": b} if c is None else {"A": a, "B": b, "C": c}
     with contextlib.ExitStack() as opened:
-        sides = [
-            side_of(letter, opened.enter_context(open_any(path)), config, prediction) for letter, path in paths.items()
-        ]
-        inpaints = agreeing(sides, method)
-        weights = weights_of(blocks, sides[0].config)
-        common, kept = _common(sides, inpaints, partial)
-        alphas = {name: weights.get(block_of(name, sides[0].config), alpha) for name in common}
+        models = {
+            letter: _model(opened.enter_context(open_any(path)), config, prediction) for letter, path in paths.items()
+        }
+        first = models["A"]
+        inpaints = agreeing(models, method)
+        weights = weights_of(blocks, first.config)
+        common, kept = _common(models, inpaints, partial)
+        alphas = {name: weights.get(block_of(name, first.config), alpha) for name in common}
 
         def merged(name: str) -> Tensor:
-            return _merged(sides, name, alphas[name], method, inpaints)
+            return _merged([*models.values()], name, alphas[name], method, inpaints)
 
-        tensors, dropped = _pending(sides[0], common, kept, merged, dtype)
-        recipe = {
-            "method": method,
-            "alpha": alpha,
-            **({"blocks": weights} if weights else {}),
-            "arithmetic": "float32",
-            "sources": [_source(side) for side in sides],
-        }
+        tensors, dropped = _pending(first, common, kept, merged, dtype)
+        recipe = {"method": method, "alpha": alpha, **({"blocks": weights} if weights else {}), "arithmetic": "float32"}
+        recipe["sources"] = [_source(letter, model) for letter, model in models.items()]
         if dropped:
             recipe["moving_average"] = "dropped: it averaged A's weights"
-        path = write(
-            tensors,
-            out,
-            _metadata(sides[0], recipe),
-            overwrite=overwrite,
-            on_write=guarded([side.file for side in sides], on_write),
-        )
-        used = {sides[0].places[name].key for name in common}
-        unused = {side.letter: _unused(side, sides[0]) for side in sides[1:]}
+        report = guarded([model.file for model in models.values()], on_write)
+        path = write(tensors, out, _metadata(first, recipe), overwrite=overwrite, on_write=report)
+        used = {first.places[name].key for name in common}
+        unused = {letter: _unused(model, first) for letter, model in models.items() if letter != "A"}
         notes = (
             ["the 4 latent channels of the UNet's input got the difference, its other channels are A's"]
             if inpaints
             else []
         )
-        notes += [f"{side.letter} has a moving average, which was not used" for side in sides[1:] if averages(side)]
+        notes += [
+            f"{letter} has a moving average, which was not used"
+            for letter, model in models.items()
+            if letter != "A" and model.averages
+        ]
         return Merged(path, tuple(key for key in tensors if key in used), kept, tuple(dropped), unused, tuple(notes))
 
 
@@ -237,141 +232,144 @@ def _check_weight(option: str, weight: Any, method: str, where: str = "") -> Non
         raise ArgumentError(f"{option}: {where}{str(weight)[:40]}; give {low:g} to {high:g} for {method}", key=option)
 
 
+# --- the models -----------------------------------------------------------------------------------------------------
+
+
+def _model(file: Weights | Folder, config: ModelConfig | str | None, prediction: Prediction | None) -> Checkpoint:
+    """A model by what its file says of it. Raises FileError, and AmbiguousCheckpoint where its prediction cannot be known."""
+    model = recognise(file, config, prediction)
+    model.require_prediction("the models of a merge must have in common")
+    model.require_single()
+    model.require_numbers()
+    return model
+
+
+def agreeing(models: Mapping[str, Checkpoint], method: str) -> bool:
+    """Refuse models that cannot be merged. True: A is an inpainting model and gets the difference of two of its base family."""
+    a = models["A"]
+    others = {letter: model for letter, model in models.items() if letter != "A"}
+    kin = a.config.kin
+    made_from = a.config.family.base if kin == a.config.name else ""  # with more inputs
+    inpaints = (
+        method == "add-difference"
+        and made_from != ""
+        and all(model.config.kin == made_from for model in others.values())
+    )
+    for letter, model in others.items():
+        if model.config.kin != kin and not inpaints and _networks(model.config) != _networks(a.config):
+            what = f"{letter} is {model.title} and A ({a.file.path.name[-40:]}) is {a.title}"
+            raise model.file.error(f"{what}; merge models of one family")
+        if model.config.prediction != a.config.prediction:
+            what = f"{letter} predicts {model.config.prediction} and A predicts {a.config.prediction}"
+            raise model.file.error(f"{what}; no average of the two works: merge models that predict alike")
+        if model.config.schedule != a.config.schedule:
+            raise model.file.error(
+                f"{letter} was trained with another noise schedule than A; merge models with the same one"
+            )
+    return inpaints
+
+
+def _networks(config: ModelConfig) -> tuple[object, ...]:
+    """What a model is made of, whatever it is called: a folder does not keep the name that a file gives a model of its own sizes."""
+    return config.unet, config.vae, config.text, config.vision, config.depth
+
+
 # --- parameter by parameter -----------------------------------------------------------------------------------------
 
 
-def _common(sides: Sequence[Side], inpaints: bool, partial: bool) -> tuple[list[str], dict[str, str]]:
-    """The parameters that are merged, and why other keys of A's parameters stay as they are. Raises FileError for missing and misshapen ones."""
-    a, common, kept = sides[0], [], {}
+def _common(models: Mapping[str, Checkpoint], inpaints: bool, partial: bool) -> tuple[list[str], dict[str, str]]:
+    """The parameters that are merged, and why other keys of A's parameters stay as they are.
+
+    Raises FileError for missing and misshapen ones.
+    """
+    a = models["A"]
+    others = {letter: model for letter, model in models.items() if letter != "A"}
+    common: list[str] = []
+    kept: dict[str, str] = {}
     for name, place in a.places.items():
-        if all(name in side.places for side in sides[1:]):
+        if all(name in model.places for model in others.values()):
             common.append(name)
         else:
-            kept[place.key] = NOTHING_READS if _unread(name, a.config) else PARTIAL
-    for side in sides[1:]:
-        lacking = [name for name in a.places if name not in side.places and not _unread(name, a.config)]
+            kept[place.key] = NOTHING_READS if unread(name, a.config) else PARTIAL
+    for letter, model in others.items():
+        lacking = [name for name in a.places if name not in model.places and not unread(name, a.config)]
         if lacking and not partial:
             shown = ", ".join(short(name) for name in lacking[:3])
-            raise side.file.error(
-                f"{side.letter} lacks {len(lacking)} parameters that A has ({shown}); partial=True keeps A's",
-                lacking[0],
-            )
+            what = f"{letter} lacks {len(lacking)} parameters that A has ({shown}); partial=True keeps A's"
+            raise model.file.error(what, lacking[0])
         for name in common:
-            ours = _shape(a, name)
+            ours = a.shape(name)
             if inpaints and name == INPUT:
-                ours = (ours[0], side.config.unet.in_channels, *ours[2:])
-            place = side.places[name]
-            odd = next((key for key in place.keys if not place.fits(side.file.shape(key), ours)), None)
+                ours = (ours[0], model.config.unet.in_channels, *ours[2:])
+            place = model.places[name]
+            odd = next((key for key in place.keys if not place.fits(model.file.shape(key), ours)), None)
             if odd:
-                there, want = list(side.file.shape(odd)), list(place.stored(ours))
-                raise side.file.error(
-                    f"{short(odd)} is {there} in {side.letter}, {want} would go with A; merge models of one size", odd
-                )
+                what = f"{short(odd)} is {list(model.file.shape(odd))} in {letter}, {list(place.stored(ours))} would go with A"
+                raise model.file.error(f"{what}; merge models of one size", odd)
     common = [name for name in common if a.places[name].key not in kept]  # of q, k and v under one key all or none
     if not common:
-        raise sides[1].file.error("has no parameter that all of the models have; give complete checkpoints")
+        first = next(iter(others.values()))
+        raise first.file.error("has no parameter that all of the models have; give complete checkpoints")
     return common, kept
 
 
-def _unread(name: str, config: ModelConfig) -> bool:
-    """Is this of the last blocks, or the projection, of a text tower whose pooled text nothing reads? Files may leave those out."""
-    match = re.match(r"text\.(\d+)\.(.+)", name)
-    if not match or (config.unet.vector_dim is not None and int(match[1]) == len(config.text) - 1):
-        return False
-    tower, layer = config.text[int(match[1])], re.match(r"text_model\.encoder\.layers\.(\d+)\.", match[2])
-    return match[2] == "text_projection.weight" or bool(layer and int(layer[1]) >= tower.layers - tower.skip)
-
-
-def _shape(side: Side, name: str) -> Shape:
-    """The shape of one of our parameters, as this model has it."""
-    place = side.places[name]
-    shape = place.ours(side.file.shape(place.key))
-    return (*shape, 1, 1) if place.how == "kernel" and len(shape) == 2 else shape
-
-
-def _read(side: Side, name: str, shape: Shape, dtype: torch.dtype | None = None) -> Tensor:
-    """One of our parameters, in memory of its own."""
-    place, file = side.places[name], side.file
-    if place.more:
-        return torch.cat([file.read(key, "cpu", dtype, mapped=False) for key in place.keys])
-    return place.turned(file.read(place.key, "cpu", dtype, place.rows(file.shape(place.key)), mapped=False), shape)
-
-
-def _merged(sides: Sequence[Side], name: str, alpha: float, method: Method, inpaints: bool) -> Tensor:
-    shape = _shape(sides[0], name)
+def _merged(models: Sequence[Checkpoint], name: str, alpha: float, method: Method, inpaints: bool) -> Tensor:
     if alpha == 0:
-        return _read(sides[0], name, shape)
+        return models[0].read(name)
     if alpha == 1 and method != "add-difference":
-        return _read(sides[1], name, shape)
+        return models[1].read(name)
+    tensors = [model.read(name, torch.float32) for model in models]
     if inpaints and name == INPUT:
-        a = _read(sides[0], name, shape, torch.float32)
-        n = sides[1].config.unet.in_channels
-        b, c = (_read(side, name, (shape[0], n, *shape[2:]), torch.float32) for side in sides[1:])
+        a, b, c = tensors
+        n = b.shape[1]
         return torch.cat([added(a[:, :n], b, c, alpha), a[:, n:]], dim=1)
-    tensors = [_read(side, name, shape, torch.float32) for side in sides]
     return {"weighted": weighted, "add-difference": added, "slerp": slerp}[method](*tensors, alpha)
 
 
 def _pending(
-    a: Side, common: Sequence[str], kept: dict[str, str], merged: Callable[[str], Tensor], dtype: torch.dtype | None
+    a: Checkpoint,
+    common: Sequence[str],
+    kept: dict[str, str],
+    merged: Callable[[str], Tensor],
+    dtype: torch.dtype | None,
 ) -> tuple[dict[str, Pending], list[str]]:
     """Every tensor of the result, and the keys of A that it has not. `kept` gets the keys that are no parameters."""
-    parameters = {place.key for place in a.places.values()}
-    parts: dict[str, dict[str, str]] = {}  # key -> {how: parameter}
-    for name in common:
-        parts.setdefault(a.places[name].key, {})[a.places[name].how] = name
-    dropped = averages(a)
+    changed = {a.places[name].key for name in common}
+    dropped = set(a.averages.values())
     tensors: dict[str, Pending] = {}
     for key, spec in a.file.specs.items():
         if key in dropped:
             continue
-        if key in parts:
-            tensors[key] = Pending(
-                cast(spec.dtype, dtype),
-                spec.shape,
-                lambda key=key, shape=spec.shape: _stored(parts[key], shape, merged),
-            )
-            continue
-        if key not in parameters:
-            kept[key] = reason(a.layout.ignored, key) or FOREIGN
-        wanted = dtype if key in parameters else None
-        tensors[key] = Pending(cast(spec.dtype, wanted), spec.shape, lambda key=key: a.file.read(key, mapped=False))
+        if key not in a.within:
+            kept[key] = a.ignored.get(key, FOREIGN)
+        stored = cast(spec.dtype, dtype if key in a.within else None)
+        make = (
+            functools.partial(a.stored, key, merged)
+            if key in changed
+            else functools.partial(a.file.read, key, mapped=False)
+        )
+        tensors[key] = Pending(stored, spec.shape, make)
     return tensors, [key for key in a.file if key in dropped]
 
 
-def _stored(parts: Mapping[str, str], shape: Shape, merged: Callable[[str], Tensor]) -> Tensor:
-    """What A's file has under one key, of `shape` there, from our parameters."""
-    if "q" in parts:
-        return torch.cat([merged(parts[how]) for how in ("q", "k", "v")])
-    ((how, name),) = parts.items()
-    return merged(name).T if how == "transposed" else merged(name).view(shape)
-
-
-def _unused(side: Side, a: Side) -> tuple[str, ...]:
+def _unused(model: Checkpoint, a: Checkpoint) -> tuple[str, ...]:
     """The keys of B or C that are parameters of theirs and not of A's, or nobody's."""
-    used = {key for name, place in side.places.items() if name in a.places for key in place.keys} | averages(side)
-    return tuple(key for key in side.file if key not in used and reason(side.layout.ignored, key) is None)
+    used = {key for name, place in model.places.items() if name in a.places for key in place.keys}
+    return tuple(key for key in model.file if key not in used and key not in model.ignored)
 
 
 # --- what is said about it ------------------------------------------------------------------------------------------
 
 
-def _metadata(a: Side, recipe: Mapping[str, Any]) -> dict[str, str]:
-    found = {
-        "format": "pt",
-        **{key: a.file.metadata[key] for key in (*CARRIED, CONFIG_KEY) if key in a.file.metadata},
-        RECIPE: json.dumps(recipe),
-    }
-    return {**found, CONFIG_KEY: to_json(a.config)} if a.complete else found
+def _metadata(a: Checkpoint, recipe: Mapping[str, Any]) -> dict[str, str]:
+    carried = {key: a.file.metadata[key] for key in (*CARRIED, CONFIG_KEY) if key in a.file.metadata}
+    found = {"format": "pt", **carried, RECIPE: json.dumps(recipe)}
+    return found if a.missing else {**found, CONFIG_KEY: to_json(a.config)}
 
 
-def _source(side: Side) -> dict[str, str]:
-    return {
-        "model": side.letter,
-        "name": side.file.path.resolve().name,
-        "family": side.config.name,
-        "sha256": sha256_of(side.file),
-    }
+def _source(letter: str, model: Checkpoint) -> dict[str, str]:
+    name = model.file.path.resolve().name
+    return {"model": letter, "name": name, "family": model.config.name, "sha256": sha256_of(model.file)}
 
 
 Blocks = Mapping[str, float] | Sequence[float]  # by name, or one number for each block of the UNet

@@ -13,15 +13,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldm.config import FAMILIES, ScheduleConfig
+from ldm.config import FAMILIES
 from ldm.disk import require_writable
+from ldm.errors import FileError
+from samplers.schedule import Schedule
 from weights.files import torchfiles
 from weights.files.opened import Weights, kind_of, read_header
 from weights.files.source import Source
 from weights.files.write import TORCH_FILES, OnWrite, Pending, guarded, write
-from weights.plan import Refuse, short
+from weights.names.places import short
 
 Tensors = dict[str, Pending]
+Refuse = Callable[[str, str | None], FileError]  # what is wrong, the tensor concerned -> the error to raise
 Mended = tuple[Tensors, list[str], list[str]]  # the tensors, what was repaired, what was noticed and left
 
 
@@ -146,7 +149,7 @@ def schedules(tensors: Tensors, refuse: Refuse) -> Mended:
     )
 
 
-def _buffers(schedule: ScheduleConfig) -> dict[str, Tensor]:
+def _buffers(schedule: Schedule) -> dict[str, Tensor]:
     """What the original code stores of a schedule, in float64: beta_t, the products of alpha_t, and q(x_{t-1} | x_t, x_0) (Ho et al. 2020, eq. 4, 6, 7)."""
     betas = torch.linspace(schedule.start**0.5, schedule.end**0.5, schedule.steps, dtype=torch.float64).numpy() ** 2
     product = np.cumprod(1 - betas)

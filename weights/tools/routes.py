@@ -2,36 +2,48 @@
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
+from torch import Tensor
 
-from ldm.config import ModelConfig
-from ldm.errors import AmbiguousCheckpoint
+from ldm.config import FAMILIES, ModelConfig, VAEConfig
+from ldm.errors import ArgumentError
 from ldm.model import LatentDiffusion
+from ldm.networks.vae import VAE
+from weights.checkpoint import AVERAGED, RAW, Checkpoint, Parameters, vae_alone
 from weights.files.folders import Folder
 from weights.files.opened import Weights
-from weights.folder.write import STEMS, as_in_folders, folder_files, towers
-from weights.models import recognise
+from weights.files.write import Pending, cast
+from weights.folder.read import component, read_vae_config
+from weights.folder.write import STEMS, as_in_folders, folder_files, towers, vae_alone_json
 from weights.names import layout as layouts
-from weights.names import original as names
 from weights.names.blank import shapes
-from weights.names.layout import LEFTOVERS, Layout
-from weights.names.places import Place, Shape
-from weights.names.prediction import V_MARK, ZERO_SNR_MARK, Prediction, marks
-from weights.plan import AVERAGED, RAW, plan
-from weights.tools.moves import Move, copied, renamed, synthesised
+from weights.names.diffusers import in_diffusers_vae
+from weights.names.layout import ALONE, LEFTOVERS, Layout, Part
+from weights.names.places import Place, Shape, joined
+from weights.names.prediction import V_MARK, ZERO_SNR_MARK, marks
 
-KEPT = "kept beside the networks, in which it has no place"
+KEPT, BACK, MADE = "kept beside the networks, in which it has no place", f"put back from {LEFTOVERS}", "synthesised"
 ONLY = {
     "unet": "unet.",
     "vae": "vae.",
     "text": "text.",
 }  # the parts that may be converted alone, and their prefix in `LatentDiffusion`
 Only = Literal["unet", "vae", "text"]
+
+
+@dataclass(frozen=True)
+class Move:
+    """One tensor of the target."""
+
+    sources: tuple[str, ...]  # keys in the source; none: it is made from nothing
+    done: str  # what is done to them, in words
+    pending: Pending
 
 
 @dataclass(frozen=True)
@@ -46,77 +58,115 @@ class Route:
 
 
 @dataclass(frozen=True)
-class Known:
-    """A model that was recognised, and what is wanted of it."""
+class Wish:
+    """What is wanted of a model, beside another container."""
 
-    file: Weights | Folder
-    config: ModelConfig
-    doubt: float | None  # see `weights.prediction.Finding`
-    sources: Mapping[str, Place]  # our parameter -> where it lies
-    ignored: Mapping[str, str]  # key -> why nothing is computed from it
-    raw: Mapping[str, str]  # key of a moving average -> that of the raw weights; empty where the file holds one set
-    dtype: torch.dtype | None
-    ema: bool | None
-    prune: bool
+    dtype: torch.dtype | None = None  # of its numbers; None: as they are
+    ema: bool | None = None  # which of two sets of weights: the moving average, or the raw ones; None: both
+    prune: bool = False  # leave out what no picture is computed from
 
     def type_of(self, key: str) -> torch.dtype | None:
         """What a tensor of the original is converted to. Bookkeeping keeps its type: a noise schedule in float16 is wrong."""
         return None if is_bookkeeping(key) else self.dtype
 
-    def drops(self, key: str) -> bool:
-        """Is this key, from which nothing is computed, left out on purpose: with the set of weights that was not chosen, or as a prune?"""
-        why = self.ignored.get(key)
-        if why is None:
-            return False
+    def drops(self, key: str, why: str) -> bool:
+        """Is this key, which is ignored for a reason, left out on purpose: with the set of weights that was not chosen, or as a prune?"""
         chosen = self.ema is not None and (why in (RAW, AVERAGED) or key.startswith("model_ema."))
-        return chosen or (self.prune and not _tells(key))
+        return chosen or (self.prune and not _marks_training(key))
 
 
-def _tells(key: str) -> bool:
+def _marks_training(key: str) -> bool:
     """Do other programs read this, though no picture is computed from it: position ids, and marks of how the model was trained?"""
     return key.endswith("position_ids") or key.rpartition("/")[2] in (V_MARK, ZERO_SNR_MARK)
-
-
-def known(
-    file: Weights | Folder,
-    config: ModelConfig | str | None,
-    prediction: Prediction | None,
-    dtype: torch.dtype | None,
-    ema: bool | None,
-    prune: bool,
-) -> Known:
-    """Recognise the model in an open file. Raises what `load` raises for it."""
-    finding, layout = recognise(file, config, prediction)
-    wanted, found = shapes(LatentDiffusion, finding.config), {key: file.shape(key) for key in file}
-    made = plan(layout, wanted, found, file.error, ema=ema is True)
-    return Known(
-        file,
-        finding.config,
-        finding.doubt,
-        made.sources,
-        made.ignored,
-        _averages(layout, wanted, found),
-        dtype,
-        ema,
-        prune,
-    )
-
-
-def _averages(layout: Layout, wanted: Mapping[str, Shape], found: Mapping[str, Shape]) -> dict[str, str]:
-    if layout.averaged is None:
-        return {}
-    keys = [
-        place.key
-        for ours in wanted
-        for place in layout.places(ours)
-        if place.key in found and place.key.startswith(layout.averaged)
-    ]
-    return {names.ema(key): key for key in keys if names.ema(key) in found}
 
 
 def is_bookkeeping(key: str) -> bool:
     """Is this a key of an original file from which no picture is computed?"""
     return layouts.reason(layouts.ORIGINAL, key) is not None
+
+
+# --- tensors --------------------------------------------------------------------------------------------------------
+
+
+def copied(file: Weights | Folder, key: str, dtype: torch.dtype | None = None, done: str = "copied") -> Move:
+    """A tensor as it is, converted to `dtype` if its numbers are floating-point ones."""
+    spec = file.specs[key]
+    return Move((key,), done, Pending(cast(spec.dtype, dtype), spec.shape, lambda: file.read(key, mapped=False)))
+
+
+def synthesised(make: Callable[[], Tensor]) -> Move:
+    """A tensor that the source need not have."""
+    made = make()
+    return Move((), MADE, Pending(made.dtype, tuple(made.shape), make))
+
+
+def renamed(
+    parameters: Parameters, wanted: Iterable[str], layout: Layout, dtype: torch.dtype | None = None
+) -> dict[str, Move]:
+    """Some parameters under the keys of another layout."""
+    parts: dict[str, list[_Part]] = {}
+    for name in wanted:
+        target = layout.places(name)[0]
+        for key in target.keys:
+            parts.setdefault(key, []).append(_Part(name, parameters.places[name], target))
+    return {key: _move(parameters, key, pieces, dtype) for key, pieces in parts.items()}
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One of our parameters on its way into a tensor of the target."""
+
+    name: str
+    source: Place
+    target: Place
+
+    def keys(self, key: str) -> tuple[str, ...]:
+        """What is read for the tensor under `key`; of rows that are apart on both sides only those of that tensor."""
+        apart = self.source.more and self.target.more
+        return (self.source.keys[self.target.keys.index(key)],) if apart else self.source.keys
+
+    def shape(self, ours: Shape) -> Shape:
+        """Of the tensor of the target. A 1x1 convolution that may be a matrix is one there."""
+        return ours[:2] if self.target.how == "kernel" else self.target.stored(ours)
+
+
+def _move(parameters: Parameters, key: str, parts: list[_Part], dtype: torch.dtype | None) -> Move:
+    file = parameters.file
+    keys = tuple(
+        dict.fromkeys(
+            source for part in sorted(parts, key=lambda part: "qkv".find(part.target.how)) for source in part.keys(key)
+        )
+    )
+    types = {file.specs[source].dtype for source in keys}
+    if len(types) > 1 and any(one.itemsize == 1 for one in types):
+        raise file.error(f"{keys[0]} and {keys[1]} are to be joined, and one has 8-bit numbers; pass dtype=", keys[0])
+    stored = functools.reduce(torch.promote_types, types)
+    shape = parts[0].shape(parameters.shape(parts[0].name))
+
+    def make() -> Tensor:
+        if parts[0].source.more and parts[0].target.more:
+            return file.read(keys[0], mapped=False)
+        return joined(key, [(part.target, parameters.read(part.name)) for part in parts]).reshape(shape)
+
+    return Move(keys, _done(parameters, key, parts, len(shape)), Pending(cast(stored, dtype), shape, make))
+
+
+def _done(parameters: Parameters, key: str, parts: Iterable[_Part], after: int) -> str:
+    """In words, what happens to a tensor on its way; `after` is how many axes it has then."""
+    words: dict[str, None] = {}
+    for part in parts:
+        split, put_together = part.source.how in ("q", "k", "v"), part.target.how in ("q", "k", "v")
+        before = len(parameters.file.shape(part.source.key))
+        if split != put_together:
+            words[f"{part.source.how} split from q, k, v" if split else "q, k, v joined"] = None
+        if bool(part.source.more) != bool(part.target.more):
+            one = "" if part.source.more else "qkv"[part.target.keys.index(key)]
+            words["q, k, v joined" if part.source.more else f"{one} split from q, k, v"] = None
+        if (part.source.how == "transposed") != (part.target.how == "transposed"):
+            words["transposed"] = None
+        if before != after:
+            words["1x1 convolution to matrix" if before > after else "matrix to 1x1 convolution"] = None
+    return ", ".join(words) or "copied"
 
 
 # --- single files ---------------------------------------------------------------------------------------------------
@@ -136,42 +186,39 @@ def same_names(file: Weights, dtype: torch.dtype | None, prefix: str = "") -> Ro
     )
 
 
-def file_to_file(model: Known) -> Route:
+def file_to_file(model: Checkpoint, wish: Wish) -> Route:
     """The names of the file, with the average in the place of the raw weights if that is asked for."""
+    raw_of = {average: model.raw[name].key for name, average in model.averages.items()}
     moves: dict[str, Move] = {}
     dropped: dict[str, str] = {}
     for key in model.file:
-        if model.ema and key in model.raw:
-            moves[model.raw[key]] = copied(
-                model.file, key, model.dtype, "moving average put in the place of the raw weights"
+        why = model.ignored.get(key)
+        if wish.ema and key in raw_of:
+            moves[raw_of[key]] = copied(
+                model.file, key, wish.dtype, "moving average put in the place of the raw weights"
             )
-        elif model.drops(key):
-            dropped[key] = model.ignored[key]
+        elif why is not None and wish.drops(key, why):
+            dropped[key] = why
         else:
-            moves[key] = copied(model.file, key, model.type_of(key))
+            moves[key] = copied(model.file, key, wish.type_of(key))
     return Route({"": moves}, dropped)
 
 
-def folder_to_file(model: Known) -> Route:
+def folder_to_file(model: Checkpoint, wish: Wish) -> Route:
     """The names of the published file, with what the folder keeps of it put back."""
-    moves = renamed(
-        model.file, model.sources, shapes(LatentDiffusion, model.config), layouts.published(model.config), model.dtype
-    )
+    target = layouts.published(model.config)
+    moves = renamed(model, model.wanted, target, wish.dtype)
     dropped: dict[str, str] = {}
     for key, why in model.ignored.items():
         folder, _, name = key.partition("/")
-        if folder != LEFTOVERS or (model.prune and not _tells(name)):
+        if folder != LEFTOVERS or (wish.prune and not _marks_training(name)):
             dropped[key] = why
         elif name in moves:
-            raise model.file.error(
-                f"has {name} in {LEFTOVERS} and among its networks; which is right cannot be known: remove that file",
-                name,
-            )
+            what = f"has {name} in {LEFTOVERS} and among its networks; which is right cannot be known: remove that file"
+            raise model.file.error(what, name)
         else:
-            moves[name] = copied(model.file, key, model.type_of(name), f"put back from {LEFTOVERS}")
-    for part in layouts.published(
-        model.config
-    ).parts:  # towers of transformers have position ids in the published files
+            moves[name] = copied(model.file, key, wish.type_of(name), BACK)
+    for part in target.parts:  # towers of transformers have position ids in the published files
         if (
             part.ours.startswith("text.")
             and part.theirs.endswith("transformer.")
@@ -192,38 +239,44 @@ def _is_position_ids(key: str, tower: str) -> bool:
 # --- folders --------------------------------------------------------------------------------------------------------
 
 
-def to_folder(model: Known) -> Route:
-    """The components of a diffusers folder. What has no place in them is kept beside them, or dropped as asked. Raises AmbiguousCheckpoint."""
-    if model.doubt is not None:  # whether it predicts eps or v, a folder has to say
-        what = f"may predict eps or v (norm1.bias std {model.doubt:.3f}), which a folder has to say: pass prediction='eps' or 'v'"
-        raise AmbiguousCheckpoint(what, path=model.file.path, key="prediction")
+def to_folder(model: Checkpoint, wish: Wish) -> Route:
+    """The components of a diffusers folder. What has no place in them is kept beside them, or dropped as asked.
+
+    Raises AmbiguousCheckpoint for a model whose prediction, which a folder has to say, is not known.
+    """
+    model.require_prediction("a folder has to say")
     config, is_folder = as_in_folders(model.config), isinstance(model.file, Folder)
     wanted = shapes(LatentDiffusion, config)
-    moves = renamed(model.file, model.sources, wanted, layouts.diffusers(config, components(config)), model.dtype)
-    unread = {
-        name: shape for name, shape in shapes(LatentDiffusion, model.config).items() if name not in wanted
-    }  # of SD 2's text tower
-    left = renamed(model.file, model.sources, unread, layouts.published(model.config), model.dtype)
-    dropped = (
-        {key: "read by nothing in a folder" for move in left.values() for key in move.sources} if model.prune else {}
-    )
-    left = {} if model.prune else {key: replace(move, done=KEPT) for key, move in left.items()}
-    for key in model.ignored:
+    moves = renamed(model, wanted, layouts.diffusers(config, components(config)), wish.dtype)
+    unread = [name for name in model.wanted if name not in wanted]  # of SD 2's text tower
+    rest = renamed(model, unread, layouts.published(model.config), wish.dtype)
+    dropped: dict[str, str] = {}
+    left: dict[str, Move] = {}
+    if wish.prune:
+        dropped = {key: "read by nothing in a folder" for move in rest.values() for key in move.sources}
+    else:
+        left = {key: replace(move, done=KEPT) for key, move in rest.items()}
+    for key, why in model.ignored.items():
         folder, _, name = key.partition("/")
         if is_folder and folder == "safety_checker":
-            moves[key] = copied(model.file, key, model.dtype)
-        elif model.drops(key):
-            dropped[key] = model.ignored[key]
+            moves[key] = copied(model.file, key, wish.dtype)
+        elif wish.drops(key, why):
+            dropped[key] = why
         elif is_folder and folder != LEFTOVERS:
             moves[key] = copied(model.file, key)
         else:
             name = name if is_folder else key
-            left[name] = copied(model.file, key, model.type_of(name), KEPT)
+            left[name] = copied(model.file, key, wish.type_of(name), KEPT)
+    return Route(in_files(moves) | ({LEFTOVERS: left} if left else {}), dropped, folder_files(config))
+
+
+def in_files(moves: Mapping[str, Move]) -> dict[str, dict[str, Move]]:
+    """The tensors of a folder, by the file of weights that each is in."""
     files: dict[str, dict[str, Move]] = {}
     for key, move in moves.items():
         folder, _, name = key.partition("/")
-        files.setdefault(f"{folder}/{stem(folder)}.safetensors", {})[name] = move
-    return Route(files | ({LEFTOVERS: left} if left else {}), dropped, folder_files(config))
+        files.setdefault(f"{folder}/{STEMS.get(folder, 'model')}.safetensors", {})[name] = move
+    return files
 
 
 def components(config: ModelConfig) -> set[str]:
@@ -237,39 +290,59 @@ def components(config: ModelConfig) -> set[str]:
     }
 
 
-def stem(component: str) -> str:
-    """Of the name of a component's file of weights."""
-    return STEMS.get(component, "model")
-
-
 # --- one network ----------------------------------------------------------------------------------------------------
 
 
-def network_alone(model: Known, only: Only, to_file: bool) -> Route:
+def network_alone(model: Checkpoint, wish: Wish, only: Only, to_file: bool) -> Route:
     """One kind of network. It has its own bare names; two text towers keep what tells them apart."""
     prefix = ONLY[only]
     config = model.config if to_file else as_in_folders(model.config)
     target = layouts.published(config) if to_file else layouts.diffusers(config, components(config))
-    wanted = {name: shape for name, shape in shapes(LatentDiffusion, config).items() if name.startswith(prefix)}
+    wanted = [name for name in shapes(LatentDiffusion, config) if name.startswith(prefix)]
     if not wanted:
         raise model.file.error(f"has no {layouts.WHAT[prefix]}: a model of family {config.name} has none")
-    moves = renamed(model.file, model.sources, wanted, target, model.dtype)
+    moves = renamed(model, wanted, target, wish.dtype)
     used = {key for move in moves.values() for key in move.sources}
-    dropped = {
-        key: model.ignored.get(key, f"not of the {layouts.WHAT[prefix]}, which alone was asked for")
-        for key in model.file
-        if key not in used
-    }
+    other = f"not of the {layouts.WHAT[prefix]}, which alone was asked for"
+    dropped = {key: model.ignored.get(key, other) for key in model.file if key not in used}
     networks = [part.theirs for part in target.parts if part.ours.startswith(prefix)]
     bare = networks[0] if len(networks) == 1 else ""
     if to_file:
         return Route({"": {key.removeprefix(bare): move for key, move in moves.items()}}, dropped)
-    files: dict[str, dict[str, Move]] = {}
-    for key, move in moves.items():
-        folder, _, name = key.partition("/")
-        files.setdefault(f"{folder}/{stem(folder)}.safetensors".removeprefix(bare), {})[name] = move
+    files = {path.removeprefix(bare): tensors for path, tensors in in_files(moves).items()}
     texts = folder_files(config, {name.strip("/") for name in networks})
     return Route(files, dropped, {path.removeprefix(bare): text for path, text in texts.items()})
+
+
+def vae_to_folder(file: Weights, config: ModelConfig | str | None, dtype: torch.dtype | None) -> Route:
+    """The folder of one VAE. `config` names the family whose scale its latents have, which no file tells.
+
+    Raises ArgumentError without it.
+    """
+    if config is None:
+        what = "a VAE's file does not tell the scale of its latents; name the family it is for: config='sd1', 'sdxl-base', ..."
+        raise ArgumentError(f"config: {what}", key="config")
+    family = FAMILIES[config] if isinstance(config, str) else config
+    vae = vae_alone(file, family.vae)
+    vae.require_whole()
+    target = Layout((Part("", "", in_diffusers_vae(family.vae)),), ())
+    files = {f"{STEMS['vae']}.safetensors": renamed(vae, vae.wanted, target, dtype)}
+    if vae.ignored:
+        files[LEFTOVERS] = {key: copied(file, key, done=KEPT) for key in vae.ignored}
+    text = json.dumps(vae_alone_json(family.vae, family.size), indent=2) + "\n"
+    return Route(files, {}, {"config.json": text})
+
+
+def vae_to_file(folder: Folder, dtype: torch.dtype | None) -> Route:
+    """The original names, bare as VAEs are published alone, with what the folder keeps of the file put back."""
+    config = read_vae_config(component(folder.path, "", "AutoencoderKL"), VAEConfig())
+    layout = Layout((Part("", "", in_diffusers_vae(config)),), ALONE)
+    vae = Parameters(file=folder, layout=layout, network=lambda: shapes(VAE, config))
+    vae.require_whole()
+    moves = renamed(vae, vae.wanted, Layout((Part("", ""),), ()), dtype)
+    back = [key for key in vae.ignored if key.startswith(f"{LEFTOVERS}/")]
+    moves |= {key.partition("/")[2]: copied(folder, key, done=BACK) for key in back}
+    return Route({"": moves}, {key: why for key, why in vae.ignored.items() if key not in back})
 
 
 # --- shards ---------------------------------------------------------------------------------------------------------

@@ -13,7 +13,8 @@ import weights
 from ldm.changes import surgery
 from ldm.config import FAMILIES
 from tests.made.sparse import published
-from weights.models import described, embedded
+from weights.checkpoint import described
+from weights.models import embedded
 
 
 def test_half_of_the_model_that_ships_is_written_loads_and_is_recognised(ldm, tmp_path: Path):
@@ -79,4 +80,4 @@ def test_sdxl_at_its_full_size_becomes_ssd_1b_in_12_gb_of_memory(tmp_path: Path)
     assert weights.config_of(out) == FAMILIES["ssd-1b"]
     with weights.open_file(out) as file:
         del file.metadata["ldm.config"]  # by its shapes alone, as other programs know it
-        assert described(file)[0] == FAMILIES["ssd-1b"]
+        assert described(file).config == FAMILIES["ssd-1b"]

@@ -37,9 +37,8 @@ from tests.made.words import FORMS
 from weights import Report, inspect
 from weights.files.hashes import Published
 from weights.files.source import Source
-from weights.names.detect import not_a_model
+from weights.names.instead import instead, kind_of
 from weights.names.original import doubled_vision
-from weights.tools.findings import what_is
 
 # tensors and parameters of the published networks, as FACTS.md states them; position_ids count as a tensor and not as parameters
 UNETS = {
@@ -606,7 +605,8 @@ def test_the_report_and_the_loader_agree_on_what_is_no_model(name: str):
         "transformer": "a Flux or SD 3",
         "other": "has no UNet",
     }
-    assert words[what_is(shapes)] in not_a_model(shapes)
+    kind = kind_of(shapes)
+    assert words["other" if kind is None else kind.what] in instead(shapes)
 
 
 def test_what_cannot_be_read_is_the_readers_error(tmp_path):
