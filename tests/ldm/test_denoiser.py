@@ -223,7 +223,8 @@ def test_where_attention_overflows_it_alone_is_computed_in_float32(half: LatentD
     (first, second), (message,) = caught(lambda: (denoise(X, 3.0), denoise(X, 2.0)))
     assert (
         message
-        == "UNet: NaN or infinity at sigma 3 in float16, first at input_blocks.1.1.transformer_blocks.0.attn1.attend; computed with attention in float32 from here on"
+        == "UNet: NaN or infinity at sigma 3 in float16, first at input_blocks.1.1.transformer_blocks.0.attn1.attend; "
+        "computed with attention in float32 from here on"
     )
     assert naive.seen[-2:] == [torch.float32, torch.float32]  # the very module that was swapped in
     assert attention.attend is naive
@@ -251,7 +252,8 @@ def test_what_overflows_float32_is_an_error_that_names_sigma_and_module(half: La
     enlarge(model.unet.input_blocks[0][0], 3e1)
     with pytest.raises(
         NonFinite,
-        match=r"UNet: NaN or infinity at sigma 14.61 in float32, first at input_blocks.0.0(; weights not finite: .*)?; use other weights",
+        match=r"UNet: NaN or infinity at sigma 14.61 in float32, first at input_blocks.0.0(; weights not finite: .*)?; "
+        "use other weights",
     ):
         predict_x0(model, X, 14.6146, CONDS[0])
 

@@ -116,7 +116,8 @@ class _Scalar:
 
 @contextlib.contextmanager
 def lightning(state: Mapping[str, Tensor], numpy: str = "numpy.core") -> Iterator[dict[str, Any]]:
-    """What PyTorch Lightning would save beside the weights: callbacks by class, numpy scalars, configs, optimiser states."""
+    """What PyTorch Lightning would save beside the weights: callbacks by class, numpy scalars, configs, optimiser
+    states."""
     names = (
         "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
         "omegaconf.dictconfig.DictConfig",
@@ -180,7 +181,7 @@ def safetensors_of(header: Any, data: bytes = b"", *, raw: bytes | None = None) 
     return len(text).to_bytes(8, "little") + text + data
 
 
-# -- pickles that torch would not write --------------------------------------------------------------------------------------
+# -- pickles that torch would not write --------------------------------------------------------------------------------
 
 
 class Name:
@@ -250,7 +251,8 @@ def tensor(
 
 
 def ckpt_of(data: bytes | Any, records: Mapping[str, bytes] | None = None, **more: bytes) -> bytes:
-    """A zip checkpoint with this pickle (or a pickle of this value) and these storages; six float32 zeros are the default."""
+    """A zip checkpoint with this pickle (or a pickle of this value) and these storages; six float32 zeros are the
+    default."""
     data = data if isinstance(data, bytes) else pickled(data)
     records = {"data/0": bytes(24)} if records is None else records
     return zip_of({"data.pkl": data, "version": b"3\n", **records, **more})

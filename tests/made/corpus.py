@@ -15,7 +15,8 @@ from tests.made.corpus_places import FOLDERS, PLACES
 
 @dataclass(frozen=True)
 class Refusal:
-    """A file, or what `make` builds in a directory; the words of its refusal and the tensor or entry that the refusal is about."""
+    """A file, or what `make` builds in a directory; the words of its refusal and the tensor or entry that the refusal
+    is about."""
 
     make: bytes | Callable[[Path], Any]
     words: str

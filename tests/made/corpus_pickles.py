@@ -32,7 +32,8 @@ def later(first: Any, code: Callable[[bytes], bytes]) -> bytes:
     return b"\x80\x04" + raw(first) + b"q\x000" + code(b"h\x00") + b"."
 
 
-# Each makes a file (or directory) `canary` when Python's own pickle reads it, where the extension 7 is registered for os.system.
+# Each makes a file (or directory) `canary` when Python's own pickle reads it, where the extension 7 is registered for
+# os.system.
 LIVE = {
     "global and reduce": b"\x80\x02cposix\nsystem\n" + TEXT + b"\x85R.",
     "os instead of posix": b"\x80\x02cos\nsystem\n" + TEXT + b"\x85R.",
@@ -102,22 +103,30 @@ LIVE = {
 
 
 FORBIDDEN = [
-    ("os", "system"), ("posix", "system"), ("nt", "system"), ("subprocess", "Popen"), ("builtins", "eval"), ("__builtin__", "exec"),
-    ("builtins", "getattr"), ("builtins", "__import__"), ("importlib", "import_module"), ("runpy", "run_path"), ("shutil", "rmtree"),
-    ("webbrowser", "open"), ("antigravity", "x"), ("operator", "attrgetter"), ("functools", "partial"), ("types", "FunctionType"),
+    ("os", "system"), ("posix", "system"), ("nt", "system"), ("subprocess", "Popen"), ("builtins", "eval"),
+    ("__builtin__", "exec"), ("builtins", "getattr"), ("builtins", "__import__"), ("importlib", "import_module"),
+    ("runpy", "run_path"), ("shutil", "rmtree"), ("webbrowser", "open"), ("antigravity", "x"),
+    ("operator", "attrgetter"), ("functools", "partial"), ("types", "FunctionType"),
     # gadgets in packages that weights come from: no package is trusted as a whole
-    ("torch", "load"), ("torch.hub", "load"), ("torch.storage", "_load_from_bytes"), ("torch._utils", "_rebuild_qtensor"),
-    ("torch._utils", "_rebuild_sparse_tensor"), ("torch._utils", "_rebuild_meta_tensor_no_storage"), ("torch._tensor", "_rebuild_from_type_v2"),
-    ("torch", "_utils._rebuild_tensor_v2"), ("torch.utils.cpp_extension", "load_inline"), ("torch.nn.modules.linear", "Linear"),
-    ("torch.jit._serialization", "load"), ("torch", "FloatTensor"), ("torch", "os"), ("numpy", "load"), ("numpy.f2py.capi_maps", "getinit"),
-    ("numpy.core.multiarray", "fromfile"), ("numpy", "memmap"), ("collections", "namedtuple"), ("_codecs", "decode"), ("_codecs", "lookup"),
-    ("copyreg", "_reconstructor"), ("copy_reg", "_reconstructor"), ("copyreg", "__newobj__"), ("copyreg", "add_extension"), ("pickle", "loads"), ("marshal", "loads"),
-    ("ctypes", "CDLL"), ("socket", "create_connection"), ("urllib.request", "urlopen"), ("torch", "FloatStorage.from_file"), ("torch.storage", "TypedStorage"),
-    ("torch", "ComplexFloatStorage"), ("torch", "QInt8Storage"), ("torch._utils", "_rebuild_device_tensor_from_numpy"), ("torch.fx._symbolic_trace", "Tracer"),
-    ("torch._dynamo.guards", "GuardBuilder.get"), ("torch.distributed.rpc.internal", "_run_function"), ("numpy.core.multiarray", "_reconstruct.__globals__"),
-    ("collections", "OrderedDict.fromkeys"), ("collections", "_sys.modules"), ("argparse", "_sys.exit"), ("datetime", "sys.modules"), ("omegaconf.base", "Container"),
-    ("__main__", "Model"), ("OS", "SYSTEM"), ("torch", "Tensor"), ("builtins", "type"), ("builtins", "map"), ("builtins", "__build_class__"),
-    ("pytorch_lightning.callbacks.model_checkpoint", "os"), ("pathlib", "os.system"), ("collections ", "OrderedDict"), ("", ""), ("a" * 100, "b" * 100),
+    ("torch", "load"), ("torch.hub", "load"), ("torch.storage", "_load_from_bytes"),
+    ("torch._utils", "_rebuild_qtensor"), ("torch._utils", "_rebuild_sparse_tensor"),
+    ("torch._utils", "_rebuild_meta_tensor_no_storage"), ("torch._tensor", "_rebuild_from_type_v2"),
+    ("torch", "_utils._rebuild_tensor_v2"), ("torch.utils.cpp_extension", "load_inline"),
+    ("torch.nn.modules.linear", "Linear"), ("torch.jit._serialization", "load"), ("torch", "FloatTensor"),
+    ("torch", "os"), ("numpy", "load"), ("numpy.f2py.capi_maps", "getinit"), ("numpy.core.multiarray", "fromfile"),
+    ("numpy", "memmap"), ("collections", "namedtuple"), ("_codecs", "decode"), ("_codecs", "lookup"),
+    ("copyreg", "_reconstructor"), ("copy_reg", "_reconstructor"), ("copyreg", "__newobj__"),
+    ("copyreg", "add_extension"), ("pickle", "loads"), ("marshal", "loads"), ("ctypes", "CDLL"),
+    ("socket", "create_connection"), ("urllib.request", "urlopen"), ("torch", "FloatStorage.from_file"),
+    ("torch.storage", "TypedStorage"), ("torch", "ComplexFloatStorage"), ("torch", "QInt8Storage"),
+    ("torch._utils", "_rebuild_device_tensor_from_numpy"), ("torch.fx._symbolic_trace", "Tracer"),
+    ("torch._dynamo.guards", "GuardBuilder.get"), ("torch.distributed.rpc.internal", "_run_function"),
+    ("numpy.core.multiarray", "_reconstruct.__globals__"), ("collections", "OrderedDict.fromkeys"),
+    ("collections", "_sys.modules"), ("argparse", "_sys.exit"), ("datetime", "sys.modules"),
+    ("omegaconf.base", "Container"), ("__main__", "Model"), ("OS", "SYSTEM"),
+    ("torch", "Tensor"), ("builtins", "type"), ("builtins", "map"), ("builtins", "__build_class__"),
+    ("pytorch_lightning.callbacks.model_checkpoint", "os"), ("pathlib", "os.system"),
+    ("collections ", "OrderedDict"), ("", ""), ("a" * 100, "b" * 100),
 ]  # fmt: skip
 
 

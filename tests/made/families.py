@@ -31,11 +31,13 @@ def tiny(family: str) -> ModelConfig:
         None if full.unet.vector_dim is None else text[-1].projection + (5 if family == "sdxl-refiner" else 6) * 256
     )
     unet = replace(
-        UNET, in_channels=full.unet.in_channels, context_dim=sum(tower.width for tower in text) or 48, vector_dim=vector,
-        noise_levels=full.unet.noise_levels, cross_only=(full.unet.cross_only[0], False), linear_proj=full.unet.linear_proj, mid_depth=full.unet.mid_depth and 1,
+        UNET, in_channels=full.unet.in_channels, context_dim=sum(tower.width for tower in text) or 48,
+        vector_dim=vector, noise_levels=full.unet.noise_levels, cross_only=(full.unet.cross_only[0], False),
+        linear_proj=full.unet.linear_proj, mid_depth=full.unet.mid_depth and 1,
     )  # fmt: skip
     return replace(
-        full, unet=unet, text=text, vae=replace(VAE, channel_mult=(1,) * len(full.vae.channel_mult), scale=full.vae.scale), size=32,
+        full, unet=unet, text=text, size=32,
+        vae=replace(VAE, channel_mult=(1,) * len(full.vae.channel_mult), scale=full.vae.scale),
         vision=full.vision and VisionConfig(image=28, patch=7, width=64, layers=2, heads=4, mlp=128, projection=48),
         depth=full.depth and TINY_DEPTH,
     )  # fmt: skip

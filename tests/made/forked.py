@@ -27,7 +27,8 @@ CONTEXT.set_forkserver_preload(
 def start(
     function: Callable[..., None], *arguments: Any, said: Path, environment: dict[str, str] | None = None
 ) -> BaseProcess:
-    """A process that calls a function of some module, and ends as the command line does: what it says on stderr goes to the file `said`."""
+    """A process that calls a function of some module, and ends as the command line does: what it says on stderr goes to
+    the file `said`."""
     process = CONTEXT.Process(target=_run, args=(function, arguments, said, environment or {}), daemon=True)
     process.start()
     return process
@@ -53,7 +54,8 @@ def _run(function: Callable[..., None], arguments: tuple[Any, ...], said: Path, 
 
 @contextmanager
 def together(function: Callable[..., None], *arguments: Any, world: int, said: Path) -> Iterator[list[BaseProcess]]:
-    """So many ranks, in an environment as torchrun's, whose store is in this process. `said` gets a file for each: 0, 1 ... Killed at the end."""
+    """So many ranks, in an environment as torchrun's, whose store is in this process. `said` gets a file for each: 0, 1
+    ... Killed at the end."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60))
     common = {
         "WORLD_SIZE": str(world),
@@ -64,7 +66,8 @@ def together(function: Callable[..., None], *arguments: Any, world: int, said: P
     }
     said.mkdir(parents=True, exist_ok=True)
     processes = [
-        start(function, *arguments, said=said / str(rank), environment=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(world)
+        start(function, *arguments, said=said / str(rank),
+            environment=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(world)
     ]  # fmt: skip
     try:
         yield processes

@@ -1,8 +1,7 @@
 """A mutation fuzzer for the readers: `python -m tests.made.fuzz --mutants 1000000 --seed 0 --jobs 2`.
 
-Small sound files are damaged at random, opened, and every tensor read. Anything but success or a FileError is a fault; it is printed with
-the command that repeats it. A mutant depends on the seed and its number alone.
-"""
+Small sound files are damaged at random, opened, and every tensor read. Anything but success or a FileError is a fault;
+it is printed with the command that repeats it. A mutant depends on the seed and its number alone."""
 
 from __future__ import annotations
 
@@ -134,7 +133,7 @@ def _saved(contents: object, protocol: int, *, stream: bool = False) -> bytes:
     )  # without torch's padding: less to miss
 
 
-# -- zips, so that a changed pickle comes with the right checksum and offsets --------------------------------------------------------
+# -- zips, so that a changed pickle comes with the right checksum and offsets ------------------------------------------
 
 
 def zip_of(names: list[bytes], contents: list[bytes]) -> bytes:
@@ -159,7 +158,7 @@ def records_of(data: bytes) -> tuple[list[bytes], list[bytes]]:
         return [name.encode() for name in archive.namelist()], [archive.read(name) for name in archive.namelist()]
 
 
-# -- mutations -----------------------------------------------------------------------------------------------------------------------
+# -- mutations ---------------------------------------------------------------------------------------------------------
 
 Mutation = Callable[[random.Random, bytearray, bytes], None]  # of the data; the other file is there to be spliced in
 
@@ -274,7 +273,7 @@ def _mutated(dice: random.Random, kind: str, base: bytes, other: bytes) -> bytea
     return bytearray(len(data).to_bytes(8, "little") + data + tail if header else data)
 
 
-# -- running -------------------------------------------------------------------------------------------------------------------------
+# -- running -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -296,7 +295,8 @@ class Report:
 
 
 def read_all(kind: str, data: bytes, directory: Path) -> None:
-    """Open a mutant and read all of its tensors. Raises what the readers raise, and AssertionError where a tensor is not what was announced."""
+    """Open a mutant and read all of its tensors. Raises what the readers raise, and AssertionError where a tensor is
+    not what was announced."""
     if kind == "index":
         (directory / f"{STEM}.safetensors.index.json").write_bytes(data)
         with Folder(directory) as folder:
@@ -386,7 +386,8 @@ def main(line: list[str] | None = None) -> int:
         count = total.loaded[kind] + total.refused[kind]
         print(f"{kind:12} {count:8} mutants, {total.loaded[kind] / max(count, 1):6.1%} loaded")
     print(
-        f"slowest {total.slowest[0] * 1000:.0f} ms (number {total.slowest[1]}); memory grew by at most {total.memory // 1024} MiB"
+        f"slowest {total.slowest[0] * 1000:.0f} ms (number {total.slowest[1]}); memory grew by at most "
+        f"{total.memory // 1024} MiB"
     )
     return 1 if total.faults else 0
 

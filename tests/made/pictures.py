@@ -90,7 +90,8 @@ def cubic(x: float) -> float:
 
 
 def resampling(length: int, size: int, corners: bool) -> Tensor:
-    """[size, length]: one axis of a bicubic resize without antialias, written out; beyond the border its last pixel is repeated."""
+    """[size, length]: one axis of a bicubic resize without antialias, written out; beyond the border its last pixel is
+    repeated."""
     matrix = torch.zeros(size, length, dtype=torch.float64)
     for i in range(size):
         place = i * (length - 1) / (size - 1) if corners else (i + 0.5) * length / size - 0.5

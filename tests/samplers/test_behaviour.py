@@ -39,7 +39,8 @@ def convolution(x: Tensor, sigma: float) -> Tensor:
 
 def test_the_registry_has_exactly_the_promised_names():
     assert " ".join(SAMPLERS) == (
-        "ddim ddpm plms euler euler_ancestral heun dpm_2 dpm_2_ancestral lms dpmpp_2s_ancestral dpmpp_2m dpmpp_sde dpmpp_2m_sde dpmpp_3m_sde unipc lcm"
+        "ddim ddpm plms euler euler_ancestral heun dpm_2 dpm_2_ancestral lms dpmpp_2s_ancestral dpmpp_2m dpmpp_sde "
+        "dpmpp_2m_sde dpmpp_3m_sde unipc lcm"
     )
     assert set(DEFAULT_GRID) == set(SAMPLERS)
     assert set(DEFAULT_GRID.values()) <= set(GRIDS)
@@ -198,7 +199,8 @@ def test_s_noise_scales_the_fresh_noise_alone():
 
 
 def test_ddim_inversion_comes_back_the_closer_the_smaller_the_steps():
-    """Up and down again along the same grid: each way errs in first order, by opposite amounts to first order in the step."""
+    """Up and down again along the same grid: each way errs in first order, by opposite amounts to first order in the
+    step."""
     latent = exact(normal("x0", (1, 4, 8, 8)).double() * 1.5, 0.3)
 
     def error(steps: int) -> float:
@@ -229,8 +231,8 @@ def test_network_calls_are_counted_not_written_down():
 def test_a_zero_snr_schedule_keeps_float32_as_exact_as_float64(name, grid):
     """At sigma 4096, x = x0 + sigma * noise holds x0 only to 4096 roundings; the result must not: 1e-5 of its size.
 
-    plms and lms add up stored slopes, whose float32 roundings a step in the thousands does multiply: 1e-4, a tenth of float16's.
-    """
+    plms and lms add up stored slopes, whose float32 roundings a step in the thousands does multiply: 1e-4, a tenth of
+    float16's."""
     sigmas = GRIDS[grid](Schedule(zero_snr=True), 12)
     x = start(normal("x_T", (1, 4, 8, 8)), sigmas)
     single, double = (

@@ -31,7 +31,8 @@ def even(steps: int) -> list[float]:
 
 @cache
 def solution(steps: int = 3000) -> Tensor:
-    """The probability flow from HIGH to LOW by classical Runge-Kutta in log sigma, dx / dlog sigma = x - x0: none of the solvers' own code."""
+    """The probability flow from HIGH to LOW by classical Runge-Kutta in log sigma, dx / dlog sigma = x - x0: none of
+    the solvers' own code."""
     x, h = x_high(), math.log(LOW / HIGH) / steps
 
     def f(log: float, x: Tensor) -> Tensor:
@@ -98,12 +99,13 @@ def test_four_step_multistep_is_nearly_of_fourth_order_on_equal_steps(name):
 @pytest.mark.parametrize(
     ("name", "order"),
     [
-        ("ddim", 1), ("ddpm", 1), ("euler_ancestral", 1), ("dpmpp_sde", 1), ("dpm_2_ancestral", 2), ("dpmpp_2s_ancestral", 2), ("dpmpp_2m_sde", 2),
-        ("dpmpp_3m_sde", 2),
+        ("ddim", 1), ("ddpm", 1), ("euler_ancestral", 1), ("dpmpp_sde", 1), ("dpm_2_ancestral", 2),
+        ("dpmpp_2s_ancestral", 2), ("dpmpp_2m_sde", 2), ("dpmpp_3m_sde", 2),
     ],
 )  # fmt: skip
 def test_a_stochastic_solver_ends_with_the_variance_of_the_data(name, order):
-    """For Gaussian data the result is linear in the start and in every draw: its variance is the sum of the squared responses to each alone."""
+    """For Gaussian data the result is linear in the start and in every draw: its variance is the sum of the squared
+    responses to each alone."""
     data = 0.25
 
     def variance(steps: int) -> float:
@@ -129,7 +131,8 @@ def test_a_stochastic_solver_ends_with_the_variance_of_the_data(name, order):
 
 
 def test_lcm_with_a_consistency_function_lands_on_the_data_in_one_step_and_in_four():
-    """The exact flow of Gaussian data from sigma to 0 is x * sqrt(d / (d + sigma^2)): any number of steps must give variance d."""
+    """The exact flow of Gaussian data from sigma to 0 is x * sqrt(d / (d + sigma^2)): any number of steps must give
+    variance d."""
     data, x = 0.25, torch.randn(200_000, 1, 1, 1, generator=torch.Generator().manual_seed(0))
     generator = torch.Generator().manual_seed(1)
     for sigmas in ([14.6, 0.0], [14.6, 4.0, 1.0, 0.3, 0.0]):

@@ -73,7 +73,8 @@ def test_ddpm_is_diffusers_ddpm():
 
 
 def test_lcm_is_diffusers_lcm():
-    """But for their skip weight, which is 0 here: c_skip below 3e-6 and c_out within 1e-6 of 1 at every timestep of theirs."""
+    """But for their skip weight, which is 0 here: c_skip below 3e-6 and c_out within 1e-6 of 1 at every timestep of
+    theirs."""
     scheduler = diffusers.LCMScheduler(**BETAS, original_inference_steps=50, set_alpha_to_one=True)
     scheduler.set_timesteps(4)
     sigmas = [sigma(t) for t in scheduler.timesteps] + [0.0]

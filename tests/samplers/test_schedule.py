@@ -56,7 +56,8 @@ def test_a_schedule_that_is_none_is_refused(options):
 
 
 def test_zero_snr_keeps_the_first_level_and_ends_without_signal():
-    """Lin et al. 2023, section 3.1: sqrt(alpha_bar) is shifted and scaled, so that the first stays and the last is 0 (here: next to it)."""
+    """Lin et al. 2023, section 3.1: sqrt(alpha_bar) is shifted and scaled, so that the first stays and the last is 0
+    (here: next to it)."""
     zero = Schedule(zero_snr=True)
     before, after = (np.sqrt(np.array(schedule.alphas_cumprod)) for schedule in (SCHEDULE, zero))
     assert after[0] == pytest.approx(before[0], rel=1e-15)

@@ -1,4 +1,5 @@
-"""Every solver against the original implementation's run on the analytic network (origin of the data: tests/golden/README.md)."""
+"""Every solver against the original implementation's run on the analytic network (origin of the data:
+tests/golden/README.md)."""
 
 from __future__ import annotations
 
@@ -26,9 +27,10 @@ def test_the_golden_file_holds_the_runs_that_are_tested_here():
 
 @pytest.mark.parametrize("key", RUNS)
 def test_every_solver_does_what_the_original_did(key):
-    """DDIM, PLMS and DPM++ 2M to 1.5e-6, a dozen float32 roundings. The rest to 1e-5: with guidance 5 elements near the border between the two
-    modes are driven apart, so that a nudge of x_T by one rounding (1.2e-7) already moves the result by up to 19 times as much, and a run
-    rounds dozens of times. Both sides are equally far from the same run in float64 (at most 3e-6)."""
+    """DDIM, PLMS and DPM++ 2M to 1.5e-6, a dozen float32 roundings. The rest to 1e-5: with guidance 5 elements near the
+    border between the two modes are driven apart, so that a nudge of x_T by one rounding (1.2e-7) already moves the
+    result by up to 19 times as much, and a run rounds dozens of times. Both sides are equally far from the same run in
+    float64 (at most 3e-6)."""
     out, timesteps = run(key)
     assert error(out, GOLDEN[key]) < (
         1.5e-6 if key.startswith(("ddim", "plms", "dpmpp_2m_stability", "k/dpmpp_2m/", "img2img")) else 1e-5

@@ -52,7 +52,7 @@ def state():
     return checkpoint()
 
 
-# -- accounting --------------------------------------------------------------------------------------------------------------
+# -- accounting --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("file", SD1_FILES)
@@ -112,7 +112,7 @@ def test_what_is_no_model_is_refused_by_what_it_is(what, tmp_path):
             load(path, config)
 
 
-# -- containers and damage ---------------------------------------------------------------------------------------------------
+# -- containers and damage ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("save", [save_zip, save_stream])
@@ -162,8 +162,9 @@ def test_mixed_precisions_load(state, tmp_path):
 
 
 @pytest.mark.parametrize("extra", [
-    "cond_stage_model.logit_scale", "cond_stage_model.transformer.text_projection.weight", "first_stage_model.loss.discriminator.main.0.weight",
-    "embedding_manager.initial_embeddings", "logvar", "cond_stage_model.transformer.vision_model.embeddings.position_ids",
+    "cond_stage_model.logit_scale", "cond_stage_model.transformer.text_projection.weight",
+    "first_stage_model.loss.discriminator.main.0.weight", "embedding_manager.initial_embeddings", "logvar",
+    "cond_stage_model.transformer.vision_model.embeddings.position_ids",
 ])  # fmt: skip
 def test_known_extras_are_ignored(extra, state, tmp_path):
     path = save_safetensors({**state, extra: torch.zeros(2)}, tmp_path / "x.safetensors")
@@ -180,7 +181,7 @@ def test_the_moving_average_loads_when_asked_for(tmp_path):
     assert same(load(path, TINY, ema=True), averaged)
 
 
-# -- errors ------------------------------------------------------------------------------------------------------------------
+# -- errors ------------------------------------------------------------------------------------------------------------
 
 
 def test_a_moving_average_that_is_not_there_is_an_error(state, tmp_path):
@@ -305,7 +306,7 @@ def test_arguments_are_checked(tmp_path, state):
             load(path, TINY, dtype=dtype)
 
 
-# -- the model that comes out ------------------------------------------------------------------------------------------------
+# -- the model that comes out ------------------------------------------------------------------------------------------
 
 
 def test_a_loaded_model_is_ready_for_inference(state, tmp_path):

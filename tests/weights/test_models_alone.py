@@ -104,7 +104,7 @@ def test_what_is_no_vae_is_refused_by_what_it_is(what: str, tmp_path: Path) -> N
     assert what in str(caught.value)
 
 
-# -- the safety checker -------------------------------------------------------------------------------------------------------------
+# -- the safety checker ------------------------------------------------------------------------------------------------
 
 
 VISION = tiny("sd-image-variations").vision
@@ -131,7 +131,8 @@ def folder_of(checker, path: Path, **config) -> Path:
     return path
 
 
-VISION_JSON = json.dumps({"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16, "image_size": 224, "patch_size": 14,
+VISION_JSON = json.dumps({"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
+        "num_attention_heads": 16, "image_size": 224, "patch_size": 14,
                           "hidden_act": "quick_gelu", "projection_dim": 768})  # fmt: skip
 
 

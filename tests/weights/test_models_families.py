@@ -1,4 +1,5 @@
-"""Every published single file, with its exact names at narrow widths: it loads strictly, to the tensors it means, and is saved as it was."""
+"""Every published single file, with its exact names at narrow widths: it loads strictly, to the tensors it means, and
+is saved as it was."""
 
 from __future__ import annotations
 

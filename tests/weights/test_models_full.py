@@ -1,4 +1,5 @@
-"""Published checkpoints at full size in bfloat16, from the single file and from the folder: minutes each, and up to 16 GB of memory and 15 GB of disk."""
+"""Published checkpoints at full size in bfloat16, from the single file and from the folder: minutes each, and up to 16
+GB of memory and 15 GB of disk."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""A load holds the weights once: measured as the growth of a fresh process, at 200 MB here and at full size under `-m slow`."""
+"""A load holds the weights once: measured as the growth of a fresh process, at 200 MB here and at full size under `-m
+slow`."""
 
 from __future__ import annotations
 
@@ -45,7 +46,8 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/sta
 
 
 def measure(path: Path, dtype: str, config: str = "") -> dict[str, float]:
-    """Peak resident bytes of a fresh process: with everything imported, after the load, and after all weights were used."""
+    """Peak resident bytes of a fresh process: with everything imported, after the load, and after all weights were
+    used."""
     done = subprocess.run(
         [sys.executable, "-c", MEASURE, str(path), config, dtype], cwd=ROOT, capture_output=True, text=True, check=False
     )
@@ -107,7 +109,7 @@ def test_a_load_holds_stacked_and_transposed_weights_once(kind, tmp_path):
     assert wider["used"] - wider["base"] < 2 * size + slack
 
 
-# -- full size ---------------------------------------------------------------------------------------------------------------
+# -- full size ---------------------------------------------------------------------------------------------------------
 
 
 @linux

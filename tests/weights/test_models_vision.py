@@ -80,7 +80,8 @@ def test_the_tower_of_a_folder_of_hugging_face_is_read(form: str, tower: CLIPVis
     config = CONFIG | {"architectures": ["CLIPVisionModelWithProjection"], "projection_dim": 48}
     if form == "clip":
         config = {"architectures": ["CLIPModel"], "projection_dim": 48, "vision_config": CONFIG, "text_config": {}}
-        state |= {"text_model.final_layer_norm.weight": torch.ones(8), "text_projection.weight": torch.ones(8, 8), "logit_scale": torch.ones(()),
+        state |= {"text_model.final_layer_norm.weight": torch.ones(8), "text_projection.weight": torch.ones(8, 8),
+            "logit_scale": torch.ones(()),
                   "vision_model.embeddings.position_ids": torch.arange(17)[None]}  # fmt: skip
     if form == "bare":
         state = {name.removeprefix("vision_model."): value for name, value in state.items()}

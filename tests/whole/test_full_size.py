@@ -46,9 +46,10 @@ def picture(path: Path, dtype: torch.dtype) -> Image.Image:
 
 
 def test_full_size_pictures_hardly_depend_on_the_type_of_numbers(folder: Path) -> None:
-    """In bfloat16 one forward is off by about 2e-2 of its output (some 400 roundings of relative size 1.1e-3, added like a random walk). Guidance
-    7.5 makes up to sqrt(6.5^2 + 7.5^2) = 10 times as much of it: 0.2 of the rms. Two unrelated pictures, such as the left and right halves of one,
-    are sqrt(2) times the rms apart: a seventh of that is expected, a quarter is allowed."""
+    """In bfloat16 one forward is off by about 2e-2 of its output (some 400 roundings of relative size 1.1e-3, added
+    like a random walk). Guidance 7.5 makes up to sqrt(6.5^2 + 7.5^2) = 10 times as much of it: 0.2 of the rms. Two
+    unrelated pictures, such as the left and right halves of one, are sqrt(2) times the rms apart: a seventh of that is
+    expected, a quarter is allowed."""
     pictures = [
         picture(folder / "float32.ckpt", torch.float32),
         picture(folder / "float16.safetensors", torch.bfloat16),

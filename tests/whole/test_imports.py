@@ -22,12 +22,15 @@ MAY_IMPORT = {
     "ldm.__main__": {"weights", "ldm", "samplers"},
     "benchmarks": {"benchmarks", "weights", "ldm", "samplers"},
 }
-# Rooms by floor, lowest first: a room, a file or a folder, imports from lower floors and from itself, never from its own floor or above.
+# Rooms by floor, lowest first: a room, a file or a folder, imports from lower floors and from itself, never from its
+# own floor or above.
 FLOORS = {
     "samplers": "core schedule | grids guidance noise ddim euler adams dpmpp unipc",
-    "ldm": "errors | config disk images swap | networks pictures | conditioning | model | fast limits changes | denoiser | tasks"
+    "ldm": "errors | config disk images swap | networks pictures | conditioning | model | fast limits changes | "
+    "denoiser | tasks"
     " | look | blocks recipes | train | cli | __main__",
-    "ldm.train": "recipe losses draws state checkpointing | reading ranks data | tasks optim start watch | loop distil | modes | results shipped | run",
+    "ldm.train": "recipe losses draws state checkpointing | reading ranks data | tasks optim start watch | loop distil "
+    "| modes | results shipped | run",
     "weights": "names files | folder | checkpoint | models adapters | tools",
     "benchmarks": "machine quality | models | sides | timing | speed train parity load demonstrations",
 }
@@ -79,7 +82,8 @@ def floors(package: str) -> dict[str, int]:
 
 
 def room(name: str, package: str) -> str | None:
-    """The room of a package that a file lies in; None for the package itself, which names things, and for what lies elsewhere."""
+    """The room of a package that a file lies in; None for the package itself, which names things, and for what lies
+    elsewhere."""
     return name.removeprefix(f"{package}.").split(".")[0] if name.startswith(f"{package}.") else None
 
 
@@ -208,8 +212,13 @@ def run(code: str, cwd: Path = ROOT) -> str:
 
 
 def test_importing_everything_costs_little_more_than_torch_and_neither_open_clip_nor_torchvision():
-    """2 s where torch takes 1.1 s would leave us 0.9 s; we take 0.2 s, and may not take more than 0.5 s. Seconds of the processor, since the clock on the wall also counts what else the machine does."""
-    code = "import sys, time, torch; t = time.process_time(); import ldm, samplers, weights; print(time.process_time() - t, *{name.split('.')[0] for name in sys.modules})"
+    """2 s where torch takes 1.1 s would leave us 0.9 s; we take 0.2 s, and may not take more than 0.5 s. Seconds of the
+    processor, since the clock on the wall also counts what else the machine does."""
+    code = (
+        "import sys, time, torch; t = time.process_time(); import ldm, samplers, weights; "
+        "print(time.process_time() "
+        "- t, *{name.split('.')[0] for name in sys.modules})"
+    )
     outputs = [run(code).split()]
     if float(outputs[0][0]) >= 0.5:  # the first process may have compiled everything
         outputs.append(run(code).split())

@@ -81,10 +81,11 @@ def test_a_true_picture_survives_the_autoencoder(model: LatentDiffusion) -> None
 
 @torch.no_grad()
 def recolouring(model: LatentDiffusion, old: str, new: str, rank: int = 16) -> dict[str, torch.Tensor]:
-    """A LoRA file that makes the UNet hear one colour as another, found in closed form (Gandikota et al. 2024, Unified Concept Editing, eq. 7).
+    """A LoRA file that makes the UNet hear one colour as another, found in closed form (Gandikota et al. 2024, Unified
+    Concept Editing, eq. 7).
 
-    Every matrix W that reads the text becomes the one with W' c = W c* for captions c with the old colour, c* with the new one, and W' c = W c for others.
-    """
+    Every matrix W that reads the text becomes the one with W' c = W c* for captions c with the old colour, c* with the
+    new one, and W' c = W c for others."""
 
     def tokens(captions: list[str]) -> torch.Tensor:
         return model.condition(captions, (128, 128)).context.flatten(0, 1).double()

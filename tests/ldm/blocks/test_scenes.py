@@ -108,7 +108,8 @@ def test_captions_fit_into_the_32_tokens_that_the_shipped_model_reads():
 
 
 def test_the_training_set_is_the_one_the_shipped_model_saw():
-    """Golden: written down when the scenes were first drawn. Pictures to one grey level, as arithmetic may differ in the last bit."""
+    """Golden: written down when the scenes were first drawn. Pictures to one grey level, as arithmetic may differ in
+    the last bit."""
     pictures, captions = blocks.batch(range(200))
     assert hashlib.sha256("\n".join(captions).encode()).hexdigest().startswith("eb346b5243722354")
     assert pictures[:8].mean((1, 2, 3)).round(2).tolist() == pytest.approx(MEANS, abs=0.05)

@@ -160,13 +160,17 @@ def of_one_width() -> LatentDiffusion:
 @pytest.mark.parametrize(
     ("attempt", "message"),
     [
-        (lambda: new_token(model("sd-image-variations"), "<seal>", "cat"), "a model of family sd-image-variations is told an image instead of text, and can learn no word"),
-        (lambda: new_token(of_one_width(), "<seal>", "cat"), "two text towers of this model have one width, and a word has one set of vectors for each width"),
+        (lambda: new_token(model("sd-image-variations"), "<seal>", "cat"),
+            "a model of family sd-image-variations is told an image instead of text, and can learn no word"),
+        (lambda: new_token(of_one_width(), "<seal>", "cat"),
+            "two text towers of this model have one width, and a word has one set of vectors for each width"),
         (lambda: new_token(model(), "<seal>", "cat", 0), "vectors: 0; give a whole number from 1 to 75"),
         (lambda: new_token(model(), "<seal>", "cat", 76), "vectors: 76; give a whole number from 1 to 75"),
         (lambda: new_token(model(), "<seal>", "cat", 1.0), "vectors: 1.0; give a whole number from 1 to 75"),
-        (lambda: new_token(model(), "<seal>", "  "), "like: '  ' is 0 tokens, the new word has 1: give one to 1 tokens, or more vectors"),
-        (lambda: new_token(model(), "<seal>", "red cat"), "like: 'red cat' is 2 tokens, the new word has 1: give one to 1 tokens, or more vectors"),
+        (lambda: new_token(model(), "<seal>", "  "),
+            "like: '  ' is 0 tokens, the new word has 1: give one to 1 tokens, or more vectors"),
+        (lambda: new_token(model(), "<seal>", "red cat"),
+            "like: 'red cat' is 2 tokens, the new word has 1: give one to 1 tokens, or more vectors"),
         (lambda: new_token(model(), " ", "cat"), "embedding: it has no name; give one with NAME=FILE"),
     ],
 )  # fmt: skip

@@ -1,4 +1,5 @@
-"""Low-rank layers while they learn: nothing changes until they do, they learn what the papers say, and they leave no trace."""
+"""Low-rank layers while they learn: nothing changes until they do, they learn what the papers say, and they leave no
+trace."""
 
 from __future__ import annotations
 
@@ -102,7 +103,8 @@ def test_attaching_changes_no_bit_of_what_a_model_computes(family: str, spec: Sp
 
 
 def test_factors_are_parameters_of_the_model_and_no_part_of_its_state(tmp_path):
-    """So that a wrapper for several GPUs finds them, `.to` moves them, and a checkpoint of the model is the same file."""
+    """So that a wrapper for several GPUs finds them, `.to` moves them, and a checkpoint of the model is the same
+    file."""
     network = model()
     names, state = [name for name, _ in network.named_parameters()], network.state_dict()
     plain = weights.save(network, tmp_path / "plain.safetensors").read_bytes()
@@ -165,7 +167,8 @@ def test_the_usual_targets_are_those_of_published_loras(manifest: str, family: s
 
 
 def by_hand(layer: nn.Module, x: Tensor, down: Tensor, up: Tensor, scale: float, magnitude: Tensor | None) -> Tensor:
-    """The layer with the weight of the papers' formulas: W + alpha / r B A, and with DoRA m V / ||V||, the length no part of the gradient."""
+    """The layer with the weight of the papers' formulas: W + alpha / r B A, and with DoRA m V / ||V||, the length no
+    part of the gradient."""
     weight = layer.weight.detach() + scale * (up.flatten(1) @ down.flatten(1)).reshape(layer.weight.shape)
     if magnitude is not None:
         length = weight.detach().flatten(1).square().sum(dim=1).sqrt()
@@ -434,24 +437,43 @@ def given(name: str, change: object) -> Callable[[], object]:
         (lambda: Spec(conv_rank=-1), "conv_rank: -1; give a whole number from 0"),
         (lambda: Spec(alpha=0.0), "alpha: 0.0; give a positive number, or None for the rank"),
         (lambda: Spec(conv_alpha=math.nan), "conv_alpha: nan; give a positive number, or None for the rank"),
-        (lambda: Spec(targets="to_(q"), "targets: 'to_(q' is no regular expression: missing ), unterminated subpattern at position 3"),
+        (lambda: Spec(targets="to_(q"),
+            "targets: 'to_(q' is no regular expression: missing ), unterminated subpattern at position 3"),
         (lambda: Spec(unet=False), "neither the UNet nor the text towers are to learn: set unet or text"),
-        (lambda: attach(model(), Spec(targets="attn3")), "targets: 'attn3' is in the name of no layer of unet; try attn2 or attn1"),
-        (lambda: attach(model(), Spec(targets="atn1.to_q")), "targets: 'atn1.to_q' is in the name of no layer of unet; try attn1.to_q or attn2.to_q"),
-        (lambda: attach(model(), Spec(targets="out_layers.3")), "targets: 'out_layers.3' is in the name of convolutions alone; set conv_rank"),
-        (lambda: attach(model(), Spec(targets="attn2", text=True)), "targets: 'attn2' is in the name of no layer of text; try self_attn or text"),
-        (lambda: attach(model("sd2-base"), Spec(targets="layers.2.mlp", unet=False, text=True)), "targets: 'layers.2.mlp' is in the name of no layer of text; try layers.1.mlp or layers.0.mlp"),
-        (lambda: attach(model("sd-image-variations"), Spec(text=True)), "text: a model of family sd-image-variations has no text towers; set text to false"),
+        (lambda: attach(model(), Spec(targets="attn3")),
+            "targets: 'attn3' is in the name of no layer of unet; try attn2 or attn1"),
+        (lambda: attach(model(), Spec(targets="atn1.to_q")),
+            "targets: 'atn1.to_q' is in the name of no layer of unet; try attn1.to_q or attn2.to_q"),
+        (lambda: attach(model(), Spec(targets="out_layers.3")),
+            "targets: 'out_layers.3' is in the name of convolutions alone; set conv_rank"),
+        (lambda: attach(model(), Spec(targets="attn2", text=True)),
+            "targets: 'attn2' is in the name of no layer of text; try self_attn or text"),
+        (lambda: attach(model("sd2-base"), Spec(targets="layers.2.mlp", unet=False, text=True)),
+            "targets: 'layers.2.mlp' is in the name of no layer of text; try layers.1.mlp or layers.0.mlp"),
+        (lambda: attach(model("sd-image-variations"), Spec(text=True)),
+            "text: a model of family sd-image-variations has no text towers; set text to false"),
         (lambda: attach(attached(), ALL), f"this model has low-rank factors already ({STRIDED}); detach(model) first"),
-        (lambda: attach(offloaded(), ALL), "this model is offloaded, and its layers cannot be changed meanwhile: undo that first"),
+        (lambda: attach(offloaded(), ALL),
+            "this model is offloaded, and its layers cannot be changed meanwhile: undo that first"),
         (lambda: detach(model()), "this model has no low-rank factors; attach(model, spec) makes them"),
         (lambda: lora_layers.changes(model()), "this model has no low-rank factors; attach(model, spec) makes them"),
-        (given("unet.out.0.weight", Full(torch.ones(32))), "a.safetensors: unet.out.0.weight is no weight of a linear layer or convolution here; it can be merged, not trained"),
-        (given(f"{PROJECTION}.bias", Full(torch.ones(64))), f"a.safetensors: {PROJECTION}.bias is no weight of a linear layer or convolution here; it can be merged, not trained"),
-        (given("vae.post_quant_conv.weight", low(1, 4, 4)), "a.safetensors: vae.post_quant_conv.weight is no weight of a linear layer or convolution here; it can be merged, not trained"),
-        (given(f"{PROJECTION}.weight", low(1, 32, 64)), f"a.safetensors: {PROJECTION}.weight: it changes a weight of [32, 64], the model's is [64, 64, 1, 1]"),
-        (given(f"{PROJECTION}.weight", Full(torch.ones(64, 64))), f"a.safetensors: {PROJECTION}.weight: only plain low-rank factors and DoRA's can be trained; merge it instead"),
-        (given(f"{PROJECTION}.weight", Decomposed(low(1, 64, 64), torch.ones(1, 64))), f"a.safetensors: {PROJECTION}.weight: it is a DoRA with a magnitude per input, and only one per output can be trained; merge it instead"),
+        (given("unet.out.0.weight", Full(torch.ones(32))),
+            "a.safetensors: unet.out.0.weight is no weight of a linear layer or convolution here; it can be merged, "
+            "not trained"),
+        (given(f"{PROJECTION}.bias", Full(torch.ones(64))),
+            f"a.safetensors: {PROJECTION}.bias is no weight of a linear layer or convolution here; it can be merged, "
+            "not trained"),
+        (given("vae.post_quant_conv.weight", low(1, 4, 4)),
+            "a.safetensors: vae.post_quant_conv.weight is no weight of a linear layer or convolution here; it can be "
+            "merged, not trained"),
+        (given(f"{PROJECTION}.weight", low(1, 32, 64)),
+            f"a.safetensors: {PROJECTION}.weight: it changes a weight of [32, 64], the model's is [64, 64, 1, 1]"),
+        (given(f"{PROJECTION}.weight", Full(torch.ones(64, 64))),
+            f"a.safetensors: {PROJECTION}.weight: only plain low-rank factors and DoRA's can be trained; merge it "
+            "instead"),
+        (given(f"{PROJECTION}.weight", Decomposed(low(1, 64, 64), torch.ones(1, 64))),
+            f"a.safetensors: {PROJECTION}.weight: it is a DoRA with a magnitude per input, and only one per output can "
+            "be trained; merge it instead"),
     ],
 )  # fmt: skip
 def test_what_cannot_learn_is_refused_with_the_reason(attempt: Callable[[], object], message: str):

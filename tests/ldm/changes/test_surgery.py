@@ -50,7 +50,7 @@ def same(a: LatentDiffusion, b: LatentDiffusion) -> bool:
     return ours.keys() == theirs.keys() and all(ours[name].equal(theirs[name]) for name in ours)
 
 
-# -- inputs -------------------------------------------------------------------------------------------------------------
+# -- inputs ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_inputs_that_cannot_be_added_are_refused(ships):
         surgery.widen(surgery.widen(ships, ("mask", "masked_image")), ("depth",))
 
 
-# -- the conditioner ----------------------------------------------------------------------------------------------------
+# -- the conditioner ---------------------------------------------------------------------------------------------------
 
 
 def vision(projection: int) -> CLIPVision:
@@ -137,7 +137,7 @@ def test_a_tower_that_does_not_fit_is_refused(ships):
             surgery.swap_conditioner(build(tiny(family)), vision(64))
 
 
-# -- fewer blocks -------------------------------------------------------------------------------------------------------
+# -- fewer blocks ------------------------------------------------------------------------------------------------------
 
 
 def test_ssd_1b_has_the_published_sizes_and_every_block_begins_as_one_of_sdxl_s(sdxl):
@@ -161,8 +161,9 @@ def test_ssd_1b_has_the_published_sizes_and_every_block_begins_as_one_of_sdxl_s(
     assert begins == {
         f"{block}.1.transformer_blocks": layers
         for block, layers in {
-            "input_blocks.4": two, "input_blocks.5": two, "input_blocks.7": four, "input_blocks.8": four, "output_blocks.0": four,
-            "output_blocks.1": four, "output_blocks.2": {i: i for i in range(10)}, "output_blocks.3": two, "output_blocks.4": one, "output_blocks.5": one,
+            "input_blocks.4": two, "input_blocks.5": two, "input_blocks.7": four, "input_blocks.8": four,
+            "output_blocks.0": four, "output_blocks.1": four, "output_blocks.2": {i: i for i in range(10)},
+            "output_blocks.3": two, "output_blocks.4": one, "output_blocks.5": one,
         }.items()
     }  # fmt: skip
 
@@ -215,9 +216,11 @@ def test_half_of_sd_1_keeps_the_blocks_of_bk_sdm():
     model = build(replace(tiny("sd1"), unet=replace(narrow("sd1").unet, context_dim=64)))
     small, state = surgery.prune(model, "half"), model.unet.state_dict()
     for ours, theirs in {
-        "input_blocks.1": "input_blocks.1", "input_blocks.2": "input_blocks.3", "input_blocks.3": "input_blocks.4", "input_blocks.7": "input_blocks.10",
-        "middle_block.0": "middle_block.0", "output_blocks.0": "output_blocks.0", "output_blocks.1": "output_blocks.2", "output_blocks.2": "output_blocks.3",
-        "output_blocks.3": "output_blocks.5", "output_blocks.7": "output_blocks.11", "out": "out", "time_embed": "time_embed",
+        "input_blocks.1": "input_blocks.1", "input_blocks.2": "input_blocks.3", "input_blocks.3": "input_blocks.4",
+        "input_blocks.7": "input_blocks.10", "middle_block.0": "middle_block.0", "output_blocks.0": "output_blocks.0",
+        "output_blocks.1": "output_blocks.2", "output_blocks.2": "output_blocks.3",
+        "output_blocks.3": "output_blocks.5", "output_blocks.7": "output_blocks.11", "out": "out",
+        "time_embed": "time_embed",
     }.items():  # fmt: skip
         found = {
             name.removeprefix(ours): value
@@ -243,7 +246,8 @@ NARROWED = UNetConfig(
 
 
 def doubled(value: torch.Tensor, name: str, shape: torch.Size) -> torch.Tensor:
-    """A parameter of NARROWED's half as NARROWED needs it: what gives a channel gives it twice, side by side; nothing takes the doubles."""
+    """A parameter of NARROWED's half as NARROWED needs it: what gives a channel gives it twice, side by side; nothing
+    takes the doubles."""
     stream = 2 * torch.arange(32)
     joined = {
         0: torch.cat([stream, 64 + stream]),
@@ -272,11 +276,11 @@ def doubled(value: torch.Tensor, name: str, shape: torch.Size) -> torch.Tensor:
 
 
 def test_the_channels_that_are_kept_of_a_level_belong_together():
-    """A UNet in which each channel of a level was doubled computes what it did (Chen et al. 2016, Net2Net), and its half is what it was made from.
+    """A UNet in which each channel of a level was doubled computes what it did (Chen et al. 2016, Net2Net), and its
+    half is what it was made from.
 
-    Doubles leave the statistics of GroupNorm and LayerNorm as they were. Not so where they are joined with what has none: the residual
-    branches of the two ResBlocks there are 0.
-    """
+    Doubles leave the statistics of GroupNorm and LayerNorm as they were. Not so where they are joined with what has
+    none: the residual branches of the two ResBlocks there are 0."""
     config = replace(tiny("sd1"), unet=NARROWED)
     small = build(surgery.half(config)).unet
     large = (

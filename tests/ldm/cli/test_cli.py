@@ -153,15 +153,17 @@ def test_options_of_the_model_reach_the_loader(here, ldm, checkpoint, monkeypatc
 
 def test_a_picture_says_how_it_was_made(here, ldm):
     ldm(
-        f"txt2img 'un café 🙂' {QUICK} --negative 赤い --n 2 --cfg-rescale 0.7 --cfg-interval 0.5 9 --clip-skip 2 --sampler ddim --eta 1"
+        f"txt2img 'un café 🙂' {QUICK} --negative 赤い --n 2 --cfg-rescale 0.7 --cfg-interval 0.5 9 --clip-skip 2 "
+        "--sampler ddim --eta 1"
     )
     facts = read_metadata("outputs/00002.png")
     digest = facts.pop("model_hash")
     version = facts.pop("version")
     assert facts == {
-        "task": "txt2img", "prompt": "un café 🙂", "negative_prompt": "赤い", "seed": "8", "sampler": "ddim", "grid": "ddim", "steps": "2", "cfg": "7.5",
-        "size": "32x32", "model": "tiny.safetensors", "family": "sd1", "prediction": "eps", "dtype": "float32", "cfg_rescale": "0.7",
-        "cfg_interval": "0.5 9.0", "eta": "1.0", "clip_skip": "2", "weighting": "true",
+        "task": "txt2img", "prompt": "un café 🙂", "negative_prompt": "赤い", "seed": "8", "sampler": "ddim",
+        "grid": "ddim", "steps": "2", "cfg": "7.5", "size": "32x32", "model": "tiny.safetensors", "family": "sd1",
+        "prediction": "eps", "dtype": "float32", "cfg_rescale": "0.7", "cfg_interval": "0.5 9.0", "eta": "1.0",
+        "clip_skip": "2", "weighting": "true",
     }  # fmt: skip
     assert digest == hashlib.sha256(Path("tiny.safetensors").read_bytes()).hexdigest()[:10]
     assert version
@@ -463,7 +465,8 @@ def test_a_result_that_is_no_number_is_exit_code_5_and_no_picture(here, ldm):
     result = ldm("txt2img x --steps 2 --seed 7 --dtype float32 --ckpt nan.safetensors")
     assert result.code == NonFinite.exit_code == 5
     assert re.match(
-        r"ldm: error: UNet: NaN or infinity at sigma 14\.61 in float32, first at out\.2; weights not finite: out\.2\.bias",
+        r"ldm: error: UNet: NaN or infinity at sigma 14\.61 in float32, first at out\.2; weights not finite: "
+        r"out\.2\.bias",
         result.errors[0],
     )
     assert os.listdir("outputs") == []
@@ -687,8 +690,8 @@ def test_every_option_says_what_it_does(ldm):
     text = "\n".join(ldm("img2img --help").lines)
     options = [
         "--init", "--strength", "--ckpt", "--config", "--ema", "--negative", "--sampler", "--grid", "--steps", "--cfg",
-        "--cfg-rescale", "--cfg-interval", "--seed", "--n", "--batch", "--width", "--height", "--eta", "--clip-skip", "--device",
-        "--dtype", "--out", "--mkdir", "--overwrite", "--sheet", "--preview", "--debug",
+        "--cfg-rescale", "--cfg-interval", "--seed", "--n", "--batch", "--width", "--height", "--eta", "--clip-skip",
+        "--device", "--dtype", "--out", "--mkdir", "--overwrite", "--sheet", "--preview", "--debug",
     ]  # fmt: skip
     for option in options:
         assert re.search(rf"^  {option}\b", text, re.MULTILINE), option

@@ -51,7 +51,8 @@ def test_there_and_back(source: str, capsys: pytest.CaptureFixture) -> None:
     assert "tensors of a model of family sd1" in lines[0]
     assert (
         lines[1]
-        == "  13 of them in original_only.safetensors: the folder's networks have no place for them, the way back needs them"
+        == "  13 of them in original_only.safetensors: the folder's networks have no place for them, the way back "
+        "needs them"
     )
     assert "left out: the moving average was asked for in place of these" in out
     assert set(json.loads(Path("m.json").read_text())) == {

@@ -212,8 +212,9 @@ def test_convert_re_expresses_what_cannot_be_held_only_when_asked(tmp_path: Path
 @pytest.mark.parametrize(
     ("text", "meant"),
     [
-        ("a.safetensors", ("a.safetensors", 1.0)), ("a.safetensors:0.8", ("a.safetensors", 0.8)), ("a.safetensors:0.8:-.5", ("a.safetensors", (0.8, -0.5))),
-        ("C:/a.safetensors:2", ("C:/a.safetensors", 2.0)), ("b:1:c", ("b:1:c", 1.0)),
+        ("a.safetensors", ("a.safetensors", 1.0)), ("a.safetensors:0.8", ("a.safetensors", 0.8)),
+        ("a.safetensors:0.8:-.5", ("a.safetensors", (0.8, -0.5))), ("C:/a.safetensors:2", ("C:/a.safetensors", 2.0)),
+        ("b:1:c", ("b:1:c", 1.0)),
     ],
 )  # fmt: skip
 def test_a_scale_stands_behind_the_name(text: str, meant: tuple):

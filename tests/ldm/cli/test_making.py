@@ -62,40 +62,53 @@ def left_half(photo: Image.Image) -> Image.Image:
 
 TASKS: dict[str, tuple[str, str, Drawn]] = {  # a name -> the family, the command line, the same in Python
     "txt2img sd1": ("sd1", "txt2img 'a (cat:1.4)'", lambda m, p: tasks.txt2img(m, "a (cat:1.4)", **QUICK)),
-    "txt2img sd2": ("sd2-base", "txt2img 'a cat' --negative ''", lambda m, p: tasks.txt2img(m, "a cat", negative="", **QUICK)),
-    "txt2img sd2-v": ("sd2-v", "txt2img 'a (cat:1.4)' --no-weighting", lambda m, p: tasks.txt2img(m, "a (cat:1.4)", **QUICK | {"weighting": False})),
+    "txt2img sd2": ("sd2-base", "txt2img 'a cat' --negative ''",
+        lambda m, p: tasks.txt2img(m, "a cat", negative="", **QUICK)),
+    "txt2img sd2-v": ("sd2-v", "txt2img 'a (cat:1.4)' --no-weighting",
+        lambda m, p: tasks.txt2img(m, "a (cat:1.4)", **QUICK | {"weighting": False})),
     "txt2img sdxl": (
         "sdxl-base", "txt2img 'a cat' --original-size 48x24 --crop 1,2 --target-size 96x64",
         lambda m, p: tasks.txt2img(m, "a cat", sizes=Sizes((24, 48), (1, 2), (64, 96)), **QUICK),
     ),
-    "txt2img ssd-1b": ("ssd-1b", "txt2img 'a cat' --negative dog", lambda m, p: tasks.txt2img(m, "a cat", negative="dog", **QUICK)),
-    "txt2img --hires": ("sd1", "txt2img 'a cat' --hires 1.5x --strength 0.9", lambda m, p: tasks.hires(m, "a cat", scale=1.5, strength=0.9, **QUICK)),
+    "txt2img ssd-1b": ("ssd-1b", "txt2img 'a cat' --negative dog",
+        lambda m, p: tasks.txt2img(m, "a cat", negative="dog", **QUICK)),
+    "txt2img --hires": ("sd1", "txt2img 'a cat' --hires 1.5x --strength 0.9",
+        lambda m, p: tasks.hires(m, "a cat", scale=1.5, strength=0.9, **QUICK)),
     "hires pixel": ("sdxl-base", "hires 'a cat'", lambda m, p: tasks.hires(m, "a cat", scale=2, **QUICK)),
-    "hires latent": ("sd1", "hires 'a cat' --scale 2 --enlarge latent --width 24", lambda m, p: tasks.hires(m, "a cat", enlarge="latent", width=24, **QUICK)),
-    "img2img": ("sd2-base", "img2img 'a cat' --init photo.png --strength 0.5", lambda m, p: tasks.img2img(m, p, "a cat", strength=0.5, **QUICK)),
+    "hires latent": ("sd1", "hires 'a cat' --scale 2 --enlarge latent --width 24",
+        lambda m, p: tasks.hires(m, "a cat", enlarge="latent", width=24, **QUICK)),
+    "img2img": ("sd2-base", "img2img 'a cat' --init photo.png --strength 0.5",
+        lambda m, p: tasks.img2img(m, p, "a cat", strength=0.5, **QUICK)),
     "img2img refiner": (
         "sdxl-refiner", "img2img 'a cat' --init photo.png --aesthetic 8 --negative-aesthetic 1",
         lambda m, p: tasks.img2img(m, p, "a cat", sizes=Sizes(aesthetic=8, negative_aesthetic=1), **QUICK),
     ),
-    "inpaint": ("sd1", "inpaint 'a cat' --init photo.png --mask mask.png", lambda m, p: tasks.inpaint(m, p, left_half(p), "a cat", **QUICK)),
+    "inpaint": ("sd1", "inpaint 'a cat' --init photo.png --mask mask.png",
+        lambda m, p: tasks.inpaint(m, p, left_half(p), "a cat", **QUICK)),
     "inpaint 9 channels": (
         "sd1-inpainting", "inpaint 'a cat' --init photo.png --mask mask.png --feather 3 --strength 0.9",
         lambda m, p: tasks.inpaint(m, p, left_half(p), "a cat", feather=3, strength=0.9, **QUICK),
     ),
-    "inpaint sd2": ("sd2-inpainting", "inpaint 'a cat' --init photo.png --mask mask.png --width 56", lambda m, p: tasks.inpaint(m, p, left_half(p), "a cat", width=56, **QUICK)),
-    "inpaint sdxl": ("sdxl-inpainting", "inpaint 'a cat' --init photo.png --mask mask.png", lambda m, p: tasks.inpaint(m, p, left_half(p), "a cat", **QUICK)),
+    "inpaint sd2": ("sd2-inpainting", "inpaint 'a cat' --init photo.png --mask mask.png --width 56",
+        lambda m, p: tasks.inpaint(m, p, left_half(p), "a cat", width=56, **QUICK)),
+    "inpaint sdxl": ("sdxl-inpainting", "inpaint 'a cat' --init photo.png --mask mask.png",
+        lambda m, p: tasks.inpaint(m, p, left_half(p), "a cat", **QUICK)),
     "outpaint": (
         "sd1", "outpaint 'a cat' --init photo.png --extend left=8 --extend bottom=5 --feather 2",
         lambda m, p: tasks.outpaint(m, p, {"left": 8, "bottom": 5}, "a cat", feather=2, **QUICK),
     ),
-    "outpaint 9 channels": ("sd2-inpainting", "outpaint 'a cat' --init photo.png --extend top=16", lambda m, p: tasks.outpaint(m, p, {"top": 16}, "a cat", **QUICK)),
-    "depth2img": ("sd2-depth", "depth2img 'a cat' --init photo.png", lambda m, p: tasks.depth2img(m, p, "a cat", **QUICK)),
+    "outpaint 9 channels": ("sd2-inpainting", "outpaint 'a cat' --init photo.png --extend top=16",
+        lambda m, p: tasks.outpaint(m, p, {"top": 16}, "a cat", **QUICK)),
+    "depth2img": ("sd2-depth", "depth2img 'a cat' --init photo.png",
+        lambda m, p: tasks.depth2img(m, p, "a cat", **QUICK)),
     "depth2img map": (
         "sd2-depth", "depth2img 'a cat' --init photo.png --depth depth.png --strength 1",
         lambda m, p: tasks.depth2img(m, p, "a cat", depth=open_image("depth.png"), strength=1, **QUICK),
     ),
-    "upscale": ("x4-upscaler", "upscale '' --init photo.png --noise-level 100", lambda m, p: tasks.upscale(m, p, "", noise_level=100, **QUICK)),
-    "variations": ("sd-image-variations", "variations --init photo.png", lambda m, p: tasks.variations(m, p, cfg=3.0, seeds=[7], steps=2)),
+    "upscale": ("x4-upscaler", "upscale '' --init photo.png --noise-level 100",
+        lambda m, p: tasks.upscale(m, p, "", noise_level=100, **QUICK)),
+    "variations": ("sd-image-variations", "variations --init photo.png",
+        lambda m, p: tasks.variations(m, p, cfg=3.0, seeds=[7], steps=2)),
     "variations original": (
         "sd-image-variations", "variations --init photo.png --preprocessing original --cfg 2 --height 24",
         lambda m, p: tasks.variations(m, p, preprocessing="original", cfg=2.0, height=24, seeds=[7], steps=2),
@@ -152,7 +165,8 @@ def test_the_refiner_takes_over_or_redraws(here, ldm, models):
 
 def test_interpolate_writes_frames_and_an_animation(here, ldm, models):
     code, lines, errors = ldm(
-        f"interpolate 'a cat' 'a dog' --seeds 7 --frames 4 --ckpt {models('sd1')} --steps 2 --dtype float32 --no-fast --fps 5"
+        f"interpolate 'a cat' 'a dog' --seeds 7 --frames 4 --ckpt {models('sd1')} --steps 2 --dtype float32 --no-fast "
+        "--fps 5"
     )
     assert (code, errors) == (0, [])
     assert lines == [*(f"outputs/0000{n}.png" for n in (1, 2, 3, 4)), "outputs/00001-animation.webp"]
@@ -170,7 +184,10 @@ def test_interpolate_writes_frames_and_an_animation(here, ldm, models):
 
 
 def test_interpolate_goes_from_seed_to_seed_into_a_named_gif(here, ldm, models):
-    line = f"interpolate 'a cat' --seeds 1,2,3 --frames 5 --batch 2 --animation gif --out way.png --ckpt {models('sd1')} --steps 1"
+    line = (
+        f"interpolate 'a cat' --seeds 1,2,3 --frames 5 --batch 2 --animation gif --out way.png --ckpt "
+        f"{models('sd1')} --steps 1"
+    )
     assert ldm(line)[1] == ["way.png", "way-2.png", "way-3.png", "way-4.png", "way-5.png", "way-animation.gif"]
     assert ldm(line)[1][-1] == "way-animation-2.gif"
     assert ldm(f"{line} --overwrite")[1][-1] == "way-animation.gif"
@@ -219,7 +236,8 @@ def scene(here) -> np.ndarray:
 
 def test_the_floor_of_a_scene_is_repainted_and_the_rest_is_not_touched(scene, ldm):
     code, _, errors = ldm(
-        f"inpaint 'a red cube to the left of a yellow sphere' --init scene.png --mask floor.png --feather 4 {SHIPPED} --steps 8"
+        f"inpaint 'a red cube to the left of a yellow sphere' --init scene.png --mask floor.png --feather 4 {SHIPPED} "
+        "--steps 8"
     )
     assert (code, errors) == (0, [])
     painted = np.asarray(open_image("outputs/00001.png"))

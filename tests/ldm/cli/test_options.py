@@ -1,4 +1,5 @@
-"""What can be added to every command: other weights, words of one's own, comparisons, prompts from a file, and what is refused of it."""
+"""What can be added to every command: other weights, words of one's own, comparisons, prompts from a file, and what is
+refused of it."""
 
 from __future__ import annotations
 
@@ -208,7 +209,8 @@ def test_fast_code_and_weights_that_come_and_go_are_refused_together(here, ldm, 
     assert (code, errors) == (
         2,
         [
-            "ldm: error: --fast: with --offload weights come and go, and the readable networks run; leave one of them out"
+            "ldm: error: --fast: with --offload weights come and go, and the readable networks run; leave one of them "
+            "out"
         ],
     )
 
@@ -568,7 +570,8 @@ def test_nothing_is_left_out_of_the_metadata_of_sdxl(here, ldm):
     weights.save(build(replace(tiny("sdxl-refiner"), size=16)), "refiner.safetensors")
     assert (
         ldm(
-            "txt2img x --ckpt refiner.safetensors --steps 1 --seed 1 --aesthetic 7 --negative-aesthetic 1 --original-size 20x10 --crop 1,2"
+            "txt2img x --ckpt refiner.safetensors --steps 1 --seed 1 --aesthetic 7 --negative-aesthetic 1 "
+            "--original-size 20x10 --crop 1,2"
         )[0]
         == 0
     )

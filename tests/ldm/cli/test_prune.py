@@ -43,7 +43,8 @@ def test_what_cannot_be_pruned_is_refused_before_any_weight_is_read(
     (tmp_path / "there.safetensors").write_bytes(b"x")
     for line, said in {
         f"{source} {tmp_path / 'x.safetensors'} --plan third": "--plan: invalid choice: 'third' (choose from ",
-        f"{source} {tmp_path / 'x.safetensors'} --plan ssd-1b": "plan: 'ssd-1b' is for SDXL base, this is a model of family blocks; use 'half'",
+        f"{source} {tmp_path / 'x.safetensors'} --plan ssd-1b": "plan: 'ssd-1b' is for SDXL base, this is a model of "
+        "family blocks; use 'half'",
         f"{tmp_path / 'none.safetensors'} {tmp_path / 'x.safetensors'} --plan half": "none.safetensors: does not exist",
         f"{tmp_path / 'there.safetensors'} {tmp_path / 'x.safetensors'} --plan half": "there.safetensors: ",
     }.items():

@@ -333,8 +333,8 @@ def test_a_learnt_word_gives_what_an_added_token_gives_in_transformers(one):
     c = CLIP_L_TINY
     theirs = transformers.CLIPTextModel(
         transformers.CLIPTextConfig(
-            vocab_size=c.vocab, hidden_size=c.width, num_hidden_layers=c.layers, num_attention_heads=c.heads, intermediate_size=c.mlp,
-            hidden_act=c.activation, eos_token_id=END,
+            vocab_size=c.vocab, hidden_size=c.width, num_hidden_layers=c.layers, num_attention_heads=c.heads,
+            intermediate_size=c.mlp, hidden_act=c.activation, eos_token_id=END,
         )
     )  # fmt: skip
     own = theirs.state_dict()

@@ -47,7 +47,8 @@ def filled(module: nn.Module) -> nn.Module:
 
 
 def close(ours: Tensor, exact: Tensor, terms: int, size: Tensor | float = 1.0) -> None:
-    """Within the rounding of a sum of so many terms: 4 sqrt(terms) units in the last place of the sum of their absolute values, `size`."""
+    """Within the rounding of a sum of so many terms: 4 sqrt(terms) units in the last place of the sum of their absolute
+    values, `size`."""
     assert ours.dtype == torch.float32
     assert ours.shape == exact.shape
     assert ours.is_contiguous()
@@ -112,7 +113,8 @@ def test_conv_up(lanes: int | None, threads: None, shape: tuple[int, ...], size:
 
 
 def sizes(x: Tensor, conv: nn.Conv2d) -> float:
-    """The largest sum of absolute values that Winograd's algorithm forms: its transforms add up to four inputs, nine weights, nine products."""
+    """The largest sum of absolute values that Winograd's algorithm forms: its transforms add up to four inputs, nine
+    weights, nine products."""
     kernel = conv.weight.double().abs().flatten(1).sum(1).max()
     return float(x.double().abs().max() * kernel) * 4
 

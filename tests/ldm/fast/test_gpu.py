@@ -1,4 +1,5 @@
-"""The GPU's choice of attention, and its graphs: on the CPU with made-up timings and with graphs that are played back there, and on a GPU."""
+"""The GPU's choice of attention, and its graphs: on the CPU with made-up timings and with graphs that are played back
+there, and on a GPU."""
 
 from __future__ import annotations
 
@@ -17,7 +18,9 @@ from ldm.fast.graphs import GraphedUNet, Graphs
 from ldm.fast.share import shared
 from ldm.networks.unet import UNet
 
-SAME = 1e-11  # the same UNet in float64 but for the order of sums: some hundred layers, each with rounding errors of 1e-16 times its number of terms
+# the same UNet in float64 but for the order of sums: some hundred layers, each with rounding errors of 1e-16 times its
+# number of terms
+SAME = 1e-11
 
 
 def unet_inputs(name: str, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:

@@ -1,4 +1,5 @@
-"""Triton's kernels against float64: on a GPU with `-m gpu`, elsewhere in Triton's interpreter, in a process of its own."""
+"""Triton's kernels against float64: on a GPU with `-m gpu`, elsewhere in Triton's interpreter, in a process of its
+own."""
 
 from __future__ import annotations
 
@@ -88,10 +89,10 @@ def given(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 def require_close(ours: Tensor, exact: Tensor, terms: Tensor | float) -> None:
     """Each number is computed in float32 (float64) and rounded once.
 
-    terms  what was added up to it, each taken positive: no sum here has more than 64 roundings one after the other, of 2^-24 (2^-53) each.
-    Rounding costs 2^-11 of the result in float16 (or 2^-25, below its normal numbers), 2^-8 in bfloat16; the interpreter cuts bfloat16 off
-    instead of rounding it, which costs twice as much.
-    """
+    terms  what was added up to it, each taken positive: no sum here has more than 64 roundings one after the other, of
+           2^-24 (2^-53) each.
+    Rounding costs 2^-11 of the result in float16 (or 2^-25, below its normal numbers), 2^-8 in bfloat16; the
+    interpreter cuts bfloat16 off instead of rounding it, which costs twice as much."""
     cut = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-7 if INTERPRETED else 2.0**-8}.get(ours.dtype, 0.0)
     inner = 64 * (2.0**-53 if ours.dtype == torch.float64 else 2.0**-24)
     least = 2.0**-25 if ours.dtype == torch.float16 else 0.0
@@ -218,8 +219,10 @@ def test_a_convolution_with_a_stride_and_with_what_is_added(add: str) -> None:
 @pytest.mark.usefixtures("plain_attention", "large_tiles")
 @torch.no_grad()
 def test_a_unet_in_the_operations_of_the_gpu_is_the_plain_one() -> None:
-    """In float64, where only the order of sums differs: some dozen layers, each with rounding errors of 1e-16 times its number of terms."""
-    config = UNetConfig(model_channels=32, channel_mult=(1,), num_res_blocks=1, context_dim=64, down_depth=((1,),), up_depth=((0, 0),), cross_only=(False,), mid_depth=None)  # fmt: skip
+    """In float64, where only the order of sums differs: some dozen layers, each with rounding errors of 1e-16 times its
+    number of terms."""
+    config = UNetConfig(model_channels=32, channel_mult=(1,), num_res_blocks=1, context_dim=64, down_depth=((1,),),
+        up_depth=((0, 0),), cross_only=(False,), mid_depth=None)  # fmt: skip
     plainly = few_groups(fill(UNet(config), lambda key: key)).to(DEVICE, torch.float64)
     x, t, context = (
         normal("x", (2, 4, 5, 6)).to(DEVICE).double(),

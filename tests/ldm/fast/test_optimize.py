@@ -1,4 +1,5 @@
-"""Optimised models against the readable ones: the same function around the same parameters, and when which of them runs."""
+"""Optimised models against the readable ones: the same function around the same parameters, and when which of them
+runs."""
 
 from __future__ import annotations
 

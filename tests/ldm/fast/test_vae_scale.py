@@ -1,4 +1,5 @@
-"""The VAE in units against the VAE: on a GPU with `-m gpu`, elsewhere in Triton's interpreter (see test_fast_kernels)."""
+"""The VAE in units against the VAE: on a GPU with `-m gpu`, elsewhere in Triton's interpreter (see
+test_fast_kernels)."""
 
 from __future__ import annotations
 
@@ -29,8 +30,8 @@ def tame() -> VAE:
 def wild() -> VAE:
     """The same function but for rounding, with inner numbers of about 2^15.
 
-    All that a norm reads is 2^15 times as large: the convolutions to it, and the biases of those on the way, with the squares in eps.
-    """
+    All that a norm reads is 2^15 times as large: the convolutions to it, and the biases of those on the way, with the
+    squares in eps."""
     vae = tame()
     for name, parameter in vae.named_parameters():
         layer = name.split(".")[-2]
@@ -62,7 +63,8 @@ def test_in_float64_units_change_nothing(run: str) -> None:
 @pytest.mark.parametrize("run", INPUTS)
 @torch.no_grad()
 def test_what_overflows_in_float16_is_finite_and_right_in_units(run: str) -> None:
-    """Right: no further from float64 than the tame VAE is in float16, twice over since rounding errors of two ways to compute it are compared."""
+    """Right: no further from float64 than the tame VAE is in float16, twice over since rounding errors of two ways to
+    compute it are compared."""
     given = INPUTS[run].to(DEVICE)
     exact, exact_wild = (getattr(vae.double(), run)(given.double()) for vae in (tame(), wild()))
     assert relative(exact_wild, exact) < 1e-12

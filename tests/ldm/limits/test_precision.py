@@ -142,7 +142,8 @@ def test_what_overflows_bfloat16_too_is_done_again_in_float32(model: LatentDiffu
     (message,) = seen
     assert (
         message
-        == f"VAE: cannot decode 16x16 in {str(dtype)[6:]}, NaN or infinity first at decoder.mid.block_1; done again in float32"
+        == f"VAE: cannot decode 16x16 in {str(dtype)[6:]}, NaN or infinity first at decoder.mid.block_1; done again in "
+        "float32"
     )
 
 
@@ -173,7 +174,8 @@ def test_weights_that_are_not_finite_are_named_and_nothing_is_tried_again(
     monkeypatch.setattr(recover, "wider", lambda vae: pytest.fail("tried again"))
     with pytest.raises(
         NonFinite,
-        match=r"first at decoder.mid.attn_1.q; weights not finite: decoder.mid.attn_1.q.weight and 1 more; use other weights",
+        match=r"first at decoder.mid.attn_1.q; weights not finite: decoder.mid.attn_1.q.weight and 1 more; use other "
+        "weights",
     ):
         WAYS["decode"](model)
 
@@ -228,7 +230,8 @@ def test_without_memory_it_is_done_in_strips_that_rest_on_the_cpu(
     assert asked == [(tiles.TILE, torch.device("cpu"))]
     assert (
         message
-        == f"VAE: the GPU's memory does not suffice to {way} 16x16 at once: done in strips that rest in the CPU's memory"
+        == f"VAE: the GPU's memory does not suffice to {way} 16x16 at once: done in strips that rest in the CPU's "
+        "memory"
     )
 
 

@@ -16,7 +16,8 @@ from ldm.limits import tiles
 from ldm.model import LatentDiffusion
 from ldm.networks.vae import VAE
 
-TOLERANCE = 3e-5  # twice the 1e-5 of test_vae.py, which is one order of summation against another, and the sums of a norm in parts
+# twice the 1e-5 of test_vae.py, which is one order of summation against another, and the sums of a norm in parts
+TOLERANCE = 3e-5
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +27,8 @@ def shipped() -> LatentDiffusion:
 
 @pytest.fixture(scope="module")
 def scene(shipped: LatentDiffusion) -> tuple[Tensor, Tensor]:
-    """Latents of a picture with plain areas, where seams show, and edges: [1, c, 24, 20]; and what the VAE makes of them in one piece."""
+    """Latents of a picture with plain areas, where seams show, and edges: [1, c, 24, 20]; and what the VAE makes of
+    them in one piece."""
     factor = shipped.config.vae.factor
     y, x = torch.meshgrid(torch.linspace(-1, 1, 24 * factor), torch.linspace(-1, 1, 20 * factor), indexing="ij")
     disc = torch.where(x**2 + y**2 < 0.4, 0.8, -0.3)

@@ -34,7 +34,8 @@ def test_the_tower_of_sd2_and_sdxl_gives_what_open_clip_gives() -> None:
 
 @torch.no_grad()
 def test_pooling_reads_the_first_end_of_text_even_among_larger_ids() -> None:
-    """The original takes argmax(ids), which an added token (id > 49407) would attract; the published tokens have none."""
+    """The original takes argmax(ids), which an added token (id > 49407) would attract; the published tokens have
+    none."""
     tower = tiny_clip_l()
     ids = torch.tensor([[49406, 320, 49407, 49407, 49407]])
     longer = torch.cat([ids, ids[:, -1:]], dim=1)

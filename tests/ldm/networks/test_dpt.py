@@ -24,8 +24,9 @@ TOLERANCE = 1e-5  # of the reference's rms, as in test_unet.py
 
 @torch.no_grad()
 def test_the_depth_network_gives_what_the_original_gives() -> None:
-    """Beyond what float16 took from the reference, two orders of summation remain. Ours in float32 is 1.9e-4 of the rms from ours in float64, and
-    an original as exact may be as far on the other side: 4e-4. The function itself is held to 1e-12 below, at small size. Measured: 1.0e-4."""
+    """Beyond what float16 took from the reference, two orders of summation remain. Ours in float32 is 1.9e-4 of the rms
+    from ours in float64, and an original as exact may be as far on the other side: 4e-4. The function itself is held to
+    1e-12 below, at small size. Measured: 1.0e-4."""
     reference = golden("dpt")["dpt-hybrid/depth"]
     depth = dpt(DepthConfig())(normal("dpt-hybrid/x", (1, 3, 384, 384)).clamp(-1, 1))
     assert depth.shape == (1, 384, 384)
@@ -39,13 +40,16 @@ def peer(ours: DPT) -> nn.Module:
     c = ours.config
     widths = [c.stem * m for m in (4, 8, 16)]
     config = DPTConfig(
-        is_hybrid=True, hidden_size=c.width, num_hidden_layers=c.layers, num_attention_heads=c.heads, intermediate_size=c.mlp, image_size=c.image,
-        patch_size=c.patch, backbone_out_indices=[0, 1, *c.hooks], neck_hidden_sizes=[*widths[:2], c.width, c.width], neck_ignore_stages=[0, 1],
-        backbone_featmap_shape=[1, widths[2], c.image // c.patch, c.image // c.patch], fusion_hidden_size=c.features, readout_type="project",
-        layer_norm_eps=1e-6,  # as in the original; its default of 1e-12 is its authors' choice
+        is_hybrid=True, hidden_size=c.width, num_hidden_layers=c.layers, num_attention_heads=c.heads,
+        intermediate_size=c.mlp, image_size=c.image, patch_size=c.patch, backbone_out_indices=[0, 1, *c.hooks],
+        neck_hidden_sizes=[*widths[:2], c.width, c.width], neck_ignore_stages=[0, 1],
+        backbone_featmap_shape=[1, widths[2], c.image // c.patch, c.image // c.patch],
+        # as in the original; its default of 1e-12 is its authors' choice
+        fusion_hidden_size=c.features, readout_type="project", layer_norm_eps=1e-6,
         backbone_config=BitConfig(
-            embedding_size=c.stem, hidden_sizes=widths, depths=list(c.blocks), layer_type="bottleneck", out_features=["stage1", "stage2", "stage3"],
-            global_padding="same", embedding_dynamic_padding=True, num_groups=32,
+            embedding_size=c.stem, hidden_sizes=widths, depths=list(c.blocks), layer_type="bottleneck",
+            out_features=["stage1", "stage2", "stage3"], global_padding="same", embedding_dynamic_padding=True,
+            num_groups=32,
         ),
     )  # fmt: skip
     with torch.device("meta"):
@@ -63,7 +67,8 @@ def peer(ours: DPT) -> nn.Module:
 def test_it_agrees_with_transformers_on_the_same_weights_at_every_size(
     size: tuple[int, int], dtype: torch.dtype, tolerance: float
 ) -> None:
-    """In float64, whose rounding is 2^29 times finer, to 1e-12: the same function, and not only near. Measured: 7e-6 and 2e-14."""
+    """In float64, whose rounding is 2^29 times finer, to 1e-12: the same function, and not only near. Measured: 7e-6
+    and 2e-14."""
     pytest.importorskip("transformers", reason="the comparison needs the extra 'bench'")
     ours, x = dpt(DEPTH_TINY).to(dtype), normal("depth/x", (2, 3, *size)).clamp(-1, 1).to(dtype)
     depth = ours(x)
@@ -148,9 +153,10 @@ def test_a_config_with_depth_or_vision_comes_back_from_its_metadata(family: str)
 @pytest.mark.parametrize(
     ("family", "part", "wrong"),
     [
-        ("sd2-depth", "depth", {"stem": 48}), ("sd2-depth", "depth", {"image": 0}), ("sd2-depth", "depth", {"heads": 7}),
-        ("sd2-depth", "depth", {"blocks": (3, 0, 9)}), ("sd2-depth", "depth", {"features": 1}),
-        ("sd-image-variations", "vision", {"heads": 0}), ("sd-image-variations", "vision", {"patch": 300}),
+        ("sd2-depth", "depth", {"stem": 48}), ("sd2-depth", "depth", {"image": 0}),
+        ("sd2-depth", "depth", {"heads": 7}), ("sd2-depth", "depth", {"blocks": (3, 0, 9)}),
+        ("sd2-depth", "depth", {"features": 1}), ("sd-image-variations", "vision", {"heads": 0}),
+        ("sd-image-variations", "vision", {"patch": 300}),
     ],
 )  # fmt: skip
 def test_a_file_whose_config_cannot_be_built_is_refused(family: str, part: str, wrong: dict) -> None:
@@ -184,7 +190,8 @@ def test_a_picture_keeps_about_its_shape_with_one_side_near_384(
 
 
 def test_the_picture_is_resized_by_opencvs_cubic_and_ends_in_the_networks_range() -> None:
-    """Tolerance as for the two preprocessings in test_vision.py, without the division by CLIP's deviation: 6e-4 * 2 * 0.26."""
+    """Tolerance as for the two preprocessings in test_vision.py, without the division by CLIP's deviation: 6e-4 * 2 *
+    0.26."""
     image = normal("picture", (1, 3, 90, 60)).clamp(-1, 1)
     x = depth_input(image, 64)  # scales 0.711 and 1.067: the second, 96 by 64
     down, across = resampling(90, 96, corners=False), resampling(60, 64, corners=False)

@@ -48,8 +48,8 @@ def test_it_flags_what_diffusers_flags_on_the_same_weights() -> None:
 
     checker = tiny_safety()
     vision = {
-        "hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 28, "patch_size": 7,
-        "hidden_act": "quick_gelu", "projection_dim": 48,
+        "hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 28,
+        "patch_size": 7, "hidden_act": "quick_gelu", "projection_dim": 48,
     }  # fmt: skip
     theirs = StableDiffusionSafetyChecker(CLIPConfig(vision_config=vision, projection_dim=48)).eval()
     single = (
@@ -70,7 +70,8 @@ def test_it_flags_what_diffusers_flags_on_the_same_weights() -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize(("beyond", "special", "expected"), [
-    (-0.0004, -0.1, False), (0.0004, -0.1, False), (0.0006, -0.1, True), (-0.0092, 0.0006, True), (-0.0092, 0.0004, False), (-0.0098, 0.1, False),
+    (-0.0004, -0.1, False), (0.0004, -0.1, False), (0.0006, -0.1, True), (-0.0092, 0.0006, True),
+    (-0.0092, 0.0004, False), (-0.0098, 0.1, False),
 ])  # fmt: skip
 def test_a_threshold_counts_from_half_a_thousandth_on_and_special_care_lowers_it(
     beyond: float, special: float, expected: bool
@@ -97,7 +98,8 @@ def test_its_names_and_shapes_are_exactly_those_of_the_published_folder(family: 
 
 @pytest.mark.parametrize("size", [(512, 512), (300, 401), (641, 480), (100, 90), (224, 224), (225, 224), (50, 400)])
 def test_pictures_are_prepared_as_the_published_processor_does(size: tuple[int, int]) -> None:
-    """Exact to rounding: (level / 255 - mean) / std, of values up to 2.7, has four roundings of at most 2^-24 times that, before and after 1 / std."""
+    """Exact to rounding: (level / 255 - mean) / std, of values up to 2.7, has four roundings of at most 2^-24 times
+    that, before and after 1 / std."""
     transformers = pytest.importorskip("transformers", reason="the comparison needs the extra 'bench'")
     make = (
         getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor

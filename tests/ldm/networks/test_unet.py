@@ -11,8 +11,9 @@ from ldm.config import FAMILIES, SD1, UNetConfig
 from ldm.errors import ArgumentError
 from ldm.networks.unet import UNet, timestep_embedding
 
-# float32 accumulates about 1e-7 per operation over the ~100 layers in series of these networks, and the reference ran its
-# attention and convolutions in another order; 4e-6 to 6e-6 of the output's rms is what remains of it in the worst element.
+# float32 accumulates about 1e-7 per operation over the ~100 layers in series of these networks, and the reference ran
+# its attention and convolutions in another order; 4e-6 to 6e-6 of the output's rms is what remains of it in the worst
+# element.
 TOLERANCE = 1e-5
 
 

@@ -12,11 +12,12 @@ TOLERANCE = 1e-5  # as in test_unet.py
 @pytest.mark.parametrize(("name", "size"), [("vae-f8-tiny", 64), ("vae-f4-tiny", 32)])
 @torch.no_grad()
 def test_the_vae_gives_what_the_original_gives(name: str, size: int) -> None:
-    """In float64 every element is within the tolerance, so all that is left there is the reference's own rounding: up to 5.4e-6.
+    """In float64 every element is within the tolerance, so all that is left there is the reference's own rounding: up
+    to 5.4e-6.
 
-    In float32 the processor's rounding joins it, which depends on its instructions: the worst of 24,576 elements of the decoded picture was
-    5.5e-6 from the reference with AVX-512 and 1.3e-5 without, the rms error 2.0e-6 at most. So there only the rms is held; the moments' every element is.
-    """
+    In float32 the processor's rounding joins it, which depends on its instructions: the worst of 24,576 elements of the
+    decoded picture was 5.5e-6 from the reference with AVX-512 and 1.3e-5 without, the rms error 2.0e-6 at most. So
+    there only the rms is held; the moments' every element is."""
     vae, file = tiny_vae(name), golden("vae")
     image, z = normal(f"{name}/image", (2, 3, size, size)).clamp(-1, 1), normal(f"{name}/z", (2, 4, 8, 8))
     assert relative(vae.moments(image), file[f"{name}/moments"]) < TOLERANCE

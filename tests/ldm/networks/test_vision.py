@@ -74,8 +74,9 @@ def test_only_image_variations_have_a_vision_tower() -> None:
 def test_both_preprocessings_are_bicubic_without_antialias_or_crop(
     how: str, corners: bool, shape: tuple[int, int]
 ) -> None:
-    """Tolerance: 16 products of float32 weights, each rounded relative to values up to about 3 (noise), is 16 * 3 * 6e-8 = 3e-6; and the place
-    of a pixel, up to 300, is known to 300 * 6e-8 = 2e-5 pixels, over which noise changes by at most about 8 times that; divided by STD: 6e-4."""
+    """Tolerance: 16 products of float32 weights, each rounded relative to values up to about 3 (noise), is 16 * 3 *
+    6e-8 = 3e-6; and the place of a pixel, up to 300, is known to 300 * 6e-8 = 2e-5 pixels, over which noise changes by
+    at most about 8 times that; divided by STD: 6e-4."""
     image = normal("picture", (2, 3, *shape)).clamp(-1, 1)
     down, across = (resampling(length, 56, corners) for length in shape)
     resized = torch.einsum("ih,bchw,jw->bcij", down, image.double(), across)
@@ -95,7 +96,8 @@ def test_the_card_s_preprocessing_is_torchvision_s() -> None:
             transforms.Normalize([0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]),
         ]
     )((image + 1) / 2)
-    # one resizes before (x + 1) / 2, the other after: both are linear, so that only rounding of values around 1 differs, divided by std 0.26
+    # one resizes before (x + 1) / 2, the other after: both are linear, so that only rounding of values around 1
+    # differs, divided by std 0.26
     assert torch.allclose(preprocess(image, "card"), theirs, atol=16 * 6e-8 / 0.26, rtol=0)
 
 

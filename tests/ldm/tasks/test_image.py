@@ -18,7 +18,8 @@ from tests.made.pictures import levels, photo_of
 
 
 def test_img2img_starts_from_a_noised_sample_of_the_picture(model, photo):
-    """The posterior's sample comes first from the picture's own noise, then the noise of the first level, as in the original code."""
+    """The posterior's sample comes first from the picture's own noise, then the noise of the first level, as in the
+    original code."""
     steps: list[Step] = []
     img2img(model, photo, "a", seeds=[7], strength=0.5, steps=6, on_step=steps.append)
     sigmas = karras(model.schedule, 6)[3:]

@@ -49,7 +49,8 @@ def test_the_noise_level_named_is_the_one_where_it_happened(model, monkeypatch):
 
 
 def test_a_denoiser_that_is_no_network_is_watched_too():
-    """Whatever is put around the model (windows, known regions, a function of one's own): its x0 is checked before every update."""
+    """Whatever is put around the model (windows, known regions, a function of one's own): its x0 is checked before
+    every update."""
     job, calls = Job("a", seeds=[1], sampling=Sampling(steps=4)), []
 
     def denoise(x: Tensor, sigma: float) -> Tensor:

@@ -55,7 +55,8 @@ def test_an_image_does_not_depend_on_its_batch(sampler, model):
         txt2img(model, prompt, seeds=[seed], steps=4, sampler=sampler)[0]
         for prompt, seed in zip(prompts, seeds, strict=True)
     ]
-    # The noise is bit-equal; sums in another order inside the network move a value across a rounding edge here and there.
+    # The noise is bit-equal; sums in another order inside the network move a value across a rounding edge here and
+    # there.
     assert np.abs(levels(together) - levels(alone)).max() <= 1
     assert np.abs(levels(in_twos) - levels(alone)).max() <= 1
     assert np.mean(levels(together) != levels(alone)) < 0.05
@@ -128,8 +129,9 @@ def test_guidance_within_an_interval_saves_passes_outside_it(model, monkeypatch)
 @pytest.mark.parametrize(
     "changed",
     [
-        {"negative": "a dog"}, {"sampler": "heun"}, {"grid": "exponential"}, {"steps": 4}, {"cfg": 3.0}, {"rescale": 0.7},
-        {"interval": (1.0, 5.0)}, {"clip_skip": 2}, {"sampler": "euler_ancestral", "eta": 0.5}, {"cfg": -3.0},
+        {"negative": "a dog"}, {"sampler": "heun"}, {"grid": "exponential"}, {"steps": 4}, {"cfg": 3.0},
+        {"rescale": 0.7}, {"interval": (1.0, 5.0)}, {"clip_skip": 2}, {"sampler": "euler_ancestral", "eta": 0.5},
+        {"cfg": -3.0},
     ],
 )  # fmt: skip
 def test_every_option_does_something(changed, model):

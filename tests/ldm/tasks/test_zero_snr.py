@@ -162,6 +162,9 @@ def test_the_network_is_first_asked_about_the_noise_itself(told, monkeypatch):
 def test_a_picture_says_which_grid_it_was_made_on(told, ldm, tmp_path):
     save(told, tmp_path / "x.safetensors")
     for option, grid in (("", "trailing"), ("--grid karras", "karras")):
-        line = f"txt2img a --ckpt {tmp_path / 'x.safetensors'} --steps 1 --seed 1 --width 32 --height 32 --dtype float32 --no-fast --out {tmp_path / grid}.png"
+        line = (
+            f"txt2img a --ckpt {tmp_path / 'x.safetensors'} --steps 1 --seed 1 --width 32 --height 32 --dtype "
+            f"float32 --no-fast --out {tmp_path / grid}.png"
+        )
         assert ldm(f"{line} {option}")[0] == 0
         assert read_metadata(tmp_path / f"{grid}.png")["grid"] == grid

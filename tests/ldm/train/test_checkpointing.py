@@ -34,7 +34,8 @@ CASES = {
 
 
 def gradients(network: nn.Module, loss) -> tuple[dict[str, Tensor], int]:
-    """The gradient of every parameter, and how many bytes were kept for it outside the blocks that are computed again."""
+    """The gradient of every parameter, and how many bytes were kept for it outside the blocks that are computed
+    again."""
     kept = 0
 
     def pack(tensor: Tensor) -> Tensor:

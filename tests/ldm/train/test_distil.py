@@ -69,7 +69,8 @@ def by_hand(
 
 
 def test_the_loss_is_the_task_s_the_outputs_and_the_sum_of_the_features(model):
-    """BK-SDM: Kim et al. 2023, section 3.2. A student of one block a level has its stages' ends elsewhere than the teacher of two."""
+    """BK-SDM: Kim et al. 2023, section 3.2. A student of one block a level has its stages' ends elsewhere than the
+    teacher of two."""
     student = surgery.prune(model, "half")
     for p in student.unet.parameters():
         p.mul_(1.01)

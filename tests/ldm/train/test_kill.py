@@ -1,4 +1,5 @@
-"""A run that is killed again and again comes to the same bits as one that is not, and loses at most what it did since its last state."""
+"""A run that is killed again and again comes to the same bits as one that is not, and loses at most what it did since
+its last state."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ from ldm.train.tasks import Loss
 from tests.made.forked import start
 
 RECIPE = Recipe(
-    "killed", run=Run(steps=60, batch=4, micro=2, ema=0.9, save_every=3, keep=2), optimizer=Optimizer(lr=1e-2, schedule="cosine", warmup=5)
+    "killed", run=Run(steps=60, batch=4, micro=2, ema=0.9, save_every=3, keep=2),
+    optimizer=Optimizer(lr=1e-2, schedule="cosine", warmup=5)
 )  # fmt: skip
 
 
@@ -79,7 +81,8 @@ def begun(out: Path, said: Path) -> BaseProcess:
 
 
 def kill_at_random(folder: Path, kills: int) -> None:
-    """Kill runs so many times in all. Each one is started again until it is finished, and then compared with one that was left alone."""
+    """Kill runs so many times in all. Each one is started again until it is finished, and then compared with one that
+    was left alone."""
     folder.mkdir()
     said = folder / "said"
     process, since = begun(folder / "alone", said), time.monotonic()

@@ -1,4 +1,5 @@
-"""AdamW as the paper writes it, rates by group and over a run, and the optimiser's state, which comes back bit by bit."""
+"""AdamW as the paper writes it, rates by group and over a run, and the optimiser's state, which comes back bit by
+bit."""
 
 from __future__ import annotations
 
@@ -71,7 +72,8 @@ def test_where_groups_take_everything_there_is_no_other():
 def test_a_group_without_parameters_is_refused(groups):
     with pytest.raises(
         ArgumentError,
-        match=rf"optimizer\.groups: '{groups[-1].match}' is in the name of no parameter left for it; names look like unet\.weight",
+        match=rf"optimizer\.groups: '{groups[-1].match}' is in the name of no parameter left for it; names look like "
+        r"unet\.weight",
     ):
         optimizer(network(), Optimizer(groups=groups))
 
@@ -117,7 +119,8 @@ def test_an_optimiser_that_went_away_and_came_back_goes_on_bit_by_bit():
 
 
 def test_counts_in_python_and_tables_of_another_shape_come_back_as_they_were():
-    """What 8-bit optimisers keep: a count that is no tensor, whole numbers, and tables that belong to no parameter's shape."""
+    """What 8-bit optimisers keep: a count that is no tensor, whole numbers, and tables that belong to no parameter's
+    shape."""
     parameters = network()
     adam = optimizer(parameters, Optimizer())
     p = parameters["unet.weight"]

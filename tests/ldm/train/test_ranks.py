@@ -87,7 +87,8 @@ def test_a_rank_without_a_device_and_one_whose_others_do_not_come_say_so(monkeyp
     with (
         pytest.raises(
             LdmError,
-            match=r"rank 0 of 2: not all ranks came to 127\.0\.0\.1:0 within 1 s; start all of them, with the same address",
+            match=r"rank 0 of 2: not all ranks came to 127\.0\.0\.1:0 within 1 s; start all of them, with the same "
+            "address",
         ),
         ranks("cpu", join=1.0),
     ):
@@ -98,7 +99,8 @@ def test_a_rank_without_a_device_and_one_whose_others_do_not_come_say_so(monkeyp
 
 
 class Small(nn.Module):
-    """A network with a block that FSDP shares by itself, a frozen part and one that nothing uses, to be trained or not."""
+    """A network with a block that FSDP shares by itself, a frozen part and one that nothing uses, to be trained or
+    not."""
 
     def __init__(self, trains_unused: bool = False):
         super().__init__()
@@ -189,7 +191,8 @@ def test_two_ranks_give_the_gradients_of_one_and_what_is_shared_goes_away_and_co
 
 # --- the loop on one, two and again one -----------------------------------------------------------------------------
 
-# eps is far above the clipped gradients: with Adam's own, a gradient near zero is divided by itself, and its rounding becomes a step of size lr
+# eps is far above the clipped gradients: with Adam's own, a gradient near zero is divided by itself, and its rounding
+# becomes a step of size lr
 RECIPE = Recipe(
     "two",
     run=Run(steps=4, batch=8, micro=2, ema=0.9, save_every=2, keep=9),
@@ -293,7 +296,11 @@ def all_sleep() -> None:
             mean(torch.ones(1), place)
 
 
-GONE = r"ldm: error: rank 1 of 2: no sign of life for \d+ s: killed, or its machine is gone; start again to go on from the last state"
+GONE = (
+    r"ldm: error: rank 1 of 2: no sign of life for \d+ s: killed, or its machine is gone; start again to go on "
+    "from "
+    "the last state"
+)
 FAILURES = {  # how, codes of both, what is said
     "error": ([2, 2], r"ldm: error: rank 1 of 2: photos/x\.png: is corrupt; delete it"),
     "fault": ([1, 1], r"ldm: error: rank 1 of 2: ZeroDivisionError: what a pity; --debug shows where"),
@@ -304,7 +311,8 @@ FAILURES = {  # how, codes of both, what is said
     "all": ([2, 2], r"ldm: error: rank [01] of 2: run\.batch: 2 is too much"),
     "unused": (
         [1, 1],
-        r"ldm: error: rank [01] of 2: a trained parameter takes no part in the loss, which DDP cannot do; narrow method\.targets, or set run\.parallel to fsdp",
+        r"ldm: error: rank [01] of 2: a trained parameter takes no part in the loss, which DDP cannot do; narrow "
+        r"method\.targets, or set run\.parallel to fsdp",
     ),
     "stopped": ([1, 1], None),
     "waits": ([0, 0], ""),
@@ -323,7 +331,8 @@ def failures(tmp_path_factory) -> Iterator[dict[str, tuple[list[BaseProcess], Pa
     }
     with ExitStack() as stack:
         yield {
-            how: (stack.enter_context(together(*functions.get(how, (rank_one_fails, how)), world=2, said=out / how)), out / how, time.monotonic())
+            how: (stack.enter_context(together(*functions.get(how, (rank_one_fails, how)), world=2, said=out / how)),
+                out / how, time.monotonic())
             for how in FAILURES
         }  # fmt: skip
 

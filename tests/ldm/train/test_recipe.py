@@ -47,7 +47,8 @@ def test_every_number_of_a_recipe_has_a_range() -> None:
 def test_what_a_file_says_reaches_its_section_and_whole_numbers_do_for_fractions(tmp_path: Path) -> None:
     path = tmp_path / "a.toml"
     path.write_text(
-        'name = "b"\n[data]\nflip = true\nprior_weight = 2\n[optimizer]\nbetas = [0.8, 0.9]\ngroups = [{match = "^text", lr = 1e-3}]\n'
+        'name = "b"\n[data]\nflip = true\nprior_weight = 2\n[optimizer]\nbetas = [0.8, 0.9]\ngroups = [{match = '
+        '"^text", lr = 1e-3}]\n'
     )
     recipe = load_recipe(path)
     assert recipe == Recipe(
@@ -62,7 +63,8 @@ def test_a_recipe_comes_back_from_its_own_toml(tmp_path: Path) -> None:
     odd = 'a "b" \\ \t\n\r\x00\x1b\x7f é 猫 🦊 \u2028 #='
     recipe = Recipe(
         "odd one", odd, data=Data(path=odd, caption="'''"), objective=Objective(min_snr=1 / 3, noise_offset=5e-324),
-        optimizer=Optimizer(lr=1e-7, groups=(Group(r"to_\w+\.", 0.25), Group("x", 0.0))), watch=Watch(prompts=(odd, ""), seed=2**64 - 1),
+        optimizer=Optimizer(lr=1e-7, groups=(Group(r"to_\w+\.", 0.25), Group("x", 0.0))),
+        watch=Watch(prompts=(odd, ""), seed=2**64 - 1),
     )  # fmt: skip
     path = tmp_path / "recipe.toml"
     path.write_text(to_toml(recipe), encoding="utf-8")

@@ -1,4 +1,5 @@
-"""The recipes that ship: every number against the card that it is from, and a dry run of each on a tiny model of its family."""
+"""The recipes that ship: every number against the card that it is from, and a dry run of each on a tiny model of its
+family."""
 
 from __future__ import annotations
 
@@ -206,7 +207,8 @@ def test_a_recipe_dry_runs_on_a_tiny_model_of_its_family(
         return path
 
     files = Files(
-        load=lambda path: next(models), load_vae=lambda path, config: deepcopy(start_of(family).vae), load_vision=lambda path: vision_for(tiny(family).unet.context_dim), save=save,
+        load=lambda path: next(models), load_vae=lambda path, config: deepcopy(start_of(family).vae),
+        load_vision=lambda path: vision_for(tiny(family).unet.context_dim), save=save,
         convert=save, save_lora=save_lora, save_embedding=save_lora, embedded=lambda: tmp_path, digest=str,
     )  # fmt: skip
     monkeypatch.chdir(tmp_path)
@@ -215,8 +217,9 @@ def test_a_recipe_dry_runs_on_a_tiny_model_of_its_family(
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         Path(path).touch()
     sets = [
-        f"run.out={tmp_path / 'out'}", "run.steps=1", "run.batch=2", "run.micro=1", f"data.path={pictures(tmp_path / 'data')}", "data.size=32",
-        "run.dtype=float32", "watch.steps=1", "optimizer.warmup=0",
+        f"run.out={tmp_path / 'out'}", "run.steps=1", "run.batch=2", "run.micro=1",
+        f"data.path={pictures(tmp_path / 'data')}", "data.size=32", "run.dtype=float32", "watch.steps=1",
+        "optimizer.warmup=0",
     ]  # fmt: skip
     ended = run.train(load_recipe(name, sets), files, device="cpu")
     assert ended.fitted.step == 1

@@ -1,4 +1,5 @@
-"""Whole runs from the command line on the model that ships: every kind of training learns, changes what it should and nothing else."""
+"""Whole runs from the command line on the model that ships: every kind of training learns, changes what it should and
+nothing else."""
 
 from __future__ import annotations
 
@@ -60,7 +61,8 @@ def train(*sets: str, recipe: str = "[optimizer]\nlr = 1e-3\n", out: str = "run"
 
 
 def vision_tower() -> str:
-    """A folder with a small CLIP vision tower whose embedding is as wide as the text that the model that ships is told."""
+    """A folder with a small CLIP vision tower whose embedding is as wide as the text that the model that ships is
+    told."""
     tower = tiny_vision()
     state = tower.state_dict() | {"visual_projection.weight": weight("projection", (64, tower.config.width))}
     sizes = {
@@ -148,8 +150,8 @@ def test_a_word_that_is_not_read_in_a_caption_is_refused(caption: str, capsys) -
     """Where it is missing, a part of another word, or after the last token that is read."""
     train("method.kind=inversion", "method.token=sks", "method.token_from=cube", f"data.caption={caption}", code=2)
     assert (
-        "method.token: 'sks' is not in what is read of the caption of 0.png; say it in data.caption, or early in every caption"
-        in capsys.readouterr().err
+        "method.token: 'sks' is not in what is read of the caption of 0.png; say it in data.caption, or early in every "
+        "caption" in capsys.readouterr().err
     )
 
 
@@ -348,7 +350,8 @@ def test_pictures_on_the_way_are_drawn_with_what_was_learnt_so_far() -> None:
         (["optimizer.kind=adamw8bit"], "pip install bitsandbytes"),
         (
             ["model.zero_snr=true"],
-            'model.zero_snr: this model predicts eps, which says nothing where there is no signal; set model.prediction to "v"',
+            "model.zero_snr: this model predicts eps, which says nothing where there is no signal; set "
+            'model.prediction to "v"',
         ),
         (["method.kind=lora", "method.targets=nothing"], "nothing"),
         (

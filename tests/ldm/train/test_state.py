@@ -1,4 +1,5 @@
-"""The state of a run: complete under its name or not there, whatever fails; the newest sound one is found; one run in a directory."""
+"""The state of a run: complete under its name or not there, whatever fails; the newest sound one is found; one run in a
+directory."""
 
 from __future__ import annotations
 
@@ -27,8 +28,9 @@ FACTS = {"identity": {"data": "a1", "lr": 1e-4}, "skipped": 3}
 
 def tensors(seed: float) -> dict[str, torch.Tensor]:
     return {
-        "raw/a": torch.full((3, 5), seed), "raw/turned": torch.arange(6.0).reshape(2, 3).T * seed, "raw/half": torch.tensor([seed]).bfloat16(),
-        "adam/step/a": torch.tensor(seed), "adam/state1/a": torch.arange(9, dtype=torch.uint8), "count": torch.tensor(2**40), "empty": torch.zeros(0, 3),
+        "raw/a": torch.full((3, 5), seed), "raw/turned": torch.arange(6.0).reshape(2, 3).T * seed,
+        "raw/half": torch.tensor([seed]).bfloat16(), "adam/step/a": torch.tensor(seed),
+        "adam/state1/a": torch.arange(9, dtype=torch.uint8), "count": torch.tensor(2**40), "empty": torch.zeros(0, 3),
     }  # fmt: skip
 
 
@@ -189,7 +191,8 @@ def test_a_disk_that_does_not_keep_what_was_written_is_found_before_an_older_sta
     )
     with pytest.raises(
         OutputError,
-        match=r"does not read back as it was written \(tensors\.safetensors does not fit its checksum\); check the disk",
+        match=r"does not read back as it was written \(tensors\.safetensors does not fit its checksum\); "
+        r"check the disk",
     ):
         save_state(tmp_path, 10, tensors(2.0), FACTS, keep=1)
     assert names(tmp_path) == ["LATEST", "step-000005"]
@@ -308,7 +311,8 @@ def test_a_second_run_in_a_directory_is_refused_with_the_process_of_the_first(tm
         with (
             pytest.raises(
                 ArgumentError,
-                match=rf"run: a run is under way in it \(process {os.getpid()}\); wait for it, stop it or choose another directory",
+                match=rf"run: a run is under way in it \(process {os.getpid()}\); wait for it, stop it or choose "
+                "another directory",
             ),
             only_run(tmp_path / "run"),
         ):

@@ -96,7 +96,8 @@ def test_what_is_drawn_depends_on_seed_example_and_purpose_alone() -> None:
 
 
 def test_every_micro_batch_sees_all_noise_levels_in_time(shipped: LatentDiffusion) -> None:
-    """Every other one may be of other pictures: were the parts dealt out in order, those would never see much noise, or little."""
+    """Every other one may be of other pictures: were the parts dealt out in order, those would never see much noise, or
+    little."""
     task = Diffusion(shipped, Objective(timesteps="spread"), batch=8)
     seen = (
         torch.stack([task.timesteps(Draws(0, range(8 * update, 8 * update + 4))) for update in range(500)]) * 8 // 1000

@@ -64,7 +64,8 @@ def lowrank(config: ModelConfig, r: int) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("family", ["sd1", "sdxl-base"])
 def test_a_change_of_known_rank_is_given_back(family: str, tmp_path: Path):
-    """To the rounding of the tuned weights, of the difference, and of the decomposition, which loses no more than 64 roundings of its norm."""
+    """To the rounding of the tuned weights, of the difference, and of the decomposition, which loses no more than 64
+    roundings of its norm."""
     config = shallow(family)
     known = lowrank(config, 3)
     base, tuned = saved(tmp_path / "a.safetensors", config), saved(tmp_path / "b.safetensors", config, adding(known))
@@ -131,8 +132,9 @@ def test_containers_and_layouts_do_not_matter(tmp_path: Path):
 
 
 REST = {
-    "unet.input_blocks.1.1.norm.weight": (32,), "unet.input_blocks.1.1.proj_in.bias": (32,), "unet.out.2.weight": (4, 32, 3, 3),
-    "text.0.text_model.embeddings.token_embedding.weight": (1000, 64), "vae.decoder.conv_in.weight": (64, 4, 3, 3),
+    "unet.input_blocks.1.1.norm.weight": (32,), "unet.input_blocks.1.1.proj_in.bias": (32,),
+    "unet.out.2.weight": (4, 32, 3, 3), "text.0.text_model.embeddings.token_embedding.weight": (1000, 64),
+    "vae.decoder.conv_in.weight": (64, 4, 3, 3),
 }  # fmt: skip
 
 
@@ -150,8 +152,8 @@ def test_what_low_rank_cannot_carry_is_reported_and_kept_where_asked(tmp_path: P
     assert [one.parameter for one in made.rest if not one.kept] == ["vae.decoder.conv_in.weight"]
     keys = {key for key in load_file(tmp_path / "d.safetensors") if ".lora_" not in key and ".alpha" not in key}
     assert keys == {
-        "lora_unet_down_blocks_0_attentions_0_norm.w_norm", "lora_unet_down_blocks_0_attentions_0_proj_in.diff_b", "lora_unet_conv_out.diff",
-        "lora_te_text_model_embeddings_token_embedding.diff", f"{KEYS[CONV]}.diff",
+        "lora_unet_down_blocks_0_attentions_0_norm.w_norm", "lora_unet_down_blocks_0_attentions_0_proj_in.diff_b",
+        "lora_unet_conv_out.diff", "lora_te_text_model_embeddings_token_embedding.diff", f"{KEYS[CONV]}.diff",
     }  # fmt: skip
     model, after = weights.load(base), weights.load(tuned).state_dict()
     merge(model, [(load_lora(tmp_path / "d.safetensors", TINY), 1)])
@@ -200,8 +202,10 @@ def test_the_file_says_what_it_is_for(tmp_path: Path):
     weights.extract_lora(base, tuned, tmp_path / "c.safetensors", rank=2)
     with weights.open_file(tmp_path / "c.safetensors") as file:
         assert file.metadata == {
-            "format": "pt", "ss_base_model_version": "sd_v1", "ss_v2": "False", "ss_sd_model_name": "a.safetensors", "ldm.family": "sd1", "ldm.tuned": "b.safetensors",
-            "ss_new_sd_model_hash": hashlib.sha256(base.read_bytes()).hexdigest(), "ss_network_module": "networks.lora", "ss_network_dim": "2", "ss_network_alpha": "2.0",
+            "format": "pt", "ss_base_model_version": "sd_v1", "ss_v2": "False", "ss_sd_model_name": "a.safetensors",
+            "ldm.family": "sd1", "ldm.tuned": "b.safetensors",
+            "ss_new_sd_model_hash": hashlib.sha256(base.read_bytes()).hexdigest(), "ss_network_module": "networks.lora",
+            "ss_network_dim": "2", "ss_network_alpha": "2.0",
         }  # fmt: skip
         assert {spec.dtype for spec in file.specs.values()} == {torch.float16}
 
@@ -225,7 +229,8 @@ def test_two_families_or_predictions_have_no_lora_between_them(tmp_path: Path):
     one, two, v = (saved(tmp_path / f"{name}.safetensors", shallow(name)) for name in ("sd1", "sd2-base", "sd2-v"))
     with pytest.raises(
         FileError,
-        match=r"sd2-base\.safetensors: is sd2-base, sd1\.safetensors is sd1; a LoRA takes a model to another of its family",
+        match=r"sd2-base\.safetensors: is sd2-base, sd1\.safetensors is sd1; a LoRA takes a model to another of its "
+        "family",
     ):
         weights.extract_lora(one, two, tmp_path / "c.safetensors", rank=2)
     with pytest.raises(FileError, match=r"sd2-v\.safetensors: predicts v, sd2-base\.safetensors predicts eps"):
@@ -373,7 +378,8 @@ def test_a_moving_average_of_changed_weights_is_left_out_for_a_reason(tmp_path: 
 
 
 def test_another_type_is_given_to_the_networks_alone(tmp_path: Path):
-    """A schedule in half precision is another schedule, and position_ids are whole numbers even where they are stored as floats."""
+    """A schedule in half precision is another schedule, and position_ids are whole numbers even where they are stored
+    as floats."""
     state = checkpoint(position_ids="F32")
     base = save_safetensors(state, tmp_path / "a.safetensors")
     after = load_file(

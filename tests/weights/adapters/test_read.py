@@ -281,22 +281,33 @@ def test_each_kind_is_read_as_what_it_is(tmp_path):
     wide = n.reshape(2, 32, 3, 3)
     matrices: list[tuple[dict[str, Tensor], Change]] = [
         ({"lora_down__weight": b, "lora_up__weight": a, "alpha": alpha}, LowRank(b, a, 3.0)),
-        ({"hada_w1_a": a, "hada_w1_b": b, "hada_w2_a": a + 1, "hada_w2_b": b + 1, "alpha": alpha}, Hadamard(a, b, a + 1, b + 1, 3.0)),
+        ({"hada_w1_a": a, "hada_w1_b": b, "hada_w2_a": a + 1, "hada_w2_b": b + 1, "alpha": alpha},
+            Hadamard(a, b, a + 1, b + 1, 3.0)),
         ({"lokr_w1": w1, "lokr_w2": w2, "alpha": alpha}, Kronecker(w1, w2, 3.0)),
-        ({"lokr_w1_a": a[:4], "lokr_w1_b": b[:, :4], "lokr_w2_a": a[:8], "lokr_w2_b": b[:, :8], "alpha": alpha}, Kronecker((a[:4], b[:, :4]), (a[:8], b[:, :8]), 3.0)),
-        ({"a1__weight": a, "a2__weight": b, "b1__weight": a + 1, "b2__weight": b, "alpha": alpha}, Generalised(a, b, a + 1, b, 3.0)),
-        ({"a1__weight": b, "a2__weight": a, "b1__weight": b, "b2__weight": a + 1, "alpha": alpha}, Generalised(a, b, a + 1, b, 3.0)),  # the older order
+        ({"lokr_w1_a": a[:4], "lokr_w1_b": b[:, :4], "lokr_w2_a": a[:8], "lokr_w2_b": b[:, :8], "alpha": alpha},
+            Kronecker((a[:4], b[:, :4]), (a[:8], b[:, :8]), 3.0)),
+        ({"a1__weight": a, "a2__weight": b, "b1__weight": a + 1, "b2__weight": b, "alpha": alpha},
+            Generalised(a, b, a + 1, b, 3.0)),
+        # the older order
+        ({"a1__weight": b, "a2__weight": a, "b1__weight": b, "b2__weight": a + 1, "alpha": alpha},
+            Generalised(a, b, a + 1, b, 3.0)),
         ({"lora_down__weight": b, "lora_up__weight": a, "dora_scale": b[:1]}, Decomposed(LowRank(b, a), b[:1])),
         ({"lora_down__weight": b, "lora_up__weight": a, "dora_scale": a[:, :1]}, Decomposed(LowRank(b, a), a[:, :1])),
-        ({"lora_A__weight": b, "lora_B__weight": a, "lora_magnitude_vector": a[:, 0]}, Decomposed(LowRank(b, a), a[:, :1])),
+        ({"lora_A__weight": b, "lora_B__weight": a, "lora_magnitude_vector": a[:, 0]},
+            Decomposed(LowRank(b, a), a[:, :1])),
     ]  # fmt: skip
     kernels: list[tuple[dict[str, Tensor], Change]] = [
-        ({"lora_down__weight": b[:, :, None, None], "lora_up__weight": a[:, :, None, None], "lora_mid__weight": core}, LowRank(b, a, None, core)),
-        ({"hada_w1_a": a, "hada_w1_b": n, "hada_w2_a": a, "hada_w2_b": n + 1, "dora_scale": b[:1, :, None, None]}, Decomposed(Hadamard(a, n, a, n + 1), b[:1])),
-        ({"hada_w1_a": b, "hada_w1_b": b, "hada_w2_a": b, "hada_w2_b": b + 1, "hada_t1": core, "hada_t2": core + 1, "dora_scale": a[:, :1, None, None]},
+        ({"lora_down__weight": b[:, :, None, None], "lora_up__weight": a[:, :, None, None], "lora_mid__weight": core},
+            LowRank(b, a, None, core)),
+        ({"hada_w1_a": a, "hada_w1_b": n, "hada_w2_a": a, "hada_w2_b": n + 1, "dora_scale": b[:1, :, None, None]},
+            Decomposed(Hadamard(a, n, a, n + 1), b[:1])),
+        ({"hada_w1_a": b, "hada_w1_b": b, "hada_w2_a": b, "hada_w2_b": b + 1, "hada_t1": core, "hada_t2": core + 1,
+                "dora_scale": a[:, :1, None, None]},
          Decomposed(Hadamard(b, b, b, b + 1, None, core, core + 1), a[:, :1])),
-        ({"lokr_w1": w1, "lokr_w2_a": b[:, :8], "lokr_w2_b": b[:, :8], "lokr_t2": core}, Kronecker(w1, (b[:, :8], b[:, :8]), None, core)),
-        ({"lora_A__weight": wide, "lora_B__weight": a[:, :, None, None], "lora_magnitude_vector__weight": a[:, 0].reshape(1, -1, 1, 1)}, Decomposed(LowRank(wide, a), a[:, :1])),
+        ({"lokr_w1": w1, "lokr_w2_a": b[:, :8], "lokr_w2_b": b[:, :8], "lokr_t2": core},
+            Kronecker(w1, (b[:, :8], b[:, :8]), None, core)),
+        ({"lora_A__weight": wide, "lora_B__weight": a[:, :, None, None],
+                "lora_magnitude_vector__weight": a[:, 0].reshape(1, -1, 1, 1)}, Decomposed(LowRank(wide, a), a[:, :1])),
     ]  # fmt: skip
     shapes, tiny, tensors, expected = lora_names.shapes(TINY), model(), {}, {}
     for shape, cases in (((32, 32), matrices), ((32, 32, 3, 3), kernels)):
@@ -327,8 +338,13 @@ def test_differences_of_biases_and_norms_are_changes_too(tmp_path):
     found, tiny, base = loaded(tensors, tmp_path), model(), model()
     assert found.report() == "2 of 2 modules"
     apply(tiny, found, 2.0)
-    for name, key in (("unet.input_blocks.1.1.norm.weight", f"{norm}.w_norm"), ("unet.input_blocks.1.1.norm.bias", f"{norm}.b_norm"),
-                      (CONV, f"{CONV_KEY}.diff"), (CONV.replace("weight", "bias"), f"{CONV_KEY}.diff_b")):  # fmt: skip
+    places = {
+        "unet.input_blocks.1.1.norm.weight": f"{norm}.w_norm",
+        "unet.input_blocks.1.1.norm.bias": f"{norm}.b_norm",
+        CONV: f"{CONV_KEY}.diff",
+        CONV.replace("weight", "bias"): f"{CONV_KEY}.diff_b",
+    }
+    for name, key in places.items():
         assert torch.equal(tiny.get_parameter(name), base.get_parameter(name) + 2 * tensors[key])
 
 

@@ -23,7 +23,8 @@ from weights.adapters.read import load_lora, read_lora
 
 @pytest.mark.parametrize("r", [1, 3, 5])
 def test_a_lora_cut_to_a_rank_is_as_near_as_any_of_that_rank(r: int, tmp_path: Path):
-    """Eckart and Young 1936: what is missing has the norm of the singular values left out, here of the full product by numpy in float64."""
+    """Eckart and Young 1936: what is missing has the norm of the singular values left out, here of the full product by
+    numpy in float64."""
     source = some_lora(tmp_path / "a.safetensors", rank=6, alpha=3.0)
     made = weights.resize_lora(source, tmp_path / "b.safetensors", rank=r, model_config=TINY)
     before, after, shapes = (
@@ -137,10 +138,13 @@ def test_what_has_no_rank_to_change_is_refused(tensors: dict[str, Tensor], what:
 @pytest.mark.parametrize(
     ("options", "what"),
     [
-        ({}, "give a rank or a share"), ({"rank": 2, "variance": 0.5}, "not both"), ({"rank": 0}, "rank 0: give a whole number"), ({"rank": True}, "rank True"),
-        ({"variance": 0}, "variance 0: give a share"), ({"variance": 1.01}, "variance 1.01"), ({"variance": math.nan}, "variance nan"),
-        ({"rank": 2, "max_rank": 4}, "max_rank bounds what variance chooses"), ({"variance": 0.5, "max_rank": 0}, "max_rank 0"),
-        ({"rank": 2, "to": "comfy"}, "to 'comfy': there are kohya, diffusers, peft"), ({"rank": 2, "dtype": torch.int8}, "cannot hold weights"),
+        ({}, "give a rank or a share"), ({"rank": 2, "variance": 0.5}, "not both"),
+        ({"rank": 0}, "rank 0: give a whole number"), ({"rank": True}, "rank True"),
+        ({"variance": 0}, "variance 0: give a share"), ({"variance": 1.01}, "variance 1.01"),
+        ({"variance": math.nan}, "variance nan"), ({"rank": 2, "max_rank": 4}, "max_rank bounds what variance chooses"),
+        ({"variance": 0.5, "max_rank": 0}, "max_rank 0"),
+        ({"rank": 2, "to": "comfy"}, "to 'comfy': there are kohya, diffusers, peft"),
+        ({"rank": 2, "dtype": torch.int8}, "cannot hold weights"),
         ({"rank": 2, "model_config": "sd3"}, "config 'sd3' is no family"),
     ],
 )  # fmt: skip

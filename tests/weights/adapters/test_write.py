@@ -139,14 +139,19 @@ def test_every_kind_survives_in_kohyas_names(tmp_path: Path):
     a, b, core = normal("a", (32, 2)), normal("b", (2, 32)), normal("t", (2, 2, 3, 3))
     attn = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn"
     tensors = {
-        **{f"{attn}1_to_q.hada_{part}": value for part, value in (("w1_a", a), ("w1_b", b), ("w2_a", a + 1), ("w2_b", b + 1))},
-        **{f"{attn}1_to_k.lokr_{part}": value for part, value in (("w1", normal("w1", (4, 4))), ("w2_a", a[:8]), ("w2_b", b[:, :8].contiguous()))},
+        **{f"{attn}1_to_q.hada_{part}": value for part,
+            value in (("w1_a", a), ("w1_b", b), ("w2_a", a + 1), ("w2_b", b + 1))},
+        **{f"{attn}1_to_k.lokr_{part}": value for part,
+            value in (("w1", normal("w1", (4, 4))), ("w2_a", a[:8]), ("w2_b", b[:, :8].contiguous()))},
         **{f"{attn}1_to_v.{part}.weight": value for part, value in (("a1", a), ("a2", b), ("b1", a + 1), ("b2", b))},
         **{f"{attn}1_to_out_0.lora_{part}.weight": value for part, value in (("down", b), ("up", a))},
         f"{attn}1_to_out_0.dora_scale": normal("m", (1, 32)).abs(), f"{attn}1_to_out_0.diff_b": normal("bias", (32,)),
-        **{f"{KEYS[CONV]}.lora_{part}.weight": value for part, value in (("down", b[..., None, None]), ("up", a[..., None, None]), ("mid", core))},
-        "lora_unet_down_blocks_0_resnets_0_conv2.dora_scale": normal("m2", (32, 1, 1, 1)).abs(), "lora_unet_down_blocks_0_resnets_0_conv2.diff": normal("c", (32, 32, 3, 3)),
-        "lora_unet_down_blocks_0_attentions_0_norm.w_norm": normal("n", (32,)), "lora_unet_down_blocks_0_attentions_0_norm.b_norm": normal("n2", (32,)),
+        **{f"{KEYS[CONV]}.lora_{part}.weight": value for part,
+            value in (("down", b[..., None, None]), ("up", a[..., None, None]), ("mid", core))},
+        "lora_unet_down_blocks_0_resnets_0_conv2.dora_scale": normal("m2", (32, 1, 1, 1)).abs(),
+        "lora_unet_down_blocks_0_resnets_0_conv2.diff": normal("c", (32, 32, 3, 3)),
+        "lora_unet_down_blocks_0_attentions_0_norm.w_norm": normal("n", (32,)),
+        "lora_unet_down_blocks_0_attentions_0_norm.b_norm": normal("n2", (32,)),
     }  # fmt: skip
     tensors |= {
         f"{key.rpartition('.hada')[0] or key.partition('.lo')[0]}.alpha": torch.tensor(3.0)
@@ -200,14 +205,18 @@ def test_what_a_dialect_cannot_hold_is_refused_by_name_or_re_expressed_on_purpos
 @pytest.mark.parametrize(
     ("tensors", "what"),
     [
-        ({f"{KEYS[Q]}.{part}.weight": normal(part, (32, 2) if part.endswith("1") else (2, 32)) for part in ("a1", "a2", "b1", "b2")}, "to_q is a GLoRA.*; merge it instead"),
-        ({f"{KEYS[Q].replace('to_q', 'to_out_0')}.diff_b": normal("b", (32,))}, r"to_out.0.bias is a full difference.*; merge it instead"),
-        ({f"{KEYS[Q]}.lora_down.weight": torch.ones(2, 32), f"{KEYS[Q]}.lora_up.weight": torch.ones(32, 2), f"{KEYS[Q]}.dora_scale": torch.ones(1, 32)}, "DoRA with a magnitude per input"),
+        ({f"{KEYS[Q]}.{part}.weight": normal(part, (32, 2) if part.endswith("1") else (2, 32))
+                for part in ("a1", "a2", "b1", "b2")}, "to_q is a GLoRA.*; merge it instead"),
+        ({f"{KEYS[Q].replace('to_q', 'to_out_0')}.diff_b": normal("b", (32,))},
+            r"to_out.0.bias is a full difference.*; merge it instead"),
+        ({f"{KEYS[Q]}.lora_down.weight": torch.ones(2, 32), f"{KEYS[Q]}.lora_up.weight": torch.ones(32, 2),
+                f"{KEYS[Q]}.dora_scale": torch.ones(1, 32)}, "DoRA with a magnitude per input"),
         ({**HADA, f"{KEYS[Q]}.dora_scale": torch.ones(32, 1)}, "a DoRA of a LoHa"),
         (
             {
-                f"{KEYS[Q]}.lora_down.weight": torch.ones(2, 32), f"{KEYS[Q]}.lora_up.weight": torch.ones(32, 2), f"{KEYS[Q]}.dora_scale": torch.ones(32, 1),
-                f"{KEYS[CONV]}.lora_down.weight": torch.ones(2, 32, 3, 3), f"{KEYS[CONV]}.lora_up.weight": torch.ones(32, 2, 1, 1),
+                f"{KEYS[Q]}.lora_down.weight": torch.ones(2, 32), f"{KEYS[Q]}.lora_up.weight": torch.ones(32, 2),
+                f"{KEYS[Q]}.dora_scale": torch.ones(32, 1), f"{KEYS[CONV]}.lora_down.weight": torch.ones(2, 32, 3, 3),
+                f"{KEYS[CONV]}.lora_up.weight": torch.ones(32, 2, 1, 1),
             },
             "to_q is a DoRA, others beside it are not: diffusers holds no mixture",
         ),
@@ -297,7 +306,8 @@ def peer_text(model):
 
 
 def whole_lora(path: Path, **extra: Tensor) -> Path:
-    """A LoRA in kohya's names of every layer of TINY that has one, ranks 2 and 3, alphas 1, 2.5 and the rank, strong enough to show."""
+    """A LoRA in kohya's names of every layer of TINY that has one, ranks 2 and 3, alphas 1, 2.5 and the rank, strong
+    enough to show."""
     tensors = dict(extra)
     names = kohya_names(TINY)
     for i, (name, shape) in enumerate(lora_names.shapes(TINY).items()):
@@ -341,8 +351,9 @@ def test_diffusers_draws_the_same_with_what_is_written_for_it(merged, tmp_path: 
     weights.convert_lora(source, path, "diffusers", TINY)
     unet, text = peer_unet(before), peer_text(before)
     pipe = diffusers.StableDiffusionPipeline(
-        vae=diffusers.AutoencoderKL(block_out_channels=(32,), latent_channels=4), text_encoder=text, tokenizer=None, unet=unet,
-        scheduler=diffusers.DDIMScheduler(), safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+        vae=diffusers.AutoencoderKL(block_out_channels=(32,), latent_channels=4), text_encoder=text, tokenizer=None,
+        unet=unet, scheduler=diffusers.DDIMScheduler(), safety_checker=None, feature_extractor=None,
+        requires_safety_checker=False,
     )  # fmt: skip
     pipe.load_lora_weights(tmp_path, weight_name="b.safetensors")
     x, t, context = inputs()
@@ -401,7 +412,8 @@ def test_what_peft_saves_of_each_network_is_read(tmp_path: Path):
         ("text_encoder_2", transformers.CLIPTextModelWithProjection),
     ):
         text = kind(transformers.CLIPTextConfig(
-            vocab_size=1000, hidden_size=64, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4, projection_dim=48, bos_token_id=0, eos_token_id=1
+            vocab_size=1000, hidden_size=64, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4,
+            projection_dim=48, bos_token_id=0, eos_token_id=1
         ))  # fmt: skip
         adapted = peft.get_peft_model(text, peft.LoraConfig(r=2, lora_alpha=5, target_modules=["fc1"]))
         for p in adapted.parameters():

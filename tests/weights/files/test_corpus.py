@@ -1,4 +1,5 @@
-"""Every bad file is refused in one line that says what to do, soon, with nothing run; every odd but sound one loads bit by bit."""
+"""Every bad file is refused in one line that says what to do, soon, with nothing run; every odd but sound one loads bit
+by bit."""
 
 from __future__ import annotations
 
@@ -117,9 +118,11 @@ def test_the_payloads_are_live(tmp_path):
 
 
 NASTY = (  # each asks for far more than it has bytes
-    "bomb: memo", "bomb: operations", "bomb: dictionary copied again and again", "pickle: length of 2^63", "pickle: number of 2 GB",
-    "pickle: storage of 2^62 numbers", "zip: 20000 entries", "zip: a wide record of 2^63 entries", "zip: a pickle of more than 64 MiB",
-    "header: millions of parts", "header: nested 100000 deep", "header: header beyond the limit", "folder: index of a million parts", "stream: 2^62 numbers",
+    "bomb: memo", "bomb: operations", "bomb: dictionary copied again and again", "pickle: length of 2^63",
+    "pickle: number of 2 GB", "pickle: storage of 2^62 numbers", "zip: 20000 entries",
+    "zip: a wide record of 2^63 entries", "zip: a pickle of more than 64 MiB", "header: millions of parts",
+    "header: nested 100000 deep", "header: header beyond the limit", "folder: index of a million parts",
+    "stream: 2^62 numbers",
 )  # fmt: skip
 MEMORY = """
 import os, resource, sys

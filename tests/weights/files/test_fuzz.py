@@ -1,4 +1,5 @@
-"""The fuzzer itself: it starts from sound files, repeats itself, notices faults, and finds none in a few thousand mutants."""
+"""The fuzzer itself: it starts from sound files, repeats itself, notices faults, and finds none in a few thousand
+mutants."""
 
 from __future__ import annotations
 

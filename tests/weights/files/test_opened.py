@@ -1,4 +1,5 @@
-"""Files of weights are read when asked for, mapped where that is safe, checked whole; what is no sound file is in test_corpus.py."""
+"""Files of weights are read when asked for, mapped where that is safe, checked whole; what is no sound file is in
+test_corpus.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""No name in a pickle is resolved, and nothing here could; the bad and the odd pickles themselves are in test_corpus.py."""
+"""No name in a pickle is resolved, and nothing here could; the bad and the odd pickles themselves are in
+test_corpus.py."""
 
 from __future__ import annotations
 

@@ -17,9 +17,9 @@ from weights import open_file
 from weights.files.write import Pending, Written, pending, write
 
 TENSORS = {
-    "a.weight": torch.randn(3, 5), "a.half": torch.randn(7).half(), "a.bf16": torch.randn(2, 2, 3).bfloat16(), "a.double": torch.randn(1).double(),
-    "ids": torch.arange(77)[None], "alpha": torch.tensor(4.0), "empty": torch.zeros(0, 3), "truth": torch.tensor([True, False, True]),
-    "turned": torch.randn(4, 3).T,
+    "a.weight": torch.randn(3, 5), "a.half": torch.randn(7).half(), "a.bf16": torch.randn(2, 2, 3).bfloat16(),
+    "a.double": torch.randn(1).double(), "ids": torch.arange(77)[None], "alpha": torch.tensor(4.0),
+    "empty": torch.zeros(0, 3), "truth": torch.tensor([True, False, True]), "turned": torch.randn(4, 3).T,
 }  # fmt: skip
 NAMES = ["x.safetensors", "x.ckpt", "x.pt", "x.bin"]
 

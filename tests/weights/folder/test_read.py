@@ -1,4 +1,5 @@
-"""diffusers folders: every family loads as its single file does, and nothing in a folder is believed before it was checked."""
+"""diffusers folders: every family loads as its single file does, and nothing in a folder is believed before it was
+checked."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ from ldm.errors import AmbiguousCheckpoint, ArgumentError, FileError
 from tests.made.checkpoints import save_safetensors, save_zip
 from weights import load
 
-# -- every family -----------------------------------------------------------------------------------------------------------------
+# -- every family ------------------------------------------------------------------------------------------------------
 
 
 def test_every_row_of_the_manifests_is_in_a_test():
@@ -61,7 +62,7 @@ def same(model, meant) -> bool:
     return all(value.equal(meant[name].to(value.dtype)) for name, value in model.state_dict().items())
 
 
-# -- which file ---------------------------------------------------------------------------------------------------------------------
+# -- which file --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -152,7 +153,7 @@ def test_an_index_that_lies_is_refused(sd1, tmp_path: Path) -> None:
             load(path)
 
 
-# -- what is missing ------------------------------------------------------------------------------------------------------------------
+# -- what is missing ---------------------------------------------------------------------------------------------------
 
 
 def test_incomplete_folders_are_refused(sd1, tmp_path: Path) -> None:
@@ -208,11 +209,12 @@ def test_missing_unknown_and_misshapen_tensors_are_named_with_their_folder(sd1, 
         load(write_folder(tmp_path / "e", "sd1", parts), ema=True)
 
 
-# -- config.json ------------------------------------------------------------------------------------------------------------------------
+# -- config.json -------------------------------------------------------------------------------------------------------
 
 BAD = {
     "unet": {
-        "another class": ({"_class_name": "SD3Transformer2DModel"}, "_class_name is SD3Transformer2DModel; this version knows UNet2DConditionModel"),
+        "another class": ({"_class_name": "SD3Transformer2DModel"},
+            "_class_name is SD3Transformer2DModel; this version knows UNet2DConditionModel"),
         "huge": ({"block_out_channels": [10**9] * 4}, "not a whole number from 1 to"),
         "text for a number": ({"in_channels": "4"}, "in_channels is 4, not a whole number"),
         "true for a number": ({"in_channels": True}, "in_channels is True, not a whole number"),
@@ -221,17 +223,21 @@ BAD = {
         "heads that do not divide": ({"attention_head_dim": 7}, "does not divide the widths"),
         "heads of no rule": ({"attention_head_dim": [2, 8, 8, 8]}, "neither the heads nor their width are the same"),
         "a class of block": ({"down_block_types": ["AttnDownBlock2D"] * 4}, "has AttnDownBlock2D; this version knows"),
-        "another middle": ({"mid_block_type": "UNetMidBlock2DSimpleCrossAttn"}, "this version knows UNetMidBlock2DCrossAttn, UNetMidBlock2D"),
+        "another middle": ({"mid_block_type": "UNetMidBlock2DSimpleCrossAttn"},
+            "this version knows UNetMidBlock2DCrossAttn, UNetMidBlock2D"),
         "another activation": ({"act_fn": "gelu"}, "act_fn is gelu; this version knows silu"),
         "an LCM's guidance": ({"time_cond_proj_dim": 256}, "time_cond_proj_dim is 256"),
         "unCLIP": ({"class_embed_type": "projection"}, "class_embed_type is projection"),
-        "another number of channels": ({"in_channels": 9}, "does not describe the tensors beside it; in_channels is 9 there, 4 here"),
+        "another number of channels": ({"in_channels": 9},
+            "does not describe the tensors beside it; in_channels is 9 there, 4 here"),
         "another depth": ({"transformer_layers_per_block": 2}, "down_depth is .* there"),
-        "depths of another length": ({"transformer_layers_per_block": [[1], 1, 1, 1]}, "has 1 entries for a level of 2 blocks"),
+        "depths of another length": ({"transformer_layers_per_block": [[1], 1, 1, 1]},
+            "has 1 entries for a level of 2 blocks"),
         "unequal blocks": ({"layers_per_block": [1, 2, 2, 2]}, "differs from level to level"),
     },
     "vae": {
-        "another class": ({"_class_name": "AutoencoderTiny"}, "_class_name is AutoencoderTiny; this version knows AutoencoderKL"),
+        "another class": ({"_class_name": "AutoencoderTiny"},
+            "_class_name is AutoencoderTiny; this version knows AutoencoderKL"),
         "no scale": ({"scaling_factor": 0}, "scaling_factor is 0, not a number from"),
         "a shift": ({"shift_factor": 0.1}, "shift_factor is 0.1; this version knows None"),
         "another block": ({"down_block_types": ["X"] * 4}, "not all DownEncoderBlock2D"),

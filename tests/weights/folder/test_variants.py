@@ -1,4 +1,5 @@
-"""Which weights of a diffusers folder are taken where a component has them in several variants, and how to ask for others."""
+"""Which weights of a diffusers folder are taken where a component has them in several variants, and how to ask for
+others."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""What a file is, from its shapes alone; and what its network predicts, from what the file says and what its weights look like."""
+"""What a file is, from its shapes alone; and what its network predicts, from what the file says and what its weights
+look like."""
 
 from __future__ import annotations
 
@@ -31,7 +32,7 @@ def recognised(shapes: dict[str, tuple[int, ...]]) -> str:
     return family(read_unet(shapes), "cond_stage_model.model.visual.proj" in shapes, shapes)
 
 
-# -- the family ---------------------------------------------------------------------------------------------------------------
+# -- the family --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("file", MODELS)
@@ -107,7 +108,7 @@ def test_a_config_of_another_family_is_refused() -> None:
     assert detect(shapes_of("sd2-base"), {}, "sd2-v", "x") == FAMILIES["sd2-v"]
 
 
-# -- damage that is seen in the wild -------------------------------------------------------------------------------------------------
+# -- damage that is seen in the wild -----------------------------------------------------------------------------------
 
 TOWER = "cond_stage_model.model."
 MISSING = {
@@ -135,16 +136,21 @@ def test_sd2_needs_none_of_what_it_does_not_read(what: str, by: str, tmp_path, m
 
 
 def test_what_is_read_is_required(tmp_path) -> None:
-    for file, part in (("sd2-base", f"{TOWER}transformer.resblocks.22."), ("sdxl-base", "conditioner.embedders.1.model.transformer.resblocks.31."),
-                       ("sdxl-refiner", "conditioner.embedders.0.model.text_projection")):  # fmt: skip
+    for file, part in (
+        ("sd2-base", f"{TOWER}transformer.resblocks.22."),
+        ("sdxl-base", "conditioner.embedders.1.model.transformer.resblocks.31."),
+        ("sdxl-refiner", "conditioner.embedders.0.model.text_projection"),
+    ):
         state = {key: value for key, value in narrowed(file).items() if not key.startswith(part)}
         with pytest.raises(FileError, match=r"\d+ missing"):
             load(save_safetensors(state, tmp_path / "x.safetensors"), tiny(FILES[file]))
 
 
-SPELLINGS = ["conditioner.embedders.1.model.text_model.embeddings.position_ids", "conditioner.embedders.1.model.transformer.text_model.embeddings.position_ids",
-             "text_model.encoder.text_model.embeddings.position_ids", "conditioner.embedders.0.transformer.text_projection.weight",
-             "conditioner.embedders.1.model.logit_scale", "denoiser.sigmas", "model.diffusion_model.time_embedding.cond_proj.weight"]  # fmt: skip
+SPELLINGS = ["conditioner.embedders.1.model.text_model.embeddings.position_ids",
+    "conditioner.embedders.1.model.transformer.text_model.embeddings.position_ids",
+             "text_model.encoder.text_model.embeddings.position_ids",
+             "conditioner.embedders.0.transformer.text_projection.weight", "conditioner.embedders.1.model.logit_scale",
+             "denoiser.sigmas", "model.diffusion_model.time_embedding.cond_proj.weight"]  # fmt: skip
 
 
 def test_strays_of_merges_are_ignored_and_the_projection_has_three_spellings(tmp_path) -> None:
@@ -167,7 +173,7 @@ def test_strays_of_merges_are_ignored_and_the_projection_has_three_spellings(tmp
         )
 
 
-# -- eps or v ---------------------------------------------------------------------------------------------------------------------
+# -- eps or v ----------------------------------------------------------------------------------------------------------
 
 
 def refuse(what: str) -> FileError:
@@ -298,7 +304,8 @@ def test_zero_terminal_snr_and_eps_are_refused_with_both_ways_out(arguments: dic
     arguments = {**arguments, "metadata": {**arguments.get("metadata", {}), mark: "true"}}
     with pytest.raises(
         FileError,
-        match=rf"has {mark} \(zero terminal SNR\) and predicts eps, which cannot be; pass prediction='v' or drop the mark",
+        match=rf"has {mark} \(zero terminal SNR\) and predicts eps, which cannot be; pass prediction='v' or drop the "
+        "mark",
     ) as caught:
         settled(**arguments)
     assert len(str(caught.value)) - len("x.ckpt") <= 200 - 80
@@ -313,7 +320,8 @@ def test_an_unknown_word_for_the_prediction_is_refused() -> None:
 
 
 def answering(slope: float, shift: float = 0.0) -> UNet:
-    """A network whose output is the constant `slope` * 0.5 + `shift`: what an eps or a v model does with a constant picture."""
+    """A network whose output is the constant `slope` * 0.5 + `shift`: what an eps or a v model does with a constant
+    picture."""
     unet = UNet(tiny("sd2-base").unet).eval()
     torch.nn.init.zeros_(unet.out[2].weight)
     torch.nn.init.constant_(unet.out[2].bias, slope * 0.5 + shift)

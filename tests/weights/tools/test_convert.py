@@ -1,4 +1,5 @@
-"""Converting loses nothing: every tensor of every published file comes back from a folder, and the record says where each one went."""
+"""Converting loses nothing: every tensor of every published file comes back from a folder, and the record says where
+each one went."""
 
 from __future__ import annotations
 
@@ -450,7 +451,8 @@ def test_a_folder_that_says_a_tensor_twice_is_refused(sd1: Path, tmp_path: Path)
     save_safetensors({f"{UNET}out.2.bias": torch.zeros(4)}, tmp_path / "b" / LEFTOVERS)
     with pytest.raises(
         FileError,
-        match=r"has model\.diffusion_model\.out\.2\.bias in original_only\.safetensors and among its n.*remove that file",
+        match=r"has model\.diffusion_model\.out\.2\.bias in original_only\.safetensors and among its n.*remove that "
+        "file",
     ):
         convert(tmp_path / "b", tmp_path / "c.safetensors", config=TINY)
 

@@ -1,4 +1,5 @@
-"""Conversions at full size: time, peak memory, bits; and what diffusers computes from the folders. Minutes each, up to 25 GB of disk and 12 GB of memory."""
+"""Conversions at full size: time, peak memory, bits; and what diffusers computes from the folders. Minutes each, up to
+25 GB of disk and 12 GB of memory."""
 
 from __future__ import annotations
 
@@ -59,7 +60,8 @@ def converted(source: Path, target: Path) -> str:
     run = subprocess.run([sys.executable, "-c", CONVERT, source, target], capture_output=True, text=True, check=True)
     seconds, peak, size = json.loads(run.stdout)
     print(
-        f"{source.name} -> {target.name}: {size / 1e9:.2f} GB in {seconds:.1f} s, {size / seconds / 1e6:.0f} MB/s, peak {peak / 1e6:.0f} MB"
+        f"{source.name} -> {target.name}: {size / 1e9:.2f} GB in {seconds:.1f} s, {size / seconds / 1e6:.0f} MB/s, "
+        f"peak {peak / 1e6:.0f} MB"
     )
     assert peak < LIMIT
     return run.stdout
@@ -95,8 +97,9 @@ def test_a_full_size_file_comes_back_bit_by_bit_in_less_than_a_gigabyte(
 @pytest.mark.parametrize("name", ["sd1", "sd2-v", "sdxl-base", "ssd-1b"])
 @torch.no_grad()
 def test_diffusers_computes_the_same_from_a_full_size_folder(name: str, tmp_path: Path) -> None:
-    """In float32, from weights in float16: one program's networks after the other's, since both do not fit. What the VAE decodes is compared
-    element by element in float64: in float32 single elements differ by up to 2e-5 of the rms on processors without AVX-512, by their rounding."""
+    """In float32, from weights in float16: one program's networks after the other's, since both do not fit. What the
+    VAE decodes is compared element by element in float64: in float32 single elements differ by up to 2e-5 of the rms on
+    processors without AVX-512, by their rounding."""
     pytest.importorskip("diffusers")
     source = published(name, tmp_path / "source.safetensors", torch.float16)
     converted(source, tmp_path / "folder")

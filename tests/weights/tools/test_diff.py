@@ -1,4 +1,5 @@
-"""`weights.diff` and `ldm diff`: what B is to A, for copies, conversions, trainings and merges whose making the test knows."""
+"""`weights.diff` and `ldm diff`: what B is to A, for copies, conversions, trainings and merges whose making the test
+knows."""
 
 from __future__ import annotations
 
@@ -43,7 +44,8 @@ def state() -> State:
 
 @pytest.fixture(scope="module")
 def inpainting(tmp_path_factory: pytest.TempPathFactory) -> tuple[State, dict[str, State], Path, Path]:
-    """All layers of SD 1 inpainting, narrow: a checkpoint and the components of a folder with the VAE's first names, and both on the disk."""
+    """All layers of SD 1 inpainting, narrow: a checkpoint and the components of a folder with the VAE's first names,
+    and both on the disk."""
     state, directory = single("sd1-inpainting"), tmp_path_factory.mktemp("sd1")
     parts = components("sd1-inpainting", state)
     return (
@@ -110,7 +112,7 @@ def counts(found: Difference) -> dict[str, tuple[int, int, int]]:
     return {one.name: (one.equal, one.rounded, one.different) for one in found.components if one.shared}
 
 
-# -- the same tensors -------------------------------------------------------------------------------------------------------------
+# -- the same tensors --------------------------------------------------------------------------------------------------
 
 
 def test_a_file_is_identical_to_itself(a: Path, state: State) -> None:
@@ -235,7 +237,7 @@ def test_the_rank_of_a_difference_is_that_of_its_factors(shape: tuple[int, ...])
     assert rank(a, a.half()) == 0, "rounding alone has no rank"
 
 
-# -- less than the same -----------------------------------------------------------------------------------------------------------
+# -- less than the same ------------------------------------------------------------------------------------------------
 
 
 def test_a_pruned_copy_lacks_the_moving_average_and_leftovers(against) -> None:
@@ -323,7 +325,7 @@ def test_tensors_missing_from_one_file_are_counted(state: State, against) -> Non
     assert against(less, more).verdict.text == "What A and B both have is the same."
 
 
-# -- trained, merged, swapped -----------------------------------------------------------------------------------------------------
+# -- trained, merged, swapped ------------------------------------------------------------------------------------------
 
 
 def test_a_fine_tune_is_near_and_all_of_it_moved(state: State, against) -> None:
@@ -400,7 +402,8 @@ def test_a_merge_shows_its_weights_when_the_third_file_is_given(state: State, a:
     assert found.verdict.kind == "merge"
     assert found.verdict.text == "B is a merge: 0.7 A + 0.3 C in its UNet (VAE 0)."
     unet = next(one for one in found.weights if one.component == "unet")
-    # What rounding leaves of w is its projection on C - A: |error| / |C - A|, with errors of 2**-11 |B| at most, and |C - A| = 0.3 |A|.
+    # What rounding leaves of w is its projection on C - A: |error| / |C - A|, with errors of 2**-11 |B| at most, and |C
+    # - A| = 0.3 |A|.
     assert unet.weight == pytest.approx(0.3, abs=2**-11 / 0.3)
     assert unet.fits
     assert unet.residual < 2 * unet.rounding
@@ -428,7 +431,7 @@ def test_far_and_farther_is_undecided_and_unrelated(state: State, against) -> No
     assert sum(matrices) / len(matrices) == pytest.approx(math.sqrt(2), rel=0.02)
 
 
-# -- other things -----------------------------------------------------------------------------------------------------------------
+# -- other things ------------------------------------------------------------------------------------------------------
 
 
 def test_an_inpainting_model_differs_in_the_shape_of_one_tensor(state: State, against) -> None:
@@ -563,7 +566,7 @@ def test_unreadable_files_and_unknown_configs_are_errors(a: Path, tmp_path: Path
         diff(a, a, config=1)  # type: ignore[arg-type]
 
 
-# -- the command ------------------------------------------------------------------------------------------------------------------
+# -- the command -------------------------------------------------------------------------------------------------------
 
 
 def test_the_command_gives_the_verdict_first_and_0_for_any_result(state: State, a: Path, tmp_path: Path, ldm) -> None:

@@ -1,4 +1,5 @@
-"""What files are reported to be: every published one at its size, with the numbers its makers state, and everything that goes with models."""
+"""What files are reported to be: every published one at its size, with the numbers its makers state, and everything
+that goes with models."""
 
 from __future__ import annotations
 
@@ -40,11 +41,13 @@ from weights.files.source import Source
 from weights.names.instead import instead, kind_of
 from weights.names.original import doubled_vision
 
-# tensors and parameters of the published networks, as FACTS.md states them; position_ids count as a tensor and not as parameters
+# tensors and parameters of the published networks, as FACTS.md states them; position_ids count as a tensor and not as
+# parameters
 UNETS = {
-    "sd1": (686, 859_520_964), "sd1-inpainting": (686, 859_535_364), "sd-image-variations": (686, 859_520_964), "sd2-base": (686, 865_910_724),
-    "sd2-v": (686, 865_910_724), "sd2-inpainting": (686, 865_925_124), "sd2-depth": (686, 865_913_604), "x4-upscaler": (687, 473_398_020),
-    "sdxl-base": (1680, 2_567_463_684), "sdxl-inpainting": (1680, 2_567_478_084), "sdxl-refiner": (1220, 2_259_526_660), "ssd-1b": (944, 1_331_334_404),
+    "sd1": (686, 859_520_964), "sd1-inpainting": (686, 859_535_364), "sd-image-variations": (686, 859_520_964),
+    "sd2-base": (686, 865_910_724), "sd2-v": (686, 865_910_724), "sd2-inpainting": (686, 865_925_124),
+    "sd2-depth": (686, 865_913_604), "x4-upscaler": (687, 473_398_020), "sdxl-base": (1680, 2_567_463_684),
+    "sdxl-inpainting": (1680, 2_567_478_084), "sdxl-refiner": (1220, 2_259_526_660), "ssd-1b": (944, 1_331_334_404),
 }  # fmt: skip
 CLIP_L, OPENCLIP_H, BIGG = (197, 123_060_480), (294, 354_032_641), (390, 694_659_841)
 TEXT = {
@@ -149,7 +152,8 @@ def test_every_published_file_is_known_at_its_size_from_its_header(name: str, tm
 
 
 def test_a_file_of_14_gb_is_inspected_in_little_memory_and_time(tmp_path):
-    """Of the processor's time, since the machine may be busy; the file is a hole, and reading it would still take seconds."""
+    """Of the processor's time, since the machine may be busy; the file is a hole, and reading it would still take
+    seconds."""
     path = sparse.published("sdxl-base-0.9", tmp_path / "a.safetensors")
     assert path.stat().st_size > 13_800_000_000
     before, begun = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
@@ -492,9 +496,12 @@ def test_every_kind_of_lora_is_told_by_its_name(kind: str, tmp_path):
 def test_spellings_are_told_apart_and_strangers_counted(tmp_path):
     module = "down_blocks.0.attentions.0.transformer_blocks.0.attn1"
     tensors = {
-        f"unet.{module}.to_q.lora_A.weight": torch.zeros(4, 320), f"unet.{module}.to_q.lora_B.weight": torch.zeros(320, 4),
-        f"unet.{module}.processor.to_k_lora.down.weight": torch.zeros(8, 320), f"unet.{module}.processor.to_k_lora.up.weight": torch.zeros(320, 8),
-        "lora_unet_nowhere.lora_down.weight": torch.zeros(8, 320), "lora_unet_nowhere.lora_up.weight": torch.zeros(320, 8), "stray": torch.zeros(1),
+        f"unet.{module}.to_q.lora_A.weight": torch.zeros(4, 320),
+        f"unet.{module}.to_q.lora_B.weight": torch.zeros(320, 4),
+        f"unet.{module}.processor.to_k_lora.down.weight": torch.zeros(8, 320),
+        f"unet.{module}.processor.to_k_lora.up.weight": torch.zeros(320, 8),
+        "lora_unet_nowhere.lora_down.weight": torch.zeros(8, 320),
+        "lora_unet_nowhere.lora_up.weight": torch.zeros(320, 8), "stray": torch.zeros(1),
     }  # fmt: skip
     report = inspect(save_safetensors(tensors, tmp_path / "a.safetensors"), config="sd1")
     assert report.lora.spellings == {"peft": 1, "diffusers": 1, "kohya": 1}
@@ -561,17 +568,24 @@ def test_an_embedding_names_its_word_and_tower(tmp_path):
 
 ALONE: dict[str, tuple[sparse.Listed, str, str, bool]] = {
     "VAE": (manifest("vae-standalone"), "vae", "VAE of SD 1, SD 2 or SDXL, which have the same shapes", True),
-    "VAE, diffusers": (of_folder("sd1-inpainting", "vae"), "vae", "VAE of SD 1, SD 2 or SDXL, which have the same shapes", True),
+    "VAE, diffusers": (of_folder("sd1-inpainting", "vae"), "vae",
+        "VAE of SD 1, SD 2 or SDXL, which have the same shapes", True),
     "VAE of the upscaler": (of_folder("x4-upscaler", "vae"), "vae", "VAE of the x4 upscaler", True),
-    "VAE of a model": ({key: value for key, value in manifest("sd1").items() if key.startswith("first_stage_model.")}, "vae", "VAE of SD 1, SD 2 or SDXL, which have the same shapes", True),
-    "another VAE": ({"encoder.conv_in.weight": ((8, 3, 3, 3), F32), "decoder.conv_in.weight": ((8, 16, 3, 3), F32)}, "vae", "VAE of other sizes", False),
+    "VAE of a model": ({key: value for key, value in manifest("sd1").items() if key.startswith("first_stage_model.")},
+        "vae", "VAE of SD 1, SD 2 or SDXL, which have the same shapes", True),
+    "another VAE": ({"encoder.conv_in.weight": ((8, 3, 3, 3), F32), "decoder.conv_in.weight": ((8, 16, 3, 3), F32)},
+        "vae", "VAE of other sizes", False),
     "safety checker": (safety_checker(), "safety checker", "safety checker", True),
-    "UNet": ({key: value for key, value in manifest("sd2-base").items() if key.startswith("model.diffusion_model.")}, "unet", "UNet alone, of an SD 2 model", False),
-    "UNet, ComfyUI": ({key.removeprefix("model."): value for key, value in manifest("ssd-1b").items() if key.startswith("model.diffusion_model.")}, "unet", "UNet alone, of an SSD-1B model", False),
+    "UNet": ({key: value for key, value in manifest("sd2-base").items() if key.startswith("model.diffusion_model.")},
+        "unet", "UNet alone, of an SD 2 model", False),
+    "UNet, ComfyUI": ({key.removeprefix("model."): value for key,
+            value in manifest("ssd-1b").items() if key.startswith("model.diffusion_model.")}, "unet",
+            "UNet alone, of an SSD-1B model", False),
     "UNet, diffusers": (of_folder("sd1-inpainting", "unet"), "unet", "UNet alone, of an SD 1 inpainting model", False),
     "text tower": (of_folder("sdxl-base", "text_encoder_2"), "text tower", "text tower, OpenCLIP-bigG, alone", False),
     "ControlNet": ({"control_model.input_blocks.0.0.weight": ((320, 4, 3, 3), F32)}, "controlnet", "ControlNet", False),
-    "Flux": ({"double_blocks.0.img_attn.qkv.weight": ((9216, 3072), F32)}, "transformer", "Flux or SD 3 transformer", False),
+    "Flux": ({"double_blocks.0.img_attn.qkv.weight": ((9216, 3072), F32)}, "transformer", "Flux or SD 3 transformer",
+        False),
     "a network": ({f"layers.{i}.weight": ((8, 8), F32) for i in range(5)}, "other", "something else", False),
 }  # fmt: skip
 
@@ -725,8 +739,10 @@ def test_the_text_of_loras_and_embeddings_tells_what_they_are_made_of(tmp_path, 
     assert main(["inspect", str(lora), str(embedding), "--hash"]) == 0
     text = capsys.readouterr().out
     for line in (
-        "a.safetensors: LoRA/LoCon for sd1", "made of     LoRA (1), LoCon (1)", "rank        4", "alpha       not stored; it is the rank", "changes     unet (2) modules", "names of    kohya",
-        f"hash        sha256 {hashlib.sha256(lora.read_bytes()).hexdigest()}", "b.safetensors: textual-inversion embedding for OpenCLIP-H", "form        diffusers, for '<cat>'",
+        "a.safetensors: LoRA/LoCon for sd1", "made of     LoRA (1), LoCon (1)", "rank        4",
+        "alpha       not stored; it is the rank", "changes     unet (2) modules", "names of    kohya",
+        f"hash        sha256 {hashlib.sha256(lora.read_bytes()).hexdigest()}",
+        "b.safetensors: textual-inversion embedding for OpenCLIP-H", "form        diffusers, for '<cat>'",
         "vectors     3, for OpenCLIP-H (width 1024)", f"use it with --embedding {embedding}",
     ):  # fmt: skip
         assert line in text
@@ -758,7 +774,8 @@ def test_one_bad_file_does_not_hide_the_others(tmp_path, capsys):
     out = capsys.readouterr()
     assert "good.safetensors: textual-inversion embedding for CLIP-L" in out.out
     assert out.err.splitlines() == [
-        f"ldm: error: {str(bad)[-80:] if len(str(bad)) <= 80 else '...' + str(bad)[-77:]}: is empty (0 bytes); download it again"
+        f"ldm: error: {str(bad)[-80:] if len(str(bad)) <= 80 else '...' + str(bad)[-77:]}: is empty (0 bytes); "
+        "download it again"
     ]
     assert main(["inspect", str(bad)]) == 2
     for words in (["--keys", "/(/"], ["--config", "sd3"]):

@@ -240,7 +240,8 @@ def test_a_model_of_every_make_is_merged(family: str, tmp_path: Path) -> None:
 
 
 def test_a_folder_gives_the_same_as_its_single_file(tmp_path: Path) -> None:
-    """Its names are others, its q, k and v are matrices of their own, its kernels are matrices, its last text block is not there."""
+    """Its names are others, its q, k and v are matrices of their own, its kernels are matrices, its last text block is
+    not there."""
     family = "sd2-depth"
     state = single(family)
     changed = other(state, "b")
@@ -266,7 +267,8 @@ def test_a_folder_gives_the_same_as_its_single_file(tmp_path: Path) -> None:
 
 
 def test_projections_under_two_spellings_are_merged_as_the_same_matrix(tmp_path: Path) -> None:
-    """OpenCLIP's parameter, x @ w, in one; the matrix of a Linear layer, as files made by way of transformers have it, in the other."""
+    """OpenCLIP's parameter, x @ w, in one; the matrix of a Linear layer, as files made by way of transformers have it,
+    in the other."""
     config, key = little("sdxl-base"), "conditioner.embedders.1.model.text_projection"
     state = original_state(families.build(config))
     changed = other(state, "b")
@@ -343,9 +345,11 @@ def test_the_recipe_and_the_config_go_into_the_metadata(models, tmp_path: Path) 
 
 
 def test_each_block_gets_its_weight(models, tmp_path: Path) -> None:
-    """0 and 1 tell bit by bit which weight a tensor got: four models in which the blocks' weights are the digits of their numbers."""
+    """0 and 1 tell bit by bit which weight a tensor got: four models in which the blocks' weights are the digits of
+    their numbers."""
     prefixes = {**{f"IN0{i}": (f"unet.input_blocks.{i}.",) for i in range(4)}, "MID": ("unet.middle_block.",),
-                **{f"OUT0{i}": (f"unet.output_blocks.{i}.",) for i in range(4)}, "TEXT": ("text.",), "VAE": ("vae.",)}  # fmt: skip
+                **{f"OUT0{i}": (f"unet.output_blocks.{i}.",) for i in range(4)}, "TEXT": ("text.",),
+                "VAE": ("vae.",)}  # fmt: skip
     prefixes |= {"IN00": ("unet.input_blocks.0.", "unet.time_embed."), "OUT03": ("unet.output_blocks.3.", "unet.out.")}
     a, b = (meaning(models["states"][name]) for name in "ab")
     for digit in range(4):
@@ -621,7 +625,10 @@ def test_a_source_that_changes_meanwhile_leaves_nothing(models, tmp_path: Path) 
 
 
 def test_the_command_merges_and_says_what_it_did(models, ldm, tmp_path: Path) -> None:
-    line = f"merge {models['a']} {models['b']} {models['c']} --out {tmp_path}/x.ckpt --method add-difference --alpha 0.4 --blocks IN01=0.2,TEXT=0 --dtype bf16"
+    line = (
+        f"merge {models['a']} {models['b']} {models['c']} --out {tmp_path}/x.ckpt --method add-difference --alpha "
+        "0.4 --blocks IN01=0.2,TEXT=0 --dtype bf16"
+    )
     code, out, err = ldm(line)
     assert (code, out) == (0, [f"{tmp_path}/x.ckpt"])
     assert (

@@ -31,11 +31,14 @@ def schedule(family: str = "sd1") -> dict[str, Tensor]:
     bar = np.cumprod(1.0 - betas, axis=0)
     prev = np.append(1.0, bar[:-1])
     posterior = betas * (1.0 - prev) / (1.0 - bar)
-    values = [betas, bar, prev, np.sqrt(bar), np.sqrt(1.0 - bar), np.log(1.0 - bar), np.sqrt(1.0 / bar), np.sqrt(1.0 / bar - 1), posterior,
-              np.log(np.maximum(posterior, 1e-20)), betas * np.sqrt(prev) / (1.0 - bar), (1.0 - prev) * np.sqrt(1.0 - betas) / (1.0 - bar)]  # fmt: skip
-    names = ["betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod", "log_one_minus_alphas_cumprod",
-             "sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod", "posterior_variance", "posterior_log_variance_clipped", "posterior_mean_coef1",
-             "posterior_mean_coef2"]  # fmt: skip
+    values = [betas, bar, prev, np.sqrt(bar), np.sqrt(1.0 - bar), np.log(1.0 - bar), np.sqrt(1.0 / bar),
+        np.sqrt(1.0 / bar - 1), posterior,
+              np.log(np.maximum(posterior, 1e-20)), betas * np.sqrt(prev) / (1.0 - bar),
+              (1.0 - prev) * np.sqrt(1.0 - betas) / (1.0 - bar)]  # fmt: skip
+    names = ["betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod",
+        "log_one_minus_alphas_cumprod",
+             "sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod", "posterior_variance",
+             "posterior_log_variance_clipped", "posterior_mean_coef1", "posterior_mean_coef2"]  # fmt: skip
     return {name: torch.tensor(value, dtype=torch.float32) for name, value in zip(names, values, strict=True)}
 
 
@@ -231,12 +234,14 @@ def test_a_schedule_of_nobody_is_left_and_noted(sound, tmp_path: Path) -> None:
     done = repair(path)
     assert done.path is None
     assert done.lines() == [
-        "nothing is wrong that this version repairs", "1 noise schedule buffers are rounded to float16, of a schedule that no published model has: left as they are"
+        "nothing is wrong that this version repairs",
+        "1 noise schedule buffers are rounded to float16, of a schedule that no published model has: left as they are"
     ]  # fmt: skip
 
 
 def test_schedules_are_those_of_diffusers() -> None:
-    """Whose products are in float32: 1000 roundings of half a unit in the last place of numbers near 1, at most, on what is left of alphas_cumprod."""
+    """Whose products are in float32: 1000 roundings of half a unit in the last place of numbers near 1, at most, on
+    what is left of alphas_cumprod."""
     diffusers = pytest.importorskip("diffusers")
     for family, (start, end) in BETAS.items():
         theirs = diffusers.DDPMScheduler(beta_start=start, beta_end=end, beta_schedule="scaled_linear")
@@ -347,8 +352,10 @@ def test_a_wrong_extension_on_a_sound_file_is_only_reported(sound, tmp_path: Pat
 
 def test_a_repaired_file_is_called_what_it_is(sound, tmp_path: Path) -> None:
     damaged = {**sound, POSITION_IDS: torch.arange(77)[None].float()}
-    names = {save_safetensors(damaged, tmp_path / "a.ckpt"): "a-repaired.safetensors", save_zip(damaged, tmp_path / "b.safetensors"): "b-repaired.ckpt",
-             save_zip(damaged, tmp_path / "c.v2.pt"): "c.v2-repaired.pt", save_safetensors(damaged, tmp_path / "d"): "d-repaired.safetensors"}  # fmt: skip
+    names = {save_safetensors(damaged, tmp_path / "a.ckpt"): "a-repaired.safetensors",
+        save_zip(damaged, tmp_path / "b.safetensors"): "b-repaired.ckpt",
+             save_zip(damaged, tmp_path / "c.v2.pt"): "c.v2-repaired.pt",
+             save_safetensors(damaged, tmp_path / "d"): "d-repaired.safetensors"}  # fmt: skip
     for path, name in names.items():
         assert repair(path).path == tmp_path / name
         assert same(tensors(tmp_path / name), sound)

@@ -45,7 +45,8 @@ def test_each_line_beside_a_picture_is_a_caption(tmp_path):
     [
         (
             "metadata.jsonl",
-            '{"file_name": "a.png", "text": "one"}\n\n{"file_name": "./sub/b.png", "texts": ["two", "three"]}\n{"file_name": "a.png", "caption": "four"}\n',
+            '{"file_name": "a.png", "text": "one"}\n\n{"file_name": "./sub/b.png", "texts": ["two", '
+            '"three"]}\n{"file_name": "a.png", "caption": "four"}\n',
         ),
         ("metadata.csv", 'file_name,text\na.png,one\nsub/b.png,"two"\nsub/b.png,three\na.png,four\n'),
     ],
@@ -134,7 +135,8 @@ def test_metadata_of_a_missing_picture_or_without_text_is_left_out_with_its_line
     for name in ("a.png", "b.png"):
         picture(tmp_path / name)
     (tmp_path / "metadata.jsonl").write_text(
-        '{"file_name": "a.png", "text": "a"}\n{"file_name": "../c.png", "text": "c"}\n{"file_name": "b.png", "text": 3}\n'
+        '{"file_name": "a.png", "text": "a"}\n{"file_name": "../c.png", "text": "c"}\n{"file_name": "b.png", "text": '
+        "3}\n"
     )
     folder = Folder(tmp_path)
     assert [item.id for item in folder.items] == ["a.png"]

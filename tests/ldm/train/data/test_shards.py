@@ -58,8 +58,9 @@ def test_one_caption_can_be_said_of_all(tmp_path):
 
 def test_what_cannot_be_used_is_left_out_with_its_reason(tmp_path):
     members = {
-        "good.png": png(), "good.txt": "good", "silent.png": png(), "broken.png": png()[:30], "broken.txt": "x", "odd.png": png(), "odd.json": "[1]",
-        "text.jpg": "hello", "text.txt": "x", "blank.png": png(), "blank.txt": " ", "latin.png": png(), "latin.txt": b"\xff", "only.txt": "no picture",
+        "good.png": png(), "good.txt": "good", "silent.png": png(), "broken.png": png()[:30], "broken.txt": "x",
+        "odd.png": png(), "odd.json": "[1]", "text.jpg": "hello", "text.txt": "x", "blank.png": png(), "blank.txt": " ",
+        "latin.png": png(), "latin.txt": b"\xff", "only.txt": "no picture",
     }  # fmt: skip
     shards = Shards(str(shard(tmp_path / "0.tar", members)))
     assert [item.id for item in shards.items] == ["0.tar/good"]

@@ -21,8 +21,9 @@ def test_energy_goes_with_power() -> None:
 
 def test_a_section_says_what_the_recipe_does_and_what_its_card_says() -> None:
     recipe = Recipe(
-        "a", "One sentence.", model=Start(start="base.safetensors", widen=("mask", "masked_image")), data=Data(size=512),
-        optimizer=Optimizer(lr=1e-4, warmup=10_000), run=Run(steps=440_000, batch=2048, micro=4, ema=0.9999, checkpointing=True),
+        "a", "One sentence.", model=Start(start="base.safetensors", widen=("mask", "masked_image")),
+        data=Data(size=512), optimizer=Optimizer(lr=1e-4, warmup=10_000),
+        run=Run(steps=440_000, batch=2048, micro=4, ema=0.9999, checkpointing=True),
         card=Card("them/it", "32 x 8 x A100", 256, 150_000, notes=("A note.",)),
     )  # fmt: skip
     assert training_section(recipe).splitlines() == [
