@@ -48,7 +48,7 @@ def write_folder(config: ModelConfig, path: Path, dtype: torch.dtype) -> None:
 
     Our name of a parameter determines its values; one parameter is in memory at a time.
 
-    config  with its text towers as folders have them (`weights.folder_files.as_in_folders`)
+    config  with its text towers as folders have them (`weights.folder.write.as_in_folders`)
     """
     folders = {"unet.": "unet", "vae.": "vae", **{f"text.{i}.": name for i, name in enumerate(towers(config))}}
     unet, vae = diffusers_unet(config.unet), diffusers_vae(config.vae)

@@ -1,7 +1,7 @@
 """SD 1 at its full size: pictures from checkpoints in the original layouts, and the networks against diffusers.
 
-That every tensor of these files arrives, in all three layouts and in bounded memory, is in test_load_memory.py.
-"""
+That every tensor of these files arrives, in all three layouts and in bounded memory, is in
+tests/weights/test_models_memory.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The readable networks export, and compile as one graph: what comes out is bit for bit what they compute as they are."""
+"""The readable networks export, and compile as one graph: what comes out is bit for bit what they compute as they
+are."""
 
 from __future__ import annotations
 
