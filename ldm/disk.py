@@ -17,6 +17,7 @@ from ldm.errors import OutputError
 
 KEPT = "what was there before is as it was"  # after a write that failed
 FREE = "free space, or choose another directory"
+OTHER_NAME = "choose another name or {overwrite=True}"
 
 
 # --- files ----------------------------------------------------------------------------------------------------------
@@ -38,7 +39,7 @@ def replacing(path: str | PathLike[str], overwrite: bool) -> Iterator[int]:
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Write a file, in place of what has its name; its directory is made. Raises OutputError for what the system refuses."""
+    """Write a file, in place of one of that name; its directory is made. Raises OutputError."""
     with output_errors(path, FREE), _temporary(path) as temporary:
         path.parent.mkdir(parents=True, exist_ok=True)
         with _synced(temporary) as descriptor:
@@ -65,7 +66,7 @@ def write_new(paths: Iterable[Path], data: bytes) -> Path:
             if _takes(temporary, path):
                 sync_directory(path.parent)
                 return path
-    raise OutputError("exists already; choose another name, or overwrite it", path=first)
+    raise OutputError("exists already", path=first, remedy=OTHER_NAME)
 
 
 def _takes(temporary: Path, path: Path) -> bool:
@@ -117,7 +118,7 @@ def replacing_directory(path: str | PathLike[str], overwrite: bool) -> Iterator[
 
 
 def require_writable(path: str | PathLike[str], overwrite: bool, *, directory: bool = False) -> None:
-    """Refuse a name that is taken, unless `overwrite` and by the same kind of thing, and a directory that does not exist."""
+    """Refuse a name in no directory, and one that is taken, unless by the same kind of thing and with `overwrite`."""
     path = Path(path)
     try:
         mode = os.lstat(path).st_mode
@@ -135,7 +136,7 @@ def require_writable(path: str | PathLike[str], overwrite: bool, *, directory: b
         kind = "directory" if directory else "regular file"
         raise OutputError(f"exists and is not a {kind}; choose another name", path=path)
     if not overwrite:
-        raise OutputError("exists already; choose another name or overwrite=True", path=path)
+        raise OutputError("exists already", path=path, remedy=OTHER_NAME)
 
 
 def require_space(path: str | PathLike[str], size: int) -> None:
@@ -151,7 +152,7 @@ def require_space(path: str | PathLike[str], size: int) -> None:
 
 @contextlib.contextmanager
 def output_errors(path: Path, remedy: str = "") -> Iterator[None]:
-    """The system's errors while writing as OutputError; errors that are OutputErrors or FileErrors already stay as they are.
+    """The system's errors while writing as OutputError; an OutputError or FileError stays as it is.
 
     remedy  ends the message: what the failed write left as it was, or what to do
     """
@@ -171,7 +172,7 @@ def _beside(path: Path) -> Path:
 
 @contextlib.contextmanager
 def _temporary(path: Path) -> Iterator[Path]:
-    """A name beside `path` for what is not complete; the file or directory that still has it after the block is removed."""
+    """A name beside `path`; the file or directory that still has it after the block is removed."""
     temporary = _beside(path)
     try:
         yield temporary

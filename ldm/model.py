@@ -15,6 +15,7 @@ from ldm.config import ModelConfig
 from ldm.errors import ArgumentError
 from ldm.networks.clip import CLIPText
 from ldm.networks.dpt import DPT
+from ldm.networks.modules import Modules
 from ldm.networks.unet import UNet
 from ldm.networks.vae import VAE
 from ldm.networks.vision import CLIPVision
@@ -31,7 +32,7 @@ class LatentDiffusion(nn.Module):
         self.schedule = config.schedule
         self.unet = UNet(config.unet)
         self.vae = VAE(config.vae)
-        self.text = nn.ModuleList(CLIPText(text) for text in config.text)
+        self.text = Modules(CLIPText(text) for text in config.text)
         self.vision = None if config.vision is None else CLIPVision(config.vision)
         self.depth = None if config.depth is None else DPT(config.depth)
         self.runs_on: torch.device | None = None  # set by `ldm.offload`, whose networks run elsewhere than they rest

@@ -1,9 +1,9 @@
-"""`Cond`, what the UNet is told besides x and t, and the numbers that SDXL is told of a picture."""
+"""`Cond`, the inputs of the UNet besides x and t, and the sizes on which SDXL is conditioned."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from numbers import Integral, Real
 
 import torch
@@ -25,36 +25,33 @@ class Cond:
     def cat(conds: Sequence[Cond]) -> Cond:
         """Several conditions as one batch. Raises ArgumentError if one has an input that another lacks."""
 
-        def join(values: list[Tensor | None], name: str) -> Tensor | None:
-            if all(v is None for v in values):
-                return None
-            if any(v is None for v in values):
+        def join(name: str, values: list[Tensor | None]) -> Tensor | None:
+            tensors = [value for value in values if value is not None]
+            if len(tensors) not in (0, len(values)):
                 raise ArgumentError(f"conditions of one batch must all have {name}, or none")
-            return torch.cat(values)
+            return torch.cat(tensors) if tensors else None
 
-        return Cond(**{field.name: join([getattr(c, field.name) for c in conds], field.name) for field in fields(Cond)})
+        context = torch.cat([c.context for c in conds])
+        return Cond(context, join("y", [c.y for c in conds]), join("concat", [c.concat for c in conds]))
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What SDXL and its refiner are told of a picture besides text (Podell et al. 2023, section 2.2 and 2.5). Pixels, heights before widths."""
+    """SDXL's conditioning besides text (Podell et al. 2023, sections 2.2 and 2.5). Pixels, heights before widths."""
 
     original: tuple[int, int] | None = (
-        None  # of the picture before it was scaled; small ones were blurred. None: the size that is made
+        None  # before the picture was scaled; small ones were blurred. None: the size made
     )
     crop: tuple[int, int] = (0, 0)  # top and left of what was cut out; 0, 0 keeps things in the middle
-    target: tuple[int, int] | None = None  # what it was cut to. None: the size that is made
+    target: tuple[int, int] | None = None  # what it was cut to. None: the size made
     aesthetic: float = 6.0  # score of its beauty, for the refiner
     negative_aesthetic: float = 2.5  # the same for what guidance steers away from
 
     def __post_init__(self) -> None:
         for name, pair, least in (("original", self.original, 1), ("crop", self.crop, 0), ("target", self.target, 1)):
-            if pair is not None and (
-                len(pair) != 2 or not all(isinstance(n, Integral) and least <= n <= 2**20 for n in pair)
-            ):
-                raise ArgumentError(
-                    f"{name}: {pair!r}; give two whole numbers of pixels from {least}, height before width", key=name
-                )
+            if pair and (len(pair) != 2 or not all(isinstance(n, Integral) and least <= n <= 2**20 for n in pair)):
+                what = f"{name}: {pair!r}; give two whole numbers of pixels from {least}, height before width"
+                raise ArgumentError(what, key=name)
         for name, score in (("aesthetic", self.aesthetic), ("negative_aesthetic", self.negative_aesthetic)):
             if not (isinstance(score, Real) and 0 <= score <= 100):
                 raise ArgumentError(f"{name}: {score!r}; give a score from 0 to 100", key=name)
@@ -64,7 +61,7 @@ class Sizes:
         return replace(self, aesthetic=self.negative_aesthetic)
 
     def numbers(self, size: tuple[int, int], count: int) -> tuple[float, ...]:
-        """The 6 numbers of SDXL (original, crop, target) or the 5 of its refiner (original, crop, aesthetic), for a picture of `size`."""
+        """SDXL's 6 numbers (original, crop, target) or its refiner's 5 (original, crop, aesthetic), for this size."""
         first = (*(self.original or size), *self.crop)
         if count == 6:
             return (*first, *(self.target or size))
@@ -74,7 +71,7 @@ class Sizes:
 
 
 def size_embedding(sizes: Tensor) -> Tensor:
-    """Numbers [b, k] -> [b, 256 k]: each embedded like a timestep, in order (SDXL: heights before widths; Podell et al. 2023, section 2.2)."""
+    """Numbers [b, k] -> [b, 256 k]: each embedded like a timestep, in order (Podell et al. 2023, section 2.2)."""
     return torch.cat([timestep_embedding(column, 256) for column in sizes.unbind(dim=1)], dim=1)
 
 
@@ -84,7 +81,5 @@ def vector(pooled: Tensor, sizes: Sizes, size: tuple[int, int], dim: int) -> Ten
     Original: generative-models GeneralConditioner with the embedders of sd_xl_base.yaml and sd_xl_refiner.yaml.
     Raises ArgumentError where dim leaves room for neither 6 nor 5 numbers.
     """
-    numbers = sizes.numbers(size, (dim - pooled.shape[1]) // 256)
-    return torch.cat(
-        [pooled, size_embedding(torch.tensor([numbers] * len(pooled), device=pooled.device)).to(pooled)], dim=1
-    )
+    numbers = [sizes.numbers(size, (dim - pooled.shape[1]) // 256)] * len(pooled)
+    return torch.cat([pooled, size_embedding(torch.tensor(numbers, device=pooled.device)).to(pooled)], dim=1)

@@ -11,10 +11,8 @@ from ldm.conditioning.tokenizer import readable
 EMPHASIS = 1.1  # what one pair of brackets does
 MAX_WEIGHT, MAX_DEPTH = 100.0, 100
 
-
 _NUMBER = r"[+-]?(?:(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:e[+-]?[0-9]+)?|nan|inf(?:inity)?)"
 _MARK = re.compile(rf"\\[\\()\[\]]|[()\[\]]|:\s*({_NUMBER})\s*\)", re.IGNORECASE)
-
 
 Fault = tuple[re.Match[str], str]  # a bracket, and why it is text
 
@@ -23,36 +21,31 @@ class PromptWarning(UserWarning):
     """Brackets in a prompt that weigh nothing and are taken as text."""
 
 
-# --- weights --------------------------------------------------------------------------------------------------------
-
-
 def parse(prompt: str) -> list[list[tuple[str, float]]]:
     r"""The sections of a prompt, each a list of (text, weight): the syntax of A1111's web UI.
 
-    (text) weighs 1.1, [text] 1 / 1.1, (text:1.3) 1.3; in one another they multiply. BREAK, a word of its own, begins a section.
+    (text) weighs 1.1, [text] 1 / 1.1, (text:1.3) 1.3; in one another they multiply. The word BREAK begins a section.
     \( \) \[ \] \\ are characters of the text; `species:seal` is text, as a weight ends in a number and a parenthesis.
-    Brackets are text too, and a PromptWarning says so, where they have no partner, are more than 100 deep, or would give a weight
-    that is not within -100 to 100. (A1111 closes what is left open at the end of the prompt instead.)
+    Brackets are text too, and a PromptWarning says so, where they have no partner, are more than 100 deep, or would
+    give a weight that is not within -100 to 100. (A1111 closes brackets that are still open at the end instead.)
     """
     sections, faults = parse_marks(prompt)
-    warn(faults)
+    if faults:
+        warn(faults)
     return sections
 
 
 def warn(faults: Sequence[Fault]) -> None:
-    if faults:
-        mark, what = min(faults, key=lambda fault: fault[0].start())
-        where = f"{mark[0][-1]!r} at character {mark.start() + 1}"
-        more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
-        warnings.warn(
-            f"prompt: {where} {what}{more}: taken as text; write \\( \\) \\[ \\] for brackets that are",
-            PromptWarning,
-            stacklevel=4,
-        )
+    """A PromptWarning about the first of the faults, of which there is at least one."""
+    mark, what = min(faults, key=lambda fault: fault[0].start())
+    where = f"{mark[0][-1]!r} at character {mark.start() + 1}"
+    more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+    remedy = "write \\( \\) \\[ \\] for brackets that are"
+    warnings.warn(f"prompt: {where} {what}{more}: taken as text; {remedy}", PromptWarning, stacklevel=4)
 
 
 def parse_marks(prompt: str) -> tuple[list[list[tuple[str, float]]], list[Fault]]:
-    """Sections, and what is wrong with the brackets."""
+    """The sections of `parse`, and the faults of the brackets."""
     prompt = readable(prompt)
     marks = list(_MARK.finditer(prompt))
     pairs, faults = _pairs(marks)
@@ -72,14 +65,8 @@ def parse_marks(prompt: str) -> tuple[list[list[tuple[str, float]]], list[Fault]
                 weights.append(weight)
                 closing.add(end)
             else:
-                faults.append(
-                    (
-                        mark,
-                        "is more than 100 deep"
-                        if len(weights) > MAX_DEPTH
-                        else f"is a weight of {weight:g}, beyond {MAX_WEIGHT:g}",
-                    )
-                )
+                deep = "is more than 100 deep" if len(weights) > MAX_DEPTH else None
+                faults.append((mark, deep or f"is a weight of {weight:g}, beyond {MAX_WEIGHT:g}"))
                 pieces.append((mark[0], weights[-1]))
         else:
             pieces.append((mark[0][1:] if mark[0].startswith("\\") else mark[0], weights[-1]))
@@ -88,9 +75,9 @@ def parse_marks(prompt: str) -> tuple[list[list[tuple[str, float]]], list[Fault]
 
 
 def _pairs(marks: Sequence[re.Match[str]]) -> tuple[dict[int, tuple[int, float]], list[Fault]]:
-    """Where each bracket that has a partner ends and what it multiplies by, {opening: (closing, factor)}; and those that have none."""
+    """Brackets with a partner, {place of the opening: (place of the closing, factor)}, and faults for those without."""
     pairs: dict[int, tuple[int, float]] = {}
-    alone = []
+    alone: list[int] = []
     open_ = {"(": 0, "[": 0}
     stack: list[int] = []
     for i, mark in enumerate(marks):

@@ -11,13 +11,13 @@ from typing import NamedTuple
 
 import torch
 from einops import rearrange
-from torch import Tensor, nn
+from torch import Tensor
 
 from ldm.conditioning.emphasis import Fault, parse_marks, warn
 from ldm.conditioning.tokenizer import TruncationWarning, encode, first_dropped, framed, readable
-from ldm.config import TextConfig
 from ldm.errors import ArgumentError, printable
 from ldm.networks.clip import CLIPText, Given
+from ldm.networks.modules import Modules
 
 COMMA = 267  # the id of a comma that ends a word
 BACKTRACK = 20  # tokens at the end of a piece in which a comma ends it early, as in A1111's web UI
@@ -26,7 +26,7 @@ MAX_CHUNKS = 1000  # pieces of one prompt
 
 @dataclass(frozen=True, eq=False)
 class Embedding:
-    """A word whose token embeddings were learnt from pictures (textual inversion, Gal et al. 2022). Raises ArgumentError."""
+    """A word whose token embeddings were learnt (textual inversion, Gal et al. 2022). Raises ArgumentError."""
 
     name: str  # stands for it in prompts, in capitals or not
     vectors: Mapping[int, Tensor]  # width of a text tower -> [n, width]; the same n for all
@@ -36,15 +36,11 @@ class Embedding:
             raise ArgumentError("embedding: it has no name; give one with NAME=FILE", key="embedding")
         shapes = {width: tuple(tensor.shape) for width, tensor in self.vectors.items()}
         if not shapes or any(len(shape) != 2 or shape[0] < 1 or shape[1] != width for width, shape in shapes.items()):
-            raise ArgumentError(
-                f"embedding {self.name[:40]}: shapes {shapes}; give [n, width] for each width of a text tower",
-                key="embedding",
-            )
+            what = f"embedding {self.name[:40]}: shapes {shapes}; give [n, width] for each width of a text tower"
+            raise ArgumentError(what, key="embedding")
         if len({n for n, _ in shapes.values()}) > 1:
-            raise ArgumentError(
-                f"embedding {self.name[:40]}: {shapes} vectors; all text towers must have the same number of them",
-                key="embedding",
-            )
+            what = f"embedding {self.name[:40]}: {shapes} vectors; all text towers must have the same number of them"
+            raise ArgumentError(what, key="embedding")
 
     @property
     def n(self) -> int:
@@ -56,7 +52,7 @@ class Embedding:
 
 
 class _Unit(NamedTuple):
-    """What is not cut in two: a token, or an embedding."""
+    """A token or an embedding, neither of which is cut in two."""
 
     id: int  # of the token; 0 for an embedding
     n: int  # places that it takes
@@ -65,31 +61,30 @@ class _Unit(NamedTuple):
 
 
 def chunks_needed(
-    towers: Sequence[CLIPText], prompts: Sequence[str], *, weighting: bool = False, embeddings: Sequence[Embedding] = ()
+    towers: Modules[CLIPText], prompts: Sequence[str], *, weighting: bool = False, embeddings: Sequence[Embedding] = ()
 ) -> int:
-    """In how many pieces the longest of these prompts is read: what `encode_text` must be told as `chunks` to give all the same length."""
+    """In how many pieces the longest of these prompts is read: as `chunks` of `encode_text` it gives all one length."""
     _require_fit(towers, embeddings)
     room = _room(towers)
     return max((len(_layout(_units(prompt, weighting, embeddings)[0], room)) for prompt in set(prompts)), default=1)
 
 
-def is_read(towers: Sequence[CLIPText], prompt: str, embedding: Embedding) -> bool:
-    """Whether the first piece of a prompt, without weights, comes to the embedding."""
+def is_read(towers: Modules[CLIPText], prompt: str, embedding: Embedding) -> bool:
+    """Whether the embedding is in the first piece of a prompt, which is read without weights."""
     first, *_ = _layout(_units(prompt, False, [embedding])[0], _room(towers), limit=1)
     return any(unit.embedding is embedding for unit in first)
 
 
-def _room(towers: Sequence[CLIPText]) -> int:
+def _room(towers: Modules[CLIPText]) -> int:
     """Tokens in a piece, without start and end."""
     return min(tower.config.length for tower in towers) - 2
 
 
 def _units(prompt: str, weighting: bool, embeddings: Sequence[Embedding]) -> tuple[list[list[_Unit]], list[Fault]]:
-    """The units of each section, and what is wrong with the brackets."""
+    """The units of each section, and the faults of the brackets."""
     sections, faults = parse_marks(prompt) if weighting else ([[(readable(prompt), 1.0)]], [])
-    return [
-        [unit for text, weight in section for unit in _text_units(text, weight, embeddings)] for section in sections
-    ], faults
+    units = [[unit for text, weight in part for unit in _text_units(text, weight, embeddings)] for part in sections]
+    return units, faults
 
 
 def _text_units(text: str, weight: float, embeddings: Sequence[Embedding]) -> list[_Unit]:
@@ -98,7 +93,7 @@ def _text_units(text: str, weight: float, embeddings: Sequence[Embedding]) -> li
     by_length = sorted(embeddings, key=lambda e: len(e.name), reverse=True)  # of two that begin alike, the longer
     units, at = [], 0
     for found in re.finditer("|".join(f"({_as_word(e.name)})" for e in by_length), text, re.IGNORECASE):
-        embedding = by_length[found.lastindex - 1]
+        embedding = next(e for e, part in zip(by_length, found.groups(), strict=True) if part)
         units += [_Unit(token, 1, weight, None) for token in encode(text[at : found.start()])]
         units.append(_Unit(0, embedding.n, weight, embedding))
         at = found.end()
@@ -107,15 +102,14 @@ def _text_units(text: str, weight: float, embeddings: Sequence[Embedding]) -> li
 
 def _as_word(name: str) -> str:
     """A pattern for the name where it is not a part of a longer word."""
-    return (
-        (r"(?<!\w)" if re.match(r"\w", name) else "") + re.escape(name) + (r"(?!\w)" if re.search(r"\w$", name) else "")
-    )
+    before, after = r"(?<!\w)" if re.match(r"\w", name) else "", r"(?!\w)" if re.search(r"\w$", name) else ""
+    return before + re.escape(name) + after
 
 
 def _layout(sections: Sequence[Sequence[_Unit]], room: int, limit: int | None = None) -> list[Sequence[_Unit]]:
-    """Pieces of at most `room` tokens. A piece that is full ends after the last comma among its last 20 tokens, else where it is full.
+    """Pieces of at most `room` tokens. A full one ends after the last comma among its last 20 tokens, if there is one.
 
-    limit  as many pieces will be read: the last of them is filled to the brim, as nothing goes on after it
+    limit  as many pieces will be read: the last of them ends where it is full, as no piece continues it
     """
     chunks: list[Sequence[_Unit]] = []
     for section in sections:
@@ -133,9 +127,8 @@ def _layout(sections: Sequence[Sequence[_Unit]], room: int, limit: int | None = 
             if at == len(section):
                 break
     if len(chunks) > MAX_CHUNKS:
-        raise ArgumentError(
-            f"prompt: it would be read in {len(chunks)} pieces; the limit is {MAX_CHUNKS}, shorten it", key="prompt"
-        )
+        what = f"prompt: it would be read in {len(chunks)} pieces; the limit is {MAX_CHUNKS}, shorten it"
+        raise ArgumentError(what, key="prompt")
     return chunks
 
 
@@ -151,11 +144,8 @@ def _cut(chunks: list[Sequence[_Unit]], limit: int) -> list[Sequence[_Unit]]:
             end = next((i for i in range(k, len(everything)) if everything[i].embedding), len(everything))
             word = first_dropped([u.id for u in everything[begin:end]], k - begin)
         total, read = (sum(u.n for u in units) for units in (everything, kept))
-        warnings.warn(
-            f"prompt: {total} tokens, {read} are read; dropped from '{printable(word)[:60]}' on",
-            TruncationWarning,
-            stacklevel=4,
-        )
+        what = f"prompt: {total} tokens, {read} are read; dropped from '{printable(word)[:60]}' on"
+        warnings.warn(what, TruncationWarning, stacklevel=4)
     return chunks[:limit]
 
 
@@ -163,37 +153,37 @@ def _cut(chunks: list[Sequence[_Unit]], limit: int) -> list[Sequence[_Unit]]:
 
 
 def encode_text(
-    towers: nn.ModuleList, prompts: Sequence[str], clip_skip: int = 1, *, weighting: bool = False, chunks: int | None = None, embeddings: Sequence[Embedding] = (),
+    towers: Modules[CLIPText], prompts: Sequence[str], clip_skip: int = 1, *,
+    weighting: bool = False, chunks: int | None = None, embeddings: Sequence[Embedding] = (),
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Prompts -> tokens [b, n, sum of widths] of all towers side by side, and the last tower's pooled embedding [b, d].
 
     clip_skip   1: the layer each tower was trained to give; n: n - 1 layers earlier, through the same norm
-    weighting   read the syntax of `parse`: the tokens of a piece that comes out of a tower are multiplied by their weights, then the
-                piece (all its places, start, end and padding too) by what restores its mean, as in A1111's web UI for one picture
-    chunks      pieces of 75 tokens in which each prompt is read (30 for the model that ships), each with a start, an end and padding
-                of its own; n is 77 times as many. None: as many as the longest needs. 1: cut, with a TruncationWarning, after one.
-                Prompts that meet in one batch, the negative too, need the same number: see `chunks_needed`. Shorter ones go on
-                with empty pieces.
+    weighting   read the syntax of `parse`: the tokens of a piece that comes out of a tower are multiplied by their
+                weights. Then the whole piece, also start, end and padding, is multiplied by the factor that restores
+                its mean, as in A1111's web UI for one picture
+    chunks      pieces of 75 tokens in which each prompt is read (30 for the model that ships), each with start, end and
+                padding of its own; n is 77 times as many. None: as many as the longest needs. 1: cut after one,
+                with a TruncationWarning. Prompts that meet in one batch, the negative too, need the same number: see
+                `chunks_needed`. Shorter prompts go on with empty pieces
     embeddings  each stands, where its name is written, for as many tokens as it has vectors
-    The pooled embedding is that of the first piece, without weights. A piece does not end inside an embedding, and ends after a comma
-    if there is one among the last 20 tokens. Raises ArgumentError for a layer that a tower has not, an embedding that was made for
-    towers of other widths, or text that `encode` refuses.
+    The pooled embedding is that of the first piece, without weights. A piece does not end inside an embedding, and ends
+    after a comma if there is one among its last 20 tokens. Raises ArgumentError for a layer that a tower does not have,
+    an embedding that was made for towers of other widths, or text that `encode` refuses.
     """
     for tower in towers:
-        config: TextConfig = tower.config
-        if not 1 <= clip_skip <= config.layers - config.skip:
-            raise ArgumentError(
-                f"clip skip is {clip_skip}: this text tower gives layers 1 to {config.layers - config.skip} from the end"
-            )
-    if chunks is not None and (
-        isinstance(chunks, bool) or not isinstance(chunks, Integral) or not 1 <= chunks <= MAX_CHUNKS
-    ):
+        layers = tower.config.layers - tower.config.skip
+        if not 1 <= clip_skip <= layers:
+            raise ArgumentError(f"clip skip is {clip_skip}: this text tower gives layers 1 to {layers} from the end")
+    whole = isinstance(chunks, Integral) and not isinstance(chunks, bool)
+    if chunks is not None and not (whole and 1 <= chunks <= MAX_CHUNKS):
         raise ArgumentError(f"chunks: {chunks!r}; give a whole number from 1 to {MAX_CHUNKS}", key="chunks")
     _require_fit(towers, embeddings)
     laid: dict[str, list[Sequence[_Unit]]] = {}
     for prompt in dict.fromkeys(prompts):
         units, faults = _units(prompt, weighting, embeddings)
-        warn(faults)
+        if faults:
+            warn(faults)
         laid[prompt] = _layout(units, _room(towers), chunks)
         if chunks is not None:
             laid[prompt] = _cut(laid[prompt], chunks)
@@ -208,12 +198,8 @@ def _encode(tower: CLIPText, rows: Sequence[Sequence[_Unit]], skip: int) -> tupl
     """Pieces -> weighted tokens [b k, length, width] and pooled [b k, d]."""
     config, device = tower.config, tower.text_model.final_layer_norm.weight.device
     ids = [framed([u.id for u in row for _ in range(u.n)], config.length, config.pad) for row in rows]
-    tokens, pooled = tower(
-        torch.tensor(ids, dtype=torch.long, device=device).view(len(ids), config.length),
-        skip,
-        config.norm,
-        _given(rows, config.width, device),
-    )
+    batch = torch.tensor(ids, dtype=torch.long, device=device).view(len(ids), config.length)
+    tokens, pooled = tower(batch, skip, config.norm, _given(rows, config.width, device))
     weights = torch.ones(len(rows), config.length)
     for k, row in enumerate(rows):
         of_tokens = [u.weight for u in row for _ in range(u.n)]
@@ -244,23 +230,18 @@ def _weighted(tokens: Tensor, weights: Tensor) -> Tensor:
     return (x * torch.where(torch.isfinite(scale) & (scale > 0), scale, 1.0)).to(tokens.dtype)
 
 
-def _require_fit(towers: Sequence[CLIPText], embeddings: Sequence[Embedding]) -> None:
+def _require_fit(towers: Modules[CLIPText], embeddings: Sequence[Embedding]) -> None:
     """Raises ArgumentError for an embedding that these towers cannot read, or two of one name."""
     widths, room = sorted({tower.config.width for tower in towers}), _room(towers)
     names = [e.name.lower() for e in embeddings]
     for e in embeddings:
+        fault = None
         if sorted(e.vectors) != widths:
-            mine, theirs = (" and ".join(map(str, each)) for each in (sorted(e.vectors), widths))
-            raise ArgumentError(
-                f"embedding {e.name[:40]}: made for text of width {mine}; this model's is {theirs}: use one made for it",
-                key="embedding",
-            )
-        if e.n > room:
-            raise ArgumentError(
-                f"embedding {e.name[:40]}: {e.n} vectors; this model reads {room} tokens at once: use one with fewer",
-                key="embedding",
-            )
-        if names.count(e.name.lower()) > 1:
-            raise ArgumentError(
-                f"embedding {e.name[:40]}: two have this name; give one another with NAME=FILE", key="embedding"
-            )
+            of, model = (" and ".join(map(str, each)) for each in (sorted(e.vectors), widths))
+            fault = f"made for text of width {of}; this model's is {model}: use one made for it"
+        elif e.n > room:
+            fault = f"{e.n} vectors; this model reads {room} tokens at once: use one with fewer"
+        elif names.count(e.name.lower()) > 1:
+            fault = "two have this name; give one another with NAME=FILE"
+        if fault:
+            raise ArgumentError(f"embedding {e.name[:40]}: {fault}", key="embedding")

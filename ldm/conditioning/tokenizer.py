@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from functools import cache
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -34,13 +35,12 @@ def _bpe() -> Any:  # open_clip's SimpleTokenizer
             "the tokenizer's vocabulary comes with open_clip_torch, which is not installed: pip install open_clip_torch"
         )
     if "open_clip.tokenizer" in sys.modules:
-        module: ModuleType = sys.modules["open_clip.tokenizer"]
-    else:
-        spec = importlib.util.spec_from_file_location(
-            "_open_clip_tokenizer", Path(package.submodule_search_locations[0]) / "tokenizer.py"
-        )
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        return sys.modules["open_clip.tokenizer"].SimpleTokenizer()
+    file = str(Path(package.submodule_search_locations[0]) / "tokenizer.py")
+    loader = SourceFileLoader("_open_clip_tokenizer", file)
+    module = ModuleType(loader.name)
+    module.__file__ = file  # it looks for its vocabulary beside itself
+    loader.exec_module(module)
     return module.SimpleTokenizer()
 
 
@@ -61,9 +61,8 @@ def encode(prompt: str) -> list[int]:
     prompt = readable(prompt)
     longest = max(map(len, prompt.split()), default=0)
     if longest > MAX_WORD:
-        raise ArgumentError(
-            f"prompt: a word of {longest} characters; the limit is {MAX_WORD}, shorten it or add spaces"
-        )
+        remedy = "shorten it or add spaces"
+        raise ArgumentError(f"prompt: a word of {longest} characters; the limit is {MAX_WORD}, {remedy}")
     return _bpe().encode(prompt)
 
 

@@ -54,7 +54,7 @@ def test_an_interrupt_leaves_the_old_file(tmp_path: Path) -> None:
 def test_the_first_free_name_is_taken_and_no_free_name_is_an_error(tmp_path: Path) -> None:
     names = [tmp_path / "a", tmp_path / "b"]
     assert [write_new(names, b"x").name for _ in range(2)] == ["a", "b"]
-    with pytest.raises(OutputError, match="a: exists already; choose another name, or overwrite it"):
+    with pytest.raises(OutputError, match="a: exists already; choose another name or overwrite=True"):
         write_new(names, b"x")
     assert sorted(os.listdir(tmp_path)) == ["a", "b"]
 
