@@ -29,6 +29,7 @@ from ldm.fast.networks import FastDecoder, FastEncoder, FastUNet
 from ldm.limits import precision
 from ldm.model import LatentDiffusion
 from ldm.networks.attention import Attend, CrossAttention
+from ldm.swap import swap
 from samplers import cfg
 from tests.made.compilers import compiled_only
 from tests.made.families import build, tiny
@@ -240,10 +241,10 @@ def test_who_looks_inside_or_changes_a_part_gets_the_readable_networks(sd1: Late
                 return super().forward(q, k, v)
 
         layer = next(module for module in fast.modules() if isinstance(module, CrossAttention))
-        layer.attend, before = Looking(), layer.attend
-        assert torch.equal(fast(*given), readable)
-        assert len(seen) == 2
-        layer.attend = before
+        with swap(fast, lambda path, module: Looking(), where=lambda path, module: module is layer.attend):
+            assert torch.equal(fast(*given), readable)
+            assert len(seen) == 2
+        assert not torch.equal(fast(*given), readable)
 
         class Doubled(nn.Linear):
             def forward(self, x: Tensor) -> Tensor:
