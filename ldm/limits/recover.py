@@ -1,16 +1,102 @@
-"""Where NaN and infinity come from in a network, and the same network in types of numbers that overflow later."""
+"""The same result of a network where half precision overflows, or the GPU's memory ends."""
 
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ldm.errors import NonFinite
+from ldm.errors import MemoryLimit, NonFinite
+from ldm.model import LatentDiffusion
 from ldm.networks.attention import CrossAttention
+from ldm.networks.modules import M
+from ldm.networks.unet import UNet
+from ldm.swap import exchange
+
+# --- calls of the UNet ----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Recovery:
+    """What it took to call the UNet so far, for the next calls of the same run."""
+
+    unet: UNet | None = None  # a wider copy, once the model's own has overflowed
+    most: int | None = None  # pictures at once, once there was no memory for more
+    context: tuple[Tensor, Tensor] | None = None  # the last one, and itself in the type of the network: one tensor for
+    # all steps, since fast networks keep what they compute from it
+
+
+def call_unet(
+    model: LatentDiffusion, x: Tensor, t: Tensor, context: Tensor, y: Tensor | None, recovery: Recovery, where: str
+) -> Tensor:
+    """What the model's UNet predicts, in float32, for inputs in float32, whatever the type of its weights.
+
+    An output with NaN or infinity in half precision: again with attention in float32, then in bfloat16 and in float32,
+    each a copy of the UNet that is kept; the model stays as it is. Not enough memory on the GPU: again in halves of the
+    batch. One warning each. Raises NonFinite that names the first module and the weights it comes from, and
+    MemoryLimit.
+
+    where  what a message says of this call, such as "at sigma 3"
+    """
+
+    def run(unet: UNet) -> Tensor:
+        dtype = dtype_of(unet)
+        if recovery.context is None or recovery.context[0] is not context or recovery.context[1].dtype != dtype:
+            recovery.context = context, context.to(dtype)
+        label = y.to(dtype) if y is not None and y.is_floating_point() else y
+        return _in_parts(unet, (x.to(dtype), t, recovery.context[1], label), recovery, model.config.vae.factor).float()
+
+    unet = recovery.unet or model.unet
+    out = run(unet)
+    if is_finite(out):
+        return out
+    channels = model.config.vae.z_channels
+    given = {"x": x[:, :channels], "the context": context, "y": y, "what is concatenated": x[:, channels:]}
+    for what, tensor in given.items():
+        if tensor is not None and not is_finite(tensor):
+            raise NonFinite(
+                f"UNet: {where}, {what} has NaN or infinity before the UNet has seen it; "
+                "use bfloat16 or float32, or check the weights"
+            )
+    out, recovery.unet, fault, how = again(
+        unet, run, lambda how, module: f"UNet: NaN or infinity {where} {how}, {module}"
+    )
+    warnings.warn(f"{fault}; computed {how} from here on", stacklevel=5)
+    return out
+
+
+def _in_parts(
+    unet: UNet, inputs: tuple[Tensor, Tensor, Tensor, Tensor | None], recovery: Recovery, factor: int
+) -> Tensor:
+    """The output for a batch, in as many parts as the memory asks for."""
+    x, n = inputs[0], len(inputs[0])
+    size = n if recovery.most is None else min(n, recovery.most)
+    while True:
+        parts = [[None if each is None else each[i : i + size] for each in inputs] for i in range(0, n, size)]
+        try:
+            return torch.cat([unet(*part) for part in parts])
+        except torch.OutOfMemoryError:
+            pass  # what the failed call holds is free only outside of this
+        torch.cuda.empty_cache()
+        if size == 1:
+            raise MemoryLimit(
+                f"UNet: the GPU's memory does not suffice for {x.shape[3] * factor}x{x.shape[2] * factor}, "
+                "one picture and condition at a time; use a smaller size, or --offload"
+            )
+        if recovery.most is None:
+            warnings.warn(
+                f"UNet: the GPU's memory does not suffice for a batch of {size}: it is computed in parts from here on",
+                stacklevel=7,
+            )
+        size = recovery.most = (size + 1) // 2
+
+
+# --- types that overflow later --------------------------------------------------------------------------------------
 
 
 class AttendInFloat32(nn.Module):
@@ -34,24 +120,25 @@ def dtype_of(network: nn.Module) -> torch.dtype:
     return next(network.parameters()).dtype
 
 
-def wider(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The same network in ways that overflow later, the cheapest first: what is different, and a copy; `network` itself stays as it is.
+def wider(network: M) -> Iterator[tuple[str, M]]:
+    """The same network in ways that overflow later, the cheapest first: what is different, and a copy.
 
-    float16 -> attention in float32 where there is any (shares the weights), then all in bfloat16, then in float32; bfloat16 -> float32.
+    float16: attention in float32 where there is any (the copy shares the weights), then all in bfloat16, then in
+    float32. bfloat16: float32. `network` itself stays as it is.
     """
     dtype = dtype_of(network)
     if dtype == torch.float16:
-        if any(
-            isinstance(module, CrossAttention) and not isinstance(module.attend, AttendInFloat32)
-            for module in network.modules()
-        ):
-            yield "with attention in float32", _attending_in_float32(network)
+        attends = [module.attend for module in network.modules() if isinstance(module, CrossAttention)]
+        if not all(isinstance(attend, AttendInFloat32) for attend in attends):
+            same = _copied(network, {id(t): t for t in (*network.parameters(), *network.buffers())})
+            exchange(same, lambda path, attend: AttendInFloat32(attend), where="*.attn?.attend")
+            yield "with attention in float32", same
         yield "in bfloat16", converted(network, torch.bfloat16)
     if dtype in (torch.float16, torch.bfloat16):
         yield "in float32", converted(network, torch.float32)
 
 
-def converted(network: nn.Module, dtype: torch.dtype) -> nn.Module:
+def converted(network: M, dtype: torch.dtype) -> M:
     """A copy with its weights in another type."""
     tensors = [*network.parameters(), *network.buffers()]
     return _copied(
@@ -63,21 +150,16 @@ def _like(old: Tensor, data: Tensor) -> Tensor:
     return nn.Parameter(data, requires_grad=False) if isinstance(old, nn.Parameter) else data
 
 
-def _attending_in_float32(network: nn.Module) -> nn.Module:
-    same = _copied(network, {id(t): t for t in (*network.parameters(), *network.buffers())})
-    for module in [*same.modules()]:
-        if isinstance(module, CrossAttention):
-            module.attend = AttendInFloat32(module.attend)
-    return same
+def _copied(network: M, tensors: Mapping[int, Tensor]) -> M:
+    """A copy with these tensors in the place of its own, {id of the old: new}.
 
-
-def _copied(network: nn.Module, tensors: Mapping[int, Tensor]) -> nn.Module:
-    """A copy with these tensors in the place of its own, {id of the old: new}. Attention is shared: who has swapped it in to look at it still does."""
+    Modules of attention are shared: one that was swapped in, to look at attention, still sees it.
+    """
     shared = {id(module.attend): module.attend for module in network.modules() if isinstance(module, CrossAttention)}
     return copy.deepcopy(network, {**tensors, **shared})
 
 
-# --- who did it -----------------------------------------------------------------------------------------------------
+# --- where it begins ------------------------------------------------------------------------------------------------
 
 
 class _Found(Exception):
@@ -85,7 +167,10 @@ class _Found(Exception):
 
 
 def first_not_finite(network: nn.Module, run: Callable[[], object]) -> str | None:
-    """The name of the first module inside `network` whose output has NaN or infinity when `run`, which calls it, is run again; None: none has."""
+    """The name of the first module inside `network` whose output has NaN or infinity; None: no module's has.
+
+    run  calls the network once more
+    """
     names = {module: name for name, module in network.named_modules() if name}
 
     def look(module: nn.Module, args: Any, out: Any) -> None:
@@ -109,34 +194,30 @@ def weights_not_finite(network: nn.Module) -> list[str]:
 
 
 def blame(network: nn.Module, run: Callable[[], object]) -> str:
-    """Where a result that is not finite comes from, in words: the first module, and any weights that were not finite to begin with."""
+    """Where a result that is not finite comes from: the first module, and weights that are not finite themselves."""
     module, weights = first_not_finite(network, run), weights_not_finite(network)
     where = f"first at {module}" if module else "after its last module"
     more = f" and {len(weights) - 1} more" if len(weights) > 1 else ""
     return f"{where}; weights not finite: {weights[0]}{more}" if weights else where
 
 
-# --- again, wider -----------------------------------------------------------------------------------------------------
+# --- again, wider ---------------------------------------------------------------------------------------------------
 
 
-def again(
-    network: nn.Module, run: Callable[[nn.Module], Tensor], wrong: Callable[[str, str], str]
-) -> tuple[Tensor, nn.Module, str, str]:
-    """A finite output after one that was not: the output, the wider copy that gave it, what had gone wrong, and how the copy differs.
+def again(network: M, run: Callable[[M], Tensor], message: Callable[[str, str], str]) -> tuple[Tensor, M, str, str]:
+    """A finite output after one that was not: the output, the copy that gave it, the fault, and how the copy differs.
 
-    run    calls the network, or a copy of it
-    wrong  (in which type, where it begins) -> the words of a person who is told
+    run      calls the network, or a copy of it
+    message  (in which type, where it begins) -> the fault in words
     Raises NonFinite where no copy gives one, or where the weights themselves are not finite.
     """
-    said, wide = (
-        wrong(f"in {str(dtype_of(network)).removeprefix('torch.')}", blame(network, lambda: run(network))),
-        network,
-    )
+    fault = message(f"in {str(dtype_of(network)).removeprefix('torch.')}", blame(network, lambda: run(network)))
+    wide = network
     if not weights_not_finite(network):
         for how, wide in wider(network):
             out = run(wide)
             if is_finite(out):
-                return out, wide, said, how
+                return out, wide, fault, how
         if wide is not network:
-            said = wrong(f"even {how}", blame(wide, lambda: run(wide)))
-    raise NonFinite(f"{said}; use other weights")
+            fault = message(f"even {how}", blame(wide, lambda: run(wide)))
+    raise NonFinite(f"{fault}; use other weights")

@@ -18,7 +18,7 @@ from ldm.cli import models
 from ldm.config import SD1, ModelConfig, VAEConfig
 from ldm.errors import MemoryLimit, NonFinite
 from ldm.limits import precision, recover, tiles
-from ldm.limits.recover import converted, first_not_finite, weights_not_finite
+from ldm.limits.recover import converted
 from ldm.model import LatentDiffusion
 from ldm.networks.vae import VAE
 from tests.made.warned import caught
@@ -246,36 +246,6 @@ def test_without_memory_for_strips_it_is_an_error(
         match=rf"does not suffice to {way} 16x16, even in strips; use a smaller size or batch, or --offload",
     ):
         caught(lambda: WAYS[way](model, tile=8))
-
-
-def test_the_first_module_is_the_innermost_that_ran_first() -> None:
-    class Doubled(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = nn.Identity()
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.inner(x) * 2
-
-    network = nn.Sequential(nn.Identity(), Doubled(), nn.Identity())
-    assert first_not_finite(network, lambda: network(torch.tensor(3e38))) == "1"
-    assert first_not_finite(network, lambda: network(torch.tensor(torch.inf))) == "0"
-    assert first_not_finite(network, lambda: network(torch.tensor(1.0))) is None
-    assert not any(module._forward_hooks for module in network.modules())
-
-
-def test_a_converted_copy_leaves_the_original_alone() -> None:
-    network = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
-    network[1].weight = network[0].bias  # one tensor under two names stays one
-    before = {name: value.clone() for name, value in network.state_dict().items()}
-    copied = converted(network, torch.bfloat16)
-    assert {name: value.dtype for name, value in copied.state_dict().items()} == {
-        name: torch.bfloat16 if value.is_floating_point() else value.dtype for name, value in before.items()
-    }
-    assert copied[1].weight is copied[0].bias
-    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
-    assert all(value.dtype == before[name].dtype for name, value in network.state_dict().items())
-    assert weights_not_finite(copied) == []
 
 
 # --- the type that the command line takes ---------------------------------------------------------------------------
