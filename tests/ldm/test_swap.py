@@ -103,7 +103,7 @@ def test_a_module_and_one_inside_it_and_one_of_two_names():
 @pytest.mark.parametrize(
     ("where", "message"),
     [
-        ("*.attn1.atend", r"where: no module of UNet matches '\*\.attn1\.atend'; nearest: \*\.attn1\.attend, \*\.attn2\.attend"),
+        ("*.attn1.atend", r"no module of UNet matches '\*\.attn1\.atend'; nearest: \*\.attn1\.attend, \*\.attn2"),
         ("*.midle_block", r"nearest: \*\.middle_block,"),
         ("input_blocks.1.1.proj_inn", r"nearest: input_blocks\.1\.1\.proj_in,"),
         ("", "nearest: "),

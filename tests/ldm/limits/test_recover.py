@@ -222,7 +222,7 @@ def test_without_memory_for_a_single_picture_it_is_an_error(half: LatentDiffusio
         caught(lambda: guided(half, CONDS, cfg(5.0))(normal("x", (1, 4, 8, 10)), 2.0))
 
 
-# --- where NaN and infinity begin ---------------------------------------------------------------------------------------
+# --- where NaN and infinity begin -----------------------------------------------------------------------------------
 
 
 def test_the_first_module_is_the_innermost_that_ran_first() -> None:
