@@ -1,4 +1,4 @@
-"""Pictures: PIL <-> tensors in [-1, 1], files of untrusted origin -> RGB, sizes, PNGs with their metadata, and animations."""
+"""Pictures: PIL <-> tensors in [-1, 1], any mode -> RGB, and sizes."""
 
 from __future__ import annotations
 
@@ -36,19 +36,17 @@ def to_pil(images: Tensor) -> list[Image.Image]:
 
 
 def from_pil(images: Image.Image | Sequence[Image.Image]) -> Tensor:
-    """Pictures of one size -> [b, 3, H, W] float32 in [-1, 1]. Raises ArgumentError for pictures of different sizes, or none."""
+    """Pictures of one size -> [b, 3, H, W] float32 in [-1, 1]. Raises ArgumentError for different sizes, or no picture."""
     pictures = [to_rgb(image) for image in ([images] if isinstance(images, Image.Image) else images)]
     sizes = {picture.size for picture in pictures}
     if len(sizes) != 1:
         raise ArgumentError(f"pictures of one batch must have one size; these have {sorted(sizes) or 'none'}")
-    return (
-        torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures])).permute(0, 3, 1, 2).float() / 127.5
-        - 1
-    )
+    levels = torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures]))
+    return levels.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any mode -> RGB: turned upright as EXIF says, 16-bit levels scaled to 8, colours to sRGB by the embedded profile, transparency on white."""
+    """Any mode -> RGB: upright as EXIF says, 16-bit levels scaled to 8, colours in sRGB, transparency on white."""
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16-bit grey, which Pillow's own conversion clips to white
         image = Image.fromarray(((np.asarray(image).astype(np.int64).clip(0, 65535) + 128) // 257).astype(np.uint8))
@@ -60,7 +58,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     colour = _to_srgb(colour, image.info.get("icc_profile"))
     if alpha is not None:
         colour = Image.composite(colour, Image.new("RGB", colour.size, "white"), alpha)
-    colour.info = {}  # what it says is done
+    colour.info = {}  # its profile and transparency have been applied
     return colour
 
 
@@ -70,13 +68,12 @@ def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
         image = image.convert("L" if image.mode == "1" else "RGB")
     if profile:
         try:
-            return ImageCms.profileToProfile(
-                image, ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB"), outputMode="RGB"
-            )
+            given, srgb = ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB")
+            converted = ImageCms.profileToProfile(image, given, srgb, outputMode="RGB")
+            return converted or image  # only a picture converted in place comes back as None
         except (ImageCms.PyCMSError, OSError):
-            warnings.warn(
-                f"a colour profile that does not suit its {image.mode} picture was left out", ImageWarning, stacklevel=4
-            )
+            what = f"a colour profile that does not suit its {image.mode} picture was left out"
+            warnings.warn(what, ImageWarning, stacklevel=4)
     return image.convert("RGB")
 
 
@@ -89,14 +86,17 @@ def nearest_multiple(pixels: float, unit: int = 8) -> int:
 
 
 def size_for(image: Image.Image, width: int | None = None, height: int | None = None) -> tuple[int, int]:
-    """(width, height) to make of a picture, in pixels: its own rounded to multiples of 8; or, given one side, the other as its shape wants it."""
-    if width is None and height is None:
-        return nearest_multiple(image.width), nearest_multiple(image.height)
-    if height is None:
-        return width, nearest_multiple(width * image.height / image.width)
-    return nearest_multiple(height * image.width / image.height) if width is None else width, height
+    """(width, height) in pixels to make of a picture: the sides that are given, the others from its shape.
+
+    Sides that are not given are rounded to multiples of 8.
+    """
+    if width is not None:
+        return width, nearest_multiple(width * image.height / image.width) if height is None else height
+    if height is not None:
+        return nearest_multiple(height * image.width / image.height), height
+    return nearest_multiple(image.width), nearest_multiple(image.height)
 
 
 def fit(image: Image.Image, width: int, height: int) -> Image.Image:
-    """The picture scaled to cover width x height pixels (Lanczos), what juts out cut off evenly: nothing is stretched. Its own size: unchanged."""
+    """The picture scaled to cover width x height pixels (Lanczos), and cut evenly on both sides: nothing is stretched."""
     return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)

@@ -21,22 +21,20 @@ def mask_of(image: Image.Image, size: tuple[int, int], source: Literal["white", 
 
     white  where the mask is at least half white, as in the original inpainting script
     alpha  where the picture is at least half transparent
-    A mask of another size is scaled (nearest) if its shape agrees to 1 %. Raises ArgumentError if it does not, if there is no
-    transparency to read, and if nothing is to be painted.
+    A mask of another size is scaled (nearest) if its shape agrees to 1 %. Raises ArgumentError if it does not, if there
+    is no transparency to read, and if nothing is to be painted.
     """
     if source == "alpha":
         if "A" not in image.getbands() and "transparency" not in image.info:
-            raise ArgumentError(
-                "mask: the picture has no transparency; give a mask that is white where to repaint", key="mask"
-            )
+            what = "mask: the picture has no transparency; give a mask that is white where to repaint"
+            raise ArgumentError(what, key="mask")
         level = image.convert("RGBA").getchannel("A").point(lambda a: 255 if a < 128 else 0)
     else:
         level = to_rgb(image).convert("L").point(lambda v: 255 if v >= 128 else 0)
     (w, h), (width, height) = level.size, size
     if abs(w * height - h * width) > 0.01 * w * height:
-        raise ArgumentError(
-            f"mask: it is {w}x{h} and the picture {width}x{height}; give a mask of the same shape", key="mask"
-        )
+        what = f"mask: it is {w}x{h} and the picture {width}x{height}; give a mask of the same shape"
+        raise ArgumentError(what, key="mask")
     level = level.resize(size, Image.Resampling.NEAREST)
     if not level.getbbox():
         raise ArgumentError("mask: nothing to paint: it is black all over; white is what is repainted", key="mask")
@@ -44,7 +42,7 @@ def mask_of(image: Image.Image, size: tuple[int, int], source: Literal["white", 
 
 
 def feathered(mask: Image.Image, pixels: int) -> Image.Image:
-    """The mask rising from its border inwards to 255 over so many pixels; what is 0 stays 0. Raises ArgumentError for less than 0 or more than 256."""
+    """The mask rising from its border inwards to 255 over 0 to 256 pixels; 0 stays 0. Raises ArgumentError."""
     if isinstance(pixels, bool) or not isinstance(pixels, int) or not 0 <= pixels <= MAX_FEATHER:
         raise ArgumentError(f"feather: {pixels!r}; give 0 to {MAX_FEATHER} pixels", key="feather")
     inner, total = mask, np.asarray(mask, dtype=np.float32)
@@ -67,8 +65,8 @@ def to_tensor(mask: Image.Image) -> Tensor:
 def cells(mask: Tensor, factor: int, *, any_pixel: bool) -> Tensor:
     """A mask [b, 1, H, W] of pixels as one [b, 1, h, w] of latent cells.
 
-    any_pixel  a cell is repainted if one of its pixels is: what must not show through is gone. Otherwise its first pixel decides
-               (nearest), as in the original inpainting script
+    any_pixel  a cell is repainted if one of its pixels is, so that nothing of it shows through. Otherwise its first
+               pixel decides (nearest), as in the original inpainting script
     """
     if any_pixel:
         return F.max_pool2d(mask, factor)

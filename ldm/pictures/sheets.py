@@ -26,7 +26,8 @@ def sheet(images: Sequence[Image.Image], labels: Sequence[str] = (), columns: in
     """
     if not images or len(labels) not in (0, len(images)):
         raise ArgumentError(
-            f"a sheet of {len(images)} pictures with {len(labels)} labels: give at least one picture, and one label for each or none"
+            f"a sheet of {len(images)} pictures with {len(labels)} labels: "
+            "give at least one picture, and one label for each or none"
         )
     columns = columns or math.ceil(math.sqrt(len(images)))
     width, height = max(image.width for image in images), max(image.height for image in images)
@@ -38,21 +39,18 @@ def sheet(images: Sequence[Image.Image], labels: Sequence[str] = (), columns: in
     for i, (image, label) in enumerate(itertools.zip_longest(images, labels, fillvalue="")):
         x, y = GAP + i % columns * (width + GAP), GAP + i // columns * (height + line + GAP)
         out.paste(image, (x, y))
-        draw.text(
-            (x, y + height + 2),
-            _shortened(printable(label), lambda text: font.getlength(text) <= width),
-            fill="black",
-            font=font,
-        )
+        text = _shortened(printable(label), lambda text: font.getlength(text) <= width)
+        draw.text((x, y + height + 2), text, fill="black", font=font)
     return out
 
 
 def table(rows: Sequence[Sequence[Image.Image]], across: Sequence[str] = (), down: Sequence[str] = ()) -> Image.Image:
     """Pictures in rows and columns, with a header over every column and one left of every row.
 
-    across, down  the headers; none, or one for each column, or row. Long ones are broken into up to six lines, then end in dots
-    Pictures are scaled down where the table would have more than 16384 pixels along a side. Raises ArgumentError for no pictures, rows
-    of different lengths, or headers that are not one for each.
+    across, down  the headers; none, or one for each column, or row. Long ones are broken into up to six lines, then end
+                  in dots
+    Pictures are scaled down where the table would have more than 16384 pixels along a side. Raises ArgumentError for no
+    pictures, rows of different lengths, or headers that are not one for each.
     """
     if not rows or not rows[0] or len({len(row) for row in rows}) != 1:
         raise ArgumentError(
@@ -60,7 +58,8 @@ def table(rows: Sequence[Sequence[Image.Image]], across: Sequence[str] = (), dow
         )
     if len(across) not in (0, len(rows[0])) or len(down) not in (0, len(rows)):
         raise ArgumentError(
-            f"a table of {len(rows)} rows and {len(rows[0])} columns with {len(down)} and {len(across)} headers: give one for each, or none"
+            f"a table of {len(rows)} rows and {len(rows[0])} columns with {len(down)} and {len(across)} headers: "
+            "give one for each, or none"
         )
     rows = _limited(rows)
     width, height = (max(image.size[side] for row in rows for image in row) for side in (0, 1))
@@ -85,9 +84,8 @@ def table(rows: Sequence[Sequence[Image.Image]], across: Sequence[str] = (), dow
         for k, text in enumerate(lines):
             draw.text((left, y + (high - len(lines) * line) / 2 + k * line), text, fill="black", font=font, anchor="ra")
         for i, image in enumerate(row):
-            out.paste(
-                image, (left + GAP + i * (wide + GAP) + (wide - image.width) // 2, y + (high - image.height) // 2)
-            )
+            x = left + GAP + i * (wide + GAP) + (wide - image.width) // 2
+            out.paste(image, (x, y + (high - image.height) // 2))
     return out
 
 
@@ -100,19 +98,17 @@ def _limited(rows: Sequence[Sequence[Image.Image]]) -> list[list[Image.Image]]:
     share = MAX_SIDE * 0.9 / largest  # a tenth is left for headers and gaps
     if share >= 1:
         return [list(row) for row in rows]
-    return [
-        [
-            image.resize(
-                (max(1, int(image.width * share)), max(1, int(image.height * share))), Image.Resampling.LANCZOS
-            )
-            for image in row
-        ]
-        for row in rows
-    ]
+
+    def smaller(image: Image.Image) -> Image.Image:
+        size = max(1, int(image.width * share)), max(1, int(image.height * share))
+        return image.resize(size, Image.Resampling.LANCZOS)
+
+    return [[smaller(image) for image in row] for row in rows]
 
 
 def _line(font: Font) -> int:
     """The height of a line of text in pixels."""
+    assert isinstance(font, ImageFont.FreeTypeFont)  # Pillow's default font of a given size
     return sum(font.getmetrics()) + 4
 
 
