@@ -74,15 +74,18 @@ class Full:
     diff: Tensor
 
 
+Plain = LowRank | Hadamard | Kronecker | Generalised | Full
+
+
 @dataclass(frozen=True, eq=False)
 class Decomposed:
     """DoRA (Liu et al. 2024, eq. 5): W + `inner`, its columns scaled to the lengths that were trained."""
 
-    inner: LowRank | Hadamard | Kronecker | Generalised | Full
+    inner: Plain
     magnitude: Tensor  # [1, in]: length of what each input reaches (LyCORIS, as the paper); [out, 1]: of what reaches each output (PEFT)
 
 
-Change = LowRank | Hadamard | Kronecker | Generalised | Full | Decomposed
+Change = Plain | Decomposed
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,6 +116,11 @@ class Changes(Mapping[str, Change]):
         if self.unmatched:
             line += f"; not used: {', '.join(self.unmatched[:3])}{', ...' if len(self.unmatched) > 3 else ''}"
         return line
+
+
+def plain(change: Change) -> Plain:
+    """The change without the magnitudes of a DoRA."""
+    return change.inner if isinstance(change, Decomposed) else change
 
 
 # --- one change and one weight --------------------------------------------------------------------------------------

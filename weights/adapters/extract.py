@@ -17,8 +17,9 @@ from ldm.config import ModelConfig
 from ldm.disk import require_writable
 from ldm.errors import AmbiguousCheckpoint
 from weights.adapters import names as lora_names
+from weights.adapters.kohya import difference_key, kohya_names, network_facts
 from weights.adapters.rank import Kept, Rule, energy, factored, require_rank, rule
-from weights.adapters.write import difference_key, kohya_names, network_facts, write_lora
+from weights.adapters.write import write_lora
 from weights.checkpoint import Checkpoint, described, open_any, recognise, require_dtype
 from weights.files.folders import Folder
 from weights.files.hashes import sha256_of

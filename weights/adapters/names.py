@@ -1,10 +1,11 @@
-"""How LoRA files spell the modules of a model: tables made from its config, and looked up whole, because underscores cannot be parsed."""
+"""How LoRA files spell the modules of a model: whole names in tables from its config, as underscores cannot be parsed."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from types import MappingProxyType
+from typing import Literal
 
 from ldm.changes.lora import Shape
 from ldm.config import ModelConfig
@@ -13,13 +14,19 @@ from ldm.networks.unet import UNet
 from weights.names import blank
 from weights.names.diffusers import diffusers_unet
 
+Dialect = Literal["kohya", "diffusers", "peft"]
+TOWERS = ("text_encoder", "text_encoder_2")  # as diffusers and peft name them
+ALPHA_KEY = (
+    "ldm.lora.alpha_dtype"  # metadata: the type of the alpha tensors of the kohya file that this one was made from
+)
+
 SUFFIXES: dict[str, str] = {  # end of a key -> what the tensor is; before it stands the spelling of the module
     ".lora_down.weight": "down", ".lora_up.weight": "up", ".lora_mid.weight": "mid",  # kohya
     ".lora.down.weight": "down", ".lora.up.weight": "up",  # diffusers 0.18 to 0.21
     ".down.weight": "down", ".up.weight": "up",  # diffusers before: the spelling ends in _lora or lora_linear_layer
     ".lora_A.weight": "down", ".lora_B.weight": "up",  # peft
     ".lora_A.default.weight": "down", ".lora_B.default.weight": "up",  # the same with the adapter's name left in
-    ".lora_magnitude_vector": "magnitude", ".lora_magnitude_vector.weight": "magnitude", ".lora_magnitude_vector.default.weight": "magnitude",
+    **{f".lora_magnitude_vector{end}": "magnitude" for end in ("", ".weight", ".default.weight")},
     ".alpha": "alpha", ".dora_scale": "dora_scale",
     **{f".hada_{part}": f"hada_{part}" for part in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")},
     **{f".lokr_{part}": f"lokr_{part}" for part in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")},
@@ -50,14 +57,29 @@ def shapes(config: ModelConfig) -> Mapping[str, Shape]:
 def spellings(config: ModelConfig) -> Mapping[str, str]:
     """{spelling of a module: our name of it} for every way in which files name it."""
     table: dict[str, str] = {}
-    theirs = {_module(ours): _module(name) for ours, name in diffusers_unet(config.unet).items()}
-    for module, name in theirs.items():
-        table |= dict.fromkeys(_of_unet(module, name), f"unet.{module}")
-    for tower in range(len(config.text)):
-        prefix = f"text.{tower}."
-        for module in {_module(key.removeprefix(prefix)) for key in shapes(config) if key.startswith(prefix)}:
-            table |= dict.fromkeys(_of_text(module, tower, len(config.text)), prefix + module)
+    for module, (network, name) in components(config).items():
+        if network == "unet":
+            table |= dict.fromkeys(_of_unet(module.removeprefix("unet."), name), module)
+        else:
+            table |= dict.fromkeys(_of_text(name, TOWERS.index(network), len(config.text)), module)
     return MappingProxyType(table)
+
+
+@lru_cache(maxsize=16)
+def components(config: ModelConfig) -> Mapping[str, tuple[str, str]]:
+    """{our module: (unet or text_encoder(_2), the module's name in diffusers or transformers)}."""
+    found = {f"unet.{_module(ours)}": ("unet", _module(name)) for ours, name in diffusers_unet(config.unet).items()}
+    for key in shapes(config):
+        network, _, rest = _module(key).partition(".")
+        if network == "text":
+            tower, _, name = rest.partition(".")
+            found[_module(key)] = TOWERS[int(tower)], name
+    return MappingProxyType(found)
+
+
+def short(name: str, limit: int = 60) -> str:
+    """The telling end of a long name."""
+    return name if len(name) <= limit else "..." + name[3 - limit :]
 
 
 def _module(parameter: str) -> str:
@@ -75,14 +97,11 @@ def _of_unet(module: str, diffusers: str) -> Iterator[str]:
 
 def _of_text(module: str, tower: int, towers: int) -> Iterator[str]:
     """A model of one tower may be spelled with or without a number; the towers of SDXL are told apart by it."""
-    yield from (
-        f"{prefix}_{_joined(module)}" for prefix in (f"lora_te{tower + 1}", *(["lora_te"] if towers == 1 else []))
-    )
-    component = "text_encoder." if tower == 0 else f"text_encoder_{tower + 1}."
-    prefixes = (component, *_peft(component), *(["base_model.model."] if towers == 1 else []))
-    for name in dict.fromkeys(
-        (module, module.removeprefix("text_model."))
-    ):  # transformers 5 has no text_model. in its names
+    alone = towers == 1
+    yield from (f"{prefix}_{_joined(module)}" for prefix in (f"lora_te{tower + 1}", *(["lora_te"] if alone else [])))
+    component = f"{TOWERS[tower]}."
+    prefixes = (component, *_peft(component), *(["base_model.model."] if alone else []))
+    for name in dict.fromkeys((module, module.removeprefix("text_model."))):  # transformers 5 leaves text_model. out
         yield from (f"{prefix}{name}" for prefix in prefixes)
         yield f"{component}{name}.lora_linear_layer"
         attention, _, leaf = name.partition(".self_attn.")

@@ -1,21 +1,25 @@
-"""A LoRA file -> the same LoRA in another trainer's names, or of another rank."""
+"""A LoRA file -> the same LoRA in another trainer's names, or with other ranks."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 
 import torch
 
-from ldm.changes.lora import Change, Decomposed, Full, LowRank, delta
+from ldm.changes.lora import Change, Decomposed, Full, LowRank, delta, plain
 from ldm.config import ModelConfig
 from ldm.disk import require_writable
 from ldm.errors import FileError
 from weights.adapters import names as lora_names
+from weights.adapters.kohya import network_facts
+from weights.adapters.names import Dialect
+from weights.adapters.peft import TITLES, expressible, unheld
 from weights.adapters.rank import Kept, Rule, energy, factored, require_rank, resized, rule
-from weights.adapters.read import Dialect, Source, read_lora
-from weights.adapters.write import TITLES, expressible, network_facts, require_dialect, require_held, unheld, write_lora
+from weights.adapters.read import Source, read_lora
+from weights.adapters.write import require_dialect, write_lora
 from weights.checkpoint import require_dtype
 from weights.files.hashes import sha256_of
 from weights.files.write import OnWrite
@@ -40,16 +44,18 @@ class Rewritten:
 
 def convert_lora(
     src: str | PathLike[str], dst: str | PathLike[str], to: Dialect, model_config: ModelConfig | str | None = None, *,
-    as_lora: int | None = None, dtype: torch.dtype | None = None, overwrite: bool = False, on_write: OnWrite | None = None,
+    as_lora: int | None = None, dtype: torch.dtype | None = None, overwrite: bool = False,
+    on_write: OnWrite | None = None,
 ) -> Rewritten:  # fmt: skip
     """Write a LoRA in another dialect: the same factors, bit for bit, and the same alphas.
 
     src           whatever `read_lora` reads, in any dialect and of any kind
-    to            "kohya": a file for kohya's scripts, A1111 and ComfyUI; "diffusers": a file for `pipe.load_lora_weights`; "peft": a
-                  directory with one folder per network, `PeftModel.from_pretrained(unet, dst / "unet")`, named as transformers 5 does
+    to            "kohya": a file for kohya's scripts, A1111 and ComfyUI; "diffusers": a file for
+                  `pipe.load_lora_weights`; "peft": a directory with one folder per network,
+                  `PeftModel.from_pretrained(unet, dst / "unet")`, named as transformers 5 does
     model_config  the family, or a model's config; None: found out from the targets
-    as_lora       re-express what the dialect cannot hold (LoHa, LoKr, cores, full differences) as products of this rank, the nearest there
-                  are; None: refuse it
+    as_lora       replace what the dialect cannot hold (LoHa, LoKr, cores, full differences) by the nearest products of
+                  this rank; None: refuse it
     dtype         of the factors; None: as they are
     Raises FileError that names the first module that cannot be written, AmbiguousCheckpoint, ArgumentError, OutputError.
     """
@@ -64,37 +70,27 @@ def convert_lora(
     if as_lora is not None and to != "kohya":
         for parameter, change in changes.items():
             if unheld(change) and expressible(change):
-                changes[parameter], one = expressed(change, Rule(as_lora), parameter, source.config)
+                changes[parameter], one = _expressed(change, Rule(as_lora), parameter, source.config)
                 kept.append(one)
-    require_held(changes, to, source.config, path)
-    metadata = source.metadata | history(path) | (network_facts(changes) if kept or source.dialect != "kohya" else {})
-    written = write_lora(
-        changes,
-        dst,
-        to,
-        source.config,
-        metadata,
-        source=path,
-        dtype=dtype,
-        alpha_dtype=source.alpha_dtype,
-        overwrite=overwrite,
-        on_write=on_write,
-    )
+    facts = network_facts(changes) if kept or source.dialect != "kohya" else {}
+    written = _written(source, changes, path, dst, to, facts, dtype, overwrite, on_write)
     return Rewritten(written, source.config.name, to, source.changes.modules, tuple(kept))
 
 
 def resize_lora(
-    src: str | PathLike[str], dst: str | PathLike[str], *, rank: int | None = None, variance: float | None = None, max_rank: int | None = None,
-    to: Dialect | None = None, model_config: ModelConfig | str | None = None, dtype: torch.dtype | None = None, overwrite: bool = False,
-    on_write: OnWrite | None = None,
+    src: str | PathLike[str], dst: str | PathLike[str], *, rank: int | None = None, variance: float | None = None,
+    max_rank: int | None = None, to: Dialect | None = None, model_config: ModelConfig | str | None = None,
+    dtype: torch.dtype | None = None, overwrite: bool = False, on_write: OnWrite | None = None,
 ) -> Rewritten:  # fmt: skip
-    """Write a LoRA whose modules have another rank, each the nearest to the old in the Frobenius norm (Eckart and Young 1936).
+    """Write a LoRA of another rank: each module the nearest to the old in the Frobenius norm (Eckart and Young 1936).
 
-    rank      of every module; less where there is less: a product never has more than it was made with
-    variance  instead: the least rank for each module that keeps this share of its squared singular values, at most `max_rank`
+    rank      of every module; a module that was made with a lower one keeps that
+    variance  instead: the least rank for each module that keeps this share of its squared singular values, at most
+              `max_rank`
     to        the dialect; None: that of `src`
-    alpha / rank, the scale, stays what it was. Convolutions are included; what a DoRA adds to its factors is kept as it is, and so are full
-    differences. Raises FileError for kinds that are no plain product (LoHa, LoKr, GLoRA), and as `convert_lora` does.
+    alpha / rank, the scale, stays what it was. Convolutions are included; the magnitudes of a DoRA are kept as they are,
+    and so are full differences. Raises FileError for kinds that are no plain product (LoHa, LoKr, GLoRA), and as
+    `convert_lora` does.
     """
     how = rule(rank, variance, max_rank)
     if to is not None:
@@ -108,20 +104,7 @@ def resize_lora(
     if (dialect == "peft") != peft:  # a single folder or file of peft's, or a folder of diffusers'
         require_writable(dst, overwrite, directory=dialect == "peft")
     changes, kept, untouched = _resized(source, how, path, dtype)
-    require_held(changes, dialect, source.config, path)
-    metadata = source.metadata | history(path) | network_facts(changes)
-    written = write_lora(
-        changes,
-        dst,
-        dialect,
-        source.config,
-        metadata,
-        source=path,
-        dtype=dtype,
-        alpha_dtype=source.alpha_dtype,
-        overwrite=overwrite,
-        on_write=on_write,
-    )
+    written = _written(source, changes, path, dst, dialect, network_facts(changes), dtype, overwrite, on_write)
     return Rewritten(written, source.config.name, dialect, source.changes.modules, kept, untouched)
 
 
@@ -130,16 +113,13 @@ def _resized(
 ) -> tuple[dict[str, Change], tuple[Kept, ...], tuple[str, ...]]:
     changes, kept, untouched = dict(source.changes), [], []
     for parameter, change in changes.items():
-        inner = change.inner if isinstance(change, Decomposed) else change
+        inner = plain(change)
         if isinstance(inner, Full):
             untouched.append(parameter)
             continue
         if not isinstance(inner, LowRank):
-            raise FileError(
-                f"{parameter[-40:]} is {TITLES[type(inner)]}, which is no plain product; convert it with as_lora first",
-                path=path,
-                key=parameter,
-            )
+            what = f"{parameter[-40:]} is {TITLES[type(inner)]}, which is no plain product"
+            raise FileError(f"{what}; convert it with as_lora first", path=path, key=parameter)
         new, one = resized(inner, how, parameter, dtype)
         changes[parameter] = replace(change, inner=new) if isinstance(change, Decomposed) else new
         kept.append(one)
@@ -148,15 +128,22 @@ def _resized(
     return changes, tuple(kept), tuple(untouched)
 
 
-def expressed(change: Change, how: Rule, parameter: str, config: ModelConfig) -> tuple[LowRank, Kept]:
-    """A change that is a matrix of its own, whatever it is made of, as the nearest product."""
+def _expressed(change: Change, how: Rule, parameter: str, config: ModelConfig) -> tuple[LowRank, Kept]:
+    """The product of low rank that is nearest to a change, which is computed without the weight that it changes."""
     if isinstance(change, LowRank):
         return resized(change, how, parameter)
     matrix = delta(change, torch.zeros(lora_names.shapes(config)[parameter]))
     return factored(matrix, how, parameter)
 
 
-def history(path: Path) -> dict[str, str]:
-    """The name and SHA-256 of what a file was made from; of a directory its name."""
-    facts = {"ldm.source": path.name}
-    return facts | ({"ldm.source_sha256": sha256_of(path)} if path.is_file() else {})
+def _written(
+    source: Source, changes: Mapping[str, Change], path: Path, dst: str | PathLike[str], to: Dialect,
+    facts: dict[str, str], dtype: torch.dtype | None, overwrite: bool, on_write: OnWrite | None,
+) -> Path:  # fmt: skip
+    """Write the changes with the metadata of their source, its name and, of a file, its SHA-256."""
+    history = {"ldm.source": path.name} | ({"ldm.source_sha256": sha256_of(path)} if path.is_file() else {})
+    metadata = {**source.metadata, **history, **facts}
+    return write_lora(
+        changes, dst, to, source.config, metadata, source=path, dtype=dtype, alpha_dtype=source.alpha_dtype,
+        overwrite=overwrite, on_write=on_write,
+    )  # fmt: skip

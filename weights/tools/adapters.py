@@ -1,23 +1,22 @@
-"""What there is to know about LoRAs and embeddings from their names and shapes; of their numbers only alphas are read."""
+"""What LoRAs and embeddings are, by their names and shapes; of their numbers only alphas are read."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ldm.changes.lora import Change, Decomposed, Full, Generalised, Hadamard, Kronecker, LowRank, rank, require_fit
-from ldm.config import FAMILIES, ModelConfig
-from ldm.errors import ArgumentError
+from ldm.changes.lora import Change, Decomposed, Full, Generalised, Hadamard, Kronecker, LowRank, plain, rank
+from ldm.config import FAMILIES, ModelConfig, TextConfig
 from weights.adapters import names as lora_names
 from weights.adapters.embedding import MAX_VECTORS, PARAMETERS, vector_keys
-from weights.adapters.read import KIN, fitting, spelled_changes
-from weights.files.opened import Weights
-from weights.files.torchfiles import Spec
+from weights.adapters.family import count_fitting, is_whole, kinds, misfit
+from weights.adapters.spelled import Spelled, by_spelling
+from weights.files.opened import Tensors, Weights
 from weights.tools.evidence import TOWERS
 from weights.tools.facts import EmbeddingFacts, LoraFacts
 
@@ -27,40 +26,28 @@ LETTERS = {"clip_l": "CLIP-L", "clip_g": "OpenCLIP-bigG"}
 # --- LoRA -----------------------------------------------------------------------------------------------------------
 
 
-class _Outline(Mapping[str, Tensor]):
-    """A file whose tensors have their shapes and no numbers, single numbers excepted: what `weights.lora` reads without reading the file."""
+class _Outline(Tensors):
+    """A file whose tensors have shapes and no numbers, except single ones: enough to see what its LoRA is."""
 
-    def __init__(self, file: Weights):
-        self.source, self.specs, self.metadata, self.error, self.shape = (
-            file.source,
-            file.specs,
-            file.metadata,
-            file.error,
-            file.shape,
-        )
+    def __init__(self, file: Tensors):
+        super().__init__(file.path, file.specs, file.metadata, file.sources)
         self._file = file
 
-    def __getitem__(self, key: str) -> Tensor:
-        spec: Spec = self.specs[key]
-        return (
-            self._file.read(key, mapped=False)
-            if spec.numel == 1
-            else torch.empty(spec.shape, dtype=spec.dtype, device="meta")
-        )
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.specs)
-
-    def __len__(self) -> int:
-        return len(self.specs)
+    def stored(self, key: str, mapped: bool, rows: slice | None = None) -> Tensor:
+        """As `Tensors.stored`."""
+        spec = self.specs[key]
+        if spec.numel == 1:
+            return self._file.stored(key, mapped=False)
+        return torch.empty(spec.shape, dtype=spec.dtype, device="meta")
 
 
 def lora_facts(file: Weights, config: ModelConfig | None = None) -> tuple[LoraFacts, tuple[str, ...], tuple[str, ...]]:
-    """What a LoRA is, the names in it that belong to nothing, and what its family was decided by. Raises FileError for one that lacks a part.
+    """What a LoRA is, the names in it that belong to nothing, and what its family was decided by.
 
-    config  the model that it is for; None: one of KIN
+    config  the model that it is for; None: one of `kinds()`
+    Raises FileError for a LoRA that lacks a part.
     """
-    spelled, strays = spelled_changes(_Outline(file))
+    spelled, strays = by_spelling(_Outline(file))
     configs = {name: FAMILIES[name] for name in _candidates(spelled)} if config is None else {config.name: config}
     families, fitting = _families(spelled, configs)
     table = lora_names.spellings(configs[families[0]]) if families else {}
@@ -75,7 +62,7 @@ def lora_facts(file: Weights, config: ModelConfig | None = None) -> tuple[LoraFa
         families=families,
         fitting=fitting,
         weights=len(spelled),
-        modules=_counted(re.match(r"text\.\d+|[^.]+", module)[0] for module in modules),
+        modules=_counted(re.sub(r"^(text\.\d+|[^.]+).*", r"\1", module) for module in modules),
     )
     evidence = [
         f"{fitting} of {len(spelled)} weights fit {' and '.join(families)} by name and shape"
@@ -112,7 +99,7 @@ def spelling_of(spelling: str, keys: Mapping[str, object]) -> str:
 
 
 def _alpha(change: Change) -> float | None:
-    return _alpha(change.inner) if isinstance(change, Decomposed) else getattr(change, "alpha", None)
+    return getattr(plain(change), "alpha", None)
 
 
 def _counted(values: Iterable[Any]) -> dict[Any, int]:
@@ -125,66 +112,42 @@ def _component(spelling: str) -> str:
     return "unet" if re.match(r"lora_unet_|(base_model\.model\.)?unet\.", spelling) else "unknown"
 
 
-def _families(
-    spelled: Mapping[tuple[str, str], Change], configs: Mapping[str, ModelConfig]
-) -> tuple[tuple[str, ...], int]:
-    """Those of `configs` that most of the changes fit, and how many do. Of SDXL and SSD-1B, which is a part of it, the one that is changed whole."""
-    counts = {name: fitting(spelled, config) for name, config in configs.items()}
+def _families(spelled: Spelled, configs: Mapping[str, ModelConfig]) -> tuple[tuple[str, ...], int]:
+    """Those of `configs` that most of the changes fit, and how many do.
+
+    Where one is a part of another, as SSD-1B is of SDXL, it is the one whose UNet is changed whole.
+    """
+    counts = {name: count_fitting(spelled, config) for name, config in configs.items()}
     best = max(counts.values())
     families = [name for name in counts if counts[name] == best] if best else []
-    if {"ssd-1b", "sdxl-base"} <= {*families} and (
-        only := next((name for name in ("ssd-1b", "sdxl-base") if _whole(spelled, FAMILIES[name])), None)
-    ):
-        families = [name for name in families if name == only or name not in ("ssd-1b", "sdxl-base")]
+    for name in families:
+        table = lora_names.spellings(configs[name])
+        changed = {module for spelling, _ in spelled if (module := table.get(spelling, "")).startswith("unet.")}
+        if changed and is_whole(changed, configs[name]):
+            return (name,), best
     return tuple(families), best
 
 
-def _candidates(spelled: Mapping[tuple[str, str], Change]) -> list[str]:
-    """The families that come into question, by the first cross-attention's shape; comparing with all of them would take seconds."""
-    cross = next(
-        (
-            change
-            for (name, _), change in spelled.items()
-            if re.search(r"attn2[_.](processor\.)?to_[kv](_lora)?$", name)
-        ),
-        None,
-    )
-    names = [*KIN] if cross is None else [name for name in KIN if _crosses(cross, FAMILIES[name])]
+def _candidates(spelled: Spelled) -> list[str]:
+    """The families to compare with, by the first cross-attention's shape: to compare with all would take seconds."""
+    attention = r"attn2[_.](processor\.)?to_[kv](_lora)?$"
+    cross = next((change for (name, _), change in spelled.items() if re.search(attention, name)), None)
+    everyone = kinds()
+    names = [name for name in everyone if cross is None or _crosses(cross, FAMILIES[name])]
     middle = any(re.search(r"mid_block[_.]attentions|middle_block[_.]1[_.]", name) for name, _ in spelled)
-    if not any(
-        "unet" in name or "attn1" in name or "block" in name for name, _ in spelled
-    ):  # text alone: one family of each kind of tower
-        names = ["sd1", "sd2-base", "sdxl-base", "sdxl-refiner"]
-    return [name for name in names if not (middle and FAMILIES[name].unet.mid_depth is None)] or [*KIN]
+    if not any("unet" in name or "attn1" in name or "block" in name for name, _ in spelled):
+        towers: dict[tuple[TextConfig, ...], str] = {}  # text alone: the first family with each kind of tower
+        for name in FAMILIES:
+            if name in everyone:
+                towers.setdefault(FAMILIES[name].text, name)
+        names = [*towers.values()]
+    return [name for name in names if not (middle and FAMILIES[name].unet.mid_depth is None)] or everyone
 
 
 def _crosses(change: Change, config: ModelConfig) -> bool:
     """Can this change the key or value projection of a cross-attention of this family?"""
     shapes = [(config.unet.model_channels * m, config.unet.context_dim) for m in config.unet.channel_mult]
-    return any(_fits(change, shape) for shape in shapes)
-
-
-def _fits(change: Change, shape: tuple[int, ...]) -> bool:
-    try:
-        require_fit(change, shape)
-    except ArgumentError:
-        return False
-    return True
-
-
-def _whole(spelled: Mapping[tuple[str, str], Change], config: ModelConfig) -> bool:
-    """Does this change every module of the UNet of the kinds that it changes at all?"""
-
-    def kind(module: str) -> str:
-        return re.sub(r"^.*\.\d+\.(?=\D)", "", module)
-
-    table = lora_names.spellings(config)
-    changed = {table[name] for name, _ in spelled if table.get(name, "").startswith("unet.")}
-    kinds = {kind(module) for module in changed}
-    return (
-        bool(changed)
-        and {module for module in {*table.values()} if module.startswith("unet.") and kind(module) in kinds} == changed
-    )
+    return any(misfit(change, shape) is None for shape in shapes)
 
 
 # --- embeddings -----------------------------------------------------------------------------------------------------

@@ -29,8 +29,8 @@ from ldm.errors import ArgumentError, FileError, OutputError
 from ldm.limits.offload import offload
 from ldm.model import LatentDiffusion
 from tests.made.families import build, tiny
+from weights.adapters.kohya import kohya_names
 from weights.adapters.read import read_lora
-from weights.adapters.write import kohya_names
 from weights.names import blank
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "lora"

@@ -40,8 +40,8 @@ from tests.made.loras import (
 )
 from weights.adapters import names as lora_names
 from weights.adapters.extract import CONVOLUTION, attention
+from weights.adapters.kohya import kohya_names
 from weights.adapters.read import load_lora
-from weights.adapters.write import kohya_names
 from weights.names.metadata import CONFIG_KEY, to_json
 
 

@@ -37,9 +37,10 @@ from tests.made.loras import (
 )
 from weights.adapters import names as lora_names
 from weights.adapters.extract import CONVOLUTION, attention
-from weights.adapters.read import KIN, load_lora, read_lora
-from weights.adapters.write import components as their_names
-from weights.adapters.write import kohya_names
+from weights.adapters.family import kinds
+from weights.adapters.kohya import kohya_names
+from weights.adapters.names import components as their_names
+from weights.adapters.read import load_lora, read_lora
 
 # --- names ------------------------------------------------------------------------------------------------------------
 
@@ -84,7 +85,7 @@ def test_what_is_taken_out_is_what_trainers_put_in(manifest: str):
         assert expected <= {name for name in lora_names.shapes(config) if ours(name)}
 
 
-@pytest.mark.parametrize("family", KIN)
+@pytest.mark.parametrize("family", kinds())
 def test_every_name_that_is_written_is_read_as_the_same_module(family: str):
     config = FAMILIES[family]
     table = lora_names.spellings(config)
