@@ -26,42 +26,31 @@ def openvino(job: Job) -> Side:
     return theirs(job, pipe)
 
 
-class _UNet(nn.Module):
-    """diffusers' UNet with its inputs in a row, as a trace has them."""
+class Traced(nn.Module):
+    """A function of a network and tensors, as a trace wants it: a module, whose inputs are tensors in a row."""
 
-    def __init__(self, unet: Any):
+    def __init__(self, network: nn.Module, function: Callable[..., Any]):
         super().__init__()
-        self.unet = unet
+        self.network, self.function = network, function
 
-    def forward(
-        self, x: Tensor, t: Tensor, context: Tensor, pooled: Tensor | None = None, sizes: Tensor | None = None
-    ) -> Tensor:
-        more = None if pooled is None else {"text_embeds": pooled, "time_ids": sizes}
-        return self.unet(x, t, context, added_cond_kwargs=more, return_dict=False)[0]
+    def forward(self, *given: Tensor) -> Any:
+        return self.function(self.network, *given)
 
 
-class _Decoder(nn.Module):
-    """The half of diffusers' VAE that makes pictures."""
-
-    def __init__(self, vae: Any):
-        super().__init__()
-        self.vae = vae
-
-    def forward(self, z: Tensor) -> Tensor:
-        return self.vae.decode(z, return_dict=False)[0]
+def _unet(unet: Any, x: Tensor, t: Tensor, context: Tensor, *sdxl: Tensor) -> Tensor:
+    more = dict(zip(("text_embeds", "time_ids"), sdxl, strict=True)) if sdxl else None
+    return unet(x, t, context, added_cond_kwargs=more, return_dict=False)[0]
 
 
-class _Text(nn.Module):
-    """A text tower of transformers: tokens before and after its last block, and its projected pooled token if any."""
+def _decode(vae: Any, z: Tensor) -> Tensor:
+    return vae.decode(z, return_dict=False)[0]
 
-    def __init__(self, tower: Any):
-        super().__init__()
-        self.tower = tower
 
-    def forward(self, ids: Tensor) -> tuple[Tensor, ...]:
-        out = self.tower(ids, output_hidden_states=True)
-        projected = (out.text_embeds,) if "text_embeds" in out else ()
-        return out.hidden_states[-2], out.last_hidden_state, *projected
+def _text(tower: Any, ids: Tensor) -> tuple[Tensor, ...]:
+    """The tokens before and after the last block, and the projected pooled token if the tower has one."""
+    out = tower(ids, output_hidden_states=True)
+    projected = (out.text_embeds,) if "text_embeds" in out else ()
+    return out.hidden_states[-2], out.last_hidden_state, *projected
 
 
 @torch.no_grad()
@@ -75,11 +64,11 @@ def to_openvino(job: Job, target: Path) -> None:
     given = inputs(config_of(job.family, tiny=job.tiny), small, "cpu", torch.float32)
     sdxl = () if given.pooled is None else (given.pooled, given.sizes)
     networks: dict[str, tuple[nn.Module, tuple[Any, ...]]] = {
-        "unet": (_UNet(pipe.unet), (given.x, given.t, given.context, *sdxl)),
-        "decoder": (_Decoder(pipe.vae), (given.latent,)),
+        "unet": (Traced(pipe.unet, _unet), (given.x, given.t, given.context, *sdxl)),
+        "decoder": (Traced(pipe.vae, _decode), (given.latent,)),
     }
     for name, ids in zip(_towers(pipe), given.ids, strict=True):
-        networks[name] = _Text(getattr(pipe, name)), (ids,)
+        networks[name] = Traced(getattr(pipe, name), _text), (ids,)
     for name, (network, example) in networks.items():
         traced = openvino.convert_model(network.eval(), example_input=example)
         openvino.save_model(traced, target / f"{name}.xml", compress_to_fp16=False)
