@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import types
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import asdict, fields, is_dataclass, replace
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from ldm.config import FAMILIES, DepthConfig, ModelConfig, TextConfig, UNetConfig, VAEConfig, VisionConfig
@@ -37,7 +37,7 @@ def from_json(text: str) -> ModelConfig:
         raise ArgumentError(f"its {CONFIG_KEY} is not JSON", key=CONFIG_KEY) from None
     config = _read(ModelConfig, value, CONFIG_KEY)
     _require_buildable(config)
-    return config
+    return replace(config, title=config.family.title, base=config.family.base)
 
 
 def _read(kind: Any, value: Any, where: str) -> Any:
