@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
 
@@ -9,8 +10,9 @@ import torch
 from torch import Tensor
 
 from ldm.conditioning.cond import Cond
-from ldm.limits.recover import Recovery, call_unet
+from ldm.limits.recover import Inputs, Recovery, recovered
 from ldm.model import LatentDiffusion
+from ldm.networks.unet import UNet
 from samplers import Combine, Denoiser
 
 
@@ -27,17 +29,37 @@ def to_x0(prediction: str, x: Tensor, out: Tensor, sigma: float) -> Tensor:
 
 @torch.no_grad()
 def predict_x0(model: LatentDiffusion, x: Tensor, sigma: float, cond: Cond, recovery: Recovery | None = None) -> Tensor:
-    """One network call: x [b, c, h, w] float32 at noise level sigma -> x0, float32. Half precision stays inside of it.
+    """One network call: x [b, c, h, w] float32 at noise level sigma -> x0, float32.
 
-    Where half precision overflows, or the GPU's memory does not suffice, `call_unet` computes it in another way, with a
-    warning, and `recovery` remembers that way for the next calls. Raises NonFinite and MemoryLimit.
+    Where half precision overflows, or the GPU's memory does not suffice, it is computed in another way, with a warning
+    (`ldm.limits.recover`); `recovery` remembers that way for the next calls. Raises NonFinite and MemoryLimit.
     """
     x_in = x / math.sqrt(1 + sigma**2)  # unit variance, what the network was trained on
     if cond.concat is not None:
         x_in = torch.cat([x_in, cond.concat.to(x_in)], dim=1)
     t = torch.full((len(x),), model.schedule.timestep(sigma), dtype=torch.float32, device=x.device)
-    out = call_unet(model, x_in, t, cond.context, cond.y, recovery or Recovery(), f"at sigma {sigma:.4g}")
+    out = _call(model, (x_in, t, cond.context, cond.y), recovery or Recovery(), f"at sigma {sigma:.4g}")
     return to_x0(model.config.prediction, x, out, sigma)
+
+
+def _call(model: LatentDiffusion, inputs: Inputs, recovery: Recovery, where: str) -> Tensor:
+    """The UNet's output in float32, whatever the type of its weights: half precision begins and ends in here."""
+    x, t, context, y = inputs
+
+    def run(unet: UNet, part: slice) -> Tensor:
+        dtype = unet.time_embed[0].weight.dtype
+        if recovery.context is None or recovery.context[0] is not context or recovery.context[1].dtype != dtype:
+            recovery.context = context, context.to(dtype)
+        label = None if y is None else y[part].to(dtype) if y.is_floating_point() else y[part]
+        return unet(x[part].to(dtype), t[part], recovery.context[1][part], label).float()
+
+    out = None
+    if recovery.most is None:
+        with contextlib.suppress(torch.OutOfMemoryError):
+            out = run(recovery.unet or model.unet, slice(None))
+            if torch.isfinite(out).all():
+                return out
+    return recovered(model, inputs, run, out, recovery, where)
 
 
 def guided(model: LatentDiffusion, conds: Sequence[Cond], combine: Combine) -> Denoiser:

@@ -21,38 +21,53 @@ from ldm.swap import exchange
 # --- calls of the UNet ----------------------------------------------------------------------------------------------
 
 
+Inputs = tuple[Tensor, Tensor, Tensor, Tensor | None]  # x, t, context and y, as `UNet.forward` takes them
+
+
 @dataclass
 class Recovery:
-    """What it took to call the UNet so far, for the next calls of the same run."""
+    """What the UNet calls of one run have taken so far, for the next ones."""
 
     unet: UNet | None = None  # a wider copy, once the model's own has overflowed
     most: int | None = None  # pictures at once, once there was no memory for more
-    context: tuple[Tensor, Tensor] | None = None  # the last one, and itself in the type of the network: one tensor for
-    # all steps, since fast networks keep what they compute from it
+    context: tuple[Tensor, Tensor] | None = None  # the last one, as given and in the network's type: fast networks keep
+    # what they compute from it for as long as it is the same tensor
 
 
-def call_unet(
-    model: LatentDiffusion, x: Tensor, t: Tensor, context: Tensor, y: Tensor | None, recovery: Recovery, where: str
+def recovered(
+    model: LatentDiffusion,
+    inputs: Inputs,
+    run: Callable[[UNet, slice], Tensor],
+    out: Tensor | None,
+    recovery: Recovery,
+    where: str,
 ) -> Tensor:
-    """What the model's UNet predicts, in float32, for inputs in float32, whatever the type of its weights.
+    """The UNet's output where the plain call gave one with NaN or infinity (`out`), or none, for lack of memory.
 
-    An output with NaN or infinity in half precision: again with attention in float32, then in bfloat16 and in float32,
-    each a copy of the UNet that is kept; the model stays as it is. Not enough memory on the GPU: again in halves of the
-    batch. One warning each. Raises NonFinite that names the first module and the weights it comes from, and
-    MemoryLimit.
+    Not enough memory on the GPU: again in halves of the batch. Not finite in half precision: again with attention in
+    float32, then in bfloat16 and in float32, each a copy of the UNet that is kept; the model stays as it is. One warning
+    each. Raises NonFinite, which names the first module and the weights it comes from, and MemoryLimit.
 
+    run    (UNet, part of the batch) -> its output in float32
     where  what a message says of this call, such as "at sigma 3"
     """
+    x, _, context, y = inputs
+    side = "x".join(str(cells * model.config.vae.factor) for cells in reversed(x.shape[2:]))
 
-    def run(unet: UNet) -> Tensor:
-        dtype = dtype_of(unet)
-        if recovery.context is None or recovery.context[0] is not context or recovery.context[1].dtype != dtype:
-            recovery.context = context, context.to(dtype)
-        label = y.to(dtype) if y is not None and y.is_floating_point() else y
-        return _in_parts(unet, (x.to(dtype), t, recovery.context[1], label), recovery, model.config.vae.factor).float()
+    def in_parts(unet: UNet) -> Tensor:
+        while True:
+            size = min(len(x), recovery.most or len(x))
+            try:
+                return torch.cat([run(unet, slice(i, i + size)) for i in range(0, len(x), size)])
+            except torch.OutOfMemoryError:
+                pass  # what the failed call holds is free only outside of this
+            _lessen(recovery, size, side)
 
     unet = recovery.unet or model.unet
-    out = run(unet)
+    if out is None:
+        if recovery.most is None:
+            _lessen(recovery, len(x), side)
+        out = in_parts(unet)
     if is_finite(out):
         return out
     channels = model.config.vae.z_channels
@@ -64,36 +79,26 @@ def call_unet(
                 "use bfloat16 or float32, or check the weights"
             )
     out, recovery.unet, fault, how = again(
-        unet, run, lambda how, module: f"UNet: NaN or infinity {where} {how}, {module}"
+        unet, in_parts, lambda how, module: f"UNet: NaN or infinity {where} {how}, {module}"
     )
-    warnings.warn(f"{fault}; computed {how} from here on", stacklevel=5)
+    warnings.warn(f"{fault}; computed {how} from here on", stacklevel=6)
     return out
 
 
-def _in_parts(
-    unet: UNet, inputs: tuple[Tensor, Tensor, Tensor, Tensor | None], recovery: Recovery, factor: int
-) -> Tensor:
-    """The output for a batch, in as many parts as the memory asks for."""
-    x, n = inputs[0], len(inputs[0])
-    size = n if recovery.most is None else min(n, recovery.most)
-    while True:
-        parts = [[None if each is None else each[i : i + size] for each in inputs] for i in range(0, n, size)]
-        try:
-            return torch.cat([unet(*part) for part in parts])
-        except torch.OutOfMemoryError:
-            pass  # what the failed call holds is free only outside of this
-        torch.cuda.empty_cache()
-        if size == 1:
-            raise MemoryLimit(
-                f"UNet: the GPU's memory does not suffice for {x.shape[3] * factor}x{x.shape[2] * factor}, "
-                "one picture and condition at a time; use a smaller size, or --offload"
-            )
-        if recovery.most is None:
-            warnings.warn(
-                f"UNet: the GPU's memory does not suffice for a batch of {size}: it is computed in parts from here on",
-                stacklevel=7,
-            )
-        size = recovery.most = (size + 1) // 2
+def _lessen(recovery: Recovery, size: int, side: str) -> None:
+    """Fewer pictures at once than `size`, for which the memory did not suffice."""
+    torch.cuda.empty_cache()
+    if size == 1:
+        raise MemoryLimit(
+            f"UNet: the GPU's memory does not suffice for {side}, one picture and condition at a time; "
+            "use a smaller size, or --offload"
+        )
+    if recovery.most is None:
+        warnings.warn(
+            f"UNet: the GPU's memory does not suffice for a batch of {size}: it is computed in parts from here on",
+            stacklevel=7,
+        )
+    recovery.most = (size + 1) // 2
 
 
 # --- types that overflow later --------------------------------------------------------------------------------------
