@@ -157,7 +157,7 @@ class ModelConfig:
 
     @property
     def pooled_tower(self) -> int | None:
-        """Which text tower's pooled text is read, counted from 0; None: that of none, so its last blocks and projection are not needed."""
+        """The text tower, counted from 0, whose pooled text is read; None: no last block or projection is needed."""
         return len(self.text) - 1 if self.text and self.unet.vector_dim is not None else None
 
     @property
@@ -172,7 +172,7 @@ class ModelConfig:
         return self.name if base is None or base.concat != self.concat else base.name
 
     def twin(self, prediction: Literal["eps", "v"]) -> ModelConfig | None:
-        """The family with this prediction, where two differ in that alone (SD 2), which shapes do not show; None elsewhere."""
+        """The family with this prediction, where two differ in that alone (SD 2), so that no shape shows it; or None."""
         twins = [one for one in FAMILIES.values() if one.kin == self.kin]
         return next((one for one in twins if one.prediction == prediction), None) if len(twins) > 1 else None
 
@@ -207,7 +207,8 @@ VAE_SDXL = VAEConfig(scale=0.13025)
 _sd1 = ModelConfig("sd1", title="an SD 1 model")
 _sd2 = ModelConfig("sd2-base", unet=SD2, text=(OPENCLIP_H,), title="an SD 2 model")
 _sdxl = ModelConfig(
-    "sdxl-base", unet=SDXL, vae=VAE_SDXL, text=(replace(CLIP_L, skip=1, norm=False), OPENCLIP_BIGG), size=1024, zero_empty=True,
+    "sdxl-base", unet=SDXL, vae=VAE_SDXL, text=(replace(CLIP_L, skip=1, norm=False), OPENCLIP_BIGG),
+    size=1024, zero_empty=True,
     title="an SDXL base model",
 )  # fmt: skip
 

@@ -36,7 +36,7 @@ def to_pil(images: Tensor) -> list[Image.Image]:
 
 
 def from_pil(images: Image.Image | Sequence[Image.Image]) -> Tensor:
-    """Pictures of one size -> [b, 3, H, W] float32 in [-1, 1]. Raises ArgumentError for different sizes, or no picture."""
+    """Pictures of one size -> [b, 3, H, W] float32 in [-1, 1]. Raises ArgumentError for more sizes, or no picture."""
     pictures = [to_rgb(image) for image in ([images] if isinstance(images, Image.Image) else images)]
     sizes = {picture.size for picture in pictures}
     if len(sizes) != 1:
@@ -98,5 +98,5 @@ def size_for(image: Image.Image, width: int | None = None, height: int | None = 
 
 
 def fit(image: Image.Image, width: int, height: int) -> Image.Image:
-    """The picture scaled to cover width x height pixels (Lanczos), and cut evenly on both sides: nothing is stretched."""
+    """The picture scaled to cover width x height pixels (Lanczos), and cut evenly on both sides, but not stretched."""
     return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ldm.errors import ArgumentError
 from ldm.model import LatentDiffusion
@@ -19,34 +20,32 @@ def offload(
 ) -> Callable[[], None]:
     """Let networks rest where they are and have each brought to `device` when it runs, until another of them runs.
 
-    models    for one picture: of all their networks only one at a time is there. On the CPU, not yet offloaded
+    models    on the CPU, not yet offloaded; of all their networks only one at a time is on `device`
     networks  which: some of NETWORKS; text towers come one by one. The others move to `device` and stay
-    Returns a function that undoes it. Weights are copied and never copied back, so they are not to be changed meanwhile; results are
-    bit for bit those without. Raises ArgumentError for a network of another name, or a model that is offloaded already.
+    Returns a function that undoes it. Weights are copied and never copied back, so do not change them meanwhile.
+    Results are the same bit for bit. Raises ArgumentError for a network of another name, or an offloaded model.
     """
     models = [models] if isinstance(models, LatentDiffusion) else list(models)
     if unknown := set(networks) - set(NETWORKS):
         raise ArgumentError(f"networks: {sorted(unknown)} unknown; all: {' '.join(NETWORKS)}", key="networks")
     if any(model.runs_on is not None for model in models):
         raise ArgumentError("this model is offloaded already: undo that first")
-    resting: dict[
-        nn.Module, list[tuple[Tensor, Tensor]]
-    ] = {}  # network -> its tensors, and their values where they rest
-    hooks = []
-    there: nn.Module | None = None  # the network on the device
+    resting: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {}  # network: its tensors, and their values where they rest
+    hooks: list[RemovableHandle] = []
+    brought: nn.Module | None = None  # the network on the device
 
     def send_back() -> None:
-        nonlocal there
-        for tensor, value in resting.get(there, ()):
+        nonlocal brought
+        for tensor, value in resting[brought] if brought is not None else ():
             tensor.data = value
-        there = None
+        brought = None
 
     def bring(network: nn.Module) -> None:
-        nonlocal there
-        if there is network:
+        nonlocal brought
+        if brought is network:
             return
         send_back()
-        there = network
+        brought = network
         try:
             for tensor, value in resting[network]:
                 tensor.data = _carried(value, device)
@@ -64,13 +63,9 @@ def offload(
     def watch(network: nn.Module) -> None:
         resting[network] = [(tensor, tensor.data) for tensor in (*network.parameters(), *network.buffers())]
         # all its modules, as they are called without the whole: VAE.decode calls the decoder
-        hooks.extend(
-            [module.register_forward_pre_hook(lambda module, args: bring(network)) for module in network.modules()]
-        )
+        hooks.extend([module.register_forward_pre_hook(lambda *_: bring(network)) for module in network.modules()])
         hooks.append(
-            network.register_forward_pre_hook(
-                lambda module, args, kwargs: _moved((args, kwargs), device), with_kwargs=True
-            )
+            network.register_forward_pre_hook(lambda _, args, kwargs: _moved((args, kwargs), device), with_kwargs=True)
         )
 
     for model in models:

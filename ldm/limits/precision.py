@@ -1,4 +1,4 @@
-"""Pictures to latents and back that are never NaN, in as little memory as it takes: what tasks call instead of the VAE itself."""
+"""Pictures to latents and back that are never NaN, in as little memory as it takes: tasks call this, not the VAE."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ from ldm.networks.vae import VAE
 def decode(model: LatentDiffusion, latent: Tensor, *, tile: int | None = None) -> Tensor:
     """Scaled latents [b, c, h, w] -> pictures [b, 3, H, W] float32, about in [-1, 1], finite.
 
-    tile  side in pixels above which the work is done in strips as large as tile x tile; 0: never; None: 512 for more than 1024 x 1024
-    The VAE computes in the type of its weights, under autocast too. Where it overflows in half precision this is done again in bfloat16,
-    then in float32, with a warning; the model stays as it is.
-    Where the GPU's memory does not suffice it is done again in strips that rest in the CPU's, with a warning.
-    Raises NonFinite for latents that are not finite, or a VAE that gives what is not even in float32; MemoryLimit.
+    tile  side in pixels above which the VAE works in strips as large as tile x tile; 0: never; None: 512 for pictures
+          of more than 1024 x 1024
+    The VAE computes in the type of its weights, under autocast too. Where it overflows in half precision it computes
+    again in bfloat16, then in float32, with a warning; the model stays as it is. Where the GPU's memory does not
+    suffice it computes again in strips that rest in the CPU's, with a warning.
+    Raises NonFinite for latents that are not finite, or a VAE that overflows even in float32; MemoryLimit.
     """
     _require_finite(latent, "latents", "; sample again in bfloat16 or float32, or check the weights")
     height, width = (side * model.config.vae.factor for side in latent.shape[2:])
@@ -37,9 +38,9 @@ def decode(model: LatentDiffusion, latent: Tensor, *, tile: int | None = None) -
 
 @torch.no_grad()
 def encode(model: LatentDiffusion, image: Tensor, noise: Tensor | None = None, *, tile: int | None = None) -> Tensor:
-    """Pictures [b, 3, H, W] in [-1, 1] -> scaled latents [b, c, h, w] float32, finite: the mean, or a sample when `noise` (N(0, 1)) is given.
+    """Pictures [b, 3, H, W] in [-1, 1] -> scaled latents [b, c, h, w] float32, finite. The rest is as for `decode`.
 
-    `tile`, what is done again and what is raised are as for `decode`.
+    noise  N(0, 1), for a sample; None: the mean
     """
     _require_finite(image, "pictures to encode", "")
     height, width = image.shape[2:]
@@ -48,9 +49,8 @@ def encode(model: LatentDiffusion, image: Tensor, noise: Tensor | None = None, *
         x = image.to(dtype_of(vae))
         return vae.moments(x) if side is None else tiles.moments(vae, x, side, rest)
 
-    return model.vae.latent(
-        _surely(model.vae, run, tiles.side_for(tile, height, width), f"encode {width}x{height}"), noise
-    )
+    moments = _surely(model.vae, run, tiles.side_for(tile, height, width), f"encode {width}x{height}")
+    return model.vae.latent(moments, noise)
 
 
 def _require_finite(x: Tensor, what: str, remedy: str) -> None:
@@ -62,7 +62,7 @@ def _require_finite(x: Tensor, what: str, remedy: str) -> None:
 def _surely(
     vae: VAE, run: Callable[[VAE, int | None, torch.device | None], Tensor], side: int | None, doing: str
 ) -> Tensor:
-    """What `run(vae, side, rest)` gives, in float32, by whatever types and memory it takes."""
+    """The result of `run(vae, side, rest)` in float32, computed in wider types and in less memory where it must be."""
 
     @torch.autocast(vae.quant_conv.weight.device.type, enabled=False)
     def fitting(vae: VAE) -> Tensor:
@@ -71,16 +71,12 @@ def _surely(
         except torch.OutOfMemoryError:
             pass  # what the failed run holds is free only outside of this
         torch.cuda.empty_cache()
-        warnings.warn(
-            f"VAE: the GPU's memory does not suffice to {doing} at once: done in strips that rest in the CPU's memory",
-            stacklevel=5,
-        )
+        short = f"VAE: the GPU's memory does not suffice to {doing}"
+        warnings.warn(f"{short} at once: done in strips that rest in the CPU's memory", stacklevel=5)
         try:
             return run(vae, side or tiles.TILE, torch.device("cpu"))
         except torch.OutOfMemoryError:
-            raise MemoryLimit(
-                f"VAE: the GPU's memory does not suffice to {doing}, even in strips; use a smaller size or batch, or --offload"
-            ) from None
+            raise MemoryLimit(f"{short}, even in strips; use a smaller size or batch, or --offload") from None
 
     out = fitting(vae)
     if is_finite(out):

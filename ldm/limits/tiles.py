@@ -1,10 +1,11 @@
-"""The VAE strip by strip, for pictures whose layers are too large to be held several times over: the same result in less memory.
+"""The VAE strip by strip, for pictures whose layers are too large to be held several times over: it needs less memory.
 
-Tiles that each go through the whole network show their borders, because its GroupNorms look at all of the picture and a tile is normed by
-itself. So here the picture goes layer by layer, and every layer is computed on strips, from top to bottom: a convolution sees a row or two
-of the neighbouring strips, a norm the mean and variance of all strips. A strip is given up as soon as nothing needs it any more, and
-strips may rest in another memory than the one they are computed in. Only rounding differs from the network in one piece. SD 1's decoder
-holds 349 numbers per pixel at its peak instead of 983 (512 x 512 pixels in float32 on the CPU, strips as large as 128 x 128).
+Tiles that each go through the whole network show their borders, because its GroupNorms look at all of the picture and
+a tile would be normed by itself. So here the picture goes layer by layer, and every layer is computed on strips, from
+top to bottom: a convolution sees a row or two of the neighbouring strips, a norm the mean and variance of all strips.
+A strip is freed as soon as nothing needs it any more, and strips may rest in another memory than the one they are
+computed in. Only rounding differs from the network in one piece. SD 1's decoder holds 349 numbers per pixel at its peak
+instead of 983 (512 x 512 pixels in float32 on the CPU, strips as large as 128 x 128).
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ Layer = Callable[[Tensor], Tensor]
 def side_for(tile: int | None, height: int, width: int) -> int | None:
     """The side of the tiles in which a picture of height x width pixels is done; None: in one piece.
 
-    tile  what was asked for: a side in pixels above which there are tiles, 0 for never, None for 512 above 1024 x 1024
+    tile  a side in pixels above which there are tiles; 0: never; None: 512 above 1024 x 1024
     """
     if tile is None:
         return TILE if height * width > WHOLE**2 else None
@@ -40,9 +41,8 @@ def decode(vae: VAE, latent: Tensor, tile: int, rest: torch.device | None = None
     rest  where layers rest while they are not computed with; None: with the latent
     """
     decoder, height = vae.decoder, _height(vae, tile, latent.shape[3] * vae.config.factor)
-    x = decoder.mid(
-        decoder.conv_in(vae.post_quant_conv(latent / vae.config.scale))
-    )  # as small as latents: in one piece
+    z = vae.post_quant_conv(latent / vae.config.scale)
+    x = decoder.mid(decoder.conv_in(z))  # in one piece: it has as few places as latents
     strips = Strips.of(x, height, rest)
     del x
     for level in reversed(decoder.up):
@@ -67,7 +67,7 @@ def _height(vae: VAE, tile: int, width: int) -> int:
 
 @dataclass(frozen=True)
 class Strips:
-    """A picture's rows from top to bottom. What is made of them uses them up."""
+    """A picture's rows from top to bottom. A layer that is computed on them frees them."""
 
     rows: list[Tensor]  # [b, c, h, w] each, of the whole width
     device: torch.device  # where they are computed with
@@ -82,10 +82,10 @@ class Strips:
         return torch.cat([part.to(self.device) for part in self.rows], dim=2)
 
     def through(self, layer: Layer, *, halo: int = 0, leave: Layer | None = None) -> Strips:
-        """What `layer`, which looks no further than a few rows, makes of the picture.
+        """The picture through `layer`, which looks no further than a few rows.
 
         halo   rows beyond a strip that the layer looks at, rounded up to a multiple of its stride
-        leave  what becomes of a strip of this picture once it is used; None: its memory is free
+        leave  a layer that replaces each strip of this picture by its output; None: the strip's memory is freed
         """
         made, above = [], None
         for i, strip in enumerate(self.rows):
@@ -125,7 +125,7 @@ def _block(block: ResnetBlock, x: Strips) -> Strips:
 
 
 def _normed(norm: nn.GroupNorm, strips: Strips) -> Layer:
-    """The norm with the mean and variance of all strips, as a function of any rows of theirs; computed in float32, as torch does inside."""
+    """The norm with the mean and variance of all strips, as a function of rows; in float32, as inside of torch."""
     counts, means, variances = [], [], []
     for strip in strips.rows:
         groups = strip.to(strips.device).float().unflatten(1, (norm.num_groups, -1)).flatten(2)

@@ -76,7 +76,8 @@ def cells(mask: Tensor, factor: int, *, any_pixel: bool) -> Tensor:
 def extended(image: Image.Image, sides: dict[str, int]) -> tuple[Image.Image, Image.Image]:
     """A larger picture whose new sides repeat the border, with the mask of what is new.
 
-    sides  pixels to add at left, right, top, bottom. Raises ArgumentError for another side, a number below 0, or nothing to add.
+    sides  pixels to add at left, right, top, bottom
+    Raises ArgumentError for another side, a number below 0, or nothing to add.
     """
     for side, pixels in sides.items():
         if side not in SIDES:

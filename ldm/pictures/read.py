@@ -38,7 +38,7 @@ def open_image(path: str | PathLike[str]) -> Image.Image:
 
 
 def open_with_alpha(path: str | PathLike[str]) -> Image.Image:
-    """The same file with its transparency: upright, RGBA. Raises FileError as `open_image` does, and for an opaque picture."""
+    """The same file with its transparency: upright, RGBA. Raises FileError as `open_image`, and for an opaque one."""
     with _file(path) as file, opened(file, path) as image:
         image.load()
         if not image.has_transparency_data:
@@ -48,7 +48,7 @@ def open_with_alpha(path: str | PathLike[str]) -> Image.Image:
 
 
 def read_metadata(path: str | PathLike[str]) -> dict[str, str]:
-    """The text chunks of a PNG by keyword; what `save` wrote comes back as it was. Raises FileError as `open_image` does."""
+    """The text chunks of a PNG by keyword: the metadata that `save` wrote. Raises FileError as `open_image` does."""
     with _file(path) as file, opened(file, path, ("PNG",)) as image:
         image.load()  # chunks may follow the pixels
         return {key: str(value) for key, value in getattr(image, "text", {}).items()}
@@ -59,7 +59,7 @@ def opened(file: BinaryIO, path: str | PathLike[str], formats: tuple[str, ...] =
     """The picture in a file as Pillow opens it: its size is checked, and nothing is decoded yet.
 
     path  names the picture in errors
-    Raises FileError for another format, for more than 64 million pixels, and for any fault of the decoders in the block.
+    Raises FileError for another format, more than 64 million pixels, and any fault of the decoders in the block.
     """
     try:
         with Image.open(file, formats=formats) as image:

@@ -29,7 +29,8 @@ def save(
 ) -> Path:
     """Write a PNG with `metadata` as text chunks; return its path. The same picture and metadata give the same bytes.
 
-    path       or several of one directory, such as `numbered` and `spare` give: the first that is free is taken, also among processes
+    path       or several of one directory, from `numbered` or `spare`: the first that is free is taken, also among
+               processes
     metadata   in Latin-1 as tEXt, other text as UTF-8 in iTXt; a character that UTF-8 has not becomes U+FFFD
     overwrite  replace the file that is there
     All or nothing: a temporary file in the same directory gets the name once it is complete and on the disk.
@@ -46,7 +47,7 @@ def save_animation(
     fps: float = 8,
     overwrite: bool = False,
 ) -> Path:
-    """Write pictures of one size one after another, for ever from the beginning; return the path. The rest as for `save`.
+    """Write pictures of one size as an animation that repeats for ever; return its path. The rest is as for `save`.
 
     kind  webp, or gif: 256 colours a picture, and times in hundredths of a second
     fps   pictures a second, above 0 to 50
@@ -56,9 +57,8 @@ def save_animation(
         raise ArgumentError(f"animation: {kind[:20]!r} is unknown; use {' or '.join(ANIMATIONS)}", key="animation")
     require_fps(fps)
     if len({frame.size for frame in frames}) != 1:
-        raise ArgumentError(
-            f"an animation is made of pictures of one size; these have {sorted({frame.size for frame in frames}) or 'none'}"
-        )
+        sizes = sorted({frame.size for frame in frames}) or "none"
+        raise ArgumentError(f"an animation is made of pictures of one size; these have {sizes}")
     buffer, time = io.BytesIO(), 1000 / fps
     if kind == "gif":
         frames, time = [frame.quantize(256) for frame in frames], max(20, round(time / 10) * 10)
@@ -81,7 +81,10 @@ def require_fps(fps: float) -> None:
 
 
 def numbered(directory: Path, suffix: str = "", ending: str = "png") -> Iterator[Path]:
-    """Names in the directory from the first above all its numbers on: 00001.png, 00002.png, ...; with a suffix, 00001-sheet.png, ..."""
+    """Names in the directory, from the first above all its numbers on: 00001.png, 00002.png, ...
+
+    suffix  of the names: with "-sheet", 00001-sheet.png, 00002-sheet.png, ...
+    """
     pattern = re.compile(rf"(\d{{5,9}}){re.escape(suffix)}\.{ending}")
     taken = [int(match[1]) for name in os.listdir(directory) if (match := pattern.fullmatch(name))]
     return (directory / f"{n:05d}{suffix}.{ending}" for n in itertools.count(max(taken, default=0) + 1))
