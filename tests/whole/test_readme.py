@@ -28,7 +28,8 @@ from tests.made.tables import MARK, TABLES, renewed
 from weights import convert, open_file
 
 ROOT = Path(__file__).parents[2]
-PAGES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("**/README.md") if "golden" not in path.parts)
+FOUND = [path.relative_to(ROOT) for path in ROOT.glob("**/README.md")]
+PAGES = sorted(path.as_posix() for path in FOUND if "golden" not in path.parts and path.parts[0][0] != ".")
 TEXTS = {page: (ROOT / page).read_text(encoding="utf-8") for page in PAGES}
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 BLOCKS = [(page, kind, code) for page in PAGES for kind, code in BLOCK.findall(TEXTS[page])]
