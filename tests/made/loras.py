@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from ldm.config import ModelConfig
 from ldm.model import LatentDiffusion
 from tests.made.checkpoints import TINY, save_safetensors
 from tests.made.families import build
+from tests.made.families import tiny as wide
 from weights.adapters import names as lora_names
 
 FAMILY = {"sd1": "sd1", "sd2": "sd2-base", "sdxl": "sdxl-base", "ssd-1b": "ssd-1b"}  # manifest -> key of FAMILIES
@@ -123,6 +125,12 @@ KERNEL = {
     "lora_up.weight": normal("u", (32, 2, 1, 1)),
     "lora_mid.weight": normal("m", (2, 2, 3, 3)),
 }
+
+
+def shallow(family: str) -> ModelConfig:
+    """The family with tiny networks and few tokens."""
+    config = wide(family)
+    return replace(config, text=tuple(replace(tower, vocab=128) for tower in config.text))
 
 
 @lru_cache(maxsize=8)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageColor
 from torch import Tensor
 
 from benchmarks.models.seeded import normal
@@ -40,6 +40,18 @@ def levels_of(image: Image.Image) -> np.ndarray:
 
 def levels(images: list[Image.Image]) -> np.ndarray:
     return np.stack([np.asarray(image) for image in images]).astype(int)
+
+
+def drawn_at(image: Image.Image, colour: str) -> list[tuple[int, int]]:
+    """Where a picture has exactly this colour."""
+    wanted, width = ImageColor.getrgb(colour), image.width
+    return [
+        (i % width, i // width)
+        for i, pixel in enumerate(
+            image.get_flattened_data() if hasattr(image, "get_flattened_data") else image.getdata()
+        )
+        if pixel == wanted
+    ]
 
 
 def picture(path: Path, seed: int = 0, size: tuple[int, int] = (6, 9), **how: object) -> Path:

@@ -1,4 +1,4 @@
-"""What tests of the kernels on a GPU are given."""
+"""What tests of fast networks are given."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import pytest
 from torch.nn.attention import SDPBackend
 
 from ldm.fast import gpu
+from ldm.model import LatentDiffusion
+from tests.made.families import build, tiny
 from tests.made.kernels import INTERPRETED
 
 
@@ -21,3 +23,8 @@ def large_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     if INTERPRETED:
         for name in ("ROWS", "COLS"):
             monkeypatch.setattr(gpu.kernels(), name, 256)
+
+
+@pytest.fixture(scope="module")
+def sd1() -> LatentDiffusion:
+    return build(tiny("sd1"))

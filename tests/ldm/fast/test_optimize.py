@@ -1,5 +1,4 @@
-"""Optimised models against the readable ones: the same function around the same parameters, and when which of them
-runs."""
+"""Optimised models against the readable ones: the same function around the same parameters, and when which runs."""
 
 from __future__ import annotations
 
@@ -33,31 +32,9 @@ from ldm.swap import swap
 from samplers import cfg
 from tests.made.compilers import compiled_only
 from tests.made.families import build, tiny
+from tests.made.inputs import STATED, inputs
 
-STATED = 1e-4  # of the root mean square, in float32: what the README says of the output of a network
 SAME = 1e-11  # float64, where only the order of sums differs
-
-Inputs = tuple[Tensor, Tensor, Tensor, Tensor | None]
-
-
-@pytest.fixture(scope="module")
-def sd1() -> LatentDiffusion:
-    return build(tiny("sd1"))
-
-
-def inputs(model: LatentDiffusion, *, guided: bool = False, size: tuple[int, int] = (8, 8)) -> Inputs:
-    """x, t, context and y of two rows: two pictures, or one under two conditions."""
-    unet = model.config.unet
-    x, t = normal("x", (2, unet.in_channels, *size)), torch.tensor([500.0, 37.0])
-    context = normal("context", (2, 5, unet.context_dim))
-    y = (
-        torch.tensor([20, 350])
-        if unet.noise_levels
-        else None
-        if unet.vector_dim is None
-        else normal("y", (2, unet.vector_dim))
-    )
-    return (x[:1].repeat(2, 1, 1, 1), t[:1].repeat(2), context, y) if guided else (x, t, context, y)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -111,112 +88,6 @@ def test_a_lora_merged_on_one_side_is_seen_on_both(through: str) -> None:
     lora.apply(model if through == "the model" else fast, lora.Changes({f"{name}.weight": change}))
     assert relative(fast.unet(*given), before) > 1e-3
     assert relative(fast.unet(*given), model.unet(*given)) < STATED
-
-
-# --- work that leaves the step --------------------------------------------------------------------------------------
-
-
-class Counted:
-    """The plain operations, counted."""
-
-    def __init__(self) -> None:
-        self.calls: list[tuple[str, tuple[int, ...]]] = []
-
-    def __getattr__(self, name: str):
-        def call(x: Tensor, *args, **keywords) -> Tensor:
-            self.calls.append((name, tuple(x.shape)))
-            return getattr(plain, name)(x, *args, **keywords)
-
-        return call
-
-
-@pytest.fixture
-def counted(sd1: LatentDiffusion, monkeypatch: pytest.MonkeyPatch) -> tuple[FastUNet, Counted]:
-    unet, ops = optimize(sd1).unet, Counted()
-    monkeypatch.setattr(type(unet), "ops", ops)
-    return unet, ops
-
-
-@torch.no_grad()
-def test_keys_and_values_of_a_context_are_computed_once(
-    sd1: LatentDiffusion, counted: tuple[FastUNet, Counted]
-) -> None:
-    unet, ops = counted
-    x, t, context, _ = inputs(sd1)
-    layers = sum(
-        isinstance(module, CrossAttention) for module in unet.modules()
-    )  # as many as half of them have keys and values to compute
-
-    def told() -> int:
-        ops.calls.clear()
-        assert relative(unet(x, t, context), sd1.unet(x, t, context)) < STATED
-        return ops.calls.count(("linear", tuple(context.shape)))
-
-    assert [told(), told(), told()] == [layers, 0, 0]
-    context.mul_(2)
-    assert [told(), told()] == [layers, 0]
-    context = context.clone()
-    assert [told(), told()] == [layers, 0]
-    weight = next(p for name, p in sd1.unet.named_parameters() if name.endswith("attn2.to_v.weight"))
-    weight.mul_(2)
-    assert [told(), told()] == [layers, 0]
-    weight.mul_(0.5)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@torch.no_grad()
-def test_they_are_computed_once_in_a_run(
-    sd1: LatentDiffusion, counted: tuple[FastUNet, Counted], dtype: torch.dtype
-) -> None:
-    unet, ops = counted
-    fast = optimize(sd1)
-    fast.unet = unet
-    if dtype != torch.float32:
-        fast = copy.deepcopy(fast).to(dtype)
-        type(fast.unet).made_for = "cpu", dtype
-    conds = [Cond(normal(name, (1, 5, 64))) for name in ("uncond", "cond")]
-    denoise = guided(fast, conds, cfg(3.0))
-    for sigma in (9.0, 3.0, 1.0):
-        denoise(normal("x", (1, 4, 8, 8)), sigma)
-    assert ops.calls.count(("linear", (2, 5, 64))) == sum(
-        isinstance(module, CrossAttention) for module in unet.modules()
-    )
-
-
-@torch.no_grad()
-def test_what_both_halves_of_a_guided_batch_share_is_computed_once(
-    sd1: LatentDiffusion, counted: tuple[FastUNet, Counted]
-) -> None:
-    unet, ops = counted
-    first = next(i for i, block in enumerate(unet.input_blocks) if len(block) > 1)  # the first with a transformer
-    for given, rows in ((inputs(sd1), 2), (inputs(sd1, guided=True), 1)):
-        ops.calls.clear()
-        assert relative(unet(*given), sd1.unet(*given)) < STATED
-        before = ops.calls[: [name for name, _ in ops.calls].index("attend")]
-        assert {shape[0] for name, shape in before if name == "conv"} == {rows}
-        assert ops.calls[-1][1][0] == 2
-    assert first == 1
-
-
-@torch.no_grad()
-def test_halves_that_differ_in_time_alone_are_not_shared(sd1: LatentDiffusion) -> None:
-    x, t, context, _ = inputs(sd1)
-    given = x[:1].repeat(2, 1, 1, 1), t, context
-    assert relative(optimize(sd1).unet(*given), sd1.unet(*given)) < STATED
-
-
-@torch.no_grad()
-def test_in_inference_mode_nothing_is_kept_of_what_cannot_be_watched(sd1: LatentDiffusion) -> None:
-    fast = optimize(sd1)
-    with torch.inference_mode():
-        x, t, context, _ = inputs(sd1)
-        context = context + 0
-        fast.unet(x, t, context)
-        context.mul_(2)
-        assert relative(fast.unet(x, t, context), sd1.unet(x, t, context)) < STATED
-
-
-# --- when the readable networks run ---------------------------------------------------------------------------------
 
 
 @compiled_only  # plain operations may round as the readable networks do
@@ -406,9 +277,6 @@ def test_large_pictures_decode_in_strips_by_the_readable_networks(sd1: LatentDif
     latent = normal("latent", (1, 4, 16, 16))
     ours, theirs = (precision.decode(model, latent, tile=64) for model in (optimize(sd1), sd1))
     assert relative(ours, theirs) < STATED
-
-
-# --- without a compiler ---------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()

@@ -9,8 +9,6 @@ import torch
 from torch import Tensor
 
 import weights
-from benchmarks.models.golden import tiny_vae
-from benchmarks.models.seeded import normal
 from ldm.changes.surgery import widen
 from ldm.errors import ArgumentError
 from ldm.model import LatentDiffusion
@@ -18,7 +16,7 @@ from ldm.train import losses
 from ldm.train.data.batch import Batch
 from ldm.train.draws import Draws
 from ldm.train.recipe import Objective
-from ldm.train.tasks import Autoencoding, Diffusion
+from ldm.train.tasks import Diffusion
 from samplers import Schedule
 from tests.made.families import build, tiny
 from tests.made.pictures import batch_of
@@ -29,97 +27,6 @@ ALPHAS = torch.tensor(Schedule().alphas_cumprod)
 @pytest.fixture(scope="module")
 def shipped() -> LatentDiffusion:
     return weights.load()
-
-
-# --- formulas -------------------------------------------------------------------------------------------------------
-
-
-def test_the_noisy_latent_and_both_targets_are_the_formulas_of_the_papers() -> None:
-    x0, noise = normal("x0", (2, 4, 8, 8)).double(), normal("noise", (2, 4, 8, 8)).double()
-    a = ALPHAS[torch.tensor([300, 999])]
-    x, v = losses.noised(x0, noise, a), losses.target("v", x0, noise, a)
-    for i, alpha in enumerate(a):
-        assert torch.allclose(x[i], alpha.sqrt() * x0[i] + (1 - alpha).sqrt() * noise[i])
-        assert torch.allclose(alpha.sqrt() * x[i] - (1 - alpha).sqrt() * v[i], x0[i]), (
-            "v gives x0 back (Salimans & Ho 2022, appendix D)"
-        )
-    assert losses.target("eps", x0, noise, a) is noise
-
-
-@pytest.mark.parametrize("prediction", ["eps", "v"])
-def test_the_error_of_x0_weighs_as_much_as_the_limited_snr_says(prediction: str) -> None:
-    """An error e of eps is one of e sqrt((1 - a) / a) of x0, an error e of v one of e sqrt(1 - a)."""
-    a = ALPHAS[torch.tensor([10, 400, 900])]
-    snr = a / (1 - a)
-    of_x0 = (1 - a) / a if prediction == "eps" else 1 - a
-    assert torch.allclose(losses.snr_weight(prediction, a, 0.2, 5.0), snr.clamp(0.2, 5.0) * of_x0, rtol=1e-6)
-    assert torch.allclose(losses.snr_weight("eps", a, 0.0, 5.0), snr.clamp(max=5.0) / snr), (
-        "min-SNR as in Hang et al. 2023, section 3.4"
-    )
-
-
-def test_the_autoencoder_loss_is_the_error_plus_the_weighted_divergence() -> None:
-    vae, image = tiny_vae("vae-f8-tiny"), normal("image", (2, 3, 16, 16)).clamp(-1, 1)
-    noise = normal("z", (2, 4, 2, 2))
-    plain = (vae.decode(vae.encode(image, noise)) - image).abs().mean(dim=(1, 2, 3))
-    mean, logvar = vae.moments(image).chunk(2, dim=1)
-    kl = torch.distributions.kl_divergence(
-        torch.distributions.Normal(mean, (logvar / 2).exp()), torch.distributions.Normal(0.0, 1.0)
-    ).mean(dim=(1, 2, 3))
-    assert torch.allclose(losses.vae_loss(vae, image, noise, 0.0), plain)
-    assert torch.allclose(losses.vae_loss(vae, image, noise, 0.5), plain + 0.5 * kl)
-    batch = replace(batch_of(side=16), weight=torch.tensor([1.0, 0.5]))
-    task = Autoencoding(vae, 0.5)
-    each = task(batch, Draws(0, batch.index)).each
-    assert torch.allclose(
-        each,
-        losses.vae_loss(vae, batch.image, Draws(0, batch.index).normal("posterior", (4, 2, 2)), 0.5) * batch.weight,
-    )
-
-
-# --- randomness -----------------------------------------------------------------------------------------------------
-
-
-def test_what_is_drawn_depends_on_seed_example_and_purpose_alone() -> None:
-    both, second = Draws(3, [7, 8]), Draws(3, [8])
-    assert torch.equal(both.normal("noise", (2, 2))[1:], second.normal("noise", (2, 2)))
-    assert torch.equal(both.integers("timestep", 1000)[1:], second.integers("timestep", 1000))
-    for other in (
-        Draws(4, [8]).normal("noise", (9,)),
-        Draws(3, [9]).normal("noise", (9,)),
-        second.normal("offset", (9,)),
-    ):
-        assert not torch.equal(second.normal("noise", (9,)), other)
-    u = Draws(0, range(2000)).uniform("caption")
-    assert 0 <= u.min() < 0.01
-    assert 0.99 < u.max() < 1
-
-
-def test_every_micro_batch_sees_all_noise_levels_in_time(shipped: LatentDiffusion) -> None:
-    """Every other one may be of other pictures: were the parts dealt out in order, those would never see much noise, or
-    little."""
-    task = Diffusion(shipped, Objective(timesteps="spread"), batch=8)
-    seen = (
-        torch.stack([task.timesteps(Draws(0, range(8 * update, 8 * update + 4))) for update in range(500)]) * 8 // 1000
-    )
-    assert torch.bincount(seen.flatten(), minlength=8).tolist() == pytest.approx(
-        [250] * 8, abs=5 * (250 * 0.5) ** 0.5
-    )  # five deviations of 500 coins
-    alone = [task.timesteps(Draws(0, [i])).item() for i in range(24, 32)]
-    assert alone == task.timesteps(Draws(0, range(24, 32))).tolist(), "whatever is at once"
-
-
-def test_timesteps_are_drawn_alone_or_one_from_each_part(shipped: LatentDiffusion) -> None:
-    draws = Draws(0, range(16, 32))
-    spread = Diffusion(shipped, Objective(timesteps="spread"), batch=16).timesteps(draws)
-    assert sorted(t * 16 // 1000 for t in spread.tolist()) == list(range(16))
-    uniform = Diffusion(shipped, Objective()).timesteps(Draws(0, range(4000)))
-    assert uniform.min() < 5
-    assert uniform.max() > 994
-    assert uniform.float().mean() == pytest.approx(499.5, abs=3 * 288.7 / 4000**0.5)
-
-
-# --- the diffusion task ---------------------------------------------------------------------------------------------
 
 
 def plain_loss(model: LatentDiffusion, batch: Batch, draws: Draws) -> Tensor:
