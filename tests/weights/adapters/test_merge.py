@@ -27,7 +27,7 @@ from tests.made.loras import (
 from weights.adapters import names as lora_names
 from weights.adapters.extract import CONVOLUTION, attention
 from weights.adapters.read import load_lora
-from weights.adapters.write import kohya_names
+from weights.adapters.kohya import kohya_names
 
 
 def lora_of(config: ModelConfig, path: Path, r: int = 2) -> Path:
