@@ -26,13 +26,7 @@ from ldm.changes.lora import (
     merge,
 )
 from ldm.errors import ArgumentError
-from tests.made.loras import (
-    Q,
-    close,
-    model,
-    same_bits,
-    state,
-)
+from tests.made.loras import Q, close, model, same_bits, state
 
 WEIGHT, KERNEL = normal("w", (12, 8)), normal("k", (12, 8, 3, 3))
 

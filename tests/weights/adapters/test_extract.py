@@ -21,19 +21,7 @@ from ldm.changes.lora import merge
 from ldm.config import ModelConfig
 from ldm.errors import ArgumentError, FileError, NonFinite, OutputError
 from tests.made.checkpoints import TINY, save_safetensors
-from tests.made.loras import (
-    CONV,
-    FC,
-    HALF,
-    KEYS,
-    Q,
-    adding,
-    product,
-    saved,
-    seeded,
-    shallow,
-    spectrum,
-)
+from tests.made.loras import CONV, FC, HALF, KEYS, Q, adding, product, saved, seeded, shallow, spectrum
 from weights.adapters import names as lora_names
 from weights.adapters.extract import CONVOLUTION, attention
 from weights.adapters.read import load_lora

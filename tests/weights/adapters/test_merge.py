@@ -17,17 +17,11 @@ from ldm.changes.lora import merge
 from ldm.config import ModelConfig
 from ldm.errors import AmbiguousCheckpoint, ArgumentError, FileError, OutputError
 from tests.made.checkpoints import TINY, checkpoint, save_safetensors, save_stream, save_zip
-from tests.made.loras import (
-    FC,
-    published,
-    saved,
-    shallow,
-    some_lora,
-)
+from tests.made.loras import FC, published, saved, shallow, some_lora
 from weights.adapters import names as lora_names
 from weights.adapters.extract import CONVOLUTION, attention
-from weights.adapters.read import load_lora
 from weights.adapters.kohya import kohya_names
+from weights.adapters.read import load_lora
 
 
 def lora_of(config: ModelConfig, path: Path, r: int = 2) -> Path:

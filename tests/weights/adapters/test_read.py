@@ -28,17 +28,7 @@ from ldm.changes.lora import (
 from ldm.config import FAMILIES, ModelConfig
 from ldm.errors import FileError
 from tests.made.checkpoints import TINY, save_safetensors, save_zip
-from tests.made.loras import (
-    CONV,
-    FAMILY,
-    Q,
-    blank_lora,
-    close,
-    model,
-    same_bits,
-    state,
-    targets,
-)
+from tests.made.loras import CONV, FAMILY, Q, blank_lora, close, model, same_bits, state, targets
 from weights.adapters import names as lora_names
 from weights.adapters.read import load_lora
 from weights.names.diffusers import diffusers_unet
