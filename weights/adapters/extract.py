@@ -1,7 +1,8 @@
-"""Two checkpoints of one family -> the LoRA that makes one of the other, as far as low rank goes."""
+"""Two checkpoints of one family -> the LoRA that makes one into the other, as far as low rank goes."""
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -27,12 +28,11 @@ from weights.files.opened import Weights
 from weights.files.write import OnWrite, Pending
 from weights.names.prediction import Prediction, predicting
 
+# What kohya's networks have by default, and what they have with conv_dim.
 ATTENTION = re.compile(
     r"unet\..+\.(proj_in|proj_out|transformer_blocks\..+)\.weight|text\.\d+\..+\.encoder\.layers\..+\.weight"
-)  # what kohya's networks have by default
-CONVOLUTION = re.compile(
-    r"unet\..+\.(in_layers\.2|out_layers\.3|emb_layers\.1|skip_connection|op|conv)\.weight"
-)  # and what with conv_dim
+)
+CONVOLUTION = re.compile(r"unet\..+\.(in_layers\.2|out_layers\.3|emb_layers\.1|skip_connection|op|conv)\.weight")
 
 
 @dataclass(frozen=True)
@@ -61,33 +61,25 @@ class Extracted:
         return energy(self.modules)
 
 
-@dataclass(frozen=True)
-class _Pair:
-    """A parameter as it lies in both checkpoints."""
-
-    shape: Shape
-    base: Callable[[], Tensor]  # float32
-    tuned: Callable[[], Tensor]
-    coarse: torch.dtype  # the coarser of the two types
-    size: int
-
-
 def extract_lora(
-    base: str | PathLike[str], tuned: str | PathLike[str], dst: str | PathLike[str], *, rank: int | None = None, variance: float | None = None,
-    max_rank: int | None = None, conv_rank: int | None = None, text: bool = True, full_rest: bool = False, dtype: torch.dtype = torch.float16,
-    overwrite: bool = False, on_module: Callable[[Kept], None] | None = None, on_write: OnWrite | None = None,
+    base: str | PathLike[str], tuned: str | PathLike[str], dst: str | PathLike[str], *, rank: int | None = None,
+    variance: float | None = None, max_rank: int | None = None, conv_rank: int | None = None, text: bool = True,
+    full_rest: bool = False, dtype: torch.dtype = torch.float16, overwrite: bool = False,
+    on_module: Callable[[Kept], None] | None = None, on_write: OnWrite | None = None,
 ) -> Extracted:  # fmt: skip
-    """Write, in kohya's names, the LoRA that takes one checkpoint to another: of each module's difference the nearest product.
+    """Write, in kohya's names, the LoRA that takes one checkpoint to another: the nearest product to each difference.
 
     base, tuned  files or diffusers folders of one family, in any two layouts
-    rank         of every module of the transformers and text towers; variance: instead, the least for each that keeps this share of its squared
-                 singular values, at most `max_rank`
-    conv_rank    ResBlocks and resamplers too, at this rank, or with variance at this at most; None: they are part of the rest
+    rank         of every module of the transformers and text towers; variance: instead, for each module the least rank
+                 that keeps this share of its squared singular values, at most `max_rank`
+    conv_rank    ResBlocks and resamplers too, at this rank, or with variance at most at this; None: leave them out
     text         the text towers too
-    full_rest    keep what low rank cannot carry (norms, biases, embeddings, other layers) as full differences, which LyCORIS reads
+    full_rest    keep what low rank cannot carry (norms, biases, embeddings, other layers) as full differences, which
+                 LyCORIS reads
     dtype        of the factors
-    Where the two store a parameter in different types, what is equal in the coarser one is no difference. One module is in memory at a time;
-    the decompositions are exact (see `factored`), and take nearly all of the time. The VAE is compared, and never kept.
+    Where the two store a parameter in different types, what is equal in the coarser one is no difference. One module is
+    in memory at a time; the decompositions are exact (see `factored`), and take nearly all of the time. The VAE is
+    compared, and never kept.
     Raises FileError for two families or predictions and for equal checkpoints; ArgumentError, OutputError.
     """
     how = rule(rank, variance, max_rank)
@@ -96,58 +88,57 @@ def extract_lora(
     require_writable(dst, overwrite)
     with open_any(base) as one, open_any(tuned) as other:
         before, after, config = _same_family(one, other)
-        pairs, unpaired = _pairs(before, after, config, text)
+        models = (before, after)
+        pairs, unpaired = _pairs(models, config, text)
+        names, shapes = kohya_names(config), lora_names.shapes(config)
         changes: dict[str, LowRank] = {}
-        kept, differing, unchanged = [], [], 0
-        for parameter, pair in pairs.items():
-            weight, tuned_weight = pair.base(), pair.tuned()
-            if torch.equal(weight.to(pair.coarse), tuned_weight.to(pair.coarse)):
+        more: dict[str, Pending] = {}  # the full differences, which are made again when their turn comes
+        modules, rest, unchanged = [], [], 0
+        for parameter, shape in pairs.items():
+            types = [model.file.specs[model.places[parameter].key].dtype for model in models]
+            coarse = max(types, key=lambda stored: torch.finfo(stored).eps)
+            old, new = (model.read(parameter, torch.float32) for model in models)
+            if torch.equal(old.to(coarse), new.to(coarse)):
                 unchanged += 1
-                continue
-            of = _rule(parameter, how, conv_rank)
-            if of is None:
-                differing.append(parameter)
-                continue
-            change, report = factored(tuned_weight - weight, of, parameter, dtype)
-            changes[parameter] = change
-            kept.append(report)
-            if on_module is not None:
-                on_module(report)
-        rest, more = _rest(differing, pairs, config, dtype, full_rest)
+            elif (of := _rule(parameter, how, conv_rank)) is not None:
+                changes[parameter], kept = factored(new - old, of, parameter, dtype)
+                modules.append(kept)
+                if on_module is not None:
+                    on_module(kept)
+            else:
+                full = full_rest and not parameter.startswith("vae.")
+                rest.append(Rest(parameter, types[1].itemsize * math.prod(shape), full))
+                if full:
+                    key = difference_key(parameter, names, shapes)
+                    more[key] = Pending(dtype, shape, partial(_difference, before, after, parameter))
         if not changes and not more:
-            what = (
-                f"in {len(rest)} parameters that a LoRA does not carry; --full-rest keeps them"
-                if rest
-                else "in nothing that a LoRA changes"
-            )
+            what = f"in {len(rest)} parameters that a LoRA does not carry; --full-rest keeps them"
+            what = what if rest else "in nothing that a LoRA changes"
             raise other.error(f"differs from {Path(base).name[:40]} {what}")
         metadata = _metadata(config, Path(base), Path(tuned)) | network_facts(changes)
         written = write_lora(
-            changes,
-            dst,
-            "kohya",
-            config,
-            metadata,
-            source=Path(tuned),
-            more=more,
-            overwrite=overwrite,
+            changes, dst, "kohya", config, metadata, source=Path(tuned), more=more, overwrite=overwrite,
             on_write=on_write,
-        )
+        )  # fmt: skip
         one.require_unchanged()
         other.require_unchanged()
-    return Extracted(written, config.name, tuple(kept), rest, unchanged, unpaired)
+    return Extracted(written, config.name, tuple(modules), tuple(rest), unchanged, unpaired)
+
+
+def _difference(before: Checkpoint, after: Checkpoint, parameter: str) -> Tensor:
+    return after.read(parameter, torch.float32) - before.read(parameter, torch.float32)
 
 
 def _same_family(one: Weights | Folder, other: Weights | Folder) -> tuple[Checkpoint, Checkpoint, ModelConfig]:
     """Both models, and the config of their family."""
-    (base, said), (tuned, tells) = _model(one), _model(other)
+    (base, old), (tuned, new) = _model(one), _model(other)
     if base.config.kin != tuned.config.kin:
         what = f"is {tuned.config.name}, {one.path.name[:40]} is {base.config.name}"
         raise other.error(f"{what}; a LoRA takes a model to another of its family")
-    if said and tells and said != tells:
-        what = f"predicts {tells}, {one.path.name[:40]} predicts {said}: that is no change of weights"
-        raise other.error(f"{what}; take a base that predicts {tells}")
-    return base, tuned, predicting(base.config, said or tells or base.config.prediction)
+    if old and new and old != new:
+        what = f"predicts {new}, {one.path.name[:40]} predicts {old}: that is no change of weights"
+        raise other.error(f"{what}; take a base that predicts {new}")
+    return base, tuned, predicting(base.config, old or new or base.config.prediction)
 
 
 def _model(file: Weights | Folder) -> tuple[Checkpoint, Prediction | None]:
@@ -161,44 +152,37 @@ def _model(file: Weights | Folder) -> tuple[Checkpoint, Prediction | None]:
 
 
 def _pairs(
-    base: Checkpoint, tuned: Checkpoint, config: ModelConfig, text: bool
-) -> tuple[dict[str, _Pair], tuple[str, ...]]:
-    """Every parameter of UNet, text towers and VAE in both, in the order of their names here, and what only one of them has."""
+    models: tuple[Checkpoint, Checkpoint], config: ModelConfig, text: bool
+) -> tuple[dict[str, Shape], tuple[str, ...]]:
+    """{parameter of UNet, text towers or VAE: its shape}, and the parameters that only one of the two models has."""
+    base = models[0]
     shapes = {name: shape for name, shape in lora_names.shapes(config).items() if text or not name.startswith("text.")}
     shapes |= {name: shape for name, shape in base.wanted.items() if name.startswith("vae.")}
-    models = (base, tuned)
     for model in models:
         there = [name for name in shapes if name in model.places]
         model.require_single(there)
         model.require_numbers(there)
-    pairs: dict[str, _Pair] = {}
+    pairs: dict[str, Shape] = {}
     unpaired = []
     for name, shape in shapes.items():
-        having = [model for model in models if name in model.places]
-        if len(having) == 2:
-            own = base.shape(name) if name.startswith("text.") else shape  # towers may have gained tokens
-            pairs[name] = _pair(base, tuned, name, own)
+        lacking = [model for model in models if name not in model.places]
+        if not lacking:
+            pairs[name] = base.shape(name) if name.startswith("text.") else shape  # towers may have gained tokens
+            for model in models:
+                _require_shape(model, name, pairs[name], base)
         elif name.startswith("unet."):
-            raise (base if base not in having else tuned).file.error(
-                f"has no {name[-60:]}; use a complete checkpoint", name
-            )
-        elif having:
+            raise lacking[0].file.error(f"has no {name[-60:]}; use a complete checkpoint", name)
+        elif len(lacking) == 1:
             unpaired.append(name)
     return pairs, tuple(unpaired)
 
 
-def _pair(base: Checkpoint, tuned: Checkpoint, name: str, shape: Shape) -> _Pair:
-    for model in (base, tuned):
-        place = model.places[name]
-        found = model.file.shape(place.key)
-        if not place.fits(found, shape):
-            what = f"{place.key[-40:]} is {list(found)}, in the other {list(base.places[name].stored(shape))}"
-            raise model.file.error(f"{what}; text=False leaves towers out", place.key)
-    dtypes = [model.file.specs[model.places[name].key].dtype for model in (base, tuned)]
-    coarse = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
-    size = dtypes[1].itemsize * torch.Size(shape).numel()
-    before, after = (partial(model.read, name, torch.float32) for model in (base, tuned))
-    return _Pair(shape, before, after, coarse, size)
+def _require_shape(model: Checkpoint, name: str, shape: Shape, base: Checkpoint) -> None:
+    place = model.places[name]
+    found = model.file.shape(place.key)
+    if not place.fits(found, shape):
+        what = f"{place.key[-40:]} is {list(found)}, in the other {list(base.places[name].stored(shape))}"
+        raise model.file.error(f"{what}; text=False leaves towers out", place.key)
 
 
 def _rule(parameter: str, how: Rule, conv_rank: int | None) -> Rule | None:
@@ -211,29 +195,8 @@ def _rule(parameter: str, how: Rule, conv_rank: int | None) -> Rule | None:
 
 
 def attention(parameter: str) -> bool:
-    """Is this a weight that every trainer's LoRA has factors for: a matrix of a transformer of the UNet, or of a text tower's block?"""
+    """Is this a weight for which every trainer's LoRA has factors: a matrix of a transformer or of a tower's block?"""
     return bool(ATTENTION.fullmatch(parameter)) and not re.search(r"\.(norm\d?|layer_norm\d)\.weight$", parameter)
-
-
-def _rest(
-    differing: list[str], pairs: dict[str, _Pair], config: ModelConfig, dtype: torch.dtype, full: bool
-) -> tuple[tuple[Rest, ...], dict[str, Pending]]:
-    """The report of the rest, and as what it is written: differences that are made again when their turn comes."""
-    names, shapes = kohya_names(config), lora_names.shapes(config)
-    more: dict[str, Pending] = {}
-    rest = []
-    for parameter in differing:
-        kept = full and not parameter.startswith("vae.")
-        rest.append(Rest(parameter, pairs[parameter].size, kept))
-        if kept:
-            more[difference_key(parameter, names, shapes)] = Pending(
-                dtype, pairs[parameter].shape, partial(_difference, pairs[parameter])
-            )
-    return tuple(rest), more
-
-
-def _difference(pair: _Pair) -> Tensor:
-    return pair.tuned() - pair.base()
 
 
 def _metadata(config: ModelConfig, base: Path, tuned: Path) -> dict[str, str]:

@@ -38,7 +38,8 @@ def resolved(
 ) -> tuple[dict[str, Change], tuple[str, ...]]:
     """The changes of a file by our names, and the modules for which a model of this config has no place.
 
-    Raises FileError for a LoRA of another family, for shapes that do not fit, and unless `allow_unmatched` for such modules.
+    Raises FileError for a LoRA of another family, for shapes that do not fit and, unless `allow_unmatched`, for such
+    modules.
     """
     table, shapes = lora_names.spellings(config), lora_names.shapes(config)
     found: dict[str, Change] = {}
@@ -101,7 +102,7 @@ def _require_family(file: Tensors, spelled: Spelled, fits: int, config: ModelCon
 
 
 def _require_whole(file: Tensors, spelled: Spelled, found: Iterable[str], config: ModelConfig) -> None:
-    """Refuse what fits, but is whole only in a family of fewer blocks: SSD-1B's modules are part of SDXL's, in their shapes."""
+    """Refuse what fits, but is whole only in a family of fewer blocks: SSD-1B's modules are a part of SDXL's."""
     modules = {name.rpartition(".")[0] for name in found}
     if is_whole(modules, config):
         return

@@ -104,7 +104,7 @@ def _exactly(alpha: float, dtype: torch.dtype) -> Tensor:
 
 
 def _parts(change: Change, shape: Shape) -> dict[str, Tensor]:
-    """{end of the key: tensor} of one weight's change without alpha. Factors of kernels are kernels, as layers have them."""
+    """{end of the key: tensor} of one weight's change without alpha. Factors of kernels are kernels too."""
     if isinstance(change, LowRank):
         if change.mid is not None:
             return {"lora_down.weight": change.down, "lora_up.weight": change.up, "lora_mid.weight": change.mid}

@@ -20,6 +20,7 @@ from ldm.disk import require_writable
 from ldm.errors import ArgumentError, FileError
 from weights.adapters import names as lora_names
 from weights.adapters.read import read_lora
+from weights.adapters.write import HASHES
 from weights.checkpoint import Checkpoint, described, require_dtype
 from weights.files.folders import is_folder
 from weights.files.opened import Weights, open_file
@@ -28,11 +29,6 @@ from weights.files.write import OnWrite, Pending, cast, guarded, write
 LORAS, DROPPED = "ldm.merged_loras", "ldm.dropped"  # keys of the metadata
 EMA = "model_ema."
 BOOKKEEPING = {"model_ema.decay", "model_ema.num_updates"}  # all that is left of an average that already is the weights
-UNTRUE = (
-    "modelspec.hash_sha256",
-    "sshs_model_hash",
-    "sshs_legacy_hash",
-)  # metadata: hashes of the tensors as they were
 
 Scale = float | tuple[float, float]  # of all; or of the UNet, and of the text towers
 Terms = list[tuple[Change, float]]
@@ -51,16 +47,18 @@ class MergedFile:
 
 def merge_lora(
     checkpoint: str | PathLike[str], loras: Sequence[tuple[str | PathLike[str], Scale]], dst: str | PathLike[str], *,
-    model_config: ModelConfig | None = None, dtype: torch.dtype | None = None, overwrite: bool = False, on_write: OnWrite | None = None,
+    model_config: ModelConfig | None = None, dtype: torch.dtype | None = None, overwrite: bool = False,
+    on_write: OnWrite | None = None,
 ) -> MergedFile:  # fmt: skip
     """Write a checkpoint with LoRAs merged into it: the numbers that `ldm.lora.merge` gives the loaded model.
 
     checkpoint    .safetensors or .ckpt. Every key keeps its name, layout and type; only the targets of the LoRAs change
     loras         (whatever `read_lora` reads, its scale): a number, or one for the UNet and one for the text towers
     model_config  None: found out from the checkpoint
-    dtype         of the networks' tensors; None: each as it is. Noise schedules and position_ids always stay as they are
-    Changes are computed from the weights as they were and summed in float32, then rounded once. A moving average of changed weights
-    (`model_ema.*`) is left out, as it would no longer be theirs. Raises FileError, ArgumentError, OutputError.
+    dtype         of the networks' tensors; None: each as it is. Noise schedules and position_ids keep their types
+    Changes are computed from the weights as they were and summed in float32, then rounded once. A moving average of
+    changed weights (`model_ema.*`) is left out, as it would no longer be theirs. Raises FileError, ArgumentError,
+    OutputError.
     """
     if not loras:
         raise ArgumentError("no LoRA was named; name at least one", key="loras")
@@ -70,10 +68,8 @@ def merge_lora(
         require_dtype(dtype)
     require_writable(dst, overwrite)
     if is_folder(checkpoint):
-        raise FileError(
-            "is a diffusers folder; make it one file first with 'ldm convert', or load the LoRA beside it",
-            path=checkpoint,
-        )
+        what = "is a diffusers folder; make it one file first with 'ldm convert', or load the LoRA beside it"
+        raise FileError(what, path=checkpoint)
     with open_file(checkpoint) as file:
         model = described(file, model_config)
         config = model.config
@@ -81,21 +77,15 @@ def merge_lora(
         terms = _terms(sources)
         changed = _changed(model, terms)
         dropped = _dropped(file, changed)
+        makers = {key: partial(_tensor, model, key, terms if key in changed else None) for key in file}
         tensors = {
-            key: Pending(
-                _dtype(model, key, dtype),
-                file.shape(key),
-                partial(_tensor, model, key, terms if key in changed else None),
-            )
-            for key in file
+            key: Pending(_dtype(model, key, dtype), file.shape(key), make)
+            for key, make in makers.items()
             if key not in dropped
         }
         metadata = _metadata(file.metadata, loras, dropped)
         written = write(tensors, dst, metadata, overwrite=overwrite, on_write=guarded([file], on_write))
-    lines = tuple(
-        f"{changes.name} at {_said(scale)}: {changes.report()}"
-        for (changes, _), (_, scale) in zip(sources, loras, strict=True)
-    )
+    lines = tuple(f"{changes.name} at {_shown(*scales)}: {changes.report()}" for changes, scales in sources)
     return MergedFile(written, config.name, tuple(terms), lines, dropped)
 
 
@@ -103,16 +93,14 @@ def _pair(scale: Scale) -> tuple[float, float]:
     return (float(scale[0]), float(scale[1])) if isinstance(scale, tuple) else (float(scale), float(scale))
 
 
-def _said(scale: Scale) -> str:
-    unet, text = _pair(scale)
+def _shown(unet: float, text: float) -> str:
     return f"{unet:g}" if unet == text else f"{unet:g} (UNet) and {text:g} (text)"
 
 
 def _require_scale(path: str | PathLike[str], scale: Scale) -> None:
     values = scale if isinstance(scale, tuple) else (scale, scale)
-    if len(values) != 2 or any(
-        not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value) for value in values
-    ):
+    real = all(isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value) for value in values)
+    if len(values) != 2 or not real:
         raise ArgumentError(f"{Path(path).name[:60]}: scale {str(scale)[:40]} is no finite number", key="scale")
 
 
@@ -128,7 +116,7 @@ def _terms(sources: Iterable[tuple[Changes, tuple[float, float]]]) -> dict[str, 
 
 
 def _changed(model: Checkpoint, terms: Mapping[str, Terms]) -> set[str]:
-    """The keys of the file that change. Raises FileError for a parameter that is not there as the LoRA needs it."""
+    """The keys of the file that change. Raises FileError for a parameter that the file lacks or has in another form."""
     file, shapes = model.file, lora_names.shapes(model.config)
     model.require_single(terms)
     changed = set()
@@ -138,14 +126,15 @@ def _changed(model: Checkpoint, terms: Mapping[str, Terms]) -> set[str]:
             raise file.error(f"has no {parameter[-60:]}, which the LoRA changes; use a complete checkpoint", parameter)
         spec = file.specs[place.key]
         if not place.fits(spec.shape, shapes[parameter]) or model.integers(parameter) is not None:
-            what = f"{place.key[-60:]} is {list(spec.shape)} of {spec.dtype}, where {list(shapes[parameter])} floating-point numbers belong"
-            raise file.error(what, place.key)
+            what = f"{place.key[-60:]} is {list(spec.shape)} of {spec.dtype}"
+            wanted = f"{list(shapes[parameter])} floating-point numbers"
+            raise file.error(f"{what}, where {wanted} belong", place.key)
         changed.add(place.key)
     return changed
 
 
 def _dropped(file: Weights, places: Iterable[str]) -> dict[str, str]:
-    """The moving average, if there is one and it is of weights that change: LitEma averages what lies under `model.`."""
+    """The moving average, where weights change that it averages: LitEma's are those under `model.`."""
     averages = [key for key in file if key.startswith(EMA)]
     if set(averages) <= BOOKKEEPING or not any(key.startswith("model.") for key in places):
         return {}
@@ -182,7 +171,7 @@ def _metadata(
     before: Mapping[str, str], loras: Sequence[tuple[str | PathLike[str], Scale]], dropped: Mapping[str, str]
 ) -> dict[str, str]:
     merged = [{"name": Path(path).name, "unet": _pair(scale)[0], "text": _pair(scale)[1]} for path, scale in loras]
-    metadata = {key: value for key, value in before.items() if key not in UNTRUE} | {LORAS: json.dumps(merged)}
+    metadata = {key: value for key, value in before.items() if key not in HASHES} | {LORAS: json.dumps(merged)}
     if dropped:
         metadata[DROPPED] = f"{len(dropped)} tensors of {EMA}*: {next(iter(dropped.values()))}"
     return metadata

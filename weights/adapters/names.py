@@ -1,4 +1,4 @@
-"""How LoRA files spell the modules of a model: whole names in tables from its config, as underscores cannot be parsed."""
+"""How LoRA files spell the modules of a model: in whole names, since names with underscores cannot be parsed."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def _of_text(module: str, tower: int, towers: int) -> Iterator[str]:
 
 
 def _peft(component: str) -> tuple[str, str]:
-    """`base_model.model.` is put before the component's name when a pipeline is saved, and after it when each network is."""
+    """A saved pipeline has `base_model.model.` before the component's name, a saved network has it after the name."""
     return f"base_model.model.{component}", f"{component}base_model.model."
 
 

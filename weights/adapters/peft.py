@@ -61,7 +61,7 @@ class Scaling:
 
 
 def scalings(file: Tensors) -> dict[str, Scaling]:
-    """{"unet.": ..., "text_encoder.": ...} from the metadata of diffusers, or {"": ...} from peft's adapter_config.json."""
+    """{"unet.": ..., "text_encoder.": ...} from diffusers' metadata, or {"": ...} from peft's adapter_config.json."""
     if text := file.metadata.get(ADAPTER):
         what = f"its {ADAPTER}"
         settings = _settings(file.error, text, what)

@@ -36,7 +36,7 @@ class Kept:
 
 
 def rule(what: int | None, variance: float | None, max_rank: int | None = None) -> Rule:
-    """The rule that options make. Raises ArgumentError unless there is exactly one of rank and variance, both in range."""
+    """The rule that options make. Raises ArgumentError unless one of rank and variance is given, and in range."""
     if (what is None) == (variance is None):
         raise ArgumentError("give a rank or a share of the variance to keep, and not both", key="rank")
     if max_rank is not None and variance is None:
@@ -55,7 +55,7 @@ def require_rank(name: str, value: int | None) -> None:
 
 
 def chosen(values: Tensor, rule: Rule) -> tuple[int, float, float]:
-    """(rank, share of the energy that it keeps, all energy) of a product with these singular values, the largest first."""
+    """(rank, share of the energy that it keeps, all energy) for these singular values, the largest first."""
     energies = values.double().square().cumsum(0)
     whole = energies[-1].item()
     if rule.variance is not None:
@@ -67,10 +67,11 @@ def chosen(values: Tensor, rule: Rule) -> tuple[int, float, float]:
 
 
 def factored(matrix: Tensor, rule: Rule, parameter: str, dtype: torch.dtype = torch.float32) -> tuple[LowRank, Kept]:
-    """The nearest product of the rank that the rule chooses, in the Frobenius norm (Eckart and Young 1936), with alpha = rank.
+    """The product of the rule's rank that is nearest in the Frobenius norm (Eckart and Young 1936), with alpha = rank.
 
-    matrix  [out, in] or [out, in, k, k]; its singular value decomposition is exact, in float32: with one core 0.1 s for 640 x 640, 0.8 s for
-            1280 x 1280, 2.5 s for 10240 x 1280, 13 s for the largest 3x3 kernels. Randomised ones are faster and miss part of a flat tail.
+    matrix  [out, in] or [out, in, k, k]
+    The singular value decomposition is exact, in float32: with one core 0.1 s for 640 x 640, 0.8 s for 1280 x 1280,
+    2.5 s for 10240 x 1280, 13 s for the largest 3x3 kernels. Randomised ones are faster and miss part of a flat tail.
     """
     flat = _finite(matrix.float().flatten(1), parameter)
     wide = flat.shape[0] < flat.shape[1]  # LAPACK takes half the time for the tall form
@@ -78,17 +79,17 @@ def factored(matrix: Tensor, rule: Rule, parameter: str, dtype: torch.dtype = to
     if wide:
         u, vh = vh.T, u.T
     r, energy, whole = chosen(s, rule)
-    return _lowrank(u[:, :r], s[:r], vh[:r], float(r), matrix.shape, dtype, parameter), Kept(
-        parameter, r, energy, whole
-    )
+    change = _lowrank(u[:, :r], s[:r], vh[:r], float(r), matrix.shape, dtype, parameter)
+    return change, Kept(parameter, r, energy, whole)
 
 
 def resized(change: LowRank, rule: Rule, parameter: str, dtype: torch.dtype | None = None) -> tuple[LowRank, Kept]:
-    """The nearest change of the rank that the rule chooses, of the same scale alpha / rank; dtype None: that of the old factors.
+    """The nearest change of the rule's rank with the same scale alpha / rank; dtype None: that of the old factors.
 
-    up = Qu Ru and down^T = Qd Rd, so up @ down = Qu (Ru Rd^T) Qd^T: its singular values are those of an r x r matrix. That costs
-    (out + in) r^2 instead of out in min(out, in), 400 times less for rank 32 of 1280 x 1280, so float64 is affordable, and the rounding of a
-    product of all numbers never enters. A core `mid` is first multiplied into down, which changes no number of the product.
+    up = Qu Ru and down^T = Qd Rd, so up @ down = Qu (Ru Rd^T) Qd^T: its singular values are those of an r x r matrix.
+    That costs (out + in) r^2 instead of out in min(out, in), 400 times less for rank 32 of 1280 x 1280, so that float64
+    is affordable; and the full product, with its rounding, is never computed. A core `mid` is first multiplied into
+    down, which changes no number of the product.
     """
     down, up = _finite(change.down.double(), parameter), _finite(change.up.double().flatten(1), parameter)
     if change.mid is not None:
@@ -98,15 +99,8 @@ def resized(change: LowRank, rule: Rule, parameter: str, dtype: torch.dtype | No
     u, s, vh = torch.linalg.svd(ru @ rd.T, full_matrices=False)
     r, energy, whole = chosen(s, rule)
     strength = scale(change)
-    new = _lowrank(
-        qu @ u[:, :r],
-        s[:r],
-        vh[:r] @ qd.T,
-        strength * r,
-        (up.shape[0], *down.shape[1:]),
-        dtype or change.up.dtype,
-        parameter,
-    )
+    shape = (up.shape[0], *down.shape[1:])
+    new = _lowrank(qu @ u[:, :r], s[:r], vh[:r] @ qd.T, strength * r, shape, dtype or change.up.dtype, parameter)
     return new, Kept(parameter, r, energy, whole * strength**2)
 
 
@@ -134,8 +128,6 @@ def _lowrank(
 
 def _finite(tensor: Tensor, parameter: str) -> Tensor:
     if not tensor.isfinite().all():
-        raise NonFinite(
-            f"{parameter[-80:]}: its change has NaN or infinity in {tensor.dtype}; repair the file, or use a wider type",
-            key=parameter,
-        )
+        what = f"{parameter[-80:]}: its change has NaN or infinity in {tensor.dtype}"
+        raise NonFinite(f"{what}; repair the file, or use a wider type", key=parameter)
     return tensor

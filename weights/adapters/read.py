@@ -39,13 +39,13 @@ class Source:
 
 
 def load_lora(path: str | PathLike[str], model_config: ModelConfig, *, allow_unmatched: bool = False) -> Changes:
-    """What a LoRA changes in a model of this config; `ldm.lora.merge` applies it, `.report()` says "192 of 192 modules".
+    """What a LoRA changes in a model of this config; `ldm.changes.lora.merge` applies it.
 
-    path             .safetensors, .ckpt or .pt, with names of kohya (diffusers' or the original's path), diffusers or peft
+    path             .safetensors, .ckpt or .pt, with names of kohya (diffusers' or the original's), diffusers or peft
     allow_unmatched  leave out what this model has no place for, instead of refusing the file
-    Alpha is the file's tensor; else, for peft's names, that in `lora_adapter_metadata` or in the adapter_config.json beside
-    adapter_model.*; else the rank. Factors that need no conversion are mapped from the file.
-    Raises FileError for a file that holds no LoRA, lacks part of one, has shapes that do not fit or is of another family.
+    Alpha is the file's tensor; else, for peft's names, that in `lora_adapter_metadata` or in the adapter_config.json
+    beside adapter_model.*; else the rank. Factors that need no conversion are mapped from the file.
+    Raises FileError for no LoRA, a part of one, shapes that do not fit, or a LoRA of another family.
     """
     with open_file(path) as file:
         found, unmatched = resolved(file, *by_spelling(file), model_config, allow_unmatched)
@@ -56,8 +56,9 @@ def load_lora(path: str | PathLike[str], model_config: ModelConfig, *, allow_unm
 def read_lora(path: str | PathLike[str], model_config: ModelConfig | str | None = None) -> Source:
     """All changes of a LoRA, by our names.
 
-    path          a file that `load_lora` reads; a folder with pytorch_lora_weights.safetensors or adapter_model.safetensors
-                  in it; or one with a folder of peft's for each network: unet/, text_encoder/, text_encoder_2/
+    path          a file that `load_lora` reads; a folder with a pytorch_lora_weights.safetensors or an
+                  adapter_model.safetensors; or one with a folder of peft's for each network: unet/, text_encoder/,
+                  text_encoder_2/
     model_config  the family, or a model's config; None: the family whose targets it has
     Raises FileError as `load_lora` does, and AmbiguousCheckpoint for targets that several families have.
     """
@@ -137,8 +138,8 @@ def _of_family(path: Path, files: Mapping[str, Weights]) -> tuple[ModelConfig, d
 def _changes(files: Mapping[str, Weights], config: ModelConfig) -> dict[str, Change]:
     """The changes in all files, by our names.
 
-    In a folder of peft's, of one network, names do not say which network they are of. A tower's names no part of the UNet,
-    whose table would take a second to make.
+    In a folder of peft's the names do not say of which network they are. A tower is looked up in a model with the
+    smallest UNet: the table of the real one would take a second to make.
     """
     found: dict[str, Change] = {}
     for network, file in files.items():

@@ -57,7 +57,7 @@ def convert_lora(
     as_lora       replace what the dialect cannot hold (LoHa, LoKr, cores, full differences) by the nearest products of
                   this rank; None: refuse it
     dtype         of the factors; None: as they are
-    Raises FileError that names the first module that cannot be written, AmbiguousCheckpoint, ArgumentError, OutputError.
+    Raises FileError, with the first module that cannot be written; AmbiguousCheckpoint, ArgumentError, OutputError.
     """
     require_dialect(to)
     require_rank("as_lora", as_lora)
@@ -88,9 +88,8 @@ def resize_lora(
     variance  instead: the least rank for each module that keeps this share of its squared singular values, at most
               `max_rank`
     to        the dialect; None: that of `src`
-    alpha / rank, the scale, stays what it was. Convolutions are included; the magnitudes of a DoRA are kept as they are,
-    and so are full differences. Raises FileError for kinds that are no plain product (LoHa, LoKr, GLoRA), and as
-    `convert_lora` does.
+    alpha / rank, the scale, stays what it was. Convolutions are included; full differences and the magnitudes of a DoRA
+    are kept. Raises FileError for kinds that are no plain product (LoHa, LoKr, GLoRA), and as `convert_lora` does.
     """
     how = rule(rank, variance, max_rank)
     if to is not None:

@@ -18,7 +18,7 @@ Spelled = dict[tuple[str, str], Change]  # (a module as the file spells it, weig
 
 
 def by_spelling(file: Tensors) -> tuple[Spelled, list[str]]:
-    """Every change in the file by its spelling, and the keys that are part of none. Raises FileError for what is no LoRA."""
+    """Every change in the file by its spelling, and the keys that are part of none. Raises FileError for no LoRA."""
     modules: dict[str, _Module] = {}
     strays = []
     for key in file:

@@ -32,11 +32,11 @@ def save_lora(
 
     changes  of `ldm.lora_layers.changes`, or any other
     config   of the model that they change
-    to       "kohya": a file for kohya's scripts, A1111 and ComfyUI, that notes rank and alpha as they do; "diffusers": a file
-             for `pipe.load_lora_weights`; "peft": a directory with a folder for each network
+    to       "kohya": a file for kohya's scripts, A1111 and ComfyUI, with rank and alpha in its metadata; "diffusers":
+             a file for `pipe.load_lora_weights`; "peft": a directory with a folder for each network
     dtype    of the factors; None: as they are. alpha keeps its value exactly
-    All or nothing. Raises ArgumentError, also for changes that do not fit the config; FileError for a change that the dialect
-    cannot hold; OutputError, also where `path` exists and `overwrite` is false.
+    All or nothing. Raises ArgumentError, also for changes that do not fit the config; FileError for a change that the
+    dialect cannot hold; OutputError, also where `path` exists and `overwrite` is false.
     """
     require_dialect(to)
     if dtype is not None:

@@ -25,7 +25,8 @@ MAGIC = 0x1950A86A20F9469CFC6C  # opens the pre-1.6 stream
 PROTOCOL = 1001
 
 _NAME = re.compile(
-    r"([^/\\]+)/(data\.pkl|version|byteorder|\.format_version|\.storage_alignment|\.data/serialization_id|data/[0-9]{1,20})"
+    r"([^/\\]+)/"
+    r"(data\.pkl|version|byteorder|\.format_version|\.storage_alignment|\.data/serialization_id|data/[0-9]{1,20})"
 )
 _WRAPPERS = ("state_dict", "module", "model")  # keys under which trainers put the tensors
 
