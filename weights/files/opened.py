@@ -19,9 +19,7 @@ import torch
 from torch import Tensor
 
 from ldm.errors import FileError
-from weights.files import torchfiles
-from weights.files.source import CHUNK, Source
-from weights.files.torchfiles import MAX_RANK, MAX_TENSORS, Contents, Record, Spec, contiguous
+from weights.files.source import CHUNK, MAX_RANK, MAX_TENSORS, Contents, Record, Source, Spec, contiguous
 
 MAX_HEADER = 100_000_000  # bytes of a safetensors header; the format's own limit
 MAX_HEADER_PARTS = 1_000_000  # commas and brackets in it: what its parsed form may cost
@@ -32,21 +30,6 @@ DTYPES = {
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
     "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
-
-_FOREIGN = {  # first bytes -> what the file is, and what to do
-    b"\x1f\x8b": "is gzip-compressed; unpack it with 'gunzip'",
-    b"7z\xbc\xaf\x27\x1c": "is a 7z archive; unpack it first",
-    b"Rar!": "is a RAR archive; unpack it first",
-    b"BZh": "is bzip2-compressed; unpack it with 'bunzip2'",
-    b"\xfd7zXZ": "is xz-compressed; unpack it with 'unxz'",
-    b"\x28\xb5\x2f\xfd": "is zstd-compressed; unpack it with 'unzstd'",
-    b"\x93NUMPY": "is a numpy array, not a model; name a .safetensors or .ckpt file",
-    b"\x89HDF": "is an HDF5 file (Keras?), not a torch checkpoint; convert it to .safetensors",
-    b"GGUF": "is a GGUF file; use the .safetensors or .ckpt it was made from",
-    b"\x89PNG": "is a PNG picture, not weights; name a .safetensors or .ckpt file",
-    b"\xff\xd8\xff": "is a JPEG picture, not weights; name a .safetensors or .ckpt file",
-    b"%PDF": "is a PDF document, not weights; name a .safetensors or .ckpt file",
-}
 
 
 class Tensors(Mapping[str, Tensor]):
@@ -222,7 +205,9 @@ def open_file(path: str | PathLike[str]) -> Weights:
             raise source.error(
                 "is a torch pickle file, not safetensors as its name says; rename it to .ckpt to read it as what it is"
             )
-        return Weights(source, kind, torchfiles.read_zip(source) if kind == "zip" else torchfiles.read_stream(source))
+        from weights.files.torchfiles import read_stream, read_zip
+
+        return Weights(source, kind, read_zip(source) if kind == "zip" else read_stream(source))
     except BaseException:
         source.close()
         raise
@@ -230,41 +215,12 @@ def open_file(path: str | PathLike[str]) -> Weights:
 
 def kind_of(source: Source) -> Literal["safetensors", "zip", "stream"]:
     """What the first 4 KiB say the file is; refused by name when that is no file of weights."""
-    if source.size == 0:
-        raise source.damaged("is empty (0 bytes)")
     head = source.read(0, min(source.size, 4096))
-    if head.startswith(b"version https://git-lfs.github.com/spec/"):
-        raise source.error("is a Git LFS pointer, not the weights; run 'git lfs pull' or download the file")
-    text = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
-    if text.startswith((b"<!doctype html", b"<html", b"<head", b"<body")):
-        raise source.error("is a web page (HTML), not the weights; download the file itself, not the page about it")
-    if text.startswith((b"<?xml", b"<error", b"<!--")):
-        raise source.error("is an XML text, perhaps a server's error message; download the weights again")
-    if source.size < 8:
-        raise source.damaged(f"is only {source.size} bytes long")
-    if head.startswith(b"PK\x03\x04") or head.startswith(b"PK\x05\x06"):
-        return "zip"
-    for start, what in _FOREIGN.items():
-        if head.startswith(start):
-            raise source.error(what)
-    if head[257:262] == b"ustar":
-        raise source.error(
-            "is a tar archive; unpack it, or save it again with a current torch if torch before 0.1.10 wrote it"
-        )
-    if head[:1] == b"\x80" and torchfiles.legacy_magic(source, head):
-        return "stream"
-    length = int.from_bytes(head[:8], "little")
-    if head[8:9] == b"{" and length <= max(MAX_HEADER, source.size):
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= MAX_HEADER:
         return "safetensors"
-    if head[:1] == b"\x80" and 2 <= head[1] <= 5:
-        raise source.error("is a pickle, but not one that torch.save wrote; use a .safetensors of this model")
-    if not any(head):
-        raise source.damaged("is all zeros: the download did not finish")
-    if text[:1] in (b"{", b"["):
-        raise source.error("is JSON text, perhaps a server's error message; download the weights again")
-    if all(byte in b"\t\n\r" or 32 <= byte < 127 for byte in head[:512]):
-        raise source.error("is plain text, not weights; download the file itself")
-    raise source.damaged(f"is neither .safetensors nor a torch checkpoint (it begins with {head[:8].hex(' ')})")
+    from weights.files import foreign  # what it costs to know all the others is spared where it is not needed
+
+    return foreign.kind_of(source, head, MAX_HEADER)
 
 
 def _safetensors(source: Source) -> Contents:

@@ -1,16 +1,18 @@
-"""A regular file opened with care: its bytes by position, copied or mapped."""
+"""A regular file opened with care: its bytes by position, copied or mapped, and the tensors that they are."""
 
 from __future__ import annotations
 
 import contextlib
 import difflib
 import errno
+import math
 import mmap
 import os
 import stat
 import threading
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
 
@@ -221,3 +223,67 @@ def nearest(path: Path, count: int = 3) -> list[str]:
     except OSError:
         return []
     return difflib.get_close_matches(path.name, names[:10_000], n=count, cutoff=0.5)
+
+
+# --- the tensors in it ------------------------------------------------------------------------------------------------
+
+MAX_RANK = 16
+MAX_TENSORS = 50_000
+
+
+@dataclass
+class Record:
+    """A run of bytes in the file, and its CRC-32 where the file states one."""
+
+    start: int
+    size: int
+    crc: int | None = None
+    users: int = 0  # tensors that are views of it
+    verified: bool = False
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A tensor that has not been read: offset and strides in elements of its record."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+    record: Record
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def is_possible(self) -> bool:
+        """Does torch have strides for the shape? An empty tensor can be of a size and yet be none."""
+        return math.prod(n or 1 for n in self.shape) * self.dtype.itemsize < 2**63
+
+    @property
+    def whole(self) -> bool:
+        """Contiguous, and all of its record, which is nobody else's."""
+        return (
+            self.offset == 0
+            and self.record.users == 1
+            and self.numel * self.dtype.itemsize == self.record.size
+            and self.stride == contiguous(self.shape)
+        )
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a file of weights holds: tensors by name, and the plain facts beside them (global_step, epoch, ...)."""
+
+    specs: Mapping[str, Spec]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+
+def contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides of a contiguous tensor, in elements; a dimension of one element or none steps as if it were 1 long."""
+    strides, step = [], 1
+    for n in reversed(shape):
+        strides.append(step)
+        step *= max(n, 1)
+    return tuple(reversed(strides))

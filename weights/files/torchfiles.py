@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import math
 import re
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
-
-import torch
 
 from ldm.errors import FileError
 from weights.files import zips
 from weights.files.pickles import MAX_BYTES, REMEDY, Machine
 from weights.files.rebuild import Inert, Storage, TensorRef
-from weights.files.source import Source
+from weights.files.source import MAX_RANK, MAX_TENSORS, Contents, Record, Source, Spec, contiguous
 
-MAX_RANK = 16
-MAX_TENSORS = 50_000
 MAX_FACT = 100_000  # characters of what is noted beside the tensors
 MAX_EXPANSION = 4  # elements of a view per element of its storage
 MAGIC = 0x1950A86A20F9469CFC6C  # opens the pre-1.6 stream
@@ -29,64 +23,6 @@ _NAME = re.compile(
     r"(data\.pkl|version|byteorder|\.format_version|\.storage_alignment|\.data/serialization_id|data/[0-9]{1,20})"
 )
 _WRAPPERS = ("state_dict", "module", "model")  # keys under which trainers put the tensors
-
-
-@dataclass
-class Record:
-    """A run of bytes in the file, and its CRC-32 where the file states one."""
-
-    start: int
-    size: int
-    crc: int | None = None
-    users: int = 0  # tensors that are views of it
-    verified: bool = False
-
-
-@dataclass(frozen=True)
-class Spec:
-    """A tensor that has not been read: offset and strides in elements of its record."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    offset: int
-    record: Record
-
-    @property
-    def numel(self) -> int:
-        return math.prod(self.shape)
-
-    @property
-    def is_possible(self) -> bool:
-        """Does torch have strides for the shape? An empty tensor can be of a size and yet be none."""
-        return math.prod(n or 1 for n in self.shape) * self.dtype.itemsize < 2**63
-
-    @property
-    def whole(self) -> bool:
-        """Contiguous, and all of its record, which is nobody else's."""
-        return (
-            self.offset == 0
-            and self.record.users == 1
-            and self.numel * self.dtype.itemsize == self.record.size
-            and self.stride == contiguous(self.shape)
-        )
-
-
-@dataclass(frozen=True)
-class Contents:
-    """What a file of weights holds: tensors by name, and the plain facts beside them (global_step, epoch, ...)."""
-
-    specs: Mapping[str, Spec]
-    metadata: Mapping[str, str] = field(default_factory=dict)
-
-
-def contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Strides of a contiguous tensor, in elements; a dimension of one element or none steps as if it were 1 long."""
-    strides, step = [], 1
-    for n in reversed(shape):
-        strides.append(step)
-        step *= max(n, 1)
-    return tuple(reversed(strides))
 
 
 def read_zip(source: Source) -> Contents:

@@ -22,7 +22,7 @@ from ldm.disk import replacing, require_space, write_all
 from ldm.errors import ArgumentError, OutputError
 from weights.files.opened import DTYPES, Tensors
 from weights.files.rebuild import STORAGES
-from weights.files.torchfiles import contiguous
+from weights.files.source import contiguous
 
 Shape = tuple[int, ...]
 

@@ -13,7 +13,7 @@ from ldm.errors import AmbiguousCheckpoint, FileError
 from weights.checkpoint import Parameters, network_of
 from weights.files.folders import Folder
 from weights.files.opened import Weights
-from weights.files.torchfiles import Spec
+from weights.files.source import Spec
 from weights.names.layout import WHAT, Layout
 from weights.names.layout import reason as ignored_for
 from weights.names.prediction import STATISTIC, THRESHOLD, Finding, claims_of, deviation_of, settle

@@ -17,7 +17,7 @@ from ldm.networks.safety import SafetyChecker
 from weights.checkpoint import Parameters, vae_alone
 from weights.files.folders import Folder, add_component
 from weights.files.opened import Weights
-from weights.files.torchfiles import Spec
+from weights.files.source import Spec
 from weights.folder.read import describe
 from weights.models import SAFETY
 from weights.names.blank import shapes as shapes_of
