@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import weights.files.foreign  # noqa: F401 (our own readers, which are imported when they are needed)
 from ldm.errors import FileError
 from tests.made.corpus import REFUSALS
 from tests.made.corpus_pickles import LIVE
@@ -44,8 +45,6 @@ def test_a_bad_file_is_refused_in_one_line_that_says_what_to_do(kind, tmp_path, 
     monkeypatch.chdir(tmp_path)
     case = REFUSALS[kind]
     path = case.build(tmp_path)
-    import weights.files.foreign  # noqa: F401 (our own reader of what is no .safetensors is imported when it is needed)
-
     before = set(sys.modules)
     start = time.process_time()
     with pytest.raises(FileError) as caught:

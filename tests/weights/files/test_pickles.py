@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import weights.files.foreign  # noqa: F401 (our own readers, which are imported when they are needed)
 from ldm.errors import FileError
 from tests.made.checkpoints import Call, Name, ckpt_of, lightning, pickled, save_stream, save_zip, tensor
 from weights import open_file
