@@ -36,6 +36,42 @@ FLOORS = {
 }
 MAX_FILES = 20  # in a folder
 
+# Source files without a test file of their name, under the test file that covers them.
+COVERED = {
+    "tests/samplers/test_solvers.py": "samplers: adams ddim dpmpp euler unipc | benchmarks/models: mixture",
+    "tests/samplers/test_behaviour.py": "samplers: __init__ core",
+    "tests/ldm/blocks/test_scenes.py": "ldm/blocks: __init__",
+    "tests/ldm/cli/test_cli.py": "ldm: __main__ | ldm/cli: commands models terminal",
+    "tests/ldm/cli/test_options.py": "ldm/cli: arguments files settings",
+    "tests/ldm/fast/test_cpu.py": "ldm/fast: compiler",
+    "tests/ldm/fast/test_optimize.py": "ldm/fast: memory plain share",
+    "tests/ldm/networks/test_unet.py": "ldm/networks: attention",
+    "tests/ldm/tasks/test_inpaint.py": "ldm/pictures: masks",
+    "tests/ldm/tasks/test_text.py": "ldm/conditioning: cond",
+    "tests/ldm/train/data/test_examples.py": "ldm/train/data: holes opening plan",
+    "tests/ldm/train/data/test_folder.py": "ldm/train/data: captions decode scenes source",
+    "tests/ldm/train/test_recipe.py": "ldm/train: reading",
+    "tests/ldm/train/test_run.py": "ldm/train: start | ldm/cli: training",
+    "tests/weights/adapters/test_read.py": "weights/adapters: family names spelled",
+    "tests/weights/adapters/test_resize.py": "weights/adapters: rank",
+    "tests/weights/adapters/test_write.py": "weights/adapters: kohya peft",
+    "tests/weights/test_models.py": "weights: checkpoint | weights/names: blank",
+    "tests/weights/test_models_save.py": "weights/names: metadata",
+    "tests/weights/files/test_corpus.py": "weights/files: folders source torchfiles zips",
+    "tests/weights/names/test_detect.py": "weights/names: sizes",
+    "tests/weights/names/test_original.py": "weights/names: layout places",
+    "tests/weights/tools/test_convert.py": "weights/folder: write | weights/tools: record routes",
+    "tests/weights/tools/test_diff.py": "weights/tools: closeness matching verdict | ldm/cli: differing",
+    "tests/weights/tools/test_inspect.py": "weights/tools: adapters evidence findings | weights/names: instead"
+    " | ldm/cli: inspecting",
+    "tests/benchmarks/test_parity.py": "benchmarks/models: families",
+    "tests/benchmarks/test_demonstrations.py": "benchmarks/models: panels",
+    "tests/benchmarks/timing/test_rounds.py": "benchmarks/timing: command plot | benchmarks/sides: cells diffusers"
+    " ours",
+    "tests/ldm/networks/test_vae.py": "benchmarks/models: golden seeded",
+    "tests/weights/folder/test_read.py": "benchmarks/models: folders published",
+}
+
 PACKAGES = ("samplers", "ldm", "weights", "benchmarks")
 
 Import = tuple[str, str, int]  # file as a dotted name, what it imports likewise, line
@@ -142,6 +178,42 @@ def test_no_folder_holds_more_than_twenty_files():
     folders = [path for package in (*PACKAGES, "tests") for path in [ROOT / package, *(ROOT / package).rglob("*/")]]
     counts = {str(folder.relative_to(ROOT)): len([*folder.glob("*.py")]) for folder in folders}
     assert not {folder: count for folder, count in counts.items() if count > MAX_FILES + 1}  # __init__.py comes on top
+
+
+def covered() -> dict[str, str]:
+    """Source file -> the test file that covers it, of COVERED."""
+    return {
+        f"{folder}/{name}.py": test
+        for test, rooms in COVERED.items()
+        for folder, _, names in (room.partition(": ") for room in rooms.split(" | ") if room)
+        for name in names.split()
+    }
+
+
+def test_every_file_with_a_public_function_has_a_test_of_its_name_or_is_listed_with_one():
+    untested = set()
+    for path in (path for package in PACKAGES for path in (ROOT / package).rglob("*.py")):
+        source = path.relative_to(ROOT)
+        functions = (
+            node for node in ast.parse(path.read_text(encoding="utf-8")).body if isinstance(node, ast.FunctionDef)
+        )
+        public = any(not node.name.startswith("_") for node in functions)
+        if public and not (ROOT / "tests" / source.with_name(f"test_{source.name}")).exists():
+            untested.add(str(source))
+    missing, spare = sorted(untested - covered().keys()), sorted(covered().keys() - untested)
+    assert not missing, f"write test files of their names, or name in COVERED the one that covers them: {missing}"
+    assert not spare, f"take out of COVERED what is gone, has a test of its name, or has no function: {spare}"
+    assert all((ROOT / test).is_file() for test in COVERED)
+
+
+def test_no_test_file_imports_another():
+    wrong = [
+        f"{path.relative_to(ROOT)}:{line} imports {name}"
+        for path in (ROOT / "tests").rglob("*.py")
+        for name, line in imports_of(path)
+        if name.split(".")[-1].startswith("test_")
+    ]
+    assert not wrong, "\n".join(wrong)
 
 
 def test_there_is_no_circle():
