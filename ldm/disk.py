@@ -38,18 +38,18 @@ def replacing(path: str | PathLike[str], overwrite: bool) -> Iterator[int]:
         sync_directory(path.parent)
 
 
-def write_whole(path: Path, data: bytes) -> None:
+def write_whole(path: Path, data: bytes, remedy: str = FREE) -> None:
     """Write a file, in place of one of that name; its directory is made. Raises OutputError."""
-    with output_errors(path, FREE), _temporary(path) as temporary:
+    with output_errors(path, remedy), _temporary(path) as temporary:
         path.parent.mkdir(parents=True, exist_ok=True)
         with _synced(temporary) as descriptor:
             write_all(descriptor, data)
         os.replace(temporary, path)
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str, remedy: str = FREE) -> None:
     """`write_whole` of text in UTF-8."""
-    write_whole(path, text.encode())
+    write_whole(path, text.encode(), remedy)
 
 
 def write_new(paths: Iterable[Path], data: bytes) -> Path:
@@ -139,11 +139,11 @@ def require_writable(path: str | PathLike[str], overwrite: bool, *, directory: b
         raise OutputError("exists already", path=path, remedy=OTHER_NAME)
 
 
-def require_space(path: str | PathLike[str], size: int) -> None:
-    """Refuse to begin what would fill the disk: `size` bytes under this name, beside what is there."""
+def require_space(path: str | PathLike[str], size: int, remedy: str = "choose another disk") -> None:
+    """Refuse to begin a file that would fill the disk: `size` bytes under this name, beside what is there."""
     free = shutil.disk_usage(Path(path).parent).free
     if free < size:
-        what = f"it needs {size / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB free; choose another disk"
+        what = f"it needs {size / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB free; {remedy}"
         raise OutputError(f"cannot be written: {what}", path=path)
 
 
