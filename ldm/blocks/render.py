@@ -11,9 +11,11 @@ from numpy import ndarray
 
 from ldm.blocks.scenes import COLORS, RGB, SIZES, Scene
 
-# ---- the camera and the floor ----------------------------------------------------------------------------------------
+# --- the camera and the floor ---------------------------------------------------------------------------------------
 # World: x to the right, y up, z away from the camera, the floor at y = 0; lengths in units of about the width of one
 # large solid when a scene has two. Pictures are worked out for 128 pixels and scaled.
+
+Values = ndarray | np.float32
 
 _PITCH = np.deg2rad(25.0)  # the camera looks down this much
 _DISTANCE = 9.0
@@ -59,7 +61,7 @@ def _backdrop(size: int) -> tuple[ndarray, ndarray, ndarray]:
 
 
 def project(points: ndarray, size: int = 128) -> tuple[ndarray, ndarray]:
-    """Rows and columns [n], in pixels from the top left corner, at which a picture of `size` pixels shows points [n, 3]."""
+    """Rows and columns [n] of points [n, 3] in a picture of `size` pixels, from its top left corner."""
     ray = points - EYE
     depth = ray @ _FORWARD
     return size / 2 - ray @ _UP / depth * _focal(size), size / 2 + ray @ _RIGHT / depth * _focal(size)
@@ -80,7 +82,7 @@ def _window(corners: ndarray, size: int, margin: int) -> tuple[slice, slice]:
     return slice(int(low[0]), int(high[0])), slice(int(low[1]), int(high[1]))
 
 
-# ---- where things stand ----------------------------------------------------------------------------------------------
+# --- where things stand ---------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -162,7 +164,7 @@ def layout(scene: Scene, rng: np.random.Generator) -> list[Placed]:
 Build = Callable[[Scene, np.random.Generator], list[Placed]]
 
 
-# ---- light and rays --------------------------------------------------------------------------------------------------
+# --- light and rays -------------------------------------------------------------------------------------------------
 
 
 def _local(v: ndarray, turn: float) -> tuple[ndarray, ndarray, ndarray]:
@@ -171,7 +173,7 @@ def _local(v: ndarray, turn: float) -> tuple[ndarray, ndarray, ndarray]:
     return cos * v[..., 0] - sin * v[..., 2], v[..., 1], sin * v[..., 0] + cos * v[..., 2]
 
 
-def _roots(a: ndarray, b: ndarray, c: ndarray) -> tuple[ndarray, ndarray]:
+def _roots(a: Values, b: Values, c: Values) -> tuple[ndarray, ndarray]:
     """Solutions of a t^2 + 2 b t + c = 0 in ascending order for a > 0; NaN where there are none."""
     with np.errstate(invalid="ignore", divide="ignore"):
         root = np.sqrt(b * b - a * c)
@@ -181,7 +183,7 @@ def _roots(a: ndarray, b: ndarray, c: ndarray) -> tuple[ndarray, ndarray]:
 def cast(solid: Placed, origin: ndarray, rays: ndarray) -> tuple[ndarray, tuple[ndarray, ndarray, ndarray]]:
     """Where rays from one point outside and above first meet the solid.
 
-    rays [h, w, 3] -> distance [h, w] in units of the ray (inf: a miss), and the three parts of the normal, turned to the
+    rays [h, w, 3] -> distance [h, w] in units of the ray (inf: a miss), and the three parts of the normal in the
     solid's own frame. Bottoms are never seen.
     """
     turn = solid.turn if solid.shape == "cube" else 0.0
@@ -273,7 +275,7 @@ def light_from(azimuth: float = -135.0) -> ndarray:
 
 
 def paint(placed: Sequence[Placed], light: ndarray, size: int = 128, colors: Mapping[str, RGB] = COLORS) -> ndarray:
-    """The solids alone, float32 [size, size, 4]: colour in [0, 1] times coverage, and coverage, the mean of four rays per pixel."""
+    """The solids alone, float32 [size, size, 4]: colour in [0, 1] times coverage; coverage, by four rays a pixel."""
     halfway = light - _FORWARD
     halfway /= np.linalg.norm(halfway)
     rays = _fine_rays(size)

@@ -1,4 +1,4 @@
-"""Which scenes of simple solids there are, which of them training never shows, and what is said of one."""
+"""Scenes of simple solids: which of them exist, which of them training never shows, and their captions."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ class Solid:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows. `relations[0]` holds between solids 0 and 1, `relations[1]` between solid 2 and both others."""
+    """The solids of a picture. `relations[0]` relates solid 0 to solid 1, `relations[1]` solid 2 to both."""
 
     solids: tuple[Solid, ...]  # one to three, all of different colours
     relations: tuple[str, ...] = ()  # of RELATIONS; one fewer than there are solids
-    seed: int = 0  # decides what no caption mentions: exact places, turns, light, tints
+    seed: int = 0  # of everything that no caption mentions: exact places, turns, light, tints
 
     def pairs(self) -> Iterator[tuple[Solid, str, Solid]]:
         """Every (solid, relation, solid) that the scene asserts."""
@@ -57,7 +57,7 @@ class Scene:
             yield self.solids[2], self.relations[1], self.solids[1]
 
 
-# ---- which scenes there are ------------------------------------------------------------------------------------------
+# --- the scenes -----------------------------------------------------------------------------------------------------
 
 
 def _pair_held_out(a: Solid, relation: str, b: Solid) -> bool:
@@ -75,7 +75,7 @@ def _pair_held_out(a: Solid, relation: str, b: Solid) -> bool:
 
 
 def held_out(scene: Scene) -> bool:
-    """Whether training never shows this scene: it holds one of the fixed thirteenth of all colour-shape-relation combinations."""
+    """Whether training never shows this scene: it holds one of a fixed thirteenth of all combinations of two solids."""
     return any(_pair_held_out(*pair) for pair in scene.pairs())
 
 
@@ -94,7 +94,7 @@ def _draw(rng: np.random.Generator, n: int) -> Scene:
 
 
 def sample(seed: int, held_out: bool = False) -> Scene:
-    """The scene of number `seed`: of one to three solids, from the training combinations; or of two, from the held-out ones."""
+    """Scene number `seed`: one to three solids in training combinations, or two in a held-out one."""
     rng = np.random.default_rng([seed, held_out])
     n = 2 if held_out else int(rng.choice((1, 2, 3), p=(0.2, 0.6, 0.2)))
     while True:
@@ -114,10 +114,10 @@ def held_out_scenes(n: int, seed: int = 0) -> list[Scene]:
     raise AssertionError("unreachable")
 
 
-# ---- what is said about them -----------------------------------------------------------------------------------------
+# --- captions -------------------------------------------------------------------------------------------------------
 
 _PREFIXES = ("", "", "a photo of ", "a picture of ", "an image of ", "a rendering of ")
-_SAID = {
+_RELATION_WORDS = {
     "on top of": ("on top of", "on", "sitting on", "resting on top of", "standing on"),
     "to the left of": ("to the left of", "left of", "on the left of", "at the left of"),
     "to the right of": ("to the right of", "right of", "on the right of", "at the right of"),
@@ -125,7 +125,7 @@ _SAID = {
     "behind": ("behind", "standing behind", "placed behind"),
     "under": ("under", "below", "beneath", "underneath"),
 }
-_SIZE_SAID = {"small": ("small", "little"), "large": ("large", "big")}
+_SIZE_WORDS = {"small": ("small", "little"), "large": ("large", "big")}
 
 
 def _with_article(words: str) -> str:
@@ -148,7 +148,7 @@ def canonical(scene: Scene) -> str:
 
 
 def caption(scene: Scene, seed: int) -> str:
-    """One way to say what the scene shows: half the time the canonical one. Sizes are sometimes mentioned, and then true."""
+    """One of many captions: half the time the canonical one. Sizes are sometimes mentioned, and then true."""
     rng = np.random.default_rng([seed, 2])
     if rng.random() < 0.5:
         return canonical(scene)
@@ -157,7 +157,7 @@ def caption(scene: Scene, seed: int) -> str:
         return options[int(rng.integers(len(options)))]
 
     sizes = rng.random() < 0.7
-    names = [_named(s, choose(_SIZE_SAID[s.size]) if sizes and rng.random() < 0.7 else "") for s in scene.solids]
+    names = [_named(s, choose(_SIZE_WORDS[s.size]) if sizes and rng.random() < 0.7 else "") for s in scene.solids]
     prefix = choose(_PREFIXES)
     if not prefix and rng.random() < 0.3:  # telegram style: "red cube, left of a green cone"
         names[0] = names[0].split(" ", 1)[1] + ("," if len(names) > 1 and rng.random() < 0.5 else "")
@@ -165,16 +165,16 @@ def caption(scene: Scene, seed: int) -> str:
     if len(names) > 1:
         relation, (a, b) = scene.relations[0], names[:2]
         if rng.random() < 0.6:
-            text = f"{a} {choose(_SAID[relation])} {b}"
+            text = f"{a} {choose(_RELATION_WORDS[relation])} {b}"
         else:  # from the other end
             a = a.rstrip(",")
             a = a if a.startswith(("a ", "an ")) else _with_article(a)
             if relation != "on top of":
-                text = f"{b} {choose(_SAID[INVERSE[relation]])} {a}"
+                text = f"{b} {choose(_RELATION_WORDS[INVERSE[relation]])} {a}"
             elif rng.random() < 0.5:
                 text = f"{b} with {a} on top of it"
             else:
-                text = f"{b} {choose(_SAID['under'])} {a}"
+                text = f"{b} {choose(_RELATION_WORDS['under'])} {a}"
     if len(names) > 2:
         relation = scene.relations[1]
         joint = choose((", and ", " and ", ", with "))

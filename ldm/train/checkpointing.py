@@ -1,4 +1,4 @@
-"""Less memory for more arithmetic: activations inside a block are computed again in the backward pass instead of being kept (Chen et al. 2016)."""
+"""Less memory for more arithmetic: the backward pass computes a block's activations again (Chen et al. 2016)."""
 
 from __future__ import annotations
 
@@ -20,24 +20,21 @@ BLOCKS = (ResBlock, BasicTransformerBlock, clip.Layer, vae.ResnetBlock, vae.Attn
 
 @contextmanager
 def checkpoint_blocks(model: nn.Module) -> Iterator[None]:
-    """While this is open, every block inside `model` keeps its inputs only; its gradients stay the same, bit for bit on the CPU.
+    """While this is open, every block inside `model` keeps its inputs only; its gradients stay bit-equal on the CPU.
 
-    The blocks are those of `BLOCKS`: residual and transformer blocks of UNet, text towers and VAE. They get a `forward` of their own, so that
-    classes, parameters and their names stay what they are; it is taken away at the end. Without gradients nothing changes.
-    Call it before FSDP's `fully_shard` and DDP. Raises ArgumentError where there is no such block.
+    The blocks are those of `BLOCKS`: residual and transformer blocks of UNet, text towers and VAE. They get a `forward`
+    of their own, so that classes, parameters and names do not change; it is taken away at the end. Without gradients
+    nothing changes. Call it before FSDP's `fully_shard` and DDP. Raises ArgumentError for a model without such a block.
     """
     blocks = [module for module in model.modules() if isinstance(module, BLOCKS)]
     if not blocks:
-        raise ArgumentError(
-            f"checkpointing: {type(model).__name__} has no block to compute again; train without it",
-            key="checkpointing",
-        )
-    for block in blocks:
-        block.forward = partial(
-            checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False
-        )  # nothing is drawn inside a block
+        what = f"{type(model).__name__} has no block to compute again; train without it"
+        raise ArgumentError(f"checkpointing: {what}", key="checkpointing")
+    for block in blocks:  # nothing random is drawn inside a block
+        again = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+        vars(block)["forward"] = again
     try:
         yield
     finally:
         for block in blocks:
-            del block.forward  # the class's own shows again
+            del vars(block)["forward"]  # the class's own is called again

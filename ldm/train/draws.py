@@ -1,4 +1,4 @@
-"""The randomness of training as a function of seed, example and purpose: nothing to save, and the same on any number of ranks."""
+"""The randomness of training as a function of seed, example and purpose: the same on any number of ranks."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch import Tensor
 
 
 class Draws:
-    """What is drawn for some examples. Examples are numbered through the whole run: `index` is not where a picture lies in the data.
+    """The random draws of some examples, which are numbered through the whole run, not through the data.
 
-    Each example and purpose has a generator of its own, so that neither the batch it is in nor what else is drawn changes a draw.
+    Each example and purpose has a generator of its own, so that a draw depends neither on its batch nor on other draws.
     """
 
     def __init__(self, seed: int, index: Sequence[int]):
@@ -25,9 +25,8 @@ class Draws:
         """One for each example, on the CPU."""
         made = []
         for i in self.index:
-            digest = blake2b(
-                f"{self.seed}/{i}/{purpose}".encode(), digest_size=4
-            ).digest()  # torch's CPU generator uses 32 bits
+            # torch's CPU generator uses 32 bits
+            digest = blake2b(f"{self.seed}/{i}/{purpose}".encode(), digest_size=4).digest()
             made.append(torch.Generator().manual_seed(int.from_bytes(digest, "little")))
         return made
 
@@ -44,9 +43,8 @@ class Draws:
         return torch.cat([torch.randint(n, (1,), generator=g) for g in self.generators(purpose)])
 
     def places(self, purpose: str, n: int) -> Tensor:
-        """0 to n - 1, int64 [b]: where each example stands among n that are numbered one after the other, such as those of an update, in an order that is drawn for them."""
-        order = {
-            update: torch.randperm(n, generator=Draws(self.seed, [update]).generators(purpose)[0])
-            for update in {i // n for i in self.index}
-        }
+        """0 to n - 1, int64 [b]: each example's place in a random order of the n examples of its update."""
+        updates = {i // n for i in self.index}
+        generators = {update: Draws(self.seed, [update]).generators(purpose)[0] for update in updates}
+        order = {update: torch.randperm(n, generator=generator) for update, generator in generators.items()}
         return torch.stack([order[i // n][i % n] for i in self.index])

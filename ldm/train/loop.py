@@ -1,4 +1,4 @@
-"""The loop that trains whatever a task asks: from parameters and batches to weights that can be saved."""
+"""The loop that trains any task: from parameters and batches to weights that can be saved."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -19,13 +19,13 @@ from ldm.errors import ArgumentError, NonFinite
 from ldm.train.data.batch import Batch
 from ldm.train.draws import Draws
 from ldm.train.optim import ema_decay, factor, load_state_tensors, optimizer, state_tensors
-from ldm.train.ranks import Ranks, mean, put, share, whole
-from ldm.train.recipe import Recipe
+from ldm.train.ranks import Ranks, mean, put, sharded, share, whole
+from ldm.train.recipe import Optimizer, Recipe, Run
 from ldm.train.state import State, save_state
 from ldm.train.tasks import Loss
+from ldm.train.watch.log import BANDS
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-BANDS = 10  # equal parts of the timesteps, whose losses are logged apart
 PATIENCE = 10  # updates in a row that may be skipped for NaN or infinity
 
 Record = dict[str, Any]
@@ -33,14 +33,13 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class Watchers:
-    """What the loop calls on the way; on every rank, since it may need the whole model."""
+    """The callbacks of the loop; every rank calls them, since they may need the whole model."""
 
     log: Callable[[Record], None] = lambda record: None  # every `log_every` updates and at the end
     event: Callable[[Record], None] = lambda event: None  # an update that was skipped, a state that was saved
-    validate: Callable[[int, Mapping[str, Tensor]], None] = lambda step, averaged: (
-        None
-    )  # after update `step`, every `watch.every`
-    stop: Callable[[], bool] = lambda: False  # whether somebody wants the run to end: the state is saved first
+    # after update `step`, every `watch.every`, with the weights to save
+    validate: Callable[[int, Mapping[str, Tensor]], None] = lambda step, averaged: None
+    stop: Callable[[], bool] = lambda: False  # whether the run shall end: the state is saved first
     tick: Callable[[int], None] = lambda step: None  # after every update, with how many are done
 
 
@@ -49,19 +48,19 @@ SILENT, ALONE = Watchers(), Ranks()
 
 @dataclass
 class Fitted:
-    """What a run has come to."""
+    """The outcome of a run."""
 
     step: int  # updates done
     averaged: dict[
         str, Tensor
-    ]  # the weights to save, by name, whole and on the CPU: averaged (EMA), or as they are where there is no average
+    ]  # the weights to save, whole and on the CPU: averaged, or the last where there is no EMA
     skipped: int  # updates left out for NaN or infinity
-    stopped: bool = False  # whether somebody wanted it to end before its last update
+    stopped: bool = False  # whether `Watchers.stop` ended it before its last update
 
 
 @dataclass
 class _Sums:
-    """What is added up between two lines of the log."""
+    """The sums between two lines of the log."""
 
     updates: int = 0
     loss: float = 0.0
@@ -70,21 +69,27 @@ class _Sums:
     bands: Tensor = field(default_factory=lambda: torch.zeros(2, BANDS, dtype=torch.float64))  # sums and counts
 
 
-def accumulation(recipe: Recipe, world: int) -> int:
+def accumulation(run: Run, world: int) -> int:
     """Micro-batches of one update on one rank. Raises ArgumentError unless batch is a multiple of micro times ranks."""
-    run = recipe.run
-    if run.batch % (run.micro * world):
-        raise ArgumentError(
-            f"run.batch: {run.batch} examples cannot be shared evenly by {world} ranks with {run.micro} at once; give a multiple of {run.micro * world}",
-            key="run.batch",
-        )
-    return run.batch // (run.micro * world)
+    at_once = run.micro * world
+    if run.batch % at_once:
+        what = f"{run.batch} examples cannot be shared evenly by {world} ranks with {run.micro} at once"
+        raise ArgumentError(f"run.batch: {what}; give a multiple of {at_once}", key="run.batch")
+    return run.batch // at_once
 
 
 def fit(
-    task: nn.Module, parameters: Mapping[str, nn.Parameter], micro: Callable[[int], Batch], recipe: Recipe, out: Path, *, identity: Mapping[str, Any] = MappingProxyType({}),
-    state: State | None = None, ranks: Ranks = ALONE, watchers: Watchers = SILENT,
-) -> Fitted:  # fmt: skip
+    task: nn.Module,
+    parameters: Mapping[str, nn.Parameter],
+    micro: Callable[[int], Batch],
+    recipe: Recipe,
+    out: Path,
+    *,
+    identity: Mapping[str, Any] = MappingProxyType({}),
+    state: State | None = None,
+    ranks: Ranks = ALONE,
+    watchers: Watchers = SILENT,
+) -> Fitted:
     """Minimise the task's loss over `parameters` with AdamW, for `recipe.run.steps` updates.
 
     task        (batch, draws) -> Loss
@@ -92,13 +97,14 @@ def fit(
     micro       number of a micro-batch -> that batch, the same for the same number
     out         directory of the run; states are written to `out`/states
     identity    what must be the same for a state to go on: JSON, such as the data's and the start's hashes
-    state       what to go on from, of `latest_state`; None: the beginning
-    Update s sees micro-batches s A to s A + A - 1 with A = batch / micro, shared among the ranks, so that their number changes nothing
-    beyond rounding. Updates whose loss or gradient is not finite are left out and counted.
-    Raises ArgumentError when the state is of another run, NonFinite after PATIENCE such updates in a row, with the last good state kept.
+    state       the state to go on from, of `latest_state`; None: the beginning
+    Update s sees micro-batches s A to s A + A - 1 with A = batch / micro, shared among the ranks, so that their number
+    changes nothing beyond rounding. Updates whose loss or gradient is not finite are left out and counted.
+    Raises ArgumentError when the state is of another run, NonFinite after PATIENCE such updates in a row, with the last
+    good state kept.
     """
     run, settings = recipe.run, recipe.optimizer
-    names, device = list(parameters), torch.device(ranks.device)
+    device = torch.device(ranks.device)
     places = _places(task, parameters)
     network = share(task, run.parallel, ranks)
     parameters = {name: task.get_parameter(place) for name, place in places.items()}
@@ -114,9 +120,8 @@ def fit(
         kept = _Kept(state.step, state.facts["skipped"], state.step)
 
     def save() -> None:
-        tensors = {f"raw/{name}": whole(p) for name, p in parameters.items()} | {
-            f"ema/{name}": whole(a) for name, a in averaged.items()
-        }
+        tensors = {f"raw/{name}": whole(p) for name, p in parameters.items()}
+        tensors |= {f"ema/{name}": whole(a) for name, a in averaged.items()}
         tensors |= {f"adam/{key}": tensor for key, tensor in state_tensors(adam, parameters).items()}
         if ranks.rank == 0:
             facts = {"identity": dict(identity), "skipped": kept.skipped, "scaler": scaler.state_dict()}
@@ -129,61 +134,56 @@ def fit(
         for group in adam.param_groups:
             group["lr"] = group["initial_lr"] * factor(settings, run.steps, kept.step)
         adam.zero_grad(set_to_none=True)
-        total = _backward(network, micro, recipe, ranks, kept.step, scaler, sums)
+        total = _backward(network, micro, run, ranks, kept.step, scaler, sums)
         scaler.unscale_(adam)
         norm = torch.nn.utils.clip_grad_norm_(parameters.values(), settings.clip or math.inf)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         seen = mean(torch.stack([total, norm.to(total), torch.tensor(float(watchers.stop()), device=device)]), ranks)
         value, norm_now, wants_stop = seen.tolist()
-        in_scale = (
-            scaler.is_enabled() and math.isfinite(value) and scaler.get_scale() > 1
-        )  # the scaler finds its scale so
+        # a scaler that looks for its scale makes gradients infinite: that is no fault of the run
+        scaling = scaler.is_enabled() and math.isfinite(value) and scaler.get_scale() > 1
         if math.isfinite(value) and math.isfinite(norm_now):
             scaler.step(adam)
             if averaged:
-                torch._foreach_lerp_(
-                    [*averaged.values()],
-                    [p.detach() for p in parameters.values()],
-                    1 - ema_decay(run.ema, kept.step + 1),
-                )
+                share_of_new = 1 - ema_decay(run.ema, kept.step + 1)
+                torch._foreach_lerp_([*averaged.values()], [p.detach() for p in parameters.values()], share_of_new)
             in_a_row = 0
             sums.updates, sums.loss, sums.grad_norm = sums.updates + 1, sums.loss + value, sums.grad_norm + norm_now
-        elif not in_scale:
+        elif not scaling:
             kept.skipped, in_a_row = kept.skipped + 1, in_a_row + 1
             watchers.event({"event": "skipped", "step": kept.step + 1, "loss": value, "grad_norm": norm_now})
             if in_a_row == PATIENCE:
-                raise NonFinite(
-                    f"training: the loss or its gradient was NaN or infinite {PATIENCE} times in a row, at step {kept.step} last; the state of step {kept.saved} is kept: lower optimizer.lr"
+                what = (
+                    f"the loss or its gradient was NaN or infinite {PATIENCE} times in a row, at step {kept.step} last"
                 )
+                raise NonFinite(f"training: {what}; the state of step {kept.saved} is kept: lower optimizer.lr")
         scaler.update()
         kept.step += 1
         stopped = wants_stop > 0
         watchers.tick(kept.step)
         if kept.step % recipe.watch.log_every == 0 or kept.step == run.steps or stopped:
-            watchers.log(_record(kept, sums, recipe, ranks))
+            watchers.log(_record(kept, sums, settings, run, ranks))
             sums = _Sums()
         if (kept.step % run.save_every == 0 or kept.step == run.steps or stopped) and (stopped or not in_a_row):
             save()
         if recipe.watch.every and kept.step % recipe.watch.every == 0 and kept.step < run.steps:
             watchers.validate(kept.step, averaged or {name: p.detach() for name, p in parameters.items()})
     best = averaged or {name: p.detach() for name, p in parameters.items()}
-    return Fitted(
-        kept.step, {name: whole(best[name]) for name in names}, kept.skipped, stopped and kept.step < run.steps
-    )
+    ended = {name: whole(best[name]) for name in parameters}
+    return Fitted(kept.step, ended, kept.skipped, stopped and kept.step < run.steps)
 
 
 def _backward(
     network: nn.Module,
     micro: Callable[[int], Batch],
-    recipe: Recipe,
+    run: Run,
     ranks: Ranks,
     step: int,
     scaler: torch.amp.GradScaler,
     sums: _Sums,
 ) -> Tensor:
-    """Add up the gradients of this rank's micro-batches of update `step`; return its share of the mean loss, without gradient."""
-    run, device = recipe.run, torch.device(ranks.device)
-    parts = accumulation(recipe, ranks.world)
+    """Add up the gradients of this rank's micro-batches of update `step`; return their mean loss, without gradient."""
+    device, parts = torch.device(ranks.device), accumulation(run, ranks.world)
     total = torch.zeros((), device=device)
     for k in range(parts):
         batch = micro((step * parts + k) * ranks.world + ranks.rank)
@@ -199,7 +199,7 @@ def _backward(
 
 @dataclass
 class _Kept:
-    """Where the run stands."""
+    """The progress of the run."""
 
     step: int = 0  # updates done
     skipped: int = 0
@@ -207,14 +207,13 @@ class _Kept:
 
 
 def require_same(then: Mapping[str, Any], now: Mapping[str, Any], out: Path) -> None:
-    """Raise ArgumentError, naming the first key that differs, where a state is of another run than the one that finds it in `out`."""
+    """Raise ArgumentError, naming the first key that differs, where the state in `out` is of another run."""
     old, new = _flat(then), _flat(json.loads(json.dumps(dict(now))))
     for key in sorted({*old, *new}):
         if old.get(key) != new.get(key):
-            raise ArgumentError(
-                f"{str(out)[-60:]}: holds a run with another {key} ({str(old.get(key))[:30]}, not {str(new.get(key))[:30]}); use another run.out",
-                key=key,
-            )
+            values = f"{str(old.get(key))[:30]}, not {str(new.get(key))[:30]}"
+            what = f"holds a run with another {key} ({values}); use another run.out"
+            raise ArgumentError(f"{str(out)[-60:]}: {what}", key=key)
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -228,15 +227,18 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 @contextmanager
 def _synchronised(network: nn.Module, last: bool) -> Iterator[None]:
     """Gradients go to the other ranks with the last micro-batch of an update only."""
-    if hasattr(network, "set_requires_gradient_sync"):
-        network.set_requires_gradient_sync(last)
-    with network.no_sync() if not last and hasattr(network, "no_sync") else nullcontext():
+    for whole_network in sharded(network)[:1]:
+        whole_network.set_requires_gradient_sync(last)
+    if isinstance(network, nn.parallel.DistributedDataParallel) and not last:
+        with network.no_sync():
+            yield
+    else:
         yield
 
 
 def _places(task: nn.Module, parameters: Mapping[str, nn.Parameter]) -> dict[str, str]:
-    """{name: where the task has it}: sharding puts other objects there."""
-    found = {id(p): where for where, p in task.named_parameters()}
+    """{name: name in the task}, since sharding puts other objects under these names."""
+    found = {id(p): place for place, p in task.named_parameters()}
     return {name: found[id(p)] for name, p in parameters.items()}
 
 
@@ -251,11 +253,8 @@ def _restore(
     for prefix, places in (("raw/", parameters), ("ema/", averaged)):
         for name, place in places.items():
             put(place, tensors[prefix + name])
-    load_state_tensors(
-        adam,
-        parameters,
-        {key.removeprefix("adam/"): tensor for key, tensor in tensors.items() if key.startswith("adam/")},
-    )
+    remembered = {key.removeprefix("adam/"): tensors[key] for key in tensors if key.startswith("adam/")}
+    load_state_tensors(adam, parameters, remembered)
 
 
 def _add_bands(bands: Tensor, loss: Loss) -> None:
@@ -265,13 +264,18 @@ def _add_bands(bands: Tensor, loss: Loss) -> None:
         bands[1].index_add_(0, band, torch.ones_like(band, dtype=torch.float64))
 
 
-def _record(kept: _Kept, sums: _Sums, recipe: Recipe, ranks: Ranks) -> Record:
-    """A line of the log. Losses are means since the last line, the bands' of equal parts of the timesteps; lr is that of the parameters in no group."""
-    seconds = time.perf_counter() - sums.since
-    bands = (mean(sums.bands, ranks) * ranks.world).tolist()
-    n = max(1, sums.updates)
+def _record(kept: _Kept, sums: _Sums, settings: Optimizer, run: Run, ranks: Ranks) -> Record:
+    """A line of the log: means since the last line, also of each band; lr is that of the parameters in no group."""
+    seconds, n = time.perf_counter() - sums.since, sums.updates
+    totals, counts = (mean(sums.bands, ranks) * ranks.world).tolist()
     return {
-        "step": kept.step, "loss": sums.loss / n if sums.updates else None, "lr": recipe.optimizer.lr * factor(recipe.optimizer, recipe.run.steps, kept.step - 1), "grad_norm": sums.grad_norm / n if sums.updates else None,
-        "examples_per_second": sums.updates * recipe.run.batch / seconds, "skipped": kept.skipped, "seconds": seconds,
-        "bands": [total / count if count else None for total, count in zip(*bands, strict=True)], "band_counts": [int(count) for count in bands[1]],
-    }  # fmt: skip
+        "step": kept.step,
+        "loss": sums.loss / n if n else None,
+        "lr": settings.lr * factor(settings, run.steps, kept.step - 1),
+        "grad_norm": sums.grad_norm / n if n else None,
+        "examples_per_second": n * run.batch / seconds,
+        "skipped": kept.skipped,
+        "seconds": seconds,
+        "bands": [total / count if count else None for total, count in zip(totals, counts, strict=True)],
+        "band_counts": [int(count) for count in counts],
+    }

@@ -1,11 +1,12 @@
-"""AdamW over named parameters: learning rates by group, and its state as named tensors."""
+"""AdamW over named parameters: its learning rates by update and by group, and its state as named tensors."""
 
 from __future__ import annotations
 
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -17,10 +18,11 @@ from ldm.train.recipe import Optimizer
 
 
 def factor(settings: Optimizer, steps: int, step: int) -> float:
-    """What every group's learning rate is multiplied by at update `step`, counted from 0, of `steps`: 0 to 1.
+    """The factor, 0 to 1, of every group's learning rate at update `step` of `steps`, counted from 0.
 
-    Warm-up rises in equal parts, so that update number `warmup` (index warmup - 1) is the first with the whole rate and none is wasted on a rate of 0.
-    Cosine and restarts: Loshchilov & Hutter 2017, eq. 5 with cycles of one length, over what the warm-up leaves.
+    The warm-up rises in equal parts: update number `warmup` (index warmup - 1) is the first with the whole rate, and no
+    update has a rate of 0. Cosine and restarts: Loshchilov & Hutter 2017, eq. 5 with cycles of one length, over the
+    updates after the warm-up.
     """
     if step < settings.warmup:
         return (step + 1) / settings.warmup
@@ -42,9 +44,8 @@ def last_rate(directory: Path) -> float:
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError as error:
-        raise FileError(
-            f"cannot be read ({error.strerror}); optimizer.lr_from is the directory of an earlier run", path=path
-        ) from None
+        what = f"cannot be read ({error.strerror}); optimizer.lr_from is the directory of an earlier run"
+        raise FileError(what, path=path) from None
     for line in reversed(lines):
         try:
             rate = json.loads(line)["lr"]
@@ -56,7 +57,7 @@ def last_rate(directory: Path) -> float:
 
 
 def ema_decay(ema: float, step: int) -> float:
-    """Share of themselves that the averaged weights keep after update `step`, counted from 1: less at first, so that they do not stay where they began.
+    """The averaged weights' decay at update `step`, counted from 1: less at first, so that they leave their start.
 
     As LitEma in CompVis ldm/modules/ema.py.
     """
@@ -66,9 +67,9 @@ def ema_decay(ema: float, step: int) -> float:
 def optimizer(parameters: Mapping[str, nn.Parameter], settings: Optimizer) -> torch.optim.Optimizer:
     """AdamW (Loshchilov & Hutter 2019, algorithm 2), or its 8-bit form (Dettmers et al. 2021) from bitsandbytes.
 
-    Each parameter belongs to the first of `settings.groups` whose expression its name contains, or to the rest, which learns at `settings.lr`;
-    `group["initial_lr"]` of a param group stays what the recipe says. Raises ArgumentError for an expression that is none or that no
-    parameter is left for, and where bitsandbytes is asked for and missing.
+    Each parameter belongs to the first of `settings.groups` whose expression its name contains, or to the rest, which
+    learns at `settings.lr`; `group["initial_lr"]` of a param group stays as in the recipe. Raises ArgumentError for an
+    expression that is no regular expression or that no parameter is left for, and where bitsandbytes is not installed.
     """
     parts: list[list[nn.Parameter]] = [[] for _ in (*settings.groups, None)]
     patterns = [_pattern(group.match) for group in settings.groups]
@@ -76,42 +77,40 @@ def optimizer(parameters: Mapping[str, nn.Parameter], settings: Optimizer) -> to
         parts[next((i for i, pattern in enumerate(patterns) if pattern.search(name)), -1)].append(parameter)
     for group, part in zip(settings.groups, parts[:-1], strict=True):
         if not part:
-            raise ArgumentError(
-                f"optimizer.groups: '{group.match}' is in the name of no parameter left for it; names look like {next(iter(parameters))}",
-                key="optimizer.groups",
+            what = (
+                f"'{group.match}' is in the name of no parameter left for it; names look like {next(iter(parameters))}"
             )
+            raise ArgumentError(f"optimizer.groups: {what}", key="optimizer.groups")
     rates = [*(group.lr for group in settings.groups), settings.lr]
     groups = [{"params": part, "lr": rate, "initial_lr": rate} for part, rate in zip(parts, rates, strict=True) if part]
-    return kind_of(settings.kind)(
-        groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay
-    )
+    options = {"betas": settings.betas, "eps": settings.eps, "weight_decay": settings.weight_decay}
+    return kind_of(settings.kind)(groups, lr=settings.lr, **options)
 
 
 def _pattern(expression: str) -> re.Pattern[str]:
     try:
         return re.compile(expression)
     except re.error as error:
-        raise ArgumentError(
-            f"optimizer.groups: '{expression}' is no regular expression ({error})", key="optimizer.groups"
-        ) from None
+        what = f"'{expression}' is no regular expression ({error})"
+        raise ArgumentError(f"optimizer.groups: {what}", key="optimizer.groups") from None
 
 
-def kind_of(kind: str) -> type[torch.optim.Optimizer]:
+def kind_of(kind: str) -> Callable[..., torch.optim.Optimizer]:
     """The optimiser that `optimizer.kind` names. Raises ArgumentError where its package is not installed."""
     if kind == "adamw":
         return torch.optim.AdamW
     try:
-        import bitsandbytes
+        return import_module("bitsandbytes").optim.AdamW8bit
     except ImportError:
-        raise ArgumentError(
-            "optimizer.kind: adamw8bit needs bitsandbytes, which is not installed; pip install bitsandbytes, or take adamw",
-            key="optimizer.kind",
-        ) from None
-    return bitsandbytes.optim.AdamW8bit
+        what = "adamw8bit needs bitsandbytes, which is not installed; pip install bitsandbytes, or take adamw"
+        raise ArgumentError(f"optimizer.kind: {what}", key="optimizer.kind") from None
 
 
 def state_tensors(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    """What the optimiser remembers, whole and on the CPU: "exp_avg/NAME" and so on for every parameter that was updated. All ranks call it."""
+    """The optimiser's state, whole and on the CPU: "exp_avg/NAME" and so on for every parameter that was updated.
+
+    All ranks call it.
+    """
     return {
         f"{key}/{name}": whole(torch.as_tensor(value))
         for name, p in parameters.items()
@@ -124,7 +123,10 @@ def state_tensors(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.
 def load_state_tensors(
     optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor]
 ) -> None:
-    """Put what `state_tensors` gave back; the tensors are taken, not copied. Raises FileError for tensors of a parameter that is not trained."""
+    """Restore the state that `state_tensors` gave; the tensors are taken, not copied.
+
+    Raises FileError for tensors of a parameter that is not trained.
+    """
     states: dict[str, dict[str, Tensor]] = {name: {} for name in parameters}
     for entry in tensors:
         key, _, name = entry.partition("/")
@@ -137,9 +139,7 @@ def load_state_tensors(
 
 
 def _placed(key: str, value: Tensor, p: nn.Parameter) -> Tensor | int:
-    """As the optimiser had it: counts of updates where it keeps them, what is as large as the parameter laid out as that is."""
-    if value.ndim == 0:
-        return (
-            int(value) if value.dtype == torch.int64 else value.clone()
-        )  # bitsandbytes counts in Python, AdamW in a float32 on the CPU
+    """A value as the optimiser holds it: a count of updates on the CPU, a tensor of the parameter's shape beside it."""
+    if value.ndim == 0:  # bitsandbytes counts in Python, AdamW in a float32
+        return int(value) if value.dtype == torch.int64 else value.clone()
     return like(p, value) if value.shape == p.shape else value.to(p.device)

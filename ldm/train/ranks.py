@@ -1,4 +1,4 @@
-"""Training on several ranks: PyTorch's own process groups, DDP and FSDP2, and an end in bounded time when a rank fails."""
+"""Training on several ranks: PyTorch's process groups, DDP and FSDP2, and an end in bounded time when a rank fails."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from hashlib import blake2b
-from typing import Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -21,6 +21,9 @@ from torch import Tensor, nn
 
 from ldm.errors import ArgumentError, DeviceError, LdmError, MemoryLimit, printable
 from ldm.train.checkpointing import BLOCKS
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
 
 BEATS = 30  # signs of life in the time after which a rank counts as dead ...
 QUICK = 6  # ... and its part after which one does when an operation among the ranks has failed already
@@ -42,15 +45,16 @@ class Ranks:
 
 @contextmanager
 def ranks(device: str, *, timeout: float = 30.0, join: float = 600.0) -> Iterator[Ranks]:
-    """This process among those that torchrun started, with a process group of gloo (CPU) or NCCL (CUDA) while it is open; alone without torchrun.
+    """This process among those that torchrun started, with a process group while open; alone without torchrun.
 
-    device   "cpu" or "cuda": each rank takes the device that has its number on its machine
+    device   "cpu" (gloo) or "cuda" (NCCL): each rank takes the device that has its number on its machine
     timeout  seconds without a sign of life after which a rank counts as dead, and the others end
     join     seconds that the ranks may take to find each other
 
-    When a rank fails here, or dies, all end: one of them says `rank 1 of 2: CAUSE`, by the error raised or on stderr where its main thread
-    hangs in an operation that never comes back; the others end without a word. Each has a non-zero exit code.
-    Raises ArgumentError for an environment that is not torchrun's, DeviceError for too few devices, LdmError for ranks that do not come.
+    When a rank fails here, or dies, all end: one of them says `rank 1 of 2: CAUSE`, by the error raised, or on stderr
+    where its main thread hangs in an operation that never comes back; the others end without a word. All exit codes are
+    above 0. Raises ArgumentError for an environment that is not torchrun's, DeviceError for too few devices, LdmError
+    for ranks that do not come.
     """
     rank, world, local = _environment()
     if world == 1:
@@ -58,9 +62,8 @@ def ranks(device: str, *, timeout: float = 30.0, join: float = 600.0) -> Iterato
         return
     if device.startswith("cuda"):
         if local >= torch.cuda.device_count():
-            raise DeviceError(
-                f"rank {rank} of {world}: there is no CUDA device {local}, {torch.cuda.device_count()} were found; start as many ranks as there are devices"
-            )
+            found = f"there is no CUDA device {local}, {torch.cuda.device_count()} were found"
+            raise DeviceError(f"rank {rank} of {world}: {found}; start as many ranks as there are devices")
         device = f"cuda:{local}"
         torch.cuda.set_device(local)
     store = _meet(rank, world, join)
@@ -77,7 +80,7 @@ def ranks(device: str, *, timeout: float = 30.0, join: float = 600.0) -> Iterato
 
 
 def _environment() -> tuple[int, int, int]:
-    """Rank, world and local rank, as torchrun tells them; alone where it did not."""
+    """Rank, world and local rank, as torchrun gives them; alone where it did not start this process."""
     if "WORLD_SIZE" not in os.environ:
         return 0, 1, 0
     try:
@@ -85,13 +88,11 @@ def _environment() -> tuple[int, int, int]:
         if world > 1:
             os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     except (KeyError, ValueError) as error:
-        raise ArgumentError(
-            f"the environment has WORLD_SIZE, but not what else torchrun sets ({error}); start with torchrun, or unset WORLD_SIZE"
-        ) from None
+        what = f"has WORLD_SIZE, but not what else torchrun sets ({error})"
+        raise ArgumentError(f"the environment {what}; start with torchrun, or unset WORLD_SIZE") from None
     if not 0 <= rank < world:
-        raise ArgumentError(
-            f"the environment says rank {rank} of {world} (RANK, WORLD_SIZE); start with torchrun, or unset WORLD_SIZE"
-        )
+        what = f"says rank {rank} of {world} (RANK, WORLD_SIZE)"
+        raise ArgumentError(f"the environment {what}; start with torchrun, or unset WORLD_SIZE")
     return rank, world, local
 
 
@@ -100,29 +101,26 @@ def _meet(rank: int, world: int, join: float) -> dist.Store:
     try:
         return next(iter(dist.rendezvous("env://", rank, world, timeout=timedelta(seconds=join))))[0]
     except dist.DistError:
-        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        raise LdmError(
-            f"rank {rank} of {world}: not all ranks came to {place} within {join:.0f} s; start all of them, with the same address"
-        ) from None
+        late = f"to {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} within {join:.0f} s"
+        remedy = "start all of them, with the same address"
+        raise LdmError(f"rank {rank} of {world}: not all ranks came {late}; {remedy}") from None
 
 
 class _Pulse:
-    """Signs of life through the store. Times are this machine's own: a rank is heard of when its sign has changed.
+    """Signs of life through the store. Times are this machine's own: a rank is alive when its sign changes.
 
-    One thread talks to the store, another only looks at the clock, since a store whose machine is gone may never answer.
+    One thread talks to the store, another only looks at the clock: a store whose machine is gone may never answer.
     """
 
     def __init__(self, store: dist.Store, rank: int, world: int, timeout: float):
         self.store, self.rank, self.world, self.timeout = store, rank, world, timeout
-        self.signs = [""] * world  # last one of each
-        self.heard = [time.monotonic()] * world  # when that was
+        self.signs = [""] * world  # the last sign of each rank
+        self.heard = [time.monotonic()] * world  # when it changed
         self.phase = "runs"  # then "ends", "left": as the others see it
-        self.failure: dict[str, Any] | None = None  # what the store says of one
+        self.failure: dict[str, Any] | None = None  # the failure in the store, if there is one
         self.lost = False  # the store cannot be reached any more
-        self.quiet = threading.Event()  # nothing more to tell
-        self.acts = (
-            True  # a failure ends the process; once the main thread has one of its own to explain it does that itself
-        )
+        self.quiet = threading.Event()  # no more signs are needed
+        self.acts = True  # a failure ends the process here; False: the main thread has an error to raise itself
         self.acting = threading.Lock()
 
     def start(self, join: float) -> None:
@@ -131,9 +129,8 @@ class _Pulse:
         try:
             self.store.wait([f"sign/{r}" for r in range(self.world)], timedelta(seconds=join))
         except dist.DistError:
-            raise LdmError(
-                f"rank {self.rank} of {self.world}: not all ranks came within {join:.0f} s; start all of them"
-            ) from None
+            late = f"not all ranks came within {join:.0f} s"
+            raise LdmError(f"rank {self.rank} of {self.world}: {late}; start all of them") from None
         self.heard = [time.monotonic()] * self.world
         self.threads = [threading.Thread(target=target, daemon=True) for target in (self._talk, self._look)]
         for thread in self.threads:
@@ -145,9 +142,7 @@ class _Pulse:
             number += 1
             try:
                 self.store.set(f"sign/{self.rank}", f"{number} {self.phase}")
-                if (
-                    self.phase == "left" and self.rank
-                ):  # rank 0, whose process may be the store, stays until it has heard that of all
+                if self.phase == "left" and self.rank:  # rank 0, which may hold the store, stays until all have left
                     return self.quiet.set()
                 signs = [sign.decode() for sign in self.store.multi_get([f"sign/{r}" for r in range(self.world)])]
                 failure = json.loads(self.store.get("failure")) if self.store.check(["failure"]) else None
@@ -155,12 +150,11 @@ class _Pulse:
                 self.lost = True
                 return
             now = time.monotonic()
-            self.heard = [
-                now if new != old else then for new, old, then in zip(signs, self.signs, self.heard, strict=True)
-            ]
+            changed = [new != old for new, old in zip(signs, self.signs, strict=True)]
+            self.heard = [now if new else then for new, then in zip(changed, self.heard, strict=True)]
             self.signs, self.failure = signs, failure
             if self.phase == "ends" and all(sign.endswith(("ends", "left")) for sign in signs):
-                self.phase = "left"  # told in the next round
+                self.phase = "left"  # the next sign says so
             elif self.phase == "left" and all(sign.endswith("left") for sign in signs):
                 self.quiet.set()
             else:
@@ -170,9 +164,7 @@ class _Pulse:
         looked = time.monotonic()
         while not self.quiet.wait(self.timeout / BEATS):
             now = time.monotonic()
-            if (
-                now - looked > self.timeout / 2
-            ):  # it was this process that slept: suspended with all the others, perhaps
+            if now - looked > self.timeout / 2:  # this process itself slept, perhaps suspended with all the others
                 self.heard = [now] * self.world
             looked = now
             found = self.failure or self._dead(self.timeout)
@@ -182,25 +174,19 @@ class _Pulse:
 
     def _dead(self, silence: float) -> dict[str, Any] | None:
         """The failure to report where a rank has been silent for so many seconds."""
-        now = time.monotonic()
+        now, end = time.monotonic(), "killed, or its machine is gone; start again to go on from the last state"
         if self.lost or now - self.heard[self.rank] > silence:  # not even this rank's own signs arrive
-            return self._failure(
-                0,
-                "cannot be reached any more: killed, or its machine is gone; start again to go on from the last state",
-            )
+            return self._failure(0, f"cannot be reached any more: {end}")
         for r, sign in enumerate(self.signs):
             if now - self.heard[r] > silence and not sign.endswith("left"):
-                return self._failure(
-                    r,
-                    f"no sign of life for {now - self.heard[r]:.0f} s: killed, or its machine is gone; start again to go on from the last state",
-                )
+                return self._failure(r, f"no sign of life for {now - self.heard[r]:.0f} s: {end}")
         return None
 
     def _failure(self, rank: int, what: str, code: int = 1) -> dict[str, Any]:
         return {"text": f"rank {rank} of {self.world}: {what}", "code": code, "by": self.rank}
 
     def _claim(self, failure: dict[str, Any]) -> dict[str, Any]:
-        """The failure that the run ends with: the first one told. Where nobody can be told it is this one."""
+        """The failure that ends the run: the first one in the store; this one where the store cannot be reached."""
         if self.lost or time.monotonic() - self.heard[self.rank] > self.timeout / QUICK:
             return failure
         try:
@@ -217,7 +203,7 @@ class _Pulse:
         os._exit(failure["code"])
 
     def _part(self) -> None:
-        """Let the others read what has happened, if the store is in this process, and tell that this one has read it."""
+        """Give the others time to read what has happened, which they cannot once the store's process has ended."""
         self.phase = "left"
         if self.rank == 0:
             self.quiet.wait(self.timeout / QUICK)
@@ -232,7 +218,7 @@ class _Pulse:
             thread.join()
 
     def fail(self, error: BaseException) -> NoReturn:
-        """Tell the others; raise the error with this rank's name, or SystemExit where another rank says what has happened."""
+        """End all. Raises the error with this rank's name, or SystemExit where another rank reports the cause."""
         with self.acting:
             self.acts = False
         failure = self._cause(error)
@@ -243,24 +229,22 @@ class _Pulse:
         if failure["by"] != self.rank:
             raise SystemExit(failure["code"]) from None
         if isinstance(error, LdmError):
-            named = type(error)(failure["text"], key=error.key)
-            named.path = error.path
-            raise named from error
+            raise type(error)(failure["text"]) from error
         raise (MemoryLimit if failure["code"] == MemoryLimit.exit_code else LdmError)(failure["text"]) from error
 
     def _cause(self, error: BaseException) -> dict[str, Any] | None:
-        """What the run ends for: an error of this rank; or where a signal stopped it, or an operation among the ranks failed, the death of another."""
+        """The failure that ends the run: this rank's error, or another rank's death.
+
+        Another's, where a signal stopped this one or an operation among the ranks failed. None: a signal stopped all.
+        """
         if isinstance(error, LdmError):
             return self._failure(self.rank, str(error), error.exit_code)
         if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-            return self._failure(
-                self.rank, "out of memory; use a smaller run.micro, or run.checkpointing", MemoryLimit.exit_code
-            )
+            remedy = "use a smaller run.micro, or run.checkpointing"
+            return self._failure(self.rank, f"out of memory; {remedy}", MemoryLimit.exit_code)
         if "Expected to have finished reduction in the prior iteration" in str(error):
-            return self._failure(
-                self.rank,
-                "a trained parameter takes no part in the loss, which DDP cannot do; narrow method.targets, or set run.parallel to fsdp",
-            )
+            what = "a trained parameter takes no part in the loss, which DDP cannot do"
+            return self._failure(self.rank, f"{what}; narrow method.targets, or set run.parallel to fsdp")
         stopped = not isinstance(error, Exception)
         if stopped or isinstance(error, RuntimeError):
             with _deaf():  # torchrun stops the others as soon as one has died
@@ -272,18 +256,15 @@ class _Pulse:
                     if found:
                         return found
                     time.sleep(self.timeout / BEATS / 2)
-        return (
-            None
-            if stopped
-            else self._failure(
-                self.rank, f"{type(error).__name__}: {printable(' '.join(str(error).split()))}; --debug shows where"
-            )
-        )
+        if stopped:
+            return None
+        text = printable(" ".join(str(error).split()))
+        return self._failure(self.rank, f"{type(error).__name__}: {text}; --debug shows where")
 
 
 @contextmanager
 def _deaf() -> Iterator[None]:
-    """SIGTERM is not heard."""
+    """SIGTERM is ignored while this is open."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -300,10 +281,10 @@ def _deaf() -> Iterator[None]:
 def share(task: nn.Module, how: Literal["ddp", "fsdp"], ranks: Ranks) -> nn.Module:
     """The module to call, whose gradients are means over the ranks; alone the task itself.
 
-    ddp   DistributedDataParallel: every rank has the whole task, which takes over rank 0's parameters. All that require a gradient must
-          take part in the loss
-    fsdp  FSDP2 (`fully_shard`): every rank keeps its share of each parameter, and gathers one block at a time, those of `BLOCKS`. This
-          happens in place, and puts other parameters (DTensor) under the same names into the task
+    ddp   DistributedDataParallel: every rank has the whole task, with rank 0's parameters. All parameters that require
+          a gradient must take part in the loss
+    fsdp  FSDP2 (`fully_shard`): every rank keeps its share of each parameter, and gathers one block at a time, those of
+          `BLOCKS`. This happens in place, and puts other parameters (DTensor) under the same names into the task
     """
     if ranks.world == 1:
         return task
@@ -315,22 +296,40 @@ def share(task: nn.Module, how: Literal["ddp", "fsdp"], ranks: Ranks) -> nn.Modu
     mesh = init_device_mesh(torch.device(ranks.device).type, (ranks.world,))
     for module in [module for module in task.modules() if isinstance(module, BLOCKS)]:
         fully_shard(module, mesh=mesh)
-    return fully_shard(task, mesh=mesh)
+    fully_shard(task, mesh=mesh)
+    return task
+
+
+def sharded(task: nn.Module) -> list[FSDPModule]:
+    """The parts of a task that `share` gave to FSDP; none where this process trains alone."""
+    if not dist.is_initialized():
+        return []
+    from torch.distributed.fsdp import FSDPModule
+
+    return [module for module in task.modules() if isinstance(module, FSDPModule)]
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A tensor on the CPU, without gradient, that may be shared among the ranks; all of them call it. It may share memory with `tensor`."""
+    """All of a tensor that may be shared among the ranks, on the CPU and without gradient; all ranks call it.
+
+    It may share memory with `tensor`.
+    """
     tensor = tensor.detach()
     return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).cpu()
 
 
 def like(place: Tensor, tensor: Tensor) -> Tensor:
-    """A whole tensor, the same on all ranks, as `place` is laid out: on its device, and this rank's share of it where it is shared. Keeps its type."""
-    tensor = tensor.to(place.device)
-    if not hasattr(place, "full_tensor"):
-        return tensor
-    from torch.distributed.tensor import distribute_tensor
+    """A whole tensor, the same on all ranks, laid out as `place` is: on its device, and this rank's share of it.
 
+    The type stays the tensor's own.
+    """
+    tensor = tensor.to(place.device)
+    if not dist.is_initialized():
+        return tensor
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    if not isinstance(place, DTensor):
+        return tensor
     return distribute_tensor(tensor, place.device_mesh, place.placements, src_data_rank=None)
 
 
@@ -342,20 +341,20 @@ def put(place: Tensor, tensor: Tensor) -> None:
 
 @contextmanager
 def gathered(task: nn.Module) -> Iterator[None]:
-    """While this is open every rank has all parameters of a task shared by FSDP, and may use the networks in it alone, without gradients.
+    """While this is open every rank holds all parameters of a task shared by FSDP, and may run its networks alone.
 
-    Not their `state_dict`, which FSDP answers with shares, after taking the whole parameters away.
+    Without gradients, and without their `state_dict`: FSDP answers it with shares, and takes the whole parameters away.
     """
-    parts = [module for module in task.modules() if hasattr(module, "unshard")]
-    for module in parts:
-        module.set_reshard_after_forward(False, recurse=False)
-        module.unshard()
+    parts = sharded(task)
+    for part in parts:
+        part.set_reshard_after_forward(False, recurse=False)
+        part.unshard()
     try:
         yield
     finally:
-        for module in parts:
-            module.set_reshard_after_forward(module is not task, recurse=False)
-            module.reshard()
+        for part in parts:
+            part.set_reshard_after_forward(part is not task, recurse=False)
+            part.reshard()
 
 
 def mean(value: Tensor, ranks: Ranks) -> Tensor:
@@ -365,6 +364,15 @@ def mean(value: Tensor, ranks: Ranks) -> Tensor:
     total = value.detach().clone()
     dist.all_reduce(total)
     return total / ranks.world
+
+
+def broadcast(value: Any, ranks: Ranks) -> Any:
+    """The first rank's value, JSON, on all ranks."""
+    if ranks.world == 1:
+        return value
+    held = [value]
+    dist.broadcast_object_list(held)
+    return held[0]
 
 
 def all_agree(value: Any, ranks: Ranks) -> bool:

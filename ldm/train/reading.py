@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 from ldm.config import FAMILIES
 from ldm.errors import ArgumentError, FileError
 from ldm.tasks.job import require_known, require_number, require_whole
-from ldm.train.recipe import Pattern, Range, Recipe
+from ldm.train.recipe import Data, Pattern, Range, Recipe
 
 MAX_BYTES = 2**20  # of a recipe
 
@@ -40,18 +40,17 @@ READ = [  # keys (a regular expression), and what another key must be for anyone
 
 def names() -> list[str]:
     """The recipes that ship."""
-    return sorted(
-        file.name.removesuffix(".toml")
-        for file in resources.files("ldm.recipes").iterdir()
-        if file.name.endswith(".toml")
-    )
+    files = [file.name for file in resources.files("ldm.recipes").iterdir()]
+    return sorted(name.removesuffix(".toml") for name in files if name.endswith(".toml"))
 
 
 def load_recipe(name: str | os.PathLike[str], sets: Sequence[str] = ()) -> Recipe:
-    """A recipe that ships, by name, or a .toml file, with keys changed by `sets`: "data.path=photos", "optimizer.lr=1e-4", "watch.prompts=['a', 'b']".
+    """A recipe that ships, by name, or a .toml file.
 
-    Values in `sets` are TOML; what is none is a string, so that bare words need no quotes. Later ones win.
-    Raises FileError for a file that cannot be read or is no TOML, ArgumentError for everything in it, naming the key and what is allowed.
+    sets  changes of keys: "data.path=photos", "optimizer.lr=1e-4", "watch.prompts=['a', 'b']". Values are TOML; what is
+          no TOML is a string, so that bare words need no quotes. Of two changes of a key the later one wins
+    Raises FileError for a file that cannot be read or is no TOML, ArgumentError for what is wrong in it: the message
+    names the key and what is allowed.
     """
     recipe = _table(Recipe, *_read(os.fspath(name)))
     for each in sets:
@@ -61,7 +60,7 @@ def load_recipe(name: str | os.PathLike[str], sets: Sequence[str] = ()) -> Recip
 
 
 def to_toml(recipe: Recipe) -> str:
-    """Every key of a recipe, defaults too: a later default cannot change what a run was. `load_recipe` reads it back equal."""
+    """Every key of a recipe, also the defaults, which may change later. `load_recipe` reads it back equal."""
     parts = [(f.name, getattr(recipe, f.name)) for f in fields(recipe)]
     lines = [f"{name} = {_written(value)}" for name, value in parts if not is_dataclass(value)]
     for name, section in parts:
@@ -74,17 +73,15 @@ def to_toml(recipe: Recipe) -> str:
 
 
 def _read(name: str) -> tuple[dict[str, Any], str]:
-    """The tables of a recipe, with its name; and a place to name in errors: none, for the top."""
+    """The tables of a recipe with its name, and the key of all of it: none."""
     if name in names():
         table = tomllib.loads(resources.files("ldm.recipes").joinpath(f"{name}.toml").read_text(encoding="utf-8"))
     elif name.endswith(".toml") or os.sep in name:
         table = _file(Path(name))
     else:
         near = difflib.get_close_matches(name, names(), n=1)
-        raise ArgumentError(
-            f"recipe: {name[:30]!r} is unknown; {f'{near[0]}? ' if near else ''}'ldm train' lists those that ship, or give a .toml file",
-            key="recipe",
-        )
+        remedy = f"{f'{near[0]}? ' if near else ''}'ldm train' lists those that ship, or give a .toml file"
+        raise ArgumentError(f"recipe: {name[:30]!r} is unknown; {remedy}", key="recipe")
     return {"name": Path(name).stem} | table, ""
 
 
@@ -108,31 +105,32 @@ def _file(path: Path) -> dict[str, Any]:
         raise FileError(f"is no TOML: {str(error)[:80] or 'nested too deeply'}; correct it", path=path) from None
 
 
-def _table(kind: type, given: Any, place: str) -> Any:
+def _table(kind: Any, given: Any, place: str) -> Any:
     """A dataclass from a table. `place` is its key, empty for the whole recipe."""
     if not isinstance(given, dict):
         raise ArgumentError(f"{place}: {given!r} is no table of keys; write [{place}] and its keys below", key=place)
-    kinds = _kinds(kind)
+    kinds, dot = _kinds(kind), place and f"{place}."
     for name in given:
         require_known(f"[{place}]" if place else "recipe", name, kinds)
     for field in fields(kind):
         if field.default is MISSING and field.default_factory is MISSING and field.name not in given:
-            raise ArgumentError(f"{place}.{field.name}: is missing; give it", key=f"{place}.{field.name}")
-    return kind(
-        **{name: _value(kinds[name], value, f"{place}.{name}" if place else name) for name, value in given.items()}
-    )
+            raise ArgumentError(f"{dot}{field.name}: is missing; give it", key=f"{dot}{field.name}")
+    return kind(**{name: _value(kinds[name], value, f"{dot}{name}") for name, value in given.items()})
 
 
 def _value(kind: Any, given: Any, key: str) -> Any:
-    """What a key holds, of its kind: one of those that the fields of a recipe have. Raises ArgumentError that names the key."""
+    """The value of a key, checked against the type of its field. Raises ArgumentError that names the key."""
     origin, args = get_origin(kind), get_args(kind)
     if origin is Annotated:
-        base, rule = args
-        if isinstance(rule, Range):
-            (require_whole if base is int else require_number)(key, given, rule.low, rule.high)
-            return base(given)
-        if isinstance(rule, Pattern):
-            return _pattern(_value(base, given, key), key)
+        base, *marks = args
+        for mark in marks:
+            if isinstance(mark, Range) and base is int:
+                return require_whole(key, given, int(mark.low), int(mark.high))
+            if isinstance(mark, Range):
+                require_number(key, given, mark.low, mark.high)
+                return float(given)
+        value = _value(base, given, key)
+        return _pattern(value, key) if Pattern() in marks else value
     if origin is Literal:
         require_known(key, given, [choice for choice in args if choice or not given])
     elif origin is tuple:
@@ -140,19 +138,17 @@ def _value(kind: Any, given: Any, key: str) -> Any:
     elif is_dataclass(kind):
         return _table(kind, given, key)
     elif not isinstance(given, kind):
-        raise ArgumentError(
-            f"{key}: {str(given)[:40]!r}; give {'true or false' if kind is bool else 'a string, in quotes'}", key=key
-        )
+        wanted = "true or false" if kind is bool else "a string, in quotes"
+        raise ArgumentError(f"{key}: {str(given)[:40]!r}; give {wanted}", key=key)
     return given
 
 
 def _tuple(kinds: tuple[Any, ...], given: Any, key: str) -> tuple[Any, ...]:
     endless = kinds[-1] is Ellipsis
     if not isinstance(given, list) or (not endless and len(given) != len(kinds)):
-        raise ArgumentError(
-            f"{key}: {str(given)[:40]!r}; give a list{'' if endless else f' of {len(kinds)}'}, in brackets and with commas",
-            key=key,
-        )
+        length = "" if endless else f" of {len(kinds)}"
+        wanted = f"give a list{length}, in brackets and with commas"
+        raise ArgumentError(f"{key}: {str(given)[:40]!r}; {wanted}", key=key)
     return tuple(_value(kinds[0] if endless else kinds[i], each, f"{key}[{i}]") for i, each in enumerate(given))
 
 
@@ -160,15 +156,14 @@ def _pattern(given: str, key: str) -> str:
     try:
         re.compile(given)
     except (re.error, RecursionError, OverflowError) as error:
-        raise ArgumentError(
-            f"{key}: {given[:40]!r} is no regular expression ({str(error)[:60]}); correct it", key=key
-        ) from None
+        what = f"{given[:40]!r} is no regular expression ({str(error)[:60]}); correct it"
+        raise ArgumentError(f"{key}: {what}", key=key) from None
     return given
 
 
 @cache
-def _kinds(kind: type) -> dict[str, Any]:
-    """A dataclass's fields and their types."""
+def _kinds(kind: Any) -> dict[str, Any]:
+    """A dataclass's fields and their types, with their marks."""
     return get_type_hints(kind, include_extras=True)
 
 
@@ -177,10 +172,11 @@ def _kinds(kind: type) -> dict[str, Any]:
 
 @cache
 def _keys() -> dict[str, Any]:
-    """Every key with its section, "data.path", and its type."""
-    keys = {}
-    for name, kind in _kinds(Recipe).items():
-        keys |= {f"{name}.{key}": each for key, each in _kinds(kind).items()} if is_dataclass(kind) else {name: kind}
+    """Every key, "data.path" where it belongs to a section, and its type."""
+    keys: dict[str, Any] = {}
+    for name, kind in get_type_hints(Recipe).items():
+        is_section = isinstance(kind, type) and is_dataclass(kind)
+        keys |= {f"{name}.{key}": each for key, each in _kinds(kind).items()} if is_section else {name: kind}
     return keys
 
 
@@ -190,105 +186,111 @@ def _changed(recipe: Recipe, text: str) -> Recipe:
     keys = _keys()
     if key not in keys:
         near = [each for each in keys if each.endswith(f".{key}")] or difflib.get_close_matches(key, keys, n=1)
-        raise ArgumentError(
-            f"--set {key[:40]}: is unknown; {f'{near[0]}?' if near else 'give SECTION.KEY=VALUE, such as run.steps=100'}",
-            key=key,
-        )
+        remedy = f"{near[0]}?" if near else "give SECTION.KEY=VALUE, such as run.steps=100"
+        raise ArgumentError(f"--set {key[:40]}: is unknown; {remedy}", key=key)
     if not equals:
         raise ArgumentError(f"--set {key}: has no value; give {key}=VALUE", key=key)
     value = _value(keys[key], _parsed(given, keys[key]), key)
     section, _, name = key.rpartition(".")
-    return replace(
-        recipe, **({section: replace(getattr(recipe, section), **{name: value})} if section else {name: value})
-    )
+    if not section:
+        return replace(recipe, **{name: value})
+    return replace(recipe, **{section: replace(getattr(recipe, section), **{name: value})})
 
 
 def _parsed(text: str, kind: Any) -> Any:
-    """A value from the command line: TOML, or the text itself where it is none or a string is asked for."""
+    """A value from the command line: TOML, or the text itself where it is no TOML or the key is a string."""
     try:
         table = tomllib.loads(f"value = {text}")
     except (ValueError, RecursionError):
         return text
-    is_text = str in (kind, getattr(kind, "__origin__", None)) or get_origin(kind) is Literal
+    base = get_args(kind)[0] if get_origin(kind) is Annotated else kind
+    is_text = base is str or get_origin(base) is Literal
     return text if table.keys() != {"value"} or (is_text and not isinstance(table["value"], str)) else table["value"]
 
 
-# --- keys that must agree ---------------------------------------------------------------------------------------------
+# --- keys that must agree -------------------------------------------------------------------------------------------
 
 
 def _require_consistent(recipe: Recipe) -> None:
-    """Raises ArgumentError for values that each are allowed and together are not. What needs the model or the data is checked where these are."""
-    model, data, method, run = recipe.model, recipe.data, recipe.method, recipe.run
+    """Raises ArgumentError for values that are allowed alone and not together.
+
+    What needs the model or the pictures is checked where these are read.
+    """
     if not re.fullmatch(r"\w[\w .+-]{0,99}", recipe.name):
-        raise ArgumentError(
-            f"name: {recipe.name[:40]!r}; give letters, digits, spaces and . + - _, for a directory is named so",
-            key="name",
-        )
-    if model.family:
-        require_known("model.family", model.family, [*FAMILIES, "blocks"])
+        remedy = "give letters, digits, spaces and . + - _, for a directory is named so"
+        raise ArgumentError(f"name: {recipe.name[:40]!r}; {remedy}", key="name")
+    if recipe.model.family:
+        require_known("model.family", recipe.model.family, [*FAMILIES, "blocks"])
     _require_read(recipe)
-    learned_text = method.kind == "inversion" or (method.text and method.kind in ("full", "lora"))
-    formats = {"lora": ("kohya", "diffusers"), "inversion": ()}.get(method.kind, ("original", "diffusers"))
-    wrong = [each for each in run.formats if each not in formats]
-    for fault, key, what in (
-        (run.batch % run.micro, "run.batch", f"{run.batch} is no multiple of run.micro, {run.micro}; give one, what does not fit at once is accumulated"),
-        (data.cache_latents and data.crop == "random", "data.cache_latents", 'random crops differ every time; set data.crop to "center" or this to false'),
-        (data.cache_latents and method.kind in ("vae", "shipped-vae"), "data.cache_latents", "the latents of a VAE that learns change; set it to false"),
-        (data.cache_text and learned_text, "data.cache_text", "what captions are to a text tower that learns changes; set it to false"),
-        (model.zero_snr and model.prediction == "eps", "model.zero_snr", 'without signal eps says nothing of the picture; set model.prediction to "v"'),
-        (
-            method.kind in ("full", "lora") and not (method.unet or method.text),
-            "method.unet", "neither the UNet nor the text towers learn; set method.unet or method.text to true",
-        ),
-        (method.kind.startswith("shipped") and data.source != "scenes", "data.source", "the model that ships is trained on rendered scenes; set it to scenes"),
-        (method.kind == "inversion" and not method.token, "method.token", "is missing; give the new word"),
-        (method.kind == "inversion" and not method.token_from, "method.token_from", "is missing; give the word that the new one starts as"),
-        (
-            method.kind == "inversion" and recipe.objective.caption_dropout,
-            "objective.caption_dropout", "what has no caption teaches the new word nothing; set it to 0",
-        ),
-        (method.kind == "inversion" and data.prior_pictures, "data.prior_pictures", "what is not called by the new word teaches it nothing; set it to 0"),
-        (method.kind == "distill" and not method.plan, "method.plan", "is missing; give the blocks that the student keeps, such as ssd-1b or half"),
-        (
-            0 < recipe.objective.min_snr < recipe.objective.least_snr,
-            "objective.least_snr", f"{recipe.objective.least_snr:g} is above objective.min_snr, {recipe.objective.min_snr:g}, which is the upper limit; give less",
-        ),
-        (method.kind == "inversion" and run.parallel == "fsdp", "run.parallel", "a new word is not shared among ranks; set it to ddp"),
-        (method.kind == "distill" and run.compile, "run.compile", "what a compiled student sees inside cannot be compared with its teacher's; set it to false"),
-        (data.prior and not data.prior_pictures, "data.prior_pictures", "is 0 though data.prior is given; give how many, such as 100"),
-        (data.prior_pictures and not data.prior, "data.prior", "is missing; give the directory of the class's pictures, which may be empty"),
-        (data.prior_pictures and not data.prior_caption, "data.prior_caption", 'is missing; give what is said of the class, such as "a photo of a dog"'),
-        (
-            data.prior_pictures and run.batch // run.micro % 2,
-            "run.batch", f"{run.batch} is no even multiple of run.micro, {run.micro}; give one: every other micro-batch is of the prior's pictures",
-        ),
-        (wrong, "run.formats", f"{wrong and wrong[0]} is no format of a result of {method.kind}; give {' or '.join(formats) or 'none'}"),
-    ):  # fmt: skip
-        if fault:
-            raise ArgumentError(f"{key}: {what}", key=key)
+    for is_wrong, text in _conflicts(recipe):
+        if is_wrong:
+            raise ArgumentError(text, key=text.partition(":")[0])
+
+
+def _conflicts(recipe: Recipe) -> list[tuple[object, str]]:
+    """Everything that does not go together: whether this recipe has it, and the key with what to do about it."""
+    model, data, objective, method, run = recipe.model, recipe.data, recipe.objective, recipe.method, recipe.run
+    kind, prior = method.kind, data.prior_pictures
+    word = kind == "inversion"
+    tunes = kind in ("full", "lora")
+    possible: dict[str, tuple[str, ...]] = {"lora": ("kohya", "diffusers"), "inversion": ()}
+    formats = possible.get(kind, ("original", "diffusers"))
+    wrong = next((each for each in run.formats if each not in formats), "")
+    micros = f"run.micro, {run.micro}; give one"
+    limits = f"{objective.least_snr:g} is above objective.min_snr, {objective.min_snr:g}, which is the upper limit"
+    return [
+        (run.batch % run.micro,
+         f"run.batch: {run.batch} is no multiple of {micros}, what does not fit at once is accumulated"),
+        (data.cache_latents and data.crop == "random",
+         'data.cache_latents: random crops differ every time; set data.crop to "center" or this to false'),
+        (data.cache_latents and kind in ("vae", "shipped-vae"),
+         "data.cache_latents: the latents of a VAE that learns change; set it to false"),
+        (data.cache_text and (word or (method.text and tunes)),
+         "data.cache_text: what captions are to a text tower that learns changes; set it to false"),
+        (model.zero_snr and model.prediction == "eps",
+         'model.zero_snr: without signal eps says nothing of the picture; set model.prediction to "v"'),
+        (tunes and not (method.unet or method.text),
+         "method.unet: neither the UNet nor the text towers learn; set method.unet or method.text to true"),
+        (kind.startswith("shipped") and data.source != "scenes",
+         "data.source: the model that ships is trained on rendered scenes; set it to scenes"),
+        (word and not method.token, "method.token: is missing; give the new word"),
+        (word and not method.token_from, "method.token_from: is missing; give the word that the new one starts as"),
+        (word and objective.caption_dropout,
+         "objective.caption_dropout: what has no caption teaches the new word nothing; set it to 0"),
+        (word and prior,
+         "data.prior_pictures: what is not called by the new word teaches it nothing; set it to 0"),
+        (kind == "distill" and not method.plan,
+         "method.plan: is missing; give the blocks that the student keeps, such as ssd-1b or half"),
+        (0 < objective.min_snr < objective.least_snr, f"objective.least_snr: {limits}; give less"),
+        (word and run.parallel == "fsdp", "run.parallel: a new word is not shared among ranks; set it to ddp"),
+        (kind == "distill" and run.compile,
+         "run.compile: what a compiled student sees inside cannot be compared with its teacher's; set it to false"),
+        (data.prior and not prior,
+         "data.prior_pictures: is 0 though data.prior is given; give how many, such as 100"),
+        (prior and not data.prior,
+         "data.prior: is missing; give the directory of the class's pictures, which may be empty"),
+        (prior and not data.prior_caption,
+         'data.prior_caption: is missing; give what is said of the class, such as "a photo of a dog"'),
+        (data.prior_caption and not prior,
+         "data.prior_caption: is read where data.prior_pictures is above 0; leave it out"),
+        (data.prior_weight != Data.prior_weight and not prior,
+         "data.prior_weight: is read where data.prior_pictures is above 0; leave it out"),
+        (prior and run.batch // run.micro % 2,
+         f"run.batch: {run.batch} is no even multiple of {micros}: every other micro-batch is of the prior's pictures"),
+        (wrong,
+         f"run.formats: {wrong} is no format of a result of {kind}; give {' or '.join(formats) or 'none'}"),
+    ]  # fmt: skip
 
 
 def _require_read(recipe: Recipe) -> None:
-    """Raises ArgumentError for a key that was changed and that nobody reads in such a run."""
-    told, default = _flat(recipe), _flat(Recipe(recipe.name))
-    for key in (key for key, value in told.items() if value != default[key]):
+    """Raises ArgumentError for a key that was changed although nobody reads it in such a run."""
+    values, defaults = recipe.flat(), Recipe(recipe.name).flat()
+    for key in (key for key, value in values.items() if value != defaults[key]):
         for keys, chooser, choices in READ:
-            if re.fullmatch(keys, key) and told[chooser] not in choices:
+            if re.fullmatch(keys, key) and values[chooser] not in choices:
                 readers = " or ".join(_written(choice) for choice in choices)
-                raise ArgumentError(
-                    f"{key}: is read where {chooser} is {readers}, not {_written(told[chooser])}; leave it out", key=key
-                )
-
-
-def _flat(recipe: Recipe) -> dict[str, Any]:
-    """{section.key: value}"""
-    sections = {f.name: getattr(recipe, f.name) for f in fields(recipe)}
-    return {
-        f"{name}.{f.name}": getattr(section, f.name)
-        for name, section in sections.items()
-        if is_dataclass(section)
-        for f in fields(section)
-    }
+                what = f"is read where {chooser} is {readers}, not {_written(values[chooser])}; leave it out"
+                raise ArgumentError(f"{key}: {what}", key=key)
 
 
 # --- from values to TOML --------------------------------------------------------------------------------------------

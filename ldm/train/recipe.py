@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from typing import Annotated, Any, Literal, get_type_hints
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,12 @@ class Range:
 
 @dataclass(frozen=True)
 class Pattern:
-    """Said of a string that is a regular expression."""
+    """Marks a string that is a regular expression."""
+
+
+@dataclass(frozen=True)
+class Free:
+    """Marks a key, or a section, that may change between the beginning of a run and its resumption."""
 
 
 Whole = Annotated[int, Range(0, 10**9)]
@@ -27,32 +32,31 @@ Weight = Annotated[float, Range(0, 10**6)]
 Rate = Annotated[float, Range(0, 1)]
 Seed = Annotated[int, Range(0, 2**64 - 1)]
 Regex = Annotated[str, Pattern()]
+FreePath = Annotated[str, Free()]  # the same files may lie elsewhere when a run goes on
 
 
 @dataclass(frozen=True)
 class Start:
     """[model]: what training starts from."""
 
-    start: str = ""  # checkpoint or diffusers folder; empty: the model that ships
+    start: FreePath = ""  # checkpoint or diffusers folder; empty: the model that ships
     family: str = ""  # family that the start must be of (key of `FAMILIES`, or "blocks"); empty: any
-    vae: str = ""  # another autoencoder; empty: the start's own
-    widen: tuple[
-        Literal["mask", "masked_image", "depth"], ...
-    ] = ()  # inputs that conv_in gets room for, in the order of `ModelConfig.concat`
-    vision: str = ""  # file with a CLIP vision tower that takes the text towers' place; empty: none does
+    vae: FreePath = ""  # another autoencoder; empty: the start's own
+    # inputs that conv_in gets room for, in the order of `ModelConfig.concat`
+    widen: tuple[Literal["mask", "masked_image", "depth"], ...] = ()
+    vision: FreePath = ""  # file with a CLIP vision tower that takes the text towers' place; empty: none does
     prediction: Literal["", "eps", "v"] = ""  # what the network is trained to predict; empty: what it predicts
     zero_snr: bool = False  # rescale the schedule to zero terminal signal (Lin et al. 2023, algorithm 1); v only
 
 
 @dataclass(frozen=True)
 class Data:
-    """[data]: pictures and what is said of them."""
+    """[data]: pictures and their captions."""
 
-    source: Literal["folder", "shards", "scenes"] = (
-        "folder"  # pictures with captions; webdataset tar files; rendered by `ldm.blocks`
-    )
-    path: str = ""  # directory, or pattern of tar files: "shards/{000..099}.tar", "shards/*.tar"
-    caption: str = ""  # said of every picture instead of its own caption (DreamBooth's instance prompt)
+    # pictures with captions; webdataset tar files; rendered by `ldm.blocks`
+    source: Literal["folder", "shards", "scenes"] = "folder"
+    path: FreePath = ""  # directory, or pattern of tar files: "shards/{000..099}.tar", "shards/*.tar"
+    caption: str = ""  # of every picture, instead of its own (DreamBooth's instance prompt)
     scenes: Count = 16_000  # how many, where they are rendered
     size: Annotated[int, Range(0, 16384)] = 0  # pixels along a side; 0: the model's
     buckets: bool = False  # batches of several aspect ratios, each of about size * size pixels, instead of squares
@@ -62,12 +66,10 @@ class Data:
     cache_latents: bool = False  # encode every picture once and keep its latent (centre crops only)
     cache_text: bool = False  # encode every caption once (text towers that are not trained only)
     held_out: Annotated[float, Range(0, 0.9)] = 0.0  # share of the pictures that only the validation loss sees
-    bad_limit: Share = 0.01  # share of pictures that may be unreadable before the run stops
-    prior: str = (
-        ""  # DreamBooth: directory of pictures of the class; what is missing is made by the model before training
-    )
-    prior_caption: str = ""  # what they are made from, and what is said of them where they have no metadata.jsonl
-    prior_pictures: Whole = 0  # how many there shall be; 0: no prior preservation
+    bad_limit: Annotated[Share, Free()] = 0.01  # share of pictures that may be unreadable before the run stops
+    prior: FreePath = ""  # DreamBooth: directory of pictures of the class; the model makes those that are missing
+    prior_caption: str = ""  # their prompt, and their caption where there is no metadata.jsonl
+    prior_pictures: Whole = 0  # how many are used; 0: no prior preservation
     prior_weight: Weight = 1.0  # weight of their loss
 
 
@@ -75,17 +77,15 @@ class Data:
 class Objective:
     """[objective]: what is minimised."""
 
-    min_snr: Weight = (
-        0.0  # limit of the signal-to-noise ratio in the loss's weight (Hang et al. 2023, section 3.4); 0: no weights
-    )
-    least_snr: Weight = 0.0  # and its least, which keeps high noise levels in the game; 0: none
+    # upper limit of the signal-to-noise ratio in the loss's weight (Hang et al. 2023, section 3.4); 0: no weights
+    min_snr: Weight = 0.0
+    least_snr: Weight = 0.0  # its lower limit, so that high noise levels keep some weight; 0: none
     noise_offset: Share = 0.0  # standard deviation of what every channel's noise is shifted by
     input_perturbation: Share = 0.0  # gamma of Ning et al. 2023, section 4: noise on the noise that the network sees
     caption_dropout: Share = 0.0  # share of examples without caption, for guidance (Ho & Salimans 2022, algorithm 1)
     whole_hole: Share = 0.25  # inpainting: share of masks that hide everything
-    timesteps: Literal["uniform", "spread"] = (
-        "uniform"  # each alone; or one in each of batch equal parts (Kingma et al. 2021, I.1)
-    )
+    # each drawn alone; or one in each of `batch` equal parts (Kingma et al. 2021, I.1)
+    timesteps: Literal["uniform", "spread"] = "uniform"
     kl_weight: Weight = 1e-6  # VAE: weight of the KL divergence per latent value
 
 
@@ -96,7 +96,8 @@ class Method:
     kind: Literal["full", "lora", "inversion", "vae", "distill", "shipped-vae", "shipped"] = "full"
     unet: bool = True  # full, lora: the UNet learns
     text: bool = False  # full, lora: the text towers learn
-    targets: Regex = ""  # regular expression that a trained parameter's name (full) or module's name (lora) contains; empty: all, or lora's usual ones
+    # trained are the parameters (full) or modules (lora) whose names contain it; empty: all, or lora's usual ones
+    targets: Regex = ""
     rank: Annotated[int, Range(1, 4096)] = 16  # lora: of linear layers
     alpha: Weight = 0.0  # lora: the change is alpha / rank times the product; 0: the rank
     conv_rank: Annotated[int, Range(0, 4096)] = 0  # lora: of convolutions; 0: they stay
@@ -105,10 +106,9 @@ class Method:
     token: str = ""  # inversion: the new word
     token_from: str = ""  # inversion: the word that it starts as
     vectors: Annotated[int, Range(1, 75)] = 1  # inversion: tokens that the word stands for
-    plan: str = ""  # distill: which blocks the student keeps: "ssd-1b", or "half"; see `ldm.surgery.PLANS`
-    teachers: tuple[
-        str, ...
-    ] = ()  # distill: checkpoints, each for an equal part of the run, in this order; empty: the start
+    plan: str = ""  # distill: which blocks the student keeps: "ssd-1b", or "half"; see `ldm.changes.surgery.PLANS`
+    # distill: checkpoints, each for an equal part of the run, in this order; empty: the start
+    teachers: Annotated[tuple[str, ...], Free()] = ()
     output_weight: Weight = 1.0  # distill: weight of the difference to the teacher's prediction
     feature_weight: Weight = 1.0  # distill: weight of the differences after each level's blocks
 
@@ -143,30 +143,29 @@ class Optimizer:
 class Run:
     """[run]: how long, how much at once, where."""
 
-    steps: Count = 1000  # updates
+    steps: Annotated[Count, Free()] = 1000  # updates
     batch: Count = 1  # examples per update, over all ranks
     micro: Count = 1  # examples at once on one rank; batch is a multiple of micro times ranks, the rest is accumulated
     seed: Seed = 0  # of everything that is drawn
-    out: str = ""  # directory of the run; empty: runs/NAME
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    dtype: Literal["float32", "bfloat16", "float16"] = (
-        "float32"  # of the arithmetic (autocast; float16 with a loss scaler); weights are float32
-    )
-    checkpointing: bool = False  # compute activations again instead of keeping them
-    compile: bool = False  # torch.compile of the network that learns
-    parallel: Literal["ddp", "fsdp"] = "ddp"  # with several ranks (torchrun): a copy of the model each, or a share each
+    out: FreePath = ""  # directory of the run; empty: runs/NAME
+    device: Annotated[Literal["auto", "cpu", "cuda"], Free()] = "auto"
+    # of the arithmetic (autocast; float16 with a loss scaler); weights are float32
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    checkpointing: Annotated[bool, Free()] = False  # compute activations again instead of keeping them
+    compile: Annotated[bool, Free()] = False  # torch.compile of the network that learns
+    # with several ranks (torchrun): a copy of the model on each, or a share of it
+    parallel: Annotated[Literal["ddp", "fsdp"], Free()] = "ddp"
     ema: Decay = 0.0  # decay of the averaged weights, which are what is saved; 0: none
-    save_every: Count = 500  # updates between two states: what a crash costs at most
-    keep: Count = 2  # states that are kept
-    formats: tuple[
-        Literal["original", "diffusers", "kohya"], ...
-    ] = ()  # how the result is saved; empty: original, or for a LoRA kohya and diffusers
-    save_dtype: Literal["float32", "float16", "bfloat16"] = "float16"  # of the numbers in the result
+    save_every: Annotated[Count, Free()] = 500  # updates between two states: what a crash costs at most
+    keep: Annotated[Count, Free()] = 2  # states that are kept
+    # how the result is saved; empty: original, or for a LoRA kohya and diffusers
+    formats: Annotated[tuple[Literal["original", "diffusers", "kohya"], ...], Free()] = ()
+    save_dtype: Annotated[Literal["float32", "float16", "bfloat16"], Free()] = "float16"  # of the numbers in the result
 
 
 @dataclass(frozen=True)
 class Watch:
-    """[watch]: what is looked at on the way."""
+    """[watch]: what is logged, measured and drawn on the way."""
 
     log_every: Count = 10  # updates between two lines of log.jsonl and log.csv
     tensorboard: bool = False
@@ -183,7 +182,7 @@ class Watch:
 
 @dataclass(frozen=True)
 class Card:
-    """[card]: what the model card that a recipe follows says, for its "Training" section."""
+    """[card]: facts from the model card that a recipe follows, for its "Training" section."""
 
     model: str = ""
     hardware: str = ""
@@ -205,5 +204,26 @@ class Recipe:
     method: Method = field(default_factory=Method)
     optimizer: Optimizer = field(default_factory=Optimizer)
     run: Run = field(default_factory=Run)
-    watch: Watch = field(default_factory=Watch)
-    card: Card = field(default_factory=Card)
+    watch: Annotated[Watch, Free()] = field(default_factory=Watch)
+    card: Annotated[Card, Free()] = field(default_factory=Card)
+
+    def flat(self) -> dict[str, Any]:
+        """{"run.batch": 8, ...} for every key of every section."""
+        sections = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {
+            f"{name}.{f.name}": getattr(section, f.name)
+            for name, section in sections.items()
+            if is_dataclass(section)
+            for f in fields(section)
+        }
+
+    def fixed(self) -> dict[str, Any]:
+        """The same in the values of JSON, without the keys that are `Free`: what a run must find unchanged to go on."""
+        values = asdict(self)
+        return {
+            f"{name}.{key}": values[name][key]
+            for name, section in get_type_hints(Recipe, include_extras=True).items()
+            if is_dataclass(section) and isinstance(section, type)
+            for key, kind in get_type_hints(section, include_extras=True).items()
+            if Free() not in getattr(kind, "__metadata__", ())
+        }

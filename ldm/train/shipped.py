@@ -1,4 +1,4 @@
-"""How the model that ships is trained, from its renderer to its weights: the autoencoder first, then the UNet with its text tower."""
+"""How the model that ships is trained: its autoencoder first, then its UNet with its text tower."""
 
 from __future__ import annotations
 
@@ -24,12 +24,13 @@ from ldm.model import LatentDiffusion
 from ldm.networks.vae import VAE
 from ldm.train.data.batch import Batch
 from ldm.train.data.cache import weights_digest
+from ldm.train.data.scenes import CAPTIONS, captions_of
 from ldm.train.data.source import digest
 from ldm.train.draws import Draws
 from ldm.train.losses import noised, snr_weight, vae_loss
 from ldm.train.modes import Trainee
-from ldm.train.recipe import Recipe
-from ldm.train.tasks import Loss
+from ldm.train.recipe import Run
+from ldm.train.tasks import Loss, Task
 
 BLOCKS = ModelConfig(
     "blocks",
@@ -44,7 +45,6 @@ BLOCKS = ModelConfig(
 
 # The settings of its training are the recipes blocks-vae and blocks.
 KL_WEIGHT = 5e-4
-CAPTIONS = 4  # ways each of them is described
 DROPOUT = 0.1  # share of examples without caption, for guidance (Ho & Salimans 2022, algorithm 1)
 SNR_LIMITS = (0.2, 5.0)  # the upper one from Hang et al. 2023, section 4
 READING = 0.1  # weight of the reader's loss beside the UNet's
@@ -54,14 +54,13 @@ MADE_FROM = "ldm.made_from"  # in the metadata of kept latents
 # --- the autoencoder ------------------------------------------------------------------------------------------------
 
 
-class SceneAutoencoding(nn.Module):
+class SceneAutoencoding(Task):
     """`vae_loss` on rendered scenes: on whole pictures, or on four crops of half the size from each.
 
-    Crops lie where the solids are: at the same cost they hold three times as much of what is hard. Most of a run sees crops, what is left
-    of it, in which the learning rate falls, whole pictures. Scenes are rendered as they are needed, never twice.
+    Crops lie where the solids are: at the same cost they hold three times as much of what is hard. Most of a run sees
+    crops; its end, in which the learning rate falls, sees whole pictures. Scenes are rendered as they are needed, never
+    twice.
     """
-
-    levels = 1
 
     def __init__(self, vae: VAE, crops: int):
         """crops: examples of the run that are seen as crops, from its beginning."""
@@ -70,10 +69,8 @@ class SceneAutoencoding(nn.Module):
 
     def forward(self, batch: Batch, draws: Draws, t: Tensor | None = None) -> Loss:
         """The loss of each scene; an example's number is its scene's seed."""
-        images = [
-            self.views(image, i, g)
-            for image, i, g in zip(blocks.batch(batch.index)[0], batch.index, draws.generators("crop"), strict=True)
-        ]
+        scenes = zip(blocks.batch(batch.index)[0], batch.index, draws.generators("crop"), strict=True)
+        images = [self.views(image, i, generator) for image, i, generator in scenes]
         picture = torch.from_numpy(np.concatenate(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
         of_each = len(picture) // len(batch.index)
         cells = picture.shape[2] // self.vae.config.factor
@@ -82,7 +79,7 @@ class SceneAutoencoding(nn.Module):
         return Loss(vae_loss(self.vae, picture.to(device), noise.to(device), KL_WEIGHT).view(-1, of_each).mean(dim=1))
 
     def views(self, image: np.ndarray, number: int, generator: torch.Generator) -> np.ndarray:
-        """[n, s, s, 3]: what example `number` shows of its scene [S, S, 3]."""
+        """The picture or crops [n, s, s, 3] of example `number`, from its scene [S, S, 3]."""
         if number >= self.crops:
             return image[None]
         half = image.shape[0] // 2
@@ -90,17 +87,13 @@ class SceneAutoencoding(nn.Module):
         return np.stack([image[y : y + half, x : x + half] for y, x in places])
 
 
-def vae_trainee(recipe: Recipe) -> Trainee:
-    """The autoencoder of the model that ships, from nothing."""
-    torch.manual_seed(recipe.run.seed)
+def vae_trainee(run: Run, whole: float) -> Trainee:
+    """The autoencoder of the model that ships, from nothing. `whole`: share of the updates that see whole pictures."""
+    torch.manual_seed(run.seed)
     model = LatentDiffusion(BLOCKS)
     fast_group_norms(model.vae)
-    whole = int((1 - recipe.optimizer.decay) * recipe.run.steps)
-    return Trainee.of(
-        model,
-        SceneAutoencoding(model.vae, whole * recipe.run.batch),
-        {f"vae.{name}": p for name, p in model.vae.named_parameters()},
-    )
+    task = SceneAutoencoding(model.vae, int((1 - whole) * run.steps) * run.batch)
+    return Trainee.of(model, task, {f"vae.{name}": p for name, p in model.vae.named_parameters()})
 
 
 # --- the latents ----------------------------------------------------------------------------------------------------
@@ -116,11 +109,11 @@ def encode_scenes(
     dtype: torch.dtype = torch.float32,
     on_batch: Callable[[int], None] = lambda done: None,
 ) -> tuple[Tensor, Tensor]:
-    """Latent means [n, 4, 16, 16] float16, unscaled, and token ids [n, CAPTIONS, length] of the scenes with seeds 0 to n - 1.
+    """Latent means [n, 4, 16, 16] float16, unscaled, and token ids [n, CAPTIONS, length] of scenes 0 to n - 1.
 
-    Kept in the file `cache`, which is made if it is not there or of another autoencoder, other scenes or another renderer.
+    Kept in the file `cache`, which is made anew for another autoencoder, other scenes or another renderer.
     """
-    made_from = digest(weights_digest(vae.encoder, vae.quant_conv), blocks.code(), f"{scenes}")
+    made_from = digest(weights_digest(vae.encoder, vae.quant_conv), blocks.RENDERER, f"{scenes}")
     with suppress(OSError, SafetensorError), safe_open(cache, "pt") as file:
         if (file.metadata() or {}).get(MADE_FROM) == made_from:
             return file.get_tensor("latents"), file.get_tensor("ids")
@@ -131,7 +124,7 @@ def encode_scenes(
         pictures = torch.from_numpy(blocks.batch(seeds)[0]).permute(0, 3, 1, 2).float() / 127.5 - 1
         with torch.autocast(device, dtype, enabled=dtype != torch.float32):
             latents.append(vae.encode(pictures.to(device)).half().cpu())
-        captions = [blocks.caption(blocks.sample(seed), seed + k * scenes) for seed in seeds for k in range(CAPTIONS)]
+        captions = [caption for seed in seeds for caption in captions_of(seed, scenes)]
         ids.append(tokenize(captions, BLOCKS.text[0].length, BLOCKS.text[0].pad).view(len(seeds), CAPTIONS, -1).int())
         on_batch(len(latents) * 64)
     result = {"latents": torch.cat(latents).contiguous(), "ids": torch.cat(ids)}
@@ -143,38 +136,32 @@ def encode_scenes(
 
 
 class Reader(nn.Module):
-    """Names a scene from the text tower's end token. Trained beside the UNet, so that the tower learns early who stands where; not kept."""
+    """Names the solids of a scene, and how they stand, from the text tower's end token.
+
+    It is trained beside the UNet, so that the tower learns early to tell scenes apart, and is not kept.
+    """
 
     def __init__(self, width: int):
         super().__init__()
-        self.kinds, self.places = (
-            (len(blocks.COLORS), 1 + len(blocks.SHAPES)),
-            (len(blocks.COLORS) ** 2, 2 + len(blocks.RELATIONS)),
-        )
-        self.layers = nn.Sequential(
-            nn.Linear(width, 256), nn.GELU(), nn.Linear(256, math.prod(self.kinds) + math.prod(self.places))
-        )
+        self.kinds = len(blocks.COLORS), 1 + len(blocks.SHAPES)
+        self.places = len(blocks.COLORS) ** 2, 2 + len(blocks.RELATIONS)
+        answers = math.prod(self.kinds) + math.prod(self.places)
+        self.layers = nn.Sequential(nn.Linear(width, 256), nn.GELU(), nn.Linear(256, answers))
 
     def forward(self, pooled: Tensor, facts: Tensor) -> Tensor:
-        """Cross-entropy per caption, in nats: pooled [b, width], `facts_of` the scenes [b, colours + colours squared]."""
+        """Cross-entropy per caption, in nats; pooled [b, width], `facts_of` the scenes [b, colours + their square]."""
         kinds, places = self.layers(pooled).float().split([math.prod(self.kinds), math.prod(self.places)], dim=1)
-        answers = torch.cat(
-            [
-                F.pad(kinds.view(-1, *self.kinds), (0, self.places[1] - self.kinds[1]), value=-torch.inf),
-                places.view(-1, *self.places),
-            ],
-            dim=1,
-        )
+        missing = self.places[1] - self.kinds[1]
+        padded = F.pad(kinds.view(-1, *self.kinds), (0, missing), value=-torch.inf)
+        answers = torch.cat([padded, places.view(-1, *self.places)], dim=1)
         return F.cross_entropy(answers.flatten(0, 1), facts.flatten().long(), reduction="sum") / len(facts)
 
 
 def facts_of(scene: blocks.Scene) -> Tensor:
-    """For each colour: no solid (0) or which of SHAPES; for each two colours: nothing said (0), which of RELATIONS, or under (6)."""
+    """For each colour: no solid (0) or one of SHAPES; for each two: no relation (0), one of RELATIONS, or under (6)."""
     colors, under = list(blocks.COLORS), 1 + len(blocks.RELATIONS)
-    kinds, places = (
-        torch.zeros(len(colors), dtype=torch.uint8),
-        torch.zeros(len(colors), len(colors), dtype=torch.uint8),
-    )
+    kinds = torch.zeros(len(colors), dtype=torch.uint8)
+    places = torch.zeros(len(colors), len(colors), dtype=torch.uint8)
     for solid in scene.solids:
         kinds[colors.index(solid.color)] = 1 + blocks.SHAPES.index(solid.shape)
     for a, relation, b in scene.pairs():
@@ -186,38 +173,41 @@ def facts_of(scene: blocks.Scene) -> Tensor:
 
 def initialise(model: LatentDiffusion) -> None:
     """CLIP's initial embeddings (Radford et al. 2021: std 0.02 and 0.01); the rest stays as the modules made it."""
-    for tower in model.text:
-        nn.init.normal_(tower.text_model.embeddings.token_embedding.weight, std=0.02)
-        nn.init.normal_(tower.text_model.embeddings.position_embedding.weight, std=0.01)
+    for name, weight in model.text.named_parameters():
+        if name.endswith(("token_embedding.weight", "position_embedding.weight")):
+            nn.init.normal_(weight, std=0.02 if "token" in name else 0.01)
 
 
-class SceneDiffusion(nn.Module):
+class SceneDiffusion(Task):
     """The diffusion loss of rendered scenes with a text tower that learns too, and the reader's beside it."""
 
+    latents: Tensor
+    ids: Tensor
+    facts: Tensor
+    empty: Tensor  # token ids of the empty caption
+    alphas: Tensor  # alpha_bar of every timestep
+
     def __init__(self, model: LatentDiffusion, latents: Tensor, ids: Tensor, batch: int):
-        """latents [n, 4, 16, 16] scaled, and token ids [n, CAPTIONS, length] of the scenes with seeds 0 to n - 1; `batch`: examples per update."""
+        """
+        latents  [n, 4, 16, 16] of the scenes with seeds 0 to n - 1, scaled
+        ids      [n, CAPTIONS, length] their token ids
+        batch    examples per update
+        """
         super().__init__()
         self.model, self.reader, self.batch = model, Reader(BLOCKS.text[0].width), batch
         self.levels = model.config.schedule.steps
         facts = torch.stack([facts_of(blocks.sample(seed)) for seed in range(len(latents))])
         empty = tokenize([""], BLOCKS.text[0].length, BLOCKS.text[0].pad)
         alphas = torch.tensor(model.schedule.alphas_cumprod, dtype=torch.float64).float()
-        for name, values in (
-            ("latents", latents),
-            ("ids", ids),
-            ("facts", facts),
-            ("empty", empty),
-            ("alphas", alphas),
-        ):
+        buffers = {"latents": latents, "ids": ids, "facts": facts, "empty": empty, "alphas": alphas}
+        for name, values in buffers.items():
             self.register_buffer(name, values, persistent=False)
 
     def forward(self, batch: Batch, draws: Draws, t: Tensor | None = None) -> Loss:
-        """The loss of each example: a scene, one of its captions or none, and a noise level from its part of the schedule."""
-        b, device, steps = len(draws), self.latents.device, self.model.config.schedule.steps
-        rows, which = (
-            draws.integers(purpose, n).to(device)
-            for purpose, n in (("scene", len(self.latents)), ("caption", CAPTIONS))
-        )
+        """The loss of each example: a scene, one of its captions or none, a noise level from its part of all."""
+        b, device, steps = len(draws), self.latents.device, self.levels
+        rows = draws.integers("scene", len(self.latents)).to(device)
+        which = draws.integers("caption", CAPTIONS).to(device)
         parts = torch.tensor([i % self.batch for i in draws.index]) + draws.uniform("timestep")
         t = (parts / self.batch * steps).long().to(device)  # spread: Kingma et al. 2021, I.1
         drop = (draws.uniform("drop") < DROPOUT).to(device)
@@ -227,23 +217,21 @@ class SceneDiffusion(nn.Module):
         context = tokens[torch.where(drop, b * CAPTIONS, torch.arange(b, device=device) * CAPTIONS + which)]
         alpha = self.alphas[t]
         out = self.model.unet(noised(x0, noise, alpha), t, context).float()
-        told = (out - noise).square().mean(dim=(1, 2, 3)) * snr_weight("eps", alpha, *SNR_LIMITS)
+        denoised = (out - noise).square().mean(dim=(1, 2, 3)) * snr_weight("eps", alpha, *SNR_LIMITS)
         read = self.reader(pooled[:-1], self.facts[rows].repeat_interleave(CAPTIONS, dim=0))
-        return Loss(told + READING * read, t, steps)
+        return Loss(denoised + READING * read, t, steps)
 
 
-def diffusion_trainee(
-    recipe: Recipe, vae: VAE, cache: Path, *, device: str = "cpu", on_batch: Callable[[int], None] = lambda done: None
-) -> Trainee:
-    """The UNet and text tower of the model that ships, from nothing, on latents of `vae`; the latents are kept in the file `cache`."""
-    latents, ids = encode_scenes(vae, recipe.data.scenes, cache, device=device, on_batch=on_batch)
+def diffusion_trainee(run: Run, vae: VAE, scenes: int, cache: Path, *, device: str = "cpu") -> Trainee:
+    """The UNet and text tower of the model that ships, from nothing, on latents of `vae`, kept in the file `cache`."""
+    latents, ids = encode_scenes(vae, scenes, cache, device=device)
     scale = 1 / (latents.float().std().item() if len(latents) > 1 else 1.0)
-    torch.manual_seed(recipe.run.seed)
+    torch.manual_seed(run.seed)
     model = LatentDiffusion(replace(BLOCKS, vae=replace(BLOCKS.vae, scale=scale)))
     model.vae.load_state_dict(vae.state_dict())
     model.requires_grad_(False)
     initialise(model)
     fast_group_norms(model)
-    task = SceneDiffusion(model, latents.float() * scale, ids, recipe.run.batch)
+    task = SceneDiffusion(model, latents.float() * scale, ids, run.batch)
     parameters = {name: p for name, p in model.named_parameters() if not name.startswith("vae.")}
     return Trainee.of(model, task, parameters | {f"reader.{name}": p for name, p in task.reader.named_parameters()})

@@ -1,4 +1,4 @@
-"""What a run starts from: a model as its recipe changes it before anything is learnt."""
+"""What a run starts from: a model as its recipe changes it before anything is learnt, and the prior's pictures."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from ldm.model import LatentDiffusion
 from ldm.pictures.write import save
 from ldm.train.data.opening import missing_prior
 from ldm.train.ranks import Ranks, all_agree
-from ldm.train.recipe import Data, Recipe, Start
+from ldm.train.recipe import Data, Start
 
 
 @dataclass(frozen=True)
 class Files:
-    """The functions of `weights` that a run uses; it imports none of them."""
+    """The functions of `weights` that a run uses; nothing in this package imports them."""
 
     load: Callable[..., LatentDiffusion]  # path, or None for the model that ships
     load_vae: Callable[..., Any]
@@ -30,68 +30,74 @@ class Files:
     convert: Callable[..., Any]  # (file, folder, overwrite=)
     save_lora: Callable[..., Path]
     save_embedding: Callable[..., Path]
-    embedded: Callable[[], Path]  # where the model that ships lies
-    digest: Callable[[Path], str]  # of a file's or folder's contents
+    embedded: Callable[[], Path]  # the path of the model that ships
+    digest: Callable[[Path], str]  # of the contents of a file or folder
 
 
-def begin(recipe: Recipe, files: Files) -> LatentDiffusion:
-    """The model that the recipe names, in float32, with its inputs, conditioner and prediction as they are to be. Raises ArgumentError, FileError."""
-    wanted = recipe.model
-    model = files.load(wanted.start or None)
-    if wanted.family and model.config.name != wanted.family:
-        raise ArgumentError(
-            f"model.start: is of family {model.config.name}, and the recipe {recipe.name} trains {wanted.family}; give such a model",
-            key="model.start",
-        )
-    if wanted.vae:
-        model.vae = files.load_vae(wanted.vae, model.config.vae)
-    if wanted.vision:
-        model = surgery.swap_conditioner(model, files.load_vision(wanted.vision))
-    if wanted.widen:
-        model = surgery.widen(model, wanted.widen)
-    return told_to_predict(model, wanted)
+def begin(start: Start, files: Files, recipe: str) -> LatentDiffusion:
+    """The model of section [model] in float32, with the inputs, conditioner and prediction that it is to have.
+
+    recipe  its name, for errors
+    Raises ArgumentError, FileError.
+    """
+    model = files.load(start.start or None)
+    if start.family and model.config.name != start.family:
+        what = f"is of family {model.config.name}, and the recipe {recipe} trains {start.family}; give such a model"
+        raise ArgumentError(f"model.start: {what}", key="model.start")
+    if start.vae:
+        model.vae = files.load_vae(start.vae, model.config.vae)
+    if start.vision:
+        model = surgery.swap_conditioner(model, files.load_vision(start.vision))
+    if start.widen:
+        model = surgery.widen(model, start.widen)
+    return with_prediction(model, start)
 
 
-def told_to_predict(model: LatentDiffusion, wanted: Start) -> LatentDiffusion:
-    """The model, in place, with the prediction and the schedule that it is going to learn. Raises ArgumentError for eps without signal."""
+def with_prediction(model: LatentDiffusion, start: Start) -> LatentDiffusion:
+    """The model, in place, with the prediction and the schedule that it is going to learn.
+
+    Raises ArgumentError for zero terminal signal where the model predicts eps.
+    """
     config = model.config
-    if wanted.prediction and wanted.prediction != config.prediction:
-        twin = config.twin(wanted.prediction)
-        name = config.name if twin is None else twin.name
-        config = replace(config, prediction=wanted.prediction, name=name)
-    if wanted.zero_snr:
+    if start.prediction and start.prediction != config.prediction:
+        twin = config.twin(start.prediction)
+        config = replace(config, prediction=start.prediction, name=config.name if twin is None else twin.name)
+    if start.zero_snr:
         if config.prediction != "v":
-            raise ArgumentError(
-                'model.zero_snr: this model predicts eps, which says nothing where there is no signal; set model.prediction to "v"',
-                key="model.zero_snr",
-            )
+            what = "this model predicts eps, which says nothing where there is no signal"
+            remedy = 'set model.prediction to "v"'
+            raise ArgumentError(f"model.zero_snr: {what}; {remedy}", key="model.zero_snr")
         config = replace(config, schedule=replace(config.schedule, zero_snr=True))
         model.schedule = config.schedule
     model.config = config
     return model
 
 
-def complete_prior(recipe: Recipe, files: Files, place: Ranks, say: Callable[[str], None]) -> None:
-    """Make the pictures of the class that are missing, a share on each rank, with the model as it was before its inputs or its task were changed."""
-    data = recipe.data
-    missing = list(
-        islice((seed for seed in count() if not prior_path(data, seed).exists()), missing_prior(data))
-    )  # the first seeds of which there is none yet
+# --- prior preservation ---------------------------------------------------------------------------------------------
+
+
+def complete_prior(data: Data, load: Callable[[], LatentDiffusion], place: Ranks, say: Callable[[str], None]) -> None:
+    """Make the pictures of the class that are missing, a share on each rank.
+
+    load  gives the model that draws them: as it was before its inputs or its task were changed
+    """
+    unused = (seed for seed in count() if not prior_path(data, seed).exists())
+    missing = list(islice(unused, missing_prior(data)))
     all_agree("counted", place)  # before any of them makes one
     if mine := missing[place.rank :: place.world]:
         say(f"making {len(missing)} pictures of {data.prior_caption!r}")
-        draw_prior(files.load(recipe.model.start or None).to(place.device), recipe, mine)
+        draw_prior(load().to(place.device), data, mine)
     all_agree("here", place)
 
 
 def prior_path(data: Data, seed: int) -> Path:
-    """Where the picture of the class from this seed lies."""
+    """The file of the picture of the class from this seed."""
     return Path(data.prior) / f"prior-{seed:05d}.png"
 
 
-def draw_prior(model: LatentDiffusion, recipe: Recipe, seeds: Sequence[int]) -> None:
+def draw_prior(model: LatentDiffusion, data: Data, seeds: Sequence[int]) -> None:
     """Make pictures of the class with their caption beside them, each from a seed of its own."""
-    data, size = recipe.data, recipe.data.size or model.config.size
+    size = data.size or model.config.size
     for seed in seeds:
         (picture,) = tasks.txt2img(model, data.prior_caption, seeds=[seed], steps=25, height=size, width=size)
         path = prior_path(data, seed)

@@ -29,8 +29,8 @@ FLOORS = {
     "ldm": "errors | config disk images swap | networks pictures | conditioning | model | fast limits changes | "
     "denoiser | tasks"
     " | look | blocks recipes | train | cli | __main__",
-    "ldm.train": "recipe losses draws state checkpointing | reading ranks data | tasks optim start watch | loop distil "
-    "| modes | results shipped | run",
+    "ldm.train": "recipe losses draws state checkpointing | reading ranks data | tasks optim start | watch | "
+    "loop distil | modes | results shipped | run",
     "weights": "names files | folder | checkpoint | models adapters | tools",
     "benchmarks": "machine quality | models | sides | timing | speed train parity load demonstrations",
 }

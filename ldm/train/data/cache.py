@@ -1,4 +1,4 @@
-"""Tensors that are worked out once and kept in safetensors files, a piece at a time."""
+"""Results that are kept for the next run: tensors in safetensors files, facts of pictures in a JSON file."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Collection, Mapping
 from hashlib import blake2b, sha256
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,8 +17,9 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from ldm.disk import write_text, write_whole
-from ldm.train.data.decode import size_of
-from ldm.train.data.source import digest
+from ldm.errors import FileError
+from ldm.train.data.decode import require_shape, size_of
+from ldm.train.data.source import Bad, Item, Unusable, digest
 
 
 class Cache:
@@ -32,7 +33,7 @@ class Cache:
         self.look()
 
     def look(self) -> None:
-        """See what is there now, written by whichever process."""
+        """List the tensors on the disk, whichever process has written them."""
         self._pieces = {piece: _names(piece) for piece in sorted(self.directory.glob(f"{self.kind}-*.safetensors"))}
         self._where = {name: piece for piece, names in self._pieces.items() for name in names}
 
@@ -40,7 +41,7 @@ class Cache:
         return name in self._where
 
     def get(self, name: str) -> Tensor:
-        """A tensor, on the CPU, whichever process wrote it. Raises KeyError for one that is not there."""
+        """A tensor, on the CPU, whichever process wrote it. Raises KeyError for one that no file has."""
         if name not in self._where:
             self.look()
         with safe_open(self._where[name], "pt") as file:
@@ -51,21 +52,17 @@ class Cache:
         self._write(self.directory / f"{self.kind}-{digest(*sorted(tensors))}.safetensors", tensors)
 
     def keep(self, names: Collection[str]) -> None:
-        """Delete every other tensor, and what cannot be read. Raises OutputError."""
+        """Delete every other tensor, and files that cannot be read. Raises OutputError."""
         wanted = set(names)
-        for piece, there in list(self._pieces.items()):
-            left = (
-                {name: self.get(name) for name in there if name in wanted}
-                if not wanted.issuperset(there)
-                else dict.fromkeys(there)
-            )
-            if not left:
+        for piece, held in list(self._pieces.items()):
+            kept = [name for name in held if name in wanted]
+            if not kept:
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(piece)
                 del self._pieces[piece]
-            elif len(left) < len(there):
-                self._write(piece, left)
-        self._where = {name: piece for piece, there in self._pieces.items() for name in there}
+            elif len(kept) < len(held):
+                self._write(piece, {name: self.get(name) for name in kept})
+        self._where = {name: piece for piece, held in self._pieces.items() for name in held}
 
     def _write(self, piece: Path, tensors: Mapping[str, Tensor]) -> None:
         write_whole(piece, save({name: tensor.contiguous() for name, tensor in tensors.items()}))
@@ -74,7 +71,7 @@ class Cache:
 
 
 def _names(piece: Path) -> list[str]:
-    """None of a piece that is damaged, or gone since it was listed: what it held is worked out anew."""
+    """The tensors of a file; none where it is damaged or was deleted meanwhile, so that they are made anew."""
     try:
         with safe_open(piece, "pt") as file:
             return list(file.keys())
@@ -83,7 +80,7 @@ def _names(piece: Path) -> list[str]:
 
 
 def weights_digest(*modules: nn.Module) -> str:
-    """Tells networks with these names, types, shapes and values from any others."""
+    """A digest of the names, types, shapes and values of networks' parameters."""
     h = sha256()
     for module in modules:
         for name, tensor in module.state_dict().items():
@@ -92,13 +89,14 @@ def weights_digest(*modules: nn.Module) -> str:
     return h.hexdigest()
 
 
-SETTLED = (
-    2 * 10**9
-)  # nanoseconds after which a file's date can be trusted: a second change within one tick of the clock keeps the date
+# --- facts of pictures ----------------------------------------------------------------------------------------------
+
+# nanoseconds after which a file's date can be trusted: a second change within one tick of the clock keeps the date
+SETTLED = 2 * 10**9
 
 
-class Known(NamedTuple):
-    """Of a picture."""
+class PictureFacts(NamedTuple):
+    """What listing a picture finds out."""
 
     size: tuple[int, int]  # height and width, upright
     fingerprint: str  # of its file's bytes
@@ -114,10 +112,13 @@ class Listing:
         self.path = path
         self._now = time.time_ns()
         self._before = {} if path is None else _read(path)
-        self._after: dict[str, list] = {}
+        self._after: dict[str, list[Any]] = {}
 
-    def known(self, place: str, status: os.stat_result, read: Callable[[], bytes]) -> Known:
-        """The picture at this place in a file of this status; `read` gives its bytes where they are needed. Raises FileError of `size_of`."""
+    def facts(self, place: str, status: os.stat_result, read: Callable[[], bytes]) -> PictureFacts:
+        """Facts of the picture at this place in a file of this status; `read` gives its bytes where they are needed.
+
+        Raises FileError as `size_of` does.
+        """
         date = [status.st_size, status.st_mtime_ns]
         row = self._before.get(place)
         if row is None or row[:2] != date:
@@ -125,7 +126,7 @@ class Listing:
             row = [*date, *size_of(data, place), blake2b(data, digest_size=16).hexdigest()]
         if abs(self._now - status.st_mtime_ns) > SETTLED:
             self._after[place] = row
-        return Known((row[2], row[3]), row[4])
+        return PictureFacts((row[2], row[3]), row[4])
 
     def save(self) -> None:
         """Keep what was asked for since the beginning, and nothing else. Raises OutputError."""
@@ -133,7 +134,29 @@ class Listing:
             write_text(self.path, json.dumps(self._after))
 
 
-def _read(path: Path) -> dict[str, list]:
+def listed(
+    name: str,
+    captions: Callable[[], tuple[str, ...]],
+    picture: Callable[[], PictureFacts],
+    depth: Callable[[], PictureFacts] | None,
+) -> Item | Bad:
+    """A picture with its captions and its depth map, if it has one; or why it is left out."""
+    try:
+        texts, (size, fingerprint) = captions(), picture()
+        if depth is not None:
+            near = depth()
+            require_shape(near.size, size)
+            fingerprint = digest(fingerprint, near.fingerprint)
+        return Item(name, texts, size, fingerprint)
+    except Unusable as error:
+        return Bad(name, str(error))
+    except FileError as error:
+        return Bad(name, error.what)
+    except OSError as error:
+        return Bad(name, f"cannot be opened: {error.strerror or error}")
+
+
+def _read(path: Path) -> dict[str, list[Any]]:
     try:
         rows = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError):

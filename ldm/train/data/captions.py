@@ -1,4 +1,4 @@
-"""What is said of a picture, from the files that say it: lines of text, `metadata.jsonl`, `metadata.csv`."""
+"""Captions from files: lines of text beside a picture, `metadata.jsonl`, `metadata.csv`."""
 
 from __future__ import annotations
 
@@ -17,20 +17,22 @@ METADATA = ("metadata.jsonl", "metadata.csv")
 
 
 def cleaned(captions: Iterable[object]) -> tuple[str, ...]:
-    """Captions without the space around them and without empty ones. Raises Unusable for none, and for what the tokenizer refuses."""
-    said = []
+    """Captions without the space around them and without empty ones.
+
+    Raises Unusable where none is left, and for a caption that the tokenizer refuses.
+    """
+    kept = []
     for caption in captions:
         if not isinstance(caption, str):
             raise Unusable(f"has a caption that is no text ({type(caption).__name__})")
         if text := " ".join(caption.split()):
-            said.append(text)
+            kept.append(text)
             if len(text.encode("utf-8", "replace")) > MAX_BYTES or max(map(len, text.split())) > MAX_WORD:
-                raise Unusable(
-                    f"has a caption of more than {MAX_BYTES} bytes, or with a word of more than {MAX_WORD} characters"
-                )
-    if not said:
+                limits = f"more than {MAX_BYTES} bytes, or with a word of more than {MAX_WORD} characters"
+                raise Unusable(f"has a caption of {limits}")
+    if not kept:
         raise Unusable("has no caption")
-    return tuple(said)
+    return tuple(kept)
 
 
 def of_lines(data: bytes) -> list[str]:
@@ -44,7 +46,7 @@ def of_lines(data: bytes) -> list[str]:
 
 
 def of_record(record: Mapping[str, object]) -> list[object]:
-    """The captions of one record: `texts`, a list; or `text` or `caption`, one. Raises Unusable where there is none of these."""
+    """The captions of one record: `texts`, a list; or `text` or `caption`, one. Raises Unusable where it has none."""
     if isinstance(several := record.get("texts"), list):
         return several
     for key in ("text", "caption"):
@@ -53,23 +55,24 @@ def of_record(record: Mapping[str, object]) -> list[object]:
     raise Unusable("has no caption")
 
 
-def read_metadata(directory: Path) -> tuple[dict[str, tuple[str, ...]], list[Bad]] | None:
-    """{file name relative to the directory: captions} of its `metadata.jsonl` or `metadata.csv`, and what is said of nothing; None without such a file.
+def read_metadata(directory: Path) -> tuple[dict[str, tuple[str, ...]], list[Bad]]:
+    """Captions from `metadata.jsonl` or `metadata.csv` in a directory; none without such a file.
 
-    A line has `file_name` and `text`, `caption` or (JSON) `texts`; several lines of one picture are several captions.
-    Raises FileError for a file that cannot be read as a whole, and where there are both.
+    Returns {file name relative to the directory: captions}, and the lines without a usable caption. A line has
+    `file_name` and `text`, `caption` or (JSON) `texts`; several lines of one picture are several captions.
+    Raises FileError for a file that cannot be read as a whole, and where both exist.
     """
-    there = [directory / name for name in METADATA if (directory / name).exists()]
-    if not there:
-        return None
-    if len(there) > 1:
+    found = [directory / name for name in METADATA if (directory / name).exists()]
+    if not found:
+        return {}, []
+    if len(found) > 1:
         raise FileError("has a metadata.jsonl and a metadata.csv; keep one of them", path=directory)
-    path = there[0]
+    (path,) = found
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise FileError(f"cannot be read: {getattr(error, 'strerror', None) or 'it is not UTF-8'}", path=path) from None
-    said: dict[str, tuple[str, ...]] = {}
+    captions: dict[str, tuple[str, ...]] = {}
     bad = []
     for number, record in _csv(path, text) if path.suffix == ".csv" else _json_lines(path, text):
         name = record.get("file_name")
@@ -77,10 +80,10 @@ def read_metadata(directory: Path) -> tuple[dict[str, tuple[str, ...]], list[Bad
             raise FileError(f"line {number} has no file_name", path=path)
         name = str(PurePosixPath(name))  # "./a.png" is "a.png"
         try:
-            said[name] = said.get(name, ()) + cleaned(of_record(record))
+            captions[name] = captions.get(name, ()) + cleaned(of_record(record))
         except Unusable as error:
             bad.append(Bad(name, f"{error} ({path.name} line {number})"))
-    return said, bad
+    return captions, bad
 
 
 def _json_lines(path: Path, text: str) -> Iterator[tuple[int, Mapping[str, object]]]:

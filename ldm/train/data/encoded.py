@@ -1,4 +1,4 @@
-"""Pictures as the autoencoder gives them and captions as the text towers do, worked out once and kept."""
+"""Latents of pictures and embeddings of captions, encoded once and kept."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ldm.conditioning.prompts import encode_text
 from ldm.errors import ArgumentError
+from ldm.networks.clip import CLIPText
+from ldm.networks.modules import Modules
 from ldm.networks.vae import VAE
 from ldm.train.data.cache import Cache, weights_digest
 from ldm.train.data.frame import Frame
@@ -19,14 +21,15 @@ from ldm.train.data.source import Item, digest
 
 PIECE = 256  # pictures or captions in one file: what a pass that is killed loses at most
 
-Progress = Callable[[str, int, int], None]  # what is encoded; how many are done, and how many there are to do
+Progress = Callable[[str, int, int], None]  # what is encoded, how many are done, how many there are
 T = TypeVar("T")
 
 
 class Latents:
-    """The moments of pictures, [2 z, h, w] float32 as the autoencoder gives them: 131 kB for 512x512 pixels at 4 channels.
+    """The autoencoder's moments of pictures, [2 z, h, w] float32: 131 kB for 512x512 pixels at 4 channels.
 
-    Named by the encoder's weights, the picture and its frame: another of any of these is another latent. Each picture is encoded alone.
+    Named by the encoder's weights, the picture and its frame: another of any of these is another latent. Each picture
+    is encoded alone.
     """
 
     def __init__(self, vae: VAE, directory: Path):
@@ -34,7 +37,7 @@ class Latents:
         self._weights = weights_digest(vae.encoder, vae.quant_conv)
 
     def name(self, item: Item, how: Frame) -> str:
-        """What the latent of a picture is kept under."""
+        """The name of a picture's latent."""
         return digest(self._weights, item.fingerprint, repr(tuple(how)))
 
     @torch.no_grad()
@@ -51,30 +54,28 @@ class Latents:
 
 
 class Texts:
-    """What the towers make of captions: tokens [n, d] and the pooled embedding [d], float32, of the first 75 tokens of each.
+    """The towers' embeddings of captions: tokens [n, d] and pooled [d], float32, of the first 75 tokens of each.
 
     Named by the towers' weights and the caption.
     """
 
-    def __init__(self, towers: nn.ModuleList, directory: Path):
+    def __init__(self, towers: Modules[CLIPText], directory: Path):
         self.towers, self.cache = towers, Cache(directory, "text")
         self._weights = digest(weights_digest(towers), *(repr(tower.config) for tower in towers))
 
     def names(self, caption: str) -> tuple[str, str]:
-        """What its tokens and its pooled embedding are kept under."""
+        """The names of a caption's tokens and of its pooled embedding."""
         name = digest(self._weights, caption)
         return f"{name}.context", f"{name}.pooled"
 
     @torch.no_grad()
     def add(self, captions: Sequence[str], on_progress: Progress) -> None:
-        """Encode captions and keep what comes out."""
+        """Encode captions and keep their embeddings."""
         for done, some in _pieces(iter(captions)):
             made: dict[str, Tensor] = {}
             for caption in some:
-                for name, tensor in zip(
-                    self.names(caption), encode_text(self.towers, [caption], chunks=1), strict=True
-                ):
-                    made[name] = tensor.float().cpu()[0]
+                tensors = encode_text(self.towers, [caption], chunks=1)
+                made |= {name: t.float().cpu()[0] for name, t in zip(self.names(caption), tensors, strict=True)}
             self.cache.put(made)
             on_progress("captions", done, len(captions))
 
@@ -84,13 +85,12 @@ class Texts:
         try:
             return self.cache.get(context), self.cache.get(pooled)
         except KeyError:
-            raise ArgumentError(
-                f"caption {caption[:40]!r} is not in the cache; call encode before the first micro-batch"
-            ) from None
+            what = f"caption {caption[:40]!r} is not in the cache; call encode before the first micro-batch"
+            raise ArgumentError(what) from None
 
 
 def _pieces(things: Iterator[T]) -> Iterator[tuple[int, list[T]]]:
-    """Lists of PIECE things, and how many there are with those before."""
+    """Lists of PIECE things, each with the number of things up to its end."""
     done = 0
     while some := list(islice(things, PIECE)):
         done += len(some)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -12,76 +11,74 @@ from PIL import Image
 
 from ldm.errors import FileError
 from ldm.pictures.read import MAX_BYTES, open_image
-from ldm.train.data.cache import Known, Listing
+from ldm.train.data.cache import Listing, PictureFacts, listed
 from ldm.train.data.captions import cleaned, of_lines, read_metadata
-from ldm.train.data.decode import require_shape
-from ldm.train.data.source import SUFFIXES, Bad, Item, Unusable, digest, reason
+from ldm.train.data.source import SUFFIXES, Bad, Item, Unusable
 
 DEPTH = "depth"  # the directory of depth maps, of the pictures' relative names
 
 
 def require_directory(path: Path) -> None:
     """Raises FileError for what is no directory."""
+    if not path.exists():
+        raise FileError("does not exist; give a directory of pictures", path=path)
     if not path.is_dir():
-        raise FileError(
-            "is not a directory; give one with pictures"
-            if path.exists()
-            else "does not exist; give a directory of pictures",
-            path=path,
-        )
+        raise FileError("is not a directory; give one with pictures", path=path)
 
 
 class Folder:
     """Pictures (PNG, JPEG, WebP, BMP) of a directory and those below it, by relative name.
 
-    caption  said of every picture; empty: what `metadata.jsonl` or `metadata.csv` says of it, or else each line of NAME.txt beside it
-    listing  file in which is kept what was found out about the pictures
+    caption  of every picture; empty: those of `metadata.jsonl` or `metadata.csv`, or else the lines of NAME.txt
+    listing  file for facts about the pictures
 
-    With a directory `depth` every picture has a depth map there, of its relative name and any of the endings. Hidden files are not seen.
-    A picture without caption, or whose size cannot be read, is listed in `bad`. Raises FileError where nothing is left.
+    With a directory `depth` every picture has a depth map in it, of its relative name and any of the endings. Hidden
+    files are passed over. A picture without caption, or whose size cannot be read, is listed in `bad`. Raises FileError
+    where nothing is left.
     """
 
     def __init__(self, path: str | os.PathLike[str], caption: str = "", listing: Path | None = None):
         self.path = Path(path)
         require_directory(self.path)
         names = pictures_in(self.path)
-        depths = (
-            {name.rpartition(".")[0]: f"{DEPTH}/{name}" for name in pictures_in(self.path / DEPTH)}
-            if (self.path / DEPTH).is_dir()
-            else None
-        )
-        names = [name for name in names if depths is None or not name.startswith(f"{DEPTH}/")]
+        maps = pictures_in(self.path / DEPTH) if (self.path / DEPTH).is_dir() else None
+        self.has_depth = maps is not None
+        if maps is not None:
+            names = [name for name in names if not name.startswith(f"{DEPTH}/")]
         if not names:
-            raise FileError(
-                f"holds no pictures ({' '.join(SUFFIXES)}); put some there, or give another directory", path=path
-            )
+            what = f"holds no pictures ({' '.join(SUFFIXES)}); put some there, or give another directory"
+            raise FileError(what, path=path)
 
-        said, unsaid = (None, []) if caption else read_metadata(self.path) or (None, [])
-        listed = [
-            Bad(name, f"is not there, but {self.path.name} says something of it")
-            for name in sorted(set(said or ()) - set(names))
-        ]
-        self.bad = listed + unsaid
-        refused = {bad.id for bad in unsaid}
+        captions, unusable = ({}, []) if caption else read_metadata(self.path)
+        refused = {bad.id for bad in unusable}
+        missing = f"is not there, but {self.path.name} says something of it"
+        self.bad = [Bad(name, missing) for name in sorted(set(captions) - set(names))] + unusable
+        self._depths = {_stem(name): f"{DEPTH}/{name}" for name in maps or ()}
         known = Listing(listing)
+
+        def facts(name: str) -> PictureFacts:
+            path = self.path / name
+            return known.facts(str(path.absolute()), path.stat(), lambda: _read(path))
+
+        def captions_of(name: str) -> tuple[str, ...]:
+            return cleaned([caption]) if caption else captions.get(name) or cleaned(_lines_beside(self.path / name))
+
+        def item(name: str) -> Item | Bad:
+            depth = self._depths.get(_stem(name))
+            if self.has_depth and depth is None:
+                return Bad(name, f"has no depth map in {DEPTH}/")
+            depth_facts = None if depth is None else lambda: facts(depth)
+            return listed(name, lambda: captions_of(name), lambda: facts(name), depth_facts)
+
         with ThreadPoolExecutor(8) as pool:
-            found = list(
-                pool.map(
-                    lambda name: _item(self.path, name, caption, said, depths, known),
-                    [name for name in names if name not in refused],
-                )
-            )
+            rows = list(pool.map(item, [name for name in names if name not in refused]))
         known.save()
-        self.items = [item for item in found if isinstance(item, Item)]
-        self.bad += [bad for bad in found if isinstance(bad, Bad)]
-        self.has_depth = depths is not None
-        self._depths = [depths[item.id.rpartition(".")[0]] for item in self.items] if self.has_depth else []
+        self.items = [row for row in rows if isinstance(row, Item)]
+        self.bad += [row for row in rows if isinstance(row, Bad)]
         if not self.items:
-            first = self.bad[0]
-            hint = (
-                "; write NAME.txt beside each, a metadata.jsonl, or data.caption" if "no caption" in first.why else ""
-            )
-            raise FileError(f"has no picture to train on: {first.id[-60:]} {first.why[:60]}{hint}", path=path)
+            first, hint = self.bad[0], "; write NAME.txt beside each, a metadata.jsonl, or data.caption"
+            what = f"has no picture to train on: {first.id[-60:]} {first.why[:60]}"
+            raise FileError(what + hint * ("no caption" in first.why), path=path)
 
     def picture(self, i: int) -> Image.Image:
         """Item i, RGB and upright. Raises FileError that names it."""
@@ -89,7 +86,7 @@ class Folder:
 
     def depth(self, i: int) -> Image.Image:
         """The depth map of item i, where `has_depth`. Raises FileError that names it."""
-        return open_image(self.path / self._depths[i])
+        return open_image(self.path / self._depths[_stem(self.items[i].id)])
 
 
 def pictures_in(directory: Path) -> list[str]:
@@ -97,35 +94,13 @@ def pictures_in(directory: Path) -> list[str]:
     names = []
     for place, below, files in os.walk(directory):
         below[:] = [name for name in below if not name.startswith(".")]
-        relative = Path(place).relative_to(directory)
-        names += [
-            (relative / name).as_posix()
-            for name in files
-            if not name.startswith(".") and name.lower().endswith(SUFFIXES)
-        ]
+        pictures = [name for name in files if not name.startswith(".") and name.lower().endswith(SUFFIXES)]
+        names += [(Path(place).relative_to(directory) / name).as_posix() for name in pictures]
     return sorted(names)
 
 
-def _item(
-    directory: Path, name: str, caption: str, said: Mapping[str, tuple[str, ...]] | None, depths: Mapping[str, str] | None, listing: Listing
-) -> Item | Bad:  # fmt: skip
-    path = directory / name
-    try:
-        if depths is not None and name.rpartition(".")[0] not in depths:
-            return Bad(name, f"has no depth map in {DEPTH}/")
-        captions = cleaned([caption]) if caption else (said or {}).get(name) or cleaned(_lines_beside(path))
-        size, fingerprint = _known(path, listing)
-        if depths is not None:
-            depth = _known(directory / depths[name.rpartition(".")[0]], listing)
-            require_shape(depth.size, size)
-            fingerprint = digest(fingerprint, depth.fingerprint)
-        return Item(name, captions, size, fingerprint)
-    except Unusable as error:
-        return Bad(name, str(error))
-    except FileError as error:
-        return Bad(name, reason(error))
-    except OSError as error:
-        return Bad(name, f"cannot be opened: {error.strerror or error}")
+def _stem(name: str) -> str:
+    return name.rpartition(".")[0]
 
 
 def _lines_beside(path: Path) -> list[str]:
@@ -133,10 +108,6 @@ def _lines_beside(path: Path) -> list[str]:
         return of_lines(_read(path.with_suffix(".txt")))
     except FileNotFoundError:
         raise Unusable("has no caption") from None
-
-
-def _known(path: Path, listing: Listing) -> Known:
-    return listing.known(str(path.absolute()), path.stat(), lambda: _read(path))
 
 
 def _read(path: Path) -> bytes:

@@ -1,4 +1,4 @@
-"""What of a picture is seen: its bucket, how it is scaled, and where it is cut."""
+"""The part of a picture that is learnt from: its bucket, how it is scaled, and where it is cut."""
 
 from __future__ import annotations
 
@@ -19,14 +19,17 @@ Size = tuple[int, int]  # height and width, pixels
 class Frame(NamedTuple):
     """A picture is mirrored or not, scaled (Lanczos), and cut."""
 
-    size: Size  # of what is seen: its bucket
+    size: Size  # of the cut: its bucket
     scaled: Size  # of the whole picture; covers the bucket
     crop: tuple[int, int]  # top and left of the bucket in it
     mirrored: bool = False
 
 
 def buckets(size: int, step: int) -> list[Size]:
-    """Sizes of about size x size pixels and no more, sides multiples of `step`, from 1:2 to 2:1: as large as they can be (as SDXL's, Podell et al. 2023, appendix I)."""
+    """The largest sizes of at most size x size pixels, sides multiples of `step`, from 1:2 to 2:1.
+
+    As SDXL's (Podell et al. 2023, appendix I).
+    """
     fitting = set()
     for side in range(step, int(size * MAX_RATIO) + 1, step):
         other = size * size // side // step * step
@@ -47,20 +50,22 @@ def enlarged(picture: Size, size: Size) -> float:
 
 
 def frame(picture: Size, size: Size, place: tuple[float, float] | None = None, mirrored: bool = False) -> Frame:
-    """How a picture is cut to a size; `place`, from 0 to below 1 downwards and to the right, says where, None: in the middle."""
+    """The frame of a picture in a size.
+
+    place  of the cut, from 0 to below 1, downwards and to the right; None: the middle
+    """
     scale = enlarged(picture, size)
     scaled = (max(size[0], round(picture[0] * scale)), max(size[1], round(picture[1] * scale)))
     spare = (scaled[0] - size[0], scaled[1] - size[1])
-    crop = (
-        (spare[0] // 2, spare[1] // 2)
-        if place is None
-        else (int(place[0] * (spare[0] + 1)), int(place[1] * (spare[1] + 1)))
-    )
+    if place is None:
+        crop = (spare[0] // 2, spare[1] // 2)
+    else:
+        crop = (int(place[0] * (spare[0] + 1)), int(place[1] * (spare[1] + 1)))
     return Frame(size, scaled, crop, mirrored)
 
 
 def framed(image: Image.Image, how: Frame) -> Image.Image:
-    """What is seen of a picture."""
+    """The part of a picture in its frame."""
     if how.mirrored:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     (height, width), (top, left) = how.size, how.crop
@@ -70,5 +75,5 @@ def framed(image: Image.Image, how: Frame) -> Image.Image:
 
 
 def sizes(picture: Size, how: Frame) -> Sizes:
-    """What SDXL is told: the picture's size before it was scaled, where it was cut, to what (Podell et al. 2023, section 2.2)."""
+    """SDXL's size conditioning: the size before scaling, the cut's place and size (Podell et al. 2023, section 2.2)."""
     return Sizes(original=picture, crop=how.crop, target=how.size)

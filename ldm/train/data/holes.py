@@ -10,16 +10,17 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 MAX_CHAINS, MAX_SEGMENTS, MAX_BOXES = 3, 5, 3
-LENGTH = (0.1, 0.6)  # of one segment of a chain; these are shares of the shorter side
+LENGTH = (0.1, 0.6)  # of one segment of a chain; this and the following are shares of the shorter side
 WIDTH = (0.1, 0.35)  # of a chain
 BOX = (0.15, 0.65)  # either side of a box
 
 
 def hole(height: int, width: int, generator: torch.Generator, whole: float) -> Tensor:
-    """A mask [1, height, width] float32 of 0 and 1; 1 is what is to be painted.
+    """A mask [1, height, width] float32 of 0 and 1; 1 is to be painted.
 
-    With probability `whole` everything. Otherwise, as likely one as the other, a few polygonal chains dilated by a large random width,
-    or a few boxes of any aspect ratio (Suvorov et al. 2022, section 3.3, "wide" and "box" masks); how many and how large is ours.
+    With probability `whole` it is 1 everywhere. Otherwise it shows, with equal probability, a few polygonal chains of a
+    large random width or a few boxes of any aspect ratio (Suvorov et al. 2022, section 3.3, "wide" and "box" masks);
+    their numbers and sizes are ours.
     """
 
     def uniform(low: float, high: float) -> float:
@@ -35,12 +36,9 @@ def hole(height: int, width: int, generator: torch.Generator, whole: float) -> T
     draw = ImageDraw.Draw(mask)
     if uniform(0, 1) < 0.5:
         for _ in range(count(MAX_CHAINS)):
-            _chain(
-                draw,
-                (uniform(0, width), uniform(0, height)),
-                [(uniform(0, 2 * pi), side * uniform(*LENGTH)) for _ in range(count(MAX_SEGMENTS))],
-                side * uniform(*WIDTH),
-            )
+            begin = uniform(0, width), uniform(0, height)
+            segments = [(uniform(0, 2 * pi), side * uniform(*LENGTH)) for _ in range(count(MAX_SEGMENTS))]
+            _chain(draw, begin, segments, side * uniform(*WIDTH))
     else:
         for _ in range(count(MAX_BOXES)):
             w, h = round(side * uniform(*BOX)), round(side * uniform(*BOX))

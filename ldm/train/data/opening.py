@@ -1,4 +1,4 @@
-"""The sources that a recipe's [data] names."""
+"""The sources of pictures that section [data] of a recipe names."""
 
 from __future__ import annotations
 
@@ -13,50 +13,54 @@ from ldm.train.recipe import Data
 
 
 def open_source(data: Data, size: int, cache: Path | None = None) -> Source:
-    """The pictures to learn from; `size` in pixels is that of rendered ones; `cache` a directory for what is found out about files. Raises FileError for what is not there, ArgumentError without a path."""
+    """The pictures to learn from.
+
+    size   of rendered pictures, pixels
+    cache  directory for facts about the files
+    Raises FileError for files that do not exist, ArgumentError without a path.
+    """
     require_path(data)
     if data.source == "scenes":
         return Scenes(data.scenes, size, data.caption)
-    kind = Shards if data.source == "shards" else Folder
-    return kind(data.path, data.caption, cache and cache / "pictures.json")
+    listing = cache and cache / "pictures.json"
+    if data.source == "shards":
+        return Shards(data.path, data.caption, listing)
+    return Folder(data.path, data.caption, listing)
 
 
 def require_path(data: Data) -> None:
-    """Raises ArgumentError where pictures are to be read and no path says from where, FileError for a directory that is not there."""
+    """Raises ArgumentError where pictures are to be read and no path is given, FileError for a missing directory."""
     if data.source != "scenes" and not data.path:
-        raise ArgumentError(
-            "data.path: is not given; name the pictures to learn from: --set data.path=DIRECTORY", key="data.path"
-        )
+        what = "is not given; name the pictures to learn from: --set data.path=DIRECTORY"
+        raise ArgumentError(f"data.path: {what}", key="data.path")
     if data.source == "folder":
         require_directory(Path(data.path))
 
 
 def missing_prior(data: Data) -> int:
-    """How many of `data.prior_pictures` the directory `data.prior` lacks (DreamBooth, Ruiz et al. 2023, section 3.3); 0 without prior preservation.
+    """How many of `data.prior_pictures` the directory `data.prior` lacks; 0 without prior preservation.
 
-    Pictures made from `data.prior_caption` go into that directory, under any names. Raises ArgumentError where they would be learnt from.
+    Prior preservation is DreamBooth's (Ruiz et al. 2023, section 3.3). Raises ArgumentError for a directory inside
+    `data.path`: its pictures would be learnt from as the particular thing.
     """
     if not data.prior_pictures:
         return 0
     if data.source == "folder" and Path(data.prior).resolve().is_relative_to(Path(data.path).resolve()):
-        raise ArgumentError(
-            "data.prior: lies in data.path, whose pictures are of one particular thing; give a directory outside",
-            key="data.prior",
-        )
-    there = len(pictures_in(Path(data.prior))) if Path(data.prior).is_dir() else 0
-    return max(0, data.prior_pictures - there)
+        what = "lies in data.path, whose pictures are of one particular thing; give a directory outside"
+        raise ArgumentError(f"data.prior: {what}", key="data.prior")
+    found = len(pictures_in(Path(data.prior))) if Path(data.prior).is_dir() else 0
+    return max(0, data.prior_pictures - found)
 
 
 def open_prior(data: Data, cache: Path | None = None) -> Source | None:
-    """The pictures that keep the class as it is; None without prior preservation. Raises ArgumentError while some are missing.
+    """The pictures that keep the class as it is; None without prior preservation.
 
-    Captions of their own, in metadata.jsonl, take the place of `data.prior_caption`.
+    Captions of their own, in metadata.jsonl, take the place of `data.prior_caption`. Raises ArgumentError while some
+    pictures are missing.
     """
     if missing := missing_prior(data):
-        raise ArgumentError(
-            f"data.prior: {data.prior[-60:]} lacks {missing} of {data.prior_pictures} pictures; make them first",
-            key="data.prior",
-        )
+        what = f"{data.prior[-60:]} lacks {missing} of {data.prior_pictures} pictures; make them first"
+        raise ArgumentError(f"data.prior: {what}", key="data.prior")
     if not data.prior_pictures:
         return None
     caption = "" if (Path(data.prior) / "metadata.jsonl").is_file() else data.prior_caption

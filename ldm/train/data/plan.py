@@ -1,4 +1,4 @@
-"""Which pictures every micro-batch of a run holds, and every other choice about an example, as functions of the seed."""
+"""The pictures of every micro-batch of a run, and the other choices about its examples, as functions of the seed."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from math import ceil
+from typing import Any
 
 import torch
 
@@ -17,15 +18,14 @@ from ldm.train.recipe import Run
 
 
 def fraction(seed: int, *what: object) -> float:
-    """A number from 0 to below 1, drawn for this purpose alone: the same whenever it is asked for."""
+    """A number from 0 to below 1, drawn for this purpose alone: always the same."""
     return int.from_bytes(_hash(seed, *what)[:6], "little") / 2**48
 
 
 def permutation(n: int, seed: int, *what: object) -> list[int]:
     """0 to n - 1 in an order drawn for this purpose alone."""
-    generator = torch.Generator().manual_seed(
-        int.from_bytes(_hash(seed, *what)[:4], "little")
-    )  # torch's CPU generator uses 32 bits
+    number = int.from_bytes(_hash(seed, *what)[:4], "little")  # torch's CPU generator uses 32 bits
+    generator = torch.Generator().manual_seed(number)
     return torch.randperm(n, generator=generator).tolist()
 
 
@@ -38,14 +38,15 @@ class Plan:
 
     groups  the numbers of the pictures of each bucket
     micro   pictures at once, all of one bucket
-    Pictures of one size follow each other without a seam, so that how many are seen at once changes nothing. With several buckets
-    each pass shuffles micro-batches, and each bucket's last one is filled up from the bucket's beginning. Two passes are kept in memory.
+    Pictures of one size follow each other without a seam, so that the size of a micro-batch changes nothing. With
+    several buckets each pass shuffles micro-batches, and each bucket's last one is filled up from the bucket's
+    beginning. Two passes are kept in memory.
     """
 
     def __init__(self, groups: Sequence[Sequence[int]], micro: int, seed: int):
         self.groups, self.micro, self.seed = [list(group) for group in groups if group], micro, seed
         self.micros = sum(-(-len(group) // micro) for group in self.groups)  # that hold all pictures
-        self._kept: dict[int, list] = {}  # passes
+        self._kept: dict[int, list[Any]] = {}  # passes
 
     def items(self, number: int) -> tuple[int, ...]:
         """The pictures of micro-batch `number` of the run, counted from 0."""
@@ -55,10 +56,10 @@ class Plan:
         places = (divmod(i, len(self.groups[0])) for i in range(number * self.micro, (number + 1) * self.micro))
         return tuple(self._pass(epoch)[place] for epoch, place in places)
 
-    def _pass(self, epoch: int) -> list:
+    def _pass(self, epoch: int) -> list[Any]:
         """The pictures of one pass, if there is one bucket; otherwise its micro-batches."""
         made = self._kept.get(epoch)
-        if made is None:  # several threads may be here: what one of them keeps another may drop
+        if made is None:  # several threads may be here: a pass that one of them keeps another may drop
             shuffled = [
                 [group[i] for i in permutation(len(group), self.seed, "pass", epoch, g)]
                 for g, group in enumerate(self.groups)
@@ -84,15 +85,15 @@ class Part:
     weight: float  # of their losses
     buckets: tuple[Size, ...]  # of every item
     groups: dict[Size, list[int]]  # the items of every bucket that are learnt from
-    held: list[int]  # those that are not
-    bad: list[Bad]  # what is left out
+    held: list[int]  # the items that are held out
+    bad: list[Bad]  # pictures left out
     plan: Plan
 
 
 def part(source: Source, sizes: Sequence[Size], run: Run, *, weight: float = 1.0, held_out: float = 0.0) -> Part:
     """The pictures of a source in buckets of these sizes.
 
-    held_out  share that is not learnt from, the next whole number of pictures; which ones depends on their names alone
+    held_out  share that is not learnt from, rounded up to whole pictures; they are chosen by their names alone
     A picture that would have to be enlarged more than twice is left out. Raises FileError where nothing is left.
     """
     items, bad = source.items, list(source.bad)
@@ -113,12 +114,5 @@ def part(source: Source, sizes: Sequence[Size], run: Run, *, weight: float = 1.0
         groups.setdefault(buckets[i], []).append(i)
     if not groups:
         raise FileError(f"data.held_out: leaves none of {len(usable)} pictures to learn from; lower it")
-    return Part(
-        source,
-        weight,
-        buckets,
-        groups,
-        sorted(held),
-        bad,
-        Plan([groups[size] for size in sorted(groups)], run.micro, run.seed),
-    )
+    plan = Plan([groups[size] for size in sorted(groups)], run.micro, run.seed)
+    return Part(source, weight, buckets, groups, sorted(held), bad, plan)

@@ -14,9 +14,9 @@ CAPTIONS = 4  # ways each of them is described
 
 
 class Scenes:
-    """Scenes 0 to n - 1 of `ldm.blocks`, size x size pixels, none of a combination that is held out, each said in four ways.
+    """Scenes 0 to n - 1 of `ldm.blocks`, size x size pixels, of combinations that are not held out, with four captions.
 
-    caption  said of every one instead
+    caption  of every scene instead of these
     """
 
     bad: Sequence[Bad] = ()
@@ -24,13 +24,16 @@ class Scenes:
 
     def __init__(self, n: int, size: int, caption: str = ""):
         if n < 1 or size < 8:
-            raise ArgumentError(
-                f"scenes: {n} of {size} pixels; give at least 1, of at least 8 pixels", key="data.scenes"
-            )
+            what = f"{n} of {size} pixels; give at least 1, of at least 8 pixels"
+            raise ArgumentError(f"scenes: {what}", key="data.scenes")
         self.size = size
-        renderer = digest(blocks.code())  # another renderer, other pictures
         self.items = [
-            Item(f"scene {i}", (caption,) if caption else said(i, n), (size, size), digest(renderer, f"{i} {size}"))
+            Item(
+                f"scene {i}",
+                (caption,) if caption else captions_of(i, n),
+                (size, size),
+                fingerprint=digest(blocks.RENDERER, f"{i} {size}"),
+            )
             for i in range(n)
         ]
 
@@ -39,11 +42,11 @@ class Scenes:
         return Image.fromarray(blocks.render(blocks.sample(i), self.size))
 
     def depth(self, i: int) -> Image.Image:
-        """The renderer gives none."""
+        """The renderer makes no depth maps: raises FileError."""
         raise FileError("has no depth map", path=self.items[i].id)
 
 
-def said(i: int, n: int) -> tuple[str, ...]:
+def captions_of(i: int, n: int) -> tuple[str, ...]:
     """The captions of scene i of n."""
     scene = blocks.sample(i)
     return tuple(blocks.caption(scene, i + k * n) for k in range(CAPTIONS))

@@ -16,12 +16,13 @@ from PIL import Image
 
 from ldm.errors import ArgumentError, FileError
 from ldm.pictures.read import MAX_BYTES
-from ldm.train.data.cache import Known, Listing
+from ldm.train.data.cache import Listing, PictureFacts, listed
 from ldm.train.data.captions import cleaned, of_lines, of_record
-from ldm.train.data.decode import decoded, require_shape
-from ldm.train.data.source import SUFFIXES, Bad, Item, Unusable, digest, reason
+from ldm.train.data.decode import decoded
+from ldm.train.data.source import SUFFIXES, Bad, Item, Unusable
 
 MAX_SHARDS = 100_000  # that a pattern may name
+DEPTH = "depth."  # what stands before the ending of a depth map
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
@@ -34,7 +35,7 @@ class Member:
     length: int
 
     def read(self) -> bytes:
-        """Fewer bytes than there should be where the shard was cut short since. Raises FileError."""
+        """The bytes; fewer than `length` where the shard was cut short since it was listed. Raises FileError."""
         try:
             with open(self.shard, "rb") as file:
                 file.seek(self.offset)
@@ -43,39 +44,42 @@ class Member:
             raise FileError(f"cannot be read: {error.strerror or error}", path=self.shard) from None
 
 
-Row = tuple[Item, Member, Member | None]  # its picture and its depth map
+Group = Mapping[str, Member]  # the members of one name, by their endings
+Row = tuple[Item | Bad, Member, Member | None]  # a picture, its bytes, and those of its depth map
 
 
 class Shards:
-    """Tar files whose members of one name belong together: 000123.jpg, and 000123.txt (each line a caption) or 000123.json (`caption`, `text` or `texts`).
+    """Tar files whose members of one name belong together.
 
+    000123.jpg is a picture, 000123.txt (each line a caption) or 000123.json (`caption`, `text` or `texts`) has its
+    captions, 000123.depth.png is its depth map; where one picture has a depth map, all must have one.
     pattern  a path with ranges {000..099} and wildcards * ? [abc]; shards are taken in the order of their names
-    caption  said of every picture instead
-    listing  file in which is kept what was found out about the pictures
-    000123.depth.png is a depth map; where there is one, all pictures must have one. Members are read as bytes, nothing is unpacked.
-    Raises FileError for a shard that is missing, compressed or damaged, and where no picture has a caption.
+    caption  of every picture, instead of its own
+    listing  file for facts about the pictures
+    Members are read as bytes, nothing is unpacked. Raises FileError for a shard that is missing, compressed or
+    damaged, and where no picture has a caption.
     """
 
     def __init__(self, pattern: str, caption: str = "", listing: Path | None = None):
         shards, known = expanded(pattern), Listing(listing)
         with ThreadPoolExecutor(8) as pool:
-            groups = list(pool.map(_groups, shards))
-            self.has_depth = any(_depth_of(group) for _, there in groups for group in there.values())
-            rows = list(
-                pool.map(lambda shard, there: _rows(shard, *there, caption, self.has_depth, known), shards, groups)
-            )
+            opened = list(pool.map(_groups, shards))
+            self.has_depth = any(_picture(group, DEPTH) for _, groups in opened for group in groups.values())
+
+            def rows_of(shard: Path, found: tuple[os.stat_result, Mapping[str, Group]]) -> list[Row]:
+                return _rows(shard, *found, caption=caption, with_depth=self.has_depth, listing=known)
+
+            rows = [row for some in pool.map(rows_of, shards, opened) for row in some]
         known.save()
-        self.bad = [row for some in rows for row in some if isinstance(row, Bad)]
-        found = [row for some in rows for row in some if not isinstance(row, Bad)]
-        self.items = [item for item, _, _ in found]
-        self._pictures = [picture for _, picture, _ in found]
-        self._depths = [depth for _, _, depth in found]
+        self.bad = [item for item, _, _ in rows if isinstance(item, Bad)]
+        usable = [(item, picture, depth) for item, picture, depth in rows if isinstance(item, Item)]
+        self.items = [item for item, _, _ in usable]
+        self._pictures = [picture for _, picture, _ in usable]
+        self._depths = [depth for _, _, depth in usable if depth is not None]  # of all of them, or of none
         if not self.items:
-            why = (
-                f"{self.bad[0].id[-60:]} {self.bad[0].why[:60]}"
-                if self.bad
-                else "they hold none with a name like 000123.jpg"
-            )
+            why = "they hold none with a name like 000123.jpg"
+            if self.bad:
+                why = f"{self.bad[0].id[-60:]} {self.bad[0].why[:60]}"
             raise FileError(f"has no picture to train on: {why}; put NAME.txt or NAME.json beside each", path=pattern)
 
     def picture(self, i: int) -> Image.Image:
@@ -88,33 +92,32 @@ class Shards:
 
 
 def expanded(pattern: str) -> list[Path]:
-    """The files of a pattern. Raises ArgumentError for a range that falls or is too long, FileError for what is not there."""
+    """The files of a pattern.
+
+    Raises ArgumentError for a range that falls or is too long, FileError for files that do not exist.
+    """
     paths = [pattern]
-    while any(_RANGE.search(path) for path in paths):
-        match = next(m for path in paths if (m := _RANGE.search(path)))
+    while match := next(filter(None, map(_RANGE.search, paths)), None):
         first, last = int(match[1]), int(match[2])
         if first > last or (last - first + 1) * len(paths) > MAX_SHARDS:
-            raise ArgumentError(
-                f"data.path: {match[0]} rises to its end, and names at most {MAX_SHARDS} files", key="data.path"
-            )
+            what = f"{match[0]} rises to its end, and names at most {MAX_SHARDS} files"
+            raise ArgumentError(f"data.path: {what}", key="data.path")
         names = [str(n).zfill(len(match[1])) for n in range(first, last + 1)]
-        paths = [
-            path[: m.start()] + name + path[m.end() :]
-            for path in paths
-            for m in [_RANGE.search(path)]
-            for name in names
-        ]
-    found = []
+        paths = [path.replace(match[0], name, 1) for path in paths for name in names]
+    found: list[Path] = []
     for path in paths:
         matching = [path] if os.path.exists(path) else sorted(glob.glob(path))
         if not matching:
             raise FileError("does not exist; give tar files, such as shards/{000..099}.tar or shards/*.tar", path=path)
-        found += [Path(name) for name in matching]
+        found += map(Path, matching)
     return found
 
 
 def _groups(shard: Path) -> tuple[os.stat_result, dict[str, dict[str, Member]]]:
-    """The file's status, and {key: {ending: member}}: a member's key ends at the first dot of its name. Of two of one name the later counts, as in tar."""
+    """The file's status, and {key: members}: a member's key ends at the first dot of its name.
+
+    Of two members of one name the later one counts, as in tar.
+    """
     groups: dict[str, dict[str, Member]] = {}
     try:
         status = shard.stat()
@@ -122,61 +125,58 @@ def _groups(shard: Path) -> tuple[os.stat_result, dict[str, dict[str, Member]]]:
             for info in tar:
                 place, _, name = info.name.rpartition("/")
                 key, dot, ending = name.partition(".")
-                if not (info.isreg() and key and dot) or info.issparse():
-                    continue
-                groups.setdefault(f"{place}/{key}" if place else key, {})[ending.lower()] = Member(
-                    shard, info.offset_data, info.size
-                )
-            if Member(shard, tar.offset, tarfile.BLOCKSIZE).read() != bytes(
-                tarfile.BLOCKSIZE
-            ):  # tarfile takes a cut between members for the end
+                if info.isreg() and key and dot and not info.issparse():
+                    group = groups.setdefault(f"{place}/{key}" if place else key, {})
+                    group[ending.lower()] = Member(shard, info.offset_data, info.size)
+            # tarfile takes a cut between members for the end
+            if Member(shard, tar.offset, tarfile.BLOCKSIZE).read() != bytes(tarfile.BLOCKSIZE):
                 raise tarfile.ReadError
     except (tarfile.TarError, EOFError, ValueError):
-        raise FileError(
-            "is damaged, cut short, compressed or no tar file; get it again, or unpack the compression", path=shard
-        ) from None
+        what = "is damaged, cut short, compressed or no tar file; get it again, or unpack the compression"
+        raise FileError(what, path=shard) from None
     except OSError as error:
         raise FileError(f"cannot be read: {error.strerror or error}", path=shard) from None
     return status, groups
 
 
-def _depth_of(group: Mapping[str, Member]) -> Member | None:
-    return next((group[f"depth{suffix}"] for suffix in SUFFIXES if f"depth{suffix}" in group), None)
+def _picture(group: Group, kind: str = "") -> Member | None:
+    """The picture of a group, or its depth map."""
+    return next((group[kind + suffix[1:]] for suffix in SUFFIXES if kind + suffix[1:] in group), None)
 
 
 def _rows(
-    shard: Path, status: os.stat_result, groups: Mapping[str, Mapping[str, Member]], caption: str, with_depth: bool, listing: Listing
-) -> list[Bad | Row]:  # fmt: skip
-    rows: list[Bad | Row] = []
+    shard: Path,
+    status: os.stat_result,
+    groups: Mapping[str, Group],
+    *,
+    caption: str,
+    with_depth: bool,
+    listing: Listing,
+) -> list[Row]:
+    def facts(member: Member) -> PictureFacts:
+        return listing.facts(f"{shard.absolute()}:{member.offset}:{member.length}", status, member.read)
 
-    def known(member: Member) -> Known:
-        return listing.known(f"{shard.absolute()}:{member.offset}:{member.length}", status, member.read)
+    def item(name: str, group: Group, picture: Member, depth: Member | None) -> Item | Bad:
+        if with_depth and depth is None:
+            return Bad(name, "has no depth map, and others have")
+        if picture.length > MAX_BYTES:
+            return Bad(name, f"has {picture.length} bytes; the limit is {MAX_BYTES}")
+        return listed(
+            name,
+            lambda: cleaned([caption] if caption else _captions(group)),
+            lambda: facts(picture),
+            None if depth is None else lambda: facts(depth),
+        )
 
+    rows: list[Row] = []
     for key, group in groups.items():
-        picture, depth = next((group[suffix[1:]] for suffix in SUFFIXES if suffix[1:] in group), None), _depth_of(group)
-        if picture is None:
-            continue
-        name = f"{shard.name}/{key}"
-        try:
-            if with_depth and depth is None:
-                raise Unusable("has no depth map, and others have")
-            if picture.length > MAX_BYTES:
-                raise Unusable(f"has {picture.length} bytes; the limit is {MAX_BYTES}")
-            captions = cleaned([caption] if caption else _said(group))
-            size, fingerprint = known(picture)
-            if depth:
-                near = known(depth)
-                require_shape(near.size, size)
-                fingerprint = digest(fingerprint, near.fingerprint)
-            rows.append((Item(name, captions, size, fingerprint), picture, depth))
-        except Unusable as error:
-            rows.append(Bad(name, str(error)))
-        except FileError as error:
-            rows.append(Bad(name, reason(error)))
+        if (picture := _picture(group)) is not None:
+            depth = _picture(group, DEPTH)
+            rows.append((item(f"{shard.name}/{key}", group, picture, depth), picture, depth))
     return rows
 
 
-def _said(group: Mapping[str, Member]) -> Sequence[object]:
+def _captions(group: Group) -> Sequence[object]:
     if "txt" in group:
         return of_lines(group["txt"].read())
     if "json" not in group:

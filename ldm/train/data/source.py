@@ -1,4 +1,4 @@
-"""What a source of pictures is: items that are listed without decoding them, and pictures decoded one at a time."""
+"""`Source`: pictures that are listed without decoding them, and decoded one at a time."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ from typing import Protocol
 
 from PIL import Image
 
-from ldm.errors import LdmError, printable
-
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")  # of files that are taken for pictures, in capitals or not
 
 
@@ -19,7 +17,7 @@ class Item:
     """One picture, listed but not decoded."""
 
     id: str  # its name in its source: a relative path, "000.tar/key", "scene 17"
-    captions: tuple[str, ...]  # at least one; which of them is used is drawn for every example
+    captions: tuple[str, ...]  # at least one; one of them is drawn for every example
     size: tuple[int, int]  # height and width in pixels as it will be decoded, turned upright
     fingerprint: str  # another one when the picture is another
 
@@ -39,9 +37,20 @@ class Unusable(ValueError):
 class Source(Protocol):
     """Pictures with captions, in an order that depends on nothing but the data."""
 
-    items: Sequence[Item]
-    bad: Sequence[Bad]  # what was left out while listing
-    has_depth: bool  # whether every item has a depth map
+    @property
+    def items(self) -> Sequence[Item]:
+        """The pictures to learn from."""
+        ...
+
+    @property
+    def bad(self) -> Sequence[Bad]:
+        """The pictures that were left out while listing."""
+        ...
+
+    @property
+    def has_depth(self) -> bool:
+        """Whether every item has a depth map."""
+        ...
 
     def picture(self, i: int) -> Image.Image:
         """Item i, RGB and upright. Raises FileError that names it."""
@@ -52,14 +61,8 @@ class Source(Protocol):
         ...
 
 
-def reason(error: LdmError) -> str:
-    """What the message of an error says after the path."""
-    place = printable(str(error.path))
-    return str(error).removeprefix(f"{place if len(place) <= 80 else '...' + place[-77:]}: ")
-
-
 def digest(*parts: str | bytes) -> str:
-    """32 hexadecimal digits that tell these parts, in this order, from any others."""
+    """32 hexadecimal digits of these parts in this order."""
     h = blake2b(digest_size=16)
     for part in parts:
         data = part.encode("utf-8", "surrogatepass") if isinstance(part, str) else part

@@ -80,12 +80,12 @@ def blend(colours: Sequence[str], n: int) -> list[str]:
 
 
 def smoothed(values: Sequence[float | None], weights: Sequence[float], window: int) -> list[float | None]:
-    """The weighted mean of the `window` values around each, of fewer at the ends; None where all of them are missing or weigh 0."""
+    """The weighted mean of the `window` values around each, of fewer at the ends; None where no value has a weight."""
     sums, totals = [0.0], [0.0]
     for value, weight in zip(values, weights, strict=True):
-        counts = value is not None and weight > 0
-        sums.append(sums[-1] + (value * weight if counts else 0.0))
-        totals.append(totals[-1] + (weight if counts else 0.0))
+        value, weight = (0.0, 0.0) if value is None or weight <= 0 else (value, weight)
+        sums.append(sums[-1] + value * weight)
+        totals.append(totals[-1] + weight)
     made: list[float | None] = []
     for i in range(len(values)):
         low, high = max(0, i - (window - 1) // 2), min(len(values), i + window // 2 + 1)
@@ -115,7 +115,10 @@ def log_ticks(low: float, high: float) -> list[float]:
 
 
 def label(value: float, largest: float = 0.0) -> str:
-    """A number as short as an axis needs it: 0.05, 1e-5, 1200, 20k, 1.5M; in thousands also where only the `largest` beside it is as large."""
+    """A number as short as an axis needs it: 0.05, 1e-5, 1200, 20k, 1.5M.
+
+    largest  of the numbers beside it, which decides about thousands and millions for all of them
+    """
     if value == 0:
         return "0"
     if abs(value) < 1e-3:
@@ -141,7 +144,7 @@ def draw(chart: Chart, size: tuple[int, int], theme: Theme, scale: int = 2) -> I
     text(16, 26, chart.title, theme.ink, 17, "ls")
     text(16, 45, chart.note, theme.faint, 12.5, "ls")
     if chart.ramp is not None:
-        _draw_ramp(pen, chart, theme, unit, width)
+        _draw_ramp(pen, chart.ramp, [curve.colour for curve in chart.curves], theme, unit, width)
 
     low, high = _range(chart)
     steps = [x for curve in chart.curves for x in curve.x]
@@ -181,20 +184,21 @@ def draw(chart: Chart, size: tuple[int, int], theme: Theme, scale: int = 2) -> I
     return picture.resize((width * scale, height * scale), Image.Resampling.BOX)
 
 
-def _draw_ramp(pen: ImageDraw.ImageDraw, chart: Chart, theme: Theme, unit: int, width: int) -> None:
-    """Swatches of the curves' colours between what the first and the last stand for, at the top right."""
-    colours = [curve.colour for curve in chart.curves]
+def _draw_ramp(
+    pen: ImageDraw.ImageDraw, names: tuple[str, str], colours: Sequence[str], theme: Theme, unit: int, width: int
+) -> None:
+    """Swatches of the curves' colours between the names of the first and the last, at the top right."""
     small = font(12.5 * unit)
-    x = width - 16 - small.getlength(chart.ramp[1]) / unit
-    pen.text((x * unit, 26 * unit), chart.ramp[1], theme.faint, small, "ls")
+    x = width - 16 - small.getlength(names[1]) / unit
+    pen.text((x * unit, 26 * unit), names[1], theme.faint, small, "ls")
     for colour in reversed(colours):
         x -= 9
         pen.rectangle(((x - 5) * unit, 17 * unit, (x + 4) * unit - 1, 26 * unit), colour)
-    pen.text(((x - 11) * unit, 26 * unit), chart.ramp[0], theme.faint, small, "rs")
+    pen.text(((x - 11) * unit, 26 * unit), names[0], theme.faint, small, "rs")
 
 
 def _range(chart: Chart) -> tuple[float, float]:
-    """Lowest and highest y: all of the curves, of those in the background what lies between their 1st and 99th percentile, and a margin."""
+    """Lowest and highest y with a margin: of all curves, of those in the background between the outer percentiles."""
     values: list[float] = []
     for curve in chart.curves:
         found = sorted(y for y in curve.y if y is not None and (y > 0 or not chart.log))
@@ -211,7 +215,10 @@ def _range(chart: Chart) -> tuple[float, float]:
 def _runs(
     curve: Curve, log: bool, place: Callable[[float, float], tuple[float, float]]
 ) -> list[list[tuple[float, float]]]:
-    """The curve's points on the picture, apart where it has a gap. In front, points that nobody could tell apart are drawn once."""
+    """The curve's points on the picture, in runs between its gaps.
+
+    Of a curve in front, points closer than a quarter of a pixel to the one before are left out.
+    """
     runs: list[list[tuple[float, float]]] = [[]]
     for x, y in zip(curve.x, curve.y, strict=True):
         if y is None or (log and y <= 0):

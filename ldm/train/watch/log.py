@@ -1,4 +1,4 @@
-"""What a run says of itself while it goes: lines in files, a bar on a terminal, and TensorBoard and W&B where they are asked for."""
+"""The log of a run: lines in files, a bar on a terminal, TensorBoard and W&B where the recipe asks for them."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import math
 import sys
 import uuid
 from collections.abc import Callable, Iterable, Mapping
+from importlib import import_module
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TextIO
 
 from ldm.disk import write_text
 from ldm.errors import ArgumentError, FileError, OutputError, printable
@@ -22,7 +23,7 @@ VALUES = ("loss", "lr", "grad_norm", "examples_per_second", "skipped", "seconds"
 COLUMNS = ("step", *VALUES, *(f"band_{i}" for i in range(BANDS)), *(f"count_{i}" for i in range(BANDS)))
 
 Record = Mapping[str, Any]
-Writer = tuple[Callable[[dict[str, float], int], None], Callable[[], None]]  # takes values by name and their step; ends
+Writer = tuple[Callable[[dict[str, float], int], None], Callable[[], None]]  # logs values by name with their step; ends
 
 
 class Log:
@@ -30,8 +31,8 @@ class Log:
 
     out    directory of log.jsonl (everything), log.csv (what are numbers), tensorboard/ and wandb/; it is made
     steps  updates in all
-    done   updates that are behind a resumed run: what was logged later is cut, for it will happen again
-    Raises ArgumentError where TensorBoard or W&B are asked for and not installed, FileError where log.jsonl is not a log,
+    done   updates that a resumed run has done: lines of later ones are cut, for they will be logged again
+    Raises ArgumentError where TensorBoard or W&B are asked for and not installed, FileError where log.jsonl is no log,
     OutputError where nothing can be written.
     """
 
@@ -42,18 +43,17 @@ class Log:
             lines = [record for record in read_log(out) if record["step"] <= done] if done else []
             write_text(out / "log.jsonl", "".join(_line(record) for record in lines))
             write_text(out / "log.csv", _csv([COLUMNS, *(_row(record) for record in lines if "event" not in record)]))
-            self._files = [open(out / file, "a", encoding="utf-8") for file in ("log.jsonl", "log.csv")]  # noqa: SIM115 (closed by __exit__)
+            self._files = [_appended(out / name) for name in ("log.jsonl", "log.csv")]  # closed by __exit__
         except OSError as error:
-            raise OutputError(
-                f"the log cannot be written ({error.strerror}); free space, or choose another directory", path=out
-            ) from error
+            what = f"the log cannot be written ({error.strerror}); free space, or choose another directory"
+            raise OutputError(what, path=out) from error
         self._writers = [start(module, out, name, done) for module, start in modules]
         self._bar = _bar(name, steps, done)
 
     def write(self, record: Record) -> None:
-        """Log numbers: {"step": updates done, any of `VALUES`}, and "bands" with `BANDS` mean losses, or None, and "band_counts".
+        """Log numbers: "step" (updates done), any of `VALUES`, "bands" (`BANDS` mean losses, or None), "band_counts".
 
-        What is not finite is null in log.jsonl and empty in log.csv. Other keys go to log.jsonl alone.
+        NaN and infinity are null in log.jsonl and empty in log.csv. Other keys go to log.jsonl alone.
         """
         self._append(0, _line(record))
         self._append(1, _csv([_row(record)]))
@@ -61,19 +61,17 @@ class Log:
         for write, _ in self._writers:
             write(values, record["step"])
         if self._bar is not None:
-            self._bar.set_postfix(
-                {key: f"{record[key]:.3g}" for key in ("loss", "lr") if record.get(key) is not None}, refresh=False
-            )
+            shown = {key: f"{record[key]:.3g}" for key in ("loss", "lr") if record.get(key) is not None}
+            self._bar.set_postfix(shown, refresh=False)
             self.tick(record["step"])
 
     def event(self, record: Record) -> None:
-        """Log what happened: {"step": ..., "event": "skipped" | "bad picture" | "saved" | ..., and what there is to say of it}."""
+        """Log an event: {"step": ..., "event": "skipped" | "bad picture" | "saved" | ..., and its details}."""
         self._append(0, _line(record))
         if self._bar is not None:
             rest = ", ".join(f"{key} {value}" for key, value in record.items() if key not in ("step", "event"))
-            self._bar.write(
-                printable(f"update {record['step']}: {record['event']}{': ' if rest else ''}{rest}"), file=sys.stderr
-            )
+            text = f"update {record['step']}: {record['event']}{': ' if rest else ''}{rest}"
+            self._bar.write(printable(text), file=sys.stderr)
 
     def tick(self, step: int) -> None:
         """Move the bar: `step` updates are done. Costs nothing worth counting, so call it after every update."""
@@ -99,10 +97,12 @@ class Log:
             file.write(text)
             file.flush()
         except OSError as error:
-            raise OutputError(
-                f"could not be written ({error.strerror}); free space and start again: the run is resumed",
-                path=file.name,
-            ) from error
+            what = f"could not be written ({error.strerror}); free space and start again: the run is resumed"
+            raise OutputError(what, path=file.name) from error
+
+
+def _appended(path: Path) -> TextIO:
+    return open(path, "a", encoding="utf-8")
 
 
 def read_log(out: Path) -> list[dict[str, Any]]:
@@ -143,18 +143,14 @@ def _finite(value: Any) -> Any:
 
 def _values(record: Record) -> dict[str, float]:
     """The finite numbers of a record by their columns' names."""
-    flat = {key: record.get(key) for key in VALUES} | {
-        f"band_{i}": mean for i, mean in enumerate(record.get("bands", ()))
-    }
+    flat = {key: record.get(key) for key in VALUES}
+    flat |= {f"band_{i}": mean for i, mean in enumerate(record.get("bands", ()))}
     return {key: value for key, value in flat.items() if value is not None and math.isfinite(value)}
 
 
 def _row(record: Record) -> list[Any]:
-    values = (
-        {"step": record["step"]}
-        | _values(record)
-        | {f"count_{i}": count for i, count in enumerate(record.get("band_counts", ()))}
-    )
+    counts = {f"count_{i}": count for i, count in enumerate(record.get("band_counts", ()))}
+    values = {"step": record["step"]} | _values(record) | counts
     return [values.get(column, "") for column in COLUMNS]
 
 
@@ -174,26 +170,24 @@ def _bar(name: str, steps: int, done: int) -> Any:
 
 
 def writers(watch: Watch) -> list[tuple[Any, Callable[..., Writer]]]:
-    """The modules that `watch` asks for, each with what begins a log in it. Raises ArgumentError for one that is not installed."""
+    """The modules that `watch` asks for, each with the function that begins a log in it.
+
+    Raises ArgumentError for a module that is not installed.
+    """
     asked = [("tensorboard", _tensorboard)] * watch.tensorboard + [("wandb", _wandb)] * watch.wandb
     return [(_installed(package), start) for package, start in asked]
 
 
 def _installed(package: str) -> Any:
     try:
-        if package == "wandb":
-            import wandb as module
-        else:
-            from torch.utils import tensorboard as module
+        return import_module("torch.utils.tensorboard" if package == "tensorboard" else package)
     except ImportError:
-        raise ArgumentError(
-            f"{package}: it is not installed; 'pip install {package}', or set watch.{package} = false", key=package
-        ) from None
-    return module
+        what = f"it is not installed; 'pip install {package}', or set watch.{package} = false"
+        raise ArgumentError(f"{package}: {what}", key=package) from None
 
 
 def _tensorboard(module: Any, out: Path, name: str, done: int) -> Writer:
-    """Curves in `out`/tensorboard; what a resumed run will say again is hidden."""
+    """Curves in `out`/tensorboard; points that a resumed run will log again are hidden."""
     board = module.SummaryWriter(log_dir=str(out / "tensorboard"), purge_step=done + 1)
 
     def write(values: dict[str, float], step: int) -> None:

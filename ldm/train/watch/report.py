@@ -1,4 +1,4 @@
-"""What a run came to, to look at: report.png and report.html, from its log and its validation pictures."""
+"""The report of a run, report.png and report.html, from its log and its validation pictures."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from typing import Any
 from PIL import Image, ImageDraw
 
 from ldm.disk import write_text
-from ldm.errors import OutputError
 from ldm.pictures.read import open_image
 from ldm.pictures.write import save
 from ldm.train.recipe import Recipe
@@ -27,7 +26,7 @@ CHART = (420, 270)  # pixels of one chart; its pictures have SCALE times as many
 SCALE, MARGIN, GAP, PROMPT = 2, 32, 16, 200  # pixels: of the page's border, between its parts, of the column of prompts
 COLUMNS_PNG, COLUMNS_HTML = 8, 12  # validations that are shown, evenly chosen, the first and the last among them
 THUMBNAIL = 256  # pixels: validation pictures in the HTML file are at most as large
-EVENTS = 40  # at most, that are listed
+EVENTS = 40  # at most, in the list
 
 
 @dataclass(frozen=True)
@@ -42,31 +41,27 @@ class Samples:
 def write_report(out: Path, recipe: Recipe) -> tuple[Path, Path]:
     """Write report.png and report.html into a run's directory, from its log.jsonl and validation/; return their paths.
 
-    The HTML file holds everything it shows and reaches for nothing. Raises FileError for a log or a picture that cannot be read, OutputError.
+    The HTML file holds everything it shows and loads nothing. Raises FileError for a log or a picture that cannot be
+    read, OutputError.
     """
     records = read_log(out)
-    samples = find_samples(out, recipe)
+    samples = find_samples(out, recipe.watch.prompts)
     png, page = out / "report.png", out / "report.html"
     save(picture(records, samples, recipe), png, overwrite=True)
-    try:
-        write_text(page, html_page(records, samples, recipe))
-    except OSError as error:
-        raise OutputError(
-            f"cannot be written ({error.strerror}); free space and write the report again", path=page
-        ) from error
+    write_text(page, html_page(records, samples, recipe), "free space and write the report again")
     return png, page
 
 
-def find_samples(out: Path, recipe: Recipe) -> Samples:
-    """The pictures validation/step-*/NN.png, in the order of their steps."""
+def find_samples(out: Path, prompts: Sequence[str]) -> Samples:
+    """The pictures validation/step-*/NN.png of these prompts, in the order of their steps."""
     files = {}
     for path in sorted((out / "validation").glob("step-*/*.png")):
         step, row = re.fullmatch(r"step-(\d+)", path.parent.name), re.fullmatch(r"\d+", path.stem)
         if step and row:
             files[int(step[1]), int(row[0])] = path
     rows = max((row + 1 for _, row in files), default=0)
-    prompts = [*recipe.watch.prompts, *(f"picture {i + 1}" for i in range(len(recipe.watch.prompts), rows))][:rows]
-    return Samples(tuple(sorted({step for step, _ in files})), tuple(prompts), files)
+    names = [*prompts, *(f"picture {i + 1}" for i in range(len(prompts), rows))][:rows]
+    return Samples(tuple(sorted({step for step, _ in files})), tuple(names), files)
 
 
 def chosen(steps: Sequence[int], most: int) -> list[int]:
@@ -76,11 +71,11 @@ def chosen(steps: Sequence[int], most: int) -> list[int]:
     return [steps[round(i * (len(steps) - 1) / (most - 1))] for i in range(most)]
 
 
-# --- what the log says ------------------------------------------------------------------------------------------------
+# --- the numbers of the log -----------------------------------------------------------------------------------------
 
 
 def charts(records: Sequence[Record], theme: Theme) -> list[Chart]:
-    """A chart of everything that was logged at least once."""
+    """A chart of each number that was logged at least once."""
     lines = [record for record in records if "event" not in record and "loss" in record]
     x = [record["step"] for record in lines]
     window = max(1, len(lines) // SMOOTH)
@@ -89,48 +84,28 @@ def charts(records: Sequence[Record], theme: Theme) -> list[Chart]:
 
     def curves(key: str) -> tuple[Curve, ...]:
         bold = Curve(x, _smooth(lines, key), theme.accent, 2.2, last=True)
-        return (
-            (Curve(x, [record.get(key) for record in lines], pale, 1.0, background=True), bold)
-            if window > 1
-            else (bold,)
-        )
+        faint = Curve(x, [record.get(key) for record in lines], pale, 1.0, background=True)
+        return (faint, bold) if window > 1 else (bold,)
 
     made = [Chart("Loss", mean, curves("loss"), log=_wide(curves("loss")))]
     banded = [record for record in lines if record.get("bands")]
     if banded:
         made.append(_bands(banded, theme, window))
-    validated = {
-        record["step"]: record["validation_loss"] for record in records if record.get("validation_loss") is not None
-    }
-    if validated:
-        levels = next(
-            len(record.get("validation_levels", ())) for record in reversed(records) if "validation_loss" in record
-        )
+    validations = [record for record in records if record.get("validation_loss") is not None]
+    if validations:
+        levels = len(validations[-1].get("validation_levels", ()))
         note = f"held-out pictures, same noise, {levels} noise level{'s' if levels > 1 else ''}"
-        steps = sorted(validated)
-        made.append(
-            Chart(
-                "Validation loss",
-                note,
-                (Curve(steps, [validated[step] for step in steps], theme.accent, 2.2, dots=True, last=True),),
-            )
-        )
-    made.append(
-        Chart(
-            "Learning rate",
-            "of the first group of parameters",
-            (Curve(x, [record.get("lr") for record in lines], theme.accent, 2.2, last=True),),
-            zero=True,
-        )
+        losses = {record["step"]: record["validation_loss"] for record in validations}
+        steps = sorted(losses)
+        curve = Curve(steps, [losses[step] for step in steps], theme.accent, 2.2, dots=True, last=True)
+        made.append(Chart("Validation loss", note, (curve,)))
+    rate = Curve(x, [record.get("lr") for record in lines], theme.accent, 2.2, last=True)
+    made.append(Chart("Learning rate", "of the first group of parameters", (rate,), zero=True))
+    norm, note = (
+        curves("grad_norm"),
+        f"before clipping; {mean}" if window == 1 else "before clipping, smoothed likewise",
     )
-    made.append(
-        Chart(
-            "Norm of the gradient",
-            f"before clipping; {mean}" if window == 1 else "before clipping, smoothed likewise",
-            curves("grad_norm"),
-            log=_wide(curves("grad_norm")),
-        )
-    )
+    made.append(Chart("Norm of the gradient", note, norm, log=_wide(norm)))
     made.append(Chart("Speed", "examples per second", curves("examples_per_second"), zero=True))
     return [chart for chart in made if any(y is not None for curve in chart.curves for y in curve.y)]
 
@@ -156,23 +131,23 @@ def _wide(curves: Sequence[Curve]) -> bool:
 
 
 def facts(records: Sequence[Record], recipe: Recipe) -> list[tuple[str, str]]:
-    """What there is to say of a run in numbers: name and value."""
+    """The numbers of a run: name and value."""
     lines = [record for record in records if "event" not in record and "loss" in record]
-    told = [
+    rows = [
         ("method", recipe.method.kind),
         ("updates", f"{records[-1]['step'] if records else 0:,} of {recipe.run.steps:,}"),
         ("batch", str(recipe.run.batch)),
     ]
     ends = [y for y in _smooth(lines, "loss") if y is not None]
     if ends:
-        told.append(("loss at the end", f"{ends[-1]:.3g}"))
+        rows.append(("loss at the end", f"{ends[-1]:.3g}"))
     validated = [record["validation_loss"] for record in records if record.get("validation_loss") is not None]
     if validated:
-        told.append(("validation loss", f"{validated[-1]:.3g}"))
+        rows.append(("validation loss", f"{validated[-1]:.3g}"))
     if lines:
-        told.append(("time in updates", duration(sum(record.get("seconds") or 0.0 for record in lines))))
-        told.append(("updates skipped", str(lines[-1].get("skipped", 0))))
-    return told
+        rows.append(("time in updates", duration(sum(record.get("seconds") or 0.0 for record in lines))))
+        rows.append(("updates skipped", str(lines[-1].get("skipped", 0))))
+    return rows
 
 
 def duration(seconds: float) -> str:
@@ -189,7 +164,7 @@ def duration(seconds: float) -> str:
 
 
 def picture(records: Sequence[Record], samples: Samples, recipe: Recipe, theme: Theme = LIGHT) -> Image.Image:
-    """The report on one page: name and numbers, charts three in a row, then pictures with a row for each prompt and a column for each step."""
+    """The report on one page: name and numbers, charts, and pictures with a row a prompt and a column a step."""
     width = 3 * CHART[0] + 2 * GAP + 2 * MARGIN
     parts = [_head(records, recipe, theme, width), *_chart_rows(records, theme, width)]
     if samples.steps:
@@ -203,24 +178,17 @@ def picture(records: Sequence[Record], samples: Samples, recipe: Recipe, theme: 
 
 
 def _head(records: Sequence[Record], recipe: Recipe, theme: Theme, width: int) -> Image.Image:
-    told = facts(records, recipe)
     about = _wrapped(recipe.about, width - 2 * MARGIN, 15, 2)
     below = 82 + 22 * len(about)
     part = Image.new("RGB", (width * SCALE, (below + 70) * SCALE), theme.paper)
     pen = ImageDraw.Draw(part)
-    pen.text(
-        (MARGIN * SCALE, 62 * SCALE),
-        _wrapped(recipe.name, width - 2 * MARGIN, 34, 1)[0],
-        theme.ink,
-        font(34 * SCALE),
-        "ls",
-    )
+    _text(pen, MARGIN, 62, _wrapped(recipe.name, width - 2 * MARGIN, 34, 1)[0], theme.ink, 34)
     for i, line in enumerate(about):
-        pen.text((MARGIN * SCALE, (88 + 22 * i) * SCALE), line, theme.faint, font(15 * SCALE), "ls")
+        _text(pen, MARGIN, 88 + 22 * i, line, theme.faint, 15)
     x = MARGIN
-    for name, value in told:
-        pen.text((x * SCALE, (below + 22) * SCALE), value, theme.ink, font(18 * SCALE), "ls")
-        pen.text((x * SCALE, (below + 41) * SCALE), name, theme.faint, font(12 * SCALE), "ls")
+    for name, value in facts(records, recipe):
+        _text(pen, x, below + 22, value, theme.ink, 18)
+        _text(pen, x, below + 41, name, theme.faint, 12)
         x += round(max(font(18 * SCALE).getlength(value), font(12 * SCALE).getlength(name)) / SCALE) + 36
     return part
 
@@ -243,44 +211,46 @@ def _sample_grid(samples: Samples, theme: Theme, width: int) -> Image.Image:
     head, pitch = 76, cell + GAP // 2
     part = Image.new("RGB", (width * SCALE, (head + pitch * len(samples.prompts)) * SCALE), theme.paper)
     pen = ImageDraw.Draw(part)
-    title = (
-        "Samples by step"
-        if len(steps) == len(samples.steps)
-        else f"Samples by step ({len(steps)} of {len(samples.steps)} validations)"
-    )
-    pen.text((MARGIN * SCALE, 38 * SCALE), title, theme.ink, font(20 * SCALE), "ls")
-    pen.text((MARGIN * SCALE, 64 * SCALE), "after so many updates", theme.faint, font(13 * SCALE), "ls")
+    _text(pen, MARGIN, 38, _title(samples, steps), theme.ink, 20)
+    _text(pen, MARGIN, 64, "after so many updates", theme.faint, 13)
     for column, step in enumerate(steps):
         x = MARGIN + PROMPT + column * pitch
-        pen.text(((x + cell / 2) * SCALE, 64 * SCALE), f"{step:,}", theme.faint, font(13 * SCALE), "ms")
+        _text(pen, x + cell / 2, 64, f"{step:,}", theme.faint, 13, "ms")
         for row in range(len(samples.prompts)):
             if (step, row) in samples.files:
-                part.paste(
-                    _fitted(open_image(samples.files[step, row]), cell * SCALE, theme.panel),
-                    (x * SCALE, (head + row * pitch) * SCALE),
-                )
+                image = _fitted(open_image(samples.files[step, row]), cell * SCALE, theme.panel)
+                part.paste(image, (x * SCALE, (head + row * pitch) * SCALE))
     for row, prompt in enumerate(samples.prompts):
         lines = _wrapped(prompt, PROMPT - 20, 13, max(1, cell // 18))
         for i, line in enumerate(lines):
             y = head + row * pitch + cell / 2 + (i - (len(lines) - 1) / 2) * 18
-            pen.text((MARGIN * SCALE, y * SCALE), line, theme.ink, font(13 * SCALE), "lm")
+            _text(pen, MARGIN, y, line, theme.ink, 13, "lm")
     return part
 
 
+def _text(
+    pen: ImageDraw.ImageDraw, x: float, y: float, words: str, colour: str, pixels: float, anchor: str = "ls"
+) -> None:
+    pen.text((x * SCALE, y * SCALE), words, colour, font(pixels * SCALE), anchor)
+
+
+def _title(samples: Samples, steps: Sequence[int]) -> str:
+    some = "" if len(steps) == len(samples.steps) else f" ({len(steps)} of {len(samples.steps)} validations)"
+    return f"Samples by step{some}"
+
+
 def _fitted(image: Image.Image, side: int, colour: str) -> Image.Image:
-    """The picture as large as fits into a square, in its middle; where it is smaller, its pixels stay sharp."""
+    """The picture as large as fits into a square, in its middle; the pixels of a smaller one stay sharp."""
     factor = side / max(image.size)
-    size = tuple(max(1, round(length * factor)) for length in image.size)
+    width, height = (max(1, round(length * factor)) for length in image.size)
     cell = Image.new("RGB", (side, side), colour)
-    cell.paste(
-        image.resize(size, Image.Resampling.NEAREST if factor > 1 else Image.Resampling.LANCZOS),
-        ((side - size[0]) // 2, (side - size[1]) // 2),
-    )
+    scaled = image.resize((width, height), Image.Resampling.NEAREST if factor > 1 else Image.Resampling.LANCZOS)
+    cell.paste(scaled, ((side - width) // 2, (side - height) // 2))
     return cell
 
 
 def _wrapped(text: str, width: float, pixels: float, most: int) -> list[str]:
-    """`text` in at most so many lines of `width` pixels, the last with an ellipsis where there is more."""
+    """`text` in at most so many lines of `width` pixels, with an ellipsis where it is cut."""
     face = font(pixels * SCALE)
     lines: list[str] = []
     rest = " ".join(text.split())
@@ -299,10 +269,17 @@ def _wrapped(text: str, width: float, pixels: float, most: int) -> list[str]:
 # --- as a page --------------------------------------------------------------------------------------------------------
 
 STYLE = """
-:root { color-scheme: light dark; --paper: #fff; --panel: #f8fafc; --ink: #111827; --faint: #64748b; --grid: #e2e8f0; --accent: #c2410c }
-@media (prefers-color-scheme: dark) { :root { --paper: #0b1120; --panel: #131c2e; --ink: #f1f5f9; --faint: #94a3b8; --grid: #26334a; --accent: #fb923c } }
+:root {
+  color-scheme: light dark;
+  --paper: #fff; --panel: #f8fafc; --ink: #111827; --faint: #64748b; --grid: #e2e8f0; --accent: #c2410c
+}
+@media (prefers-color-scheme: dark) {
+  :root { --paper: #0b1120; --panel: #131c2e; --ink: #f1f5f9; --faint: #94a3b8; --grid: #26334a; --accent: #fb923c }
+}
 * { box-sizing: border-box }
-body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.5 system-ui, sans-serif; overflow-wrap: anywhere }
+body {
+  margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.5 system-ui, sans-serif; overflow-wrap: anywhere
+}
 main { max-width: 1360px; margin: 0 auto; padding: 28px 16px 64px }
 h1 { margin: 0; font-size: 2rem; line-height: 1.2 } h2 { margin: 44px 0 14px; font-size: 1.25rem }
 p { margin: 8px 0; max-width: 75ch } .faint, th, figcaption { color: var(--faint) }
@@ -312,46 +289,44 @@ dt { font-size: .8rem; color: var(--faint) } dd { margin: 0; font-size: 1.15rem;
 .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 400px), 1fr)); gap: 16px }
 .charts img { width: 100%; height: auto; display: block; border-radius: 10px }
 .strip { display: flex; gap: 8px; overflow-x: auto; padding-bottom: 8px; margin-bottom: 18px }
-.strip figure { margin: 0; flex: 0 0 auto; width: 148px } .strip img { width: 148px; height: auto; display: block; border-radius: 6px }
+.strip figure { margin: 0; flex: 0 0 auto; width: 148px }
+.strip img { width: 148px; height: auto; display: block; border-radius: 6px }
 .strip img.small { image-rendering: pixelated } figcaption { font-size: .8rem; text-align: center }
 table { border-collapse: collapse; font-size: .9rem } th { font-weight: 400 }
 td, th { text-align: left; vertical-align: top; padding: 5px 18px 5px 0; border-bottom: 1px solid var(--grid) }
-summary { cursor: pointer; color: var(--accent); margin: 10px 0 } code { font-size: .9em; background: var(--panel); padding: 1px 4px; border-radius: 4px }
+summary { cursor: pointer; color: var(--accent); margin: 10px 0 }
+code { font-size: .9em; background: var(--panel); padding: 1px 4px; border-radius: 4px }
 """
 
 
 def html_page(records: Sequence[Record], samples: Samples, recipe: Recipe) -> str:
-    """The report as one HTML file: for a phone and a desk, by day and by night, without scripts, its pictures inside."""
-    name = html.escape(recipe.name)
-    told = "".join(
-        f"<div><dt>{html.escape(key)}</dt><dd>{html.escape(value)}</dd></div>" for key, value in facts(records, recipe)
-    )
+    """The report as one HTML file for narrow and wide screens, light and dark, without scripts, its pictures inside."""
+    name, about = html.escape(recipe.name), html.escape(recipe.about)
+    pairs = [(html.escape(key), html.escape(value)) for key, value in facts(records, recipe)]
     parts = [
         f"<h1>{name}</h1>",
-        f'<p class="faint">{html.escape(recipe.about)}</p>' if recipe.about else "",
-        f'<dl class="facts">{told}</dl>',
+        f'<p class="faint">{about}</p>' if about else "",
+        f'<dl class="facts">{"".join(f"<div><dt>{key}</dt><dd>{value}</dd></div>" for key, value in pairs)}</dl>',
         f'<h2>Curves</h2><div class="charts">{_html_charts(records)}</div>',
         _html_samples(samples),
         _html_events(records),
         _html_recipe(recipe),
         _html_markdown(training_section(recipe)),
     ]
-    return (
-        f'<!doctype html>\n<html lang="en">\n<head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{name}</title><style>{STYLE}</style></head>\n<body><main>\n"
-        + "\n".join(part for part in parts if part)
-        + "\n</main></body>\n</html>\n"
-    )
+    meta = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+    head = f"<head>{meta}<title>{name}</title><style>{STYLE}</style></head>"
+    body = "\n".join(part for part in parts if part)
+    return f'<!doctype html>\n<html lang="en">\n{head}\n<body><main>\n{body}\n</main></body>\n</html>\n'
 
 
 def _html_charts(records: Sequence[Record]) -> str:
     made = []
     for light, dark in zip(charts(records, LIGHT), charts(records, DARK), strict=True):
         day, night = (_data(draw(chart, CHART, theme, SCALE), "PNG") for chart, theme in ((light, LIGHT), (dark, DARK)))
-        size = f'width="{CHART[0]}" height="{CHART[1]}"'
-        made.append(
-            f'<picture><source media="(prefers-color-scheme: dark)" srcset="{night}"><img src="{day}" {size} alt="{html.escape(light.title)}: {html.escape(light.note)}"></picture>'
-        )
+        words = html.escape(f"{light.title}: {light.note}")
+        source = f'<source media="(prefers-color-scheme: dark)" srcset="{night}">'
+        image = f'<img src="{day}" width="{CHART[0]}" height="{CHART[1]}" alt="{words}">'
+        made.append(f"<picture>{source}{image}</picture>")
     return "".join(made)
 
 
@@ -359,12 +334,7 @@ def _html_samples(samples: Samples) -> str:
     if not samples.steps:
         return ""
     steps = chosen(samples.steps, COLUMNS_HTML)
-    title = (
-        "Samples by step"
-        if len(steps) == len(samples.steps)
-        else f"Samples by step ({len(steps)} of {len(samples.steps)} validations)"
-    )
-    rows = [f"<h2>{title}</h2>"]
+    rows = [f"<h2>{_title(samples, steps)}</h2>"]
     for row, prompt in enumerate(samples.prompts):
         shown = [_html_sample(samples.files[step, row], step, prompt) for step in steps if (step, row) in samples.files]
         rows.append(f'<p>{html.escape(prompt)}</p><div class="strip">{"".join(shown)}</div>')
@@ -377,44 +347,34 @@ def _html_sample(path: Path, step: int, prompt: str) -> str:
     image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
     source, kind = (_data(image, "PNG"), ' class="small"') if small else (_data(image, "JPEG"), "")
     words = html.escape(f"{prompt}, after {step} updates")
-    return f'<figure><img src="{source}"{kind} width="{image.width}" height="{image.height}" alt="{words}"><figcaption>{step:,}</figcaption></figure>'
+    shown = f'<img src="{source}"{kind} width="{image.width}" height="{image.height}" alt="{words}">'
+    return f"<figure>{shown}<figcaption>{step:,}</figcaption></figure>"
 
 
 def _html_events(records: Sequence[Record]) -> str:
-    """What happened on the way, other than states being saved."""
+    """The events of the run but for saved states."""
     events = [record for record in records if record.get("event", "saved") != "saved"]
     if not events:
         return ""
     rows = []
     for record in events[:EVENTS]:
         rest = ", ".join(f"{key}: {value}" for key, value in record.items() if key not in ("step", "event"))
-        rows.append(
-            f"<tr><td>{record['step']:,}</td><td>{html.escape(str(record['event']))}</td><td>{html.escape(rest)}</td></tr>"
-        )
+        cells = [f"{record['step']:,}", html.escape(str(record["event"])), html.escape(rest)]
+        rows.append(f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
     more = f'<p class="faint">{len(events) - EVENTS} more are in log.jsonl.</p>' if len(events) > EVENTS else ""
     return f"<h2>Events</h2><table><tr><th>update</th><th>what</th><th></th></tr>{''.join(rows)}</table>{more}"
 
 
 def _html_recipe(recipe: Recipe) -> str:
-    """What differs from the defaults, and behind a fold every key."""
+    """The keys that differ from the defaults, and behind a fold every key."""
 
-    def table(rows: Sequence[tuple[str, Any]]) -> str:
-        return f"<table>{''.join(f'<tr><th>{html.escape(key)}</th><td>{html.escape(_shown(value))}</td></tr>' for key, value in rows)}</table>"
+    def table(values: Mapping[str, Any]) -> str:
+        rows = [(html.escape(key), html.escape(_shown(value))) for key, value in values.items()]
+        return f"<table>{''.join(f'<tr><th>{key}</th><td>{value}</td></tr>' for key, value in rows)}</table>"
 
-    keys, usual = _keys(recipe), dict(_keys(Recipe(recipe.name)))
-    changed = [(key, value) for key, value in keys if value != usual.get(key)]
+    keys, defaults = recipe.flat(), Recipe(recipe.name).flat()
+    changed = {key: value for key, value in keys.items() if value != defaults[key]}
     return f"<h2>Recipe</h2>{table(changed)}<details><summary>every key</summary>{table(keys)}</details>"
-
-
-def _keys(recipe: Recipe) -> list[tuple[str, Any]]:
-    """("run.batch", 8) for every key of every section."""
-    sections = [(section.name, getattr(recipe, section.name)) for section in fields(recipe)]
-    return [
-        (f"{name}.{key.name}", getattr(section, key.name))
-        for name, section in sections
-        if is_dataclass(section)
-        for key in fields(section)
-    ]
 
 
 def _shown(value: Any) -> str:
@@ -428,7 +388,7 @@ def _shown(value: Any) -> str:
 
 
 def _html_markdown(text: str) -> str:
-    """Headings, lists, bold, code and paragraphs: what `training_section` uses of Markdown."""
+    """HTML of the Markdown that `training_section` writes: headings, lists, bold, code and paragraphs."""
     made: list[str] = []
     for block in re.split(r"\n\s*\n", text.strip()):
         lines = block.splitlines()

@@ -1,4 +1,4 @@
-"""How good a model is on the way: its loss on pictures that it does not learn from, always under the same noise, and what it makes of prompts."""
+"""How good a model is on the way: its loss on held-out pictures under the same noise, and its pictures of prompts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from PIL import Image, ImageDraw
-from torch import nn
+from torch import Tensor
 
 from ldm.errors import ArgumentError, OutputError
 from ldm.images import to_pil
@@ -21,21 +21,21 @@ from ldm.tasks.inpaint import inpaint
 from ldm.tasks.text import txt2img
 from ldm.train.data.batch import Batch
 from ldm.train.draws import Draws
-from ldm.train.recipe import Recipe
+from ldm.train.recipe import Watch
+from ldm.train.tasks import Task, pixels
 
-VARIATIONS = 4  # pictures of a model that is told a picture instead of prompts
+VARIATIONS = 4  # pictures of a model that varies a picture instead of reading prompts
 
 
 @torch.no_grad()
-def validation_loss(task: nn.Module, batches: Iterable[Batch], recipe: Recipe, steps: int) -> dict[str, Any]:
+def validation_loss(task: Task, batches: Iterable[Batch], watch: Watch, steps: int) -> dict[str, Any]:
     """The mean loss of held-out pictures at `watch.timesteps` levels, the middles of equal parts of the noise schedule.
 
-    task   has `at(batch, draws, t) -> Loss`
     steps  of the noise schedule; 1 for an autoencoder, which has no levels
-    Noise is drawn from `watch.seed`, the picture's place and the level alone, so that losses of other steps and runs can be compared.
-    Returns {"validation_loss": mean, "validation_levels": [[t, mean], ...]}, in the precision of the caller's autocast; {} where nothing is held out.
+    Noise is drawn from `watch.seed`, the picture's place and the level alone, so that losses of other steps and runs
+    can be compared. Returns {"validation_loss": mean, "validation_levels": [[t, mean], ...]}, in the precision of the
+    caller's autocast; {} where nothing is held out.
     """
-    watch = recipe.watch
     levels = sorted({(2 * k + 1) * steps // (2 * watch.timesteps) for k in range(watch.timesteps)})
     sums, seen = [0.0] * len(levels), 0
     for batch in batches:
@@ -43,9 +43,10 @@ def validation_loss(task: nn.Module, batches: Iterable[Batch], recipe: Recipe, s
         if not batch.index:
             break
         for k, t in enumerate(levels):
-            draws = Draws(
-                watch.seed, [-1 - (seen + i) * steps - t for i in range(len(batch.index))]
-            )  # below 0: none of these is drawn in training
+            index = [
+                -1 - (seen + i) * steps - t for i in range(len(batch.index))
+            ]  # below 0: training draws none of these
+            draws = Draws(watch.seed, index)
             sums[k] += task.at(batch, draws, torch.full((len(batch.index),), t)).each.double().sum().item()
         seen += len(batch.index)
     if not seen:
@@ -64,30 +65,25 @@ def _first(batch: Batch, n: int) -> Batch:
 
 
 def validation_pictures(
-    model: LatentDiffusion, recipe: Recipe, held_out: Iterable[Batch] = (), **sampling: Any
+    model: LatentDiffusion, watch: Watch, size: int, held_out: Iterable[Batch] = (), **sampling: Any
 ) -> list[Image.Image]:
     """One picture for each of `watch.prompts`, of seeds from `watch.seed` on, by DPM++ 2M.
 
-    held_out  inpainting, depth and image-variations models are given the first picture in it: with a hole over its middle, for its depth alone,
-              or as what `VARIATIONS` pictures shall be like
+    size      pixels along a side; 0: the model's
+    held_out  inpainting, depth and image-variations models start from the first picture in it: with a hole over its
+              middle, from its depth alone, or from its content in `VARIATIONS` pictures
     sampling  further fields of `Sampling`, such as `embeddings`
     Raises ArgumentError for such a model where nothing is held out.
     """
-    watch, kinds = recipe.watch, model.config.concat
+    kinds = model.config.concat
     seeds = range(watch.seed, watch.seed + (len(watch.prompts) if model.vision is None else VARIATIONS))
-    job: dict[str, Any] = {
-        "seeds": seeds,
-        "batch": 1,
-        "steps": watch.steps,
-        "cfg": watch.cfg,
-        "sampler": "dpmpp_2m",
-        **sampling,
-    }
+    job: dict[str, Any] = {"seeds": seeds, "batch": 1, "steps": watch.steps, "cfg": watch.cfg, "sampler": "dpmpp_2m"}
+    job |= sampling
     if not seeds:
         return []
-    size = dict.fromkeys(("height", "width"), recipe.data.size or model.config.size)
+    square: dict[str, Any] = dict.fromkeys(("height", "width"), size or model.config.size)
     if model.vision is not None:
-        return variations(model, _picture(model, held_out), **size, **job)
+        return variations(model, _picture(model, held_out), **square, **job)
     job["negative"] = watch.negative or None
     if kinds == ("mask", "masked_image"):
         init = _picture(model, held_out)
@@ -96,17 +92,16 @@ def validation_pictures(
         batch = first_batch(model, held_out)
         depth = None if batch.depth is None else to_pil(2 * _stretched(batch.depth[:1]) - 1)[0]
         return depth2img(model, _picture(model, [batch]), watch.prompts, depth=depth, strength=1.0, **job)
-    return txt2img(model, watch.prompts, **size, **job)
+    return txt2img(model, watch.prompts, **square, **job)
 
 
 def first_batch(model: LatentDiffusion, held_out: Iterable[Batch]) -> Batch:
-    """What a model that is told a picture makes its pictures from. Raises ArgumentError where nothing is held out."""
+    """The batch whose first picture such a model starts from. Raises ArgumentError where nothing is held out."""
     batch = next(iter(held_out), None)
     if batch is None:
-        raise ArgumentError(
-            f"validation: a model of family {model.config.name} needs a picture; set data.held_out above 0, or leave watch.prompts out",
-            key="held_out",
-        )
+        what = f"a model of family {model.config.name} needs a picture"
+        remedy = "set data.held_out above 0, or leave watch.prompts out"
+        raise ArgumentError(f"validation: {what}; {remedy}", key="held_out")
     return batch
 
 
@@ -114,13 +109,12 @@ def first_batch(model: LatentDiffusion, held_out: Iterable[Batch]) -> Batch:
 def _picture(model: LatentDiffusion, held_out: Iterable[Batch]) -> Image.Image:
     """The first held-out picture; decoded, where only its latent is kept."""
     batch = first_batch(model, held_out)
-    image = (
-        decode(model, model.vae.latent(batch.moments[:1].to(model.device))) if batch.image is None else batch.image[:1]
-    )
-    return to_pil(image)[0]
+    if batch.moments is None or batch.image is not None:
+        return to_pil(pixels(batch)[:1])[0]
+    return to_pil(decode(model, model.vae.latent(batch.moments[:1].to(model.device))))[0]
 
 
-def _stretched(depth: torch.Tensor) -> torch.Tensor:
+def _stretched(depth: Tensor) -> Tensor:
     """[1, 1, H, W] of any scale -> [1, 3, H, W] from 0 to 1."""
     low, high = depth.aminmax()
     return ((depth - low) / (high - low).clamp(min=1e-12)).expand(-1, 3, -1, -1)
@@ -128,25 +122,24 @@ def _stretched(depth: torch.Tensor) -> torch.Tensor:
 
 def _hole(size: tuple[int, int]) -> Image.Image:
     """A mask that hides the middle, half as wide and as high as the picture."""
-    width, height = size
-    mask = Image.new("L", size)
-    ImageDraw.Draw(mask).rectangle(
-        (width // 4, height // 4, width - width // 4 - 1, height - height // 4 - 1), fill=255
-    )
+    (width, height), mask = size, Image.new("L", size)
+    left, top = width // 4, height // 4
+    ImageDraw.Draw(mask).rectangle((left, top, width - left - 1, height - top - 1), fill=255)
     return mask
 
 
-def save_pictures(pictures: Sequence[Image.Image], recipe: Recipe, out: Path, step: int) -> list[Path]:
-    """Write validation/step-000500/00.png, 01.png, ... in a run's directory, with prompt and step in each. Raises OutputError."""
+def save_pictures(pictures: Sequence[Image.Image], watch: Watch, out: Path, step: int) -> list[Path]:
+    """Write validation/step-000500/00.png, 01.png, ... in a run's directory, with prompt and step in each.
+
+    Raises OutputError.
+    """
     directory = out / "validation" / f"step-{step:06d}"
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OutputError(
-            f"validation pictures cannot be written ({error.strerror}); free space, or choose another directory",
-            path=directory,
-        ) from error
-    prompts = [*recipe.watch.prompts, *[""] * len(pictures)]
+        what = f"validation pictures cannot be written ({error.strerror}); free space, or choose another directory"
+        raise OutputError(what, path=directory) from error
+    prompts = [*watch.prompts, *[""] * len(pictures)]
     return [
         save(picture, directory / f"{i:02d}.png", {"prompt": prompts[i], "step": str(step)}, overwrite=True)
         for i, picture in enumerate(pictures)

@@ -247,12 +247,12 @@ def test_overflow_of_the_loss_scale_is_not_counted_as_a_fault(tmp_path: Path) ->
 
 
 def test_a_batch_that_ranks_cannot_share_is_refused() -> None:
-    assert accumulation(changed(batch=8, micro=2), 4) == 1
+    assert accumulation(changed(batch=8, micro=2).run, 4) == 1
     with pytest.raises(
         ArgumentError,
         match=r"run.batch: 8 examples cannot be shared evenly by 3 ranks with 2 at once; give a multiple of 6",
     ):
-        accumulation(changed(batch=8, micro=2), 3)
+        accumulation(changed(batch=8, micro=2).run, 3)
 
 
 class Bottomless(Line):

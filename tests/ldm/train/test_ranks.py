@@ -23,7 +23,7 @@ from ldm.train.data.batch import Batch
 from ldm.train.draws import Draws
 from ldm.train.loop import fit
 from ldm.train.optim import load_state_tensors, optimizer, state_tensors
-from ldm.train.ranks import Ranks, all_agree, gathered, like, mean, put, ranks, share, whole
+from ldm.train.ranks import Ranks, all_agree, broadcast, gathered, like, mean, put, ranks, share, whole
 from ldm.train.recipe import Group, Optimizer, Recipe, Run
 from ldm.train.state import latest_state
 from ldm.train.tasks import Loss
@@ -40,6 +40,7 @@ def test_without_torchrun_a_process_is_alone_and_nothing_is_shared(monkeypatch):
         assert share(task, "ddp", alone) is share(task, "fsdp", alone) is task
         assert mean(task.weight, alone) is task.weight
         assert all_agree({"a": 1}, alone)
+        assert broadcast(["a"], alone) == ["a"]
         put(task.weight, torch.ones(3, 2))
         assert whole(task.weight).equal(torch.ones(3, 2))
         assert not whole(task.weight).requires_grad
@@ -147,6 +148,7 @@ def two_ranks_backward(how: str, out: Path) -> None:
         assert mean(torch.tensor([place.rank, 3.0]), place).tolist() == [0.5, 3.0]
         assert all_agree({"a": [1, "b"]}, place)
         assert not all_agree(place.rank, place)
+        assert broadcast(["the first rank's", place.rank], place) == ["the first rank's", 0]
         parameters = trained(task)
         adam = optimizer(parameters, Optimizer(lr=0.1, groups=(Group("bias", 0.01),)))
         adam.step()

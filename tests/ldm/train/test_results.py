@@ -26,7 +26,7 @@ def saved(out: Path, how: str | None = None) -> None:
         if how is not None:
             share(made.task, how, place)
         learnt = {name: whole(p) + 1 for name, p in made.parameters.items()}
-        paths = save_results(made, learnt, RECIPE, out, SimpleNamespace(save=weights.save), place)
+        paths = save_results(made, learnt, RECIPE.method, RECIPE.run, out, SimpleNamespace(save=weights.save), place)
         assert paths == ([] if place.rank else [out / "model.safetensors"])
 
 

@@ -7,6 +7,7 @@ import json
 import signal
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,9 +20,13 @@ from benchmarks.models.seeded import weight
 from ldm import blocks
 from ldm.__main__ import main
 from ldm.changes.lora import merge
+from ldm.train.ranks import ranks
+from ldm.train.recipe import Recipe
+from ldm.train.run import identity
 from ldm.train.state import latest_state
 from ldm.train.watch.log import Log
 from tests.made.checkpoints import save_safetensors
+from tests.made.forked import succeed, together
 
 TINY = [
     "data.path=pictures",
@@ -462,3 +467,16 @@ def test_captions_that_nobody_reads_need_not_be_written(kind: str, pictures: Pat
         "run.micro=1",
         *(["method.kind=vae"] if kind == "vae" else [f"model.vision={vision_tower()}"]),
     )
+
+
+def two_ranks_identify() -> None:
+    read: list[Path] = []
+    files = SimpleNamespace(embedded=lambda: Path("ours"), digest=lambda path: read.append(path) or f"{path}'s digest")
+    with ranks("cpu") as place:
+        assert identity(Recipe("a"), files, None, place)["start"] == ["ours's digest"]
+        assert read == [Path("ours")] * (place.local == 0)
+
+
+def test_one_rank_of_a_machine_reads_the_weights_that_a_run_starts_from(tmp_path: Path) -> None:
+    with together(two_ranks_identify, world=2, said=tmp_path / "said") as processes:
+        succeed(processes, tmp_path / "said")

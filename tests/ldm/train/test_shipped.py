@@ -50,9 +50,9 @@ def test_training_the_unet_without_an_autoencoder_says_what_to_do_first(tmp_path
 
 def test_the_autoencoder_sees_crops_first_and_whole_pictures_later() -> None:
     recipe = load_recipe("blocks-vae", ["run.steps=10", "run.batch=1", "run.micro=1"])
-    task = shipped.vae_trainee(recipe).task
+    task = shipped.vae_trainee(recipe.run, recipe.optimizer.decay).task
     assert task.crops == 7
-    micro = numbered(recipe)
+    micro = numbered(recipe.run.micro)
     early, late = micro(6), micro(7)
     with torch.no_grad():
         whole = torch.from_numpy(blocks.batch([7])[0]).permute(0, 3, 1, 2).float() / 127.5 - 1
@@ -83,7 +83,7 @@ def test_the_diffusion_loss_reads_captions_of_the_drawn_scenes() -> None:
     latents, ids = normal("latents", (5, 4, 16, 16)), torch.zeros(5, shipped.CAPTIONS, 32, dtype=torch.int32)
     ids[..., 0], ids[..., 1:] = 49406, 49407
     task = shipped.SceneDiffusion(model, latents, ids, recipe.run.batch)
-    batch = numbered(recipe)(1)
+    batch = numbered(recipe.run.micro)(1)
     loss = task(batch, Draws(0, batch.index))
     assert loss.each.shape == (2,)
     assert [t * 4 // 1000 for t in loss.t.tolist()] == [2, 3], "timesteps are spread over the update"

@@ -162,3 +162,11 @@ def test_at_given_timesteps_the_loss_is_the_plain_one_whatever_is_minimised(ship
     assert torch.equal(
         Diffusion(shipped, odd).at(batch, draws, t).each, Diffusion(shipped, Objective()).at(batch, draws, t).each
     )
+
+
+def test_a_task_that_needs_pictures_says_so_where_only_latents_were_kept() -> None:
+    batch = replace(batch_of(), image=None, moments=torch.zeros(2, 8, 8, 8))
+    with pytest.raises(
+        ArgumentError, match="needs pictures, and the batch has only their latents; set data.cache_latents to false"
+    ):
+        Autoencoding(build(tiny("sd1")).vae, 1e-6)(batch, Draws(0, (0, 1)))

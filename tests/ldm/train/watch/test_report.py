@@ -145,9 +145,9 @@ def test_a_wide_sample_keeps_its_shape(run):
 @pytest.mark.parametrize("theme", [LIGHT, DARK])
 def test_a_run_without_anything_to_show_has_a_page_all_the_same(tmp_path, theme):
     bare = Recipe("x" * 300, "", run=Run(steps=5))
-    page = picture([], find_samples(tmp_path, bare), bare, theme)
+    page = picture([], find_samples(tmp_path, bare.watch.prompts), bare, theme)
     assert page.getpixel((0, 0)) == ImageColor.getrgb(theme.paper)
-    assert "0 of 5" in html_page([], find_samples(tmp_path, bare), bare)
+    assert "0 of 5" in html_page([], find_samples(tmp_path, bare.watch.prompts), bare)
 
 
 def test_the_same_run_gives_the_same_bytes(tmp_path, run):
@@ -239,7 +239,7 @@ def test_pictures_in_the_page_are_small_and_the_smallest_untouched(run):
 
 def test_many_events_are_counted_and_not_listed():
     records = [{"step": i, "event": "bad picture", "id": f"{i}.png"} for i in range(1, 51)]
-    text = html_page(records, find_samples(Path("nowhere"), RECIPE), RECIPE)
+    text = html_page(records, find_samples(Path("nowhere"), RECIPE.watch.prompts), RECIPE)
     assert text.count("bad picture") == 40
     assert "10 more are in log.jsonl." in text
 
@@ -254,7 +254,7 @@ def test_a_sample_that_cannot_be_read_is_named(tmp_path):
 def test_a_report_that_cannot_be_written_says_so(tmp_path):
     (tmp_path / "report.html").mkdir()
     with pytest.raises(
-        OutputError, match=r"report\.html: cannot be written \(.+\); free space and write the report again"
+        OutputError, match=r"report\.html: could not be written: .+; free space and write the report again"
     ):
         write_report(tmp_path, RECIPE)
     assert {path.name for path in tmp_path.iterdir()} == {"report.html", "report.png"}
