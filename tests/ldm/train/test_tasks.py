@@ -16,7 +16,7 @@ from ldm.train import losses
 from ldm.train.data.batch import Batch
 from ldm.train.draws import Draws
 from ldm.train.recipe import Objective
-from ldm.train.tasks import Diffusion
+from ldm.train.tasks import Autoencoding, Diffusion
 from samplers import Schedule
 from tests.made.families import build, tiny
 from tests.made.pictures import batch_of
@@ -167,6 +167,6 @@ def test_at_given_timesteps_the_loss_is_the_plain_one_whatever_is_minimised(ship
 def test_a_task_that_needs_pictures_says_so_where_only_latents_were_kept() -> None:
     batch = replace(batch_of(), image=None, moments=torch.zeros(2, 8, 8, 8))
     with pytest.raises(
-        ArgumentError, match="needs pictures, and the batch has only their latents; set data.cache_latents to false"
+        ArgumentError, match=r"needs pictures, and the batch has only their latents; set data\.cache_latents to false"
     ):
         Autoencoding(build(tiny("sd1")).vae, 1e-6)(batch, Draws(0, (0, 1)))
