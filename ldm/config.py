@@ -172,7 +172,7 @@ class ModelConfig:
         return self.name if base is None or base.concat != self.concat else base.name
 
     def twin(self, prediction: Literal["eps", "v"]) -> ModelConfig | None:
-        """The family with this prediction, where two differ in that alone (SD 2), so that no shape shows it; or None."""
+        """The family with this prediction, where two differ in that alone (SD 2), so no shape shows it; or None."""
         twins = [one for one in FAMILIES.values() if one.kin == self.kin]
         return next((one for one in twins if one.prediction == prediction), None) if len(twins) > 1 else None
 

@@ -1,4 +1,4 @@
-"""New words for the text towers, learnt as token embeddings while everything else stays (textual inversion, Gal et al. 2022)."""
+"""New words for the text towers, learnt as token embeddings alone: textual inversion (Gal et al. 2022)."""
 
 from __future__ import annotations
 
@@ -15,42 +15,39 @@ from ldm.model import LatentDiffusion
 
 
 def new_token(model: LatentDiffusion, word: str, like: str, vectors: int = 1) -> dict[str, nn.Parameter]:
-    """What `word` is to learn: {"word.768": [vectors, 768], ...}, one for each text tower, named by its width; float32, where the tower is.
+    """The parameters of a new word: {"word.768": [vectors, 768], ...}, one for each text tower, named by its width.
 
-    like     what it starts as; its tokens, in turn, until there are enough (Gal et al. 2022, section 3: "a single-word coarse descriptor")
+    like     the text whose tokens it starts as, repeated until there are enough (Gal et al. 2022, section 3: "a
+             single-word coarse descriptor")
     vectors  tokens that the word stands for
-    Raises ArgumentError for a model without text towers, a word without letters, more vectors than a tower reads at once, and a `like` of
-    no token or of more than there are vectors.
+    They are float32, on the tower's device. Raises ArgumentError for a model without text towers, a word without
+    letters, more vectors than a tower reads at once, and a `like` of no token or of more than there are vectors.
     """
     towers = {tower.config.width: tower for tower in model.text}
     if not towers:
-        raise ArgumentError(
-            f"a model of family {model.config.name} is told an image instead of text, and can learn no word"
-        )
+        name = model.config.name
+        raise ArgumentError(f"a model of family {name} is told an image instead of text, and can learn no word")
     if len(towers) < len(model.text):
-        raise ArgumentError(
-            "two text towers of this model have one width, and a word has one set of vectors for each width"
-        )
+        what = "two text towers of this model have one width, and a word has one set of vectors for each width"
+        raise ArgumentError(what)
     room = min(tower.config.length for tower in model.text) - 2
     if isinstance(vectors, bool) or not isinstance(vectors, Integral) or not 1 <= vectors <= room:
         raise ArgumentError(f"vectors: {vectors!r}; give a whole number from 1 to {room}", key="vectors")
     ids = encode(like)
     if not 1 <= len(ids) <= vectors:
-        raise ArgumentError(
-            f"like: {like[:60]!r} is {len(ids)} tokens, the new word has {vectors}: give one to {vectors} tokens, or more vectors",
-            key="like",
-        )
+        what = f"like: {like[:60]!r} is {len(ids)} tokens, the new word has {vectors}"
+        raise ArgumentError(f"{what}: give one to {vectors} tokens, or more vectors", key="like")
     ids = [ids[i % len(ids)] for i in range(vectors)]
     tables = {width: tower.text_model.embeddings.token_embedding.weight for width, tower in towers.items()}
-    parameters = {
-        f"{word}.{width}": nn.Parameter(table.detach()[ids].to(torch.float32, copy=True))
-        for width, table in tables.items()
-    }
+    start = {width: table.detach()[ids].to(torch.float32, copy=True) for width, table in tables.items()}
+    parameters = {f"{word}.{width}": nn.Parameter(vectors) for width, vectors in start.items()}
     as_embedding(word, parameters)
     return parameters
 
 
 def as_embedding(word: str, parameters: Mapping[str, Tensor]) -> Embedding:
-    """What `LatentDiffusion.tell` takes, so that `word` stands for the parameters of `new_token`: for their values whenever it is read, with
-    gradients. Raises ArgumentError for a word without letters."""
+    """The word as an embedding for prompts: for the values of these parameters whenever it is read, with gradients.
+
+    Raises ArgumentError for a word without letters.
+    """
     return Embedding(word, {vectors.shape[1]: vectors for vectors in parameters.values()})

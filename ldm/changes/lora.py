@@ -17,13 +17,13 @@ Shape = tuple[int, ...]
 
 
 # --- the kinds ------------------------------------------------------------------------------------------------------
-# r is the rank, k k the kernel of a convolution; a matrix has none. Each changes a weight by alpha / r times a product of its factors;
-# alpha None stands for r.
+# r is the rank, k k the kernel of a convolution; a matrix has none. Each changes a weight by alpha / r times a product
+# of its factors; alpha None stands for r.
 
 
 @dataclass(frozen=True, eq=False)
 class LowRank:
-    """LoRA (Hu et al. 2021, section 4.1): up @ down; with `mid` the convolution of LoCon in CP form (LyCORIS, Yeh et al. 2023)."""
+    """LoRA (Hu et al. 2021, section 4.1): up @ down; with `mid` LoCon's convolution in CP form (Yeh et al. 2023)."""
 
     down: Tensor  # [r, in] or [r, in, k, k]; with mid [r, in, 1, 1]
     up: Tensor  # [out, r] or [out, r, 1, 1]
@@ -33,7 +33,10 @@ class LowRank:
 
 @dataclass(frozen=True, eq=False)
 class Hadamard:
-    """LoHa (Hyeon-Woo et al. 2022, proposition 2): (w1_a @ w1_b) * (w2_a @ w2_b); with t1 and t2 each product is a Tucker one (proposition 3)."""
+    """LoHa (Hyeon-Woo et al. 2022, proposition 2): (w1_a @ w1_b) * (w2_a @ w2_b).
+
+    With t1 and t2 each product is a Tucker one (proposition 3).
+    """
 
     w1_a: Tensor  # [out, r]; with t1 [r, out]
     w1_b: Tensor  # [r, in * k * k]; with t1 [r, in]
@@ -46,12 +49,14 @@ class Hadamard:
 
 @dataclass(frozen=True, eq=False)
 class Kronecker:
-    """LoKr (LyCORIS, Yeh et al. 2023): kron(w1, w2), each whole or a pair of factors. Only a pair has a rank, so without one alpha says nothing."""
+    """LoKr (LyCORIS, Yeh et al. 2023): kron(w1, w2), each whole or a pair of factors.
+
+    Only a pair has a rank, so without one alpha has no effect.
+    """
 
     w1: Tensor | tuple[Tensor, Tensor]  # [a, b], or [a, r] and [r, b]
-    w2: (
-        Tensor | tuple[Tensor, Tensor]
-    )  # [out/a, in/b(, k, k)], or [out/a, r] and [r, in/b * k * k]; with t2 [r, out/a] and [r, in/b]
+    # [out/a, in/b(, k, k)], or [out/a, r] and [r, in/b * k * k]; with t2 [r, out/a] and [r, in/b]
+    w2: Tensor | tuple[Tensor, Tensor]
     alpha: float | None = None
     t2: Tensor | None = None  # [r, r, k, k]
 
@@ -82,7 +87,9 @@ class Decomposed:
     """DoRA (Liu et al. 2024, eq. 5): W + `inner`, its columns scaled to the lengths that were trained."""
 
     inner: Plain
-    magnitude: Tensor  # [1, in]: length of what each input reaches (LyCORIS, as the paper); [out, 1]: of what reaches each output (PEFT)
+    magnitude: (
+        Tensor  # length of the weights of each input, [1, in] (LyCORIS, as the paper), or output, [out, 1] (PEFT)
+    )
 
 
 Change = Plain | Decomposed
@@ -127,12 +134,13 @@ def plain(change: Change) -> Plain:
 
 
 def require_fit(change: Change, shape: Shape) -> None:
-    """Raise ArgumentError, with both shapes, unless the factors fit together and make a change of a weight of `shape`."""
+    """Raise ArgumentError, with both shapes, unless the factors fit together and change a weight of `shape`."""
     if isinstance(change, Decomposed):
         require_fit(change.inner, shape)
         if len(shape) < 2 or tuple(change.magnitude.shape) not in ((1, shape[1]), (shape[0], 1)):
+            given = list(change.magnitude.shape)
             raise ArgumentError(
-                f"its magnitudes are {list(change.magnitude.shape)}, the weight is {list(shape)}: they need one per input or per output"
+                f"its magnitudes are {given}, the weight is {list(shape)}: they need one per input or per output"
             )
         return
     made = _made(change, shape)
@@ -167,9 +175,10 @@ def _delta(change: Change, weight: Tensor) -> Tensor:
         two = _pair(to32(change.w2_a), to32(change.w2_b), None if change.t2 is None else to32(change.t2))
         return _strength(change) * (one * two).reshape(weight.shape)
     if isinstance(change, Kronecker):
-        w1 = to32(change.w1) if isinstance(change.w1, Tensor) else _pair(*map(to32, change.w1))
-        core = None if change.t2 is None else to32(change.t2)
-        w2 = to32(change.w2) if isinstance(change.w2, Tensor) else _pair(*map(to32, change.w2), core)
+        w1, w2 = (
+            to32(whole) if isinstance(whole, Tensor) else _pair(to32(whole[0]), to32(whole[1]), core)
+            for whole, core in ((change.w1, None), (change.w2, None if change.t2 is None else to32(change.t2)))
+        )
         return _strength(change) * torch.kron(w1, w2.flatten(1)).reshape(weight.shape)
     if isinstance(change, Generalised):
         a1, a2, b1, b2 = (to32(factor).flatten(1) for factor in (change.a1, change.a2, change.b1, change.b2))
@@ -181,9 +190,7 @@ def _delta(change: Change, weight: Tensor) -> Tensor:
     magnitude = to32(change.magnitude)
     axis = 1 if magnitude.shape[0] == 1 and magnitude.shape[1] == weight.shape[1] else 0
     lengths = torch.linalg.vector_norm(changed, dim=[i for i in range(weight.ndim) if i != axis], keepdim=True)
-    directions = changed / lengths.clamp_min(
-        torch.finfo(torch.float32).tiny
-    )  # a column of zeros has none, and stays zero
+    directions = changed / lengths.clamp_min(torch.finfo(torch.float32).tiny)  # a column of zeros stays zero
     return directions * magnitude.reshape(magnitude.shape + (1,) * (weight.ndim - 2)) - weight
 
 
@@ -222,23 +229,14 @@ def _made(change: Change, weight: Shape) -> Shape:
             _require(down[0] == up[1], "the ranks of down and up", down, up)
             return (up[0], *down[1:])
         mid = tuple(change.mid.shape)
-        _require(
-            math.prod(down[2:]) == 1 and len(mid) > 2 and mid[:2] == (up[1], down[0]),
-            "the ranks of mid, up and down",
-            mid,
-            up,
-            down,
-        )
+        fits = math.prod(down[2:]) == 1 and len(mid) > 2 and mid[:2] == (up[1], down[0])
+        _require(fits, "the ranks of mid, up and down", mid, up, down)
         return (up[0], down[1], *mid[2:])
     if isinstance(change, Hadamard):
         one, two = _made_pair(change.w1_a, change.w1_b, change.t1), _made_pair(change.w2_a, change.w2_b, change.t2)
         _require(one == two, "the two products", one, two)
-        _require(
-            change.w1_b.shape[0] == change.w2_b.shape[0],
-            "the ranks of w1_b and w2_b",
-            tuple(change.w1_b.shape),
-            tuple(change.w2_b.shape),
-        )
+        first, second = tuple(change.w1_b.shape), tuple(change.w2_b.shape)
+        _require(first[0] == second[0], "the ranks of w1_b and w2_b", first, second)
         return one
     if isinstance(change, Kronecker):
         w1 = tuple(change.w1.shape) if isinstance(change.w1, Tensor) else _made_pair(*change.w1, None)
@@ -247,14 +245,8 @@ def _made(change: Change, weight: Shape) -> Shape:
         return (w1[0] * w2[0], w1[1] * w2[1], *w2[2:])
     assert isinstance(change, Generalised)
     a1, a2, b1, b2 = (tuple(factor.shape) for factor in (change.a1, change.a2, change.b1, change.b2))
-    _require(
-        min(map(len, (a1, a2, b1, b2))) >= 2 and math.prod(a1[2:] + a2[2:] + b1[2:]) == 1,
-        "a1, a2, b1, b2",
-        a1,
-        a2,
-        b1,
-        b2,
-    )
+    matrices = min(map(len, (a1, a2, b1, b2))) >= 2 and math.prod(a1[2:] + a2[2:] + b1[2:]) == 1
+    _require(matrices, "a1, a2, b1, b2", a1, a2, b1, b2)
     _require(a1[1] == a2[0] and b1[1] == b2[0], "the ranks of a1, a2, b1, b2", a1, a2, b1, b2)
     _require(len(weight) >= 2 and a1[0] == a2[1] == weight[1], "a1, a2 and the weight", a1, a2, weight)
     return (b1[0], *b2[1:])
@@ -263,18 +255,12 @@ def _made(change: Change, weight: Shape) -> Shape:
 def _made_pair(a: Tensor, b: Tensor, core: Tensor | None) -> Shape:
     left, right = tuple(a.shape), tuple(b.shape)
     if core is None:
-        _require(
-            len(left) == 2 and len(right) >= 2 and left[1] == right[0], "the ranks of a pair of factors", left, right
-        )
-        return (left[0], *right[1:]) if len(right) == 2 else (left[0], math.prod(right[1:]))
+        fits = len(left) == 2 and len(right) >= 2 and left[1] == right[0]
+        _require(fits, "the ranks of a pair of factors", left, right)
+        return (left[0], math.prod(right[1:]))
     middle = tuple(core.shape)
-    _require(
-        len(left) == len(right) == 2 and len(middle) >= 2 and middle[:2] == (left[0], right[0]),
-        "the ranks of a Tucker core and its factors",
-        middle,
-        left,
-        right,
-    )
+    fits = len(left) == len(right) == 2 and len(middle) >= 2 and middle[:2] == (left[0], right[0])
+    _require(fits, "the ranks of a Tucker core and its factors", middle, left, right)
     return (left[1], right[1], *middle[2:])
 
 
@@ -305,10 +291,11 @@ class Merged:
 def merge(model: LatentDiffusion, loras: Sequence[tuple[Changes, float]]) -> Merged:
     """Add each LoRA, times its scale, to the weights of `model`.
 
-    Every change is computed from the model's weights as they are now, so the order of `loras` does not matter; the changes are summed in
-    float32 and rounded to the weight's own type once. Changed parameters are new tensors: the old ones, which may be mapped from a file
-    or shared with another model, keep their values. Scale 0 changes nothing, a negative one subtracts.
-    Raises ArgumentError, before anything is replaced, for a scale that is not finite and for changes that do not fit the model.
+    Every change is computed from the model's weights as they are now, so the order of `loras` does not matter; the
+    changes are summed in float32 and rounded to the weight's own type once. Changed parameters are new tensors: the old
+    ones, which may be mapped from a file or shared with another model, keep their values. Scale 0 changes nothing, a
+    negative one subtracts. Raises ArgumentError, before anything is replaced, for a scale that is not finite and for
+    changes that do not fit the model.
     """
     parameters = dict(model.named_parameters())
     wanted: dict[str, list[tuple[Change, float]]] = {}
@@ -317,9 +304,8 @@ def merge(model: LatentDiffusion, loras: Sequence[tuple[Changes, float]]) -> Mer
             raise ArgumentError(f"{changes.name}: scale {scale!r} is no finite number", key="scale")
         for name, change in changes.items():
             if name not in parameters:
-                raise ArgumentError(
-                    f"{changes.name}: this model has no parameter {name}; use a LoRA made for its family", key=name
-                )
+                what = f"{changes.name}: this model has no parameter {name}; use a LoRA made for its family"
+                raise ArgumentError(what, key=name)
             try:
                 require_fit(change, tuple(parameters[name].shape))
             except ArgumentError as fault:

@@ -32,15 +32,11 @@ class Spec:
     """Which layers of a model learn a low-rank change, and of which rank."""
 
     rank: int = 16  # of matrices, SD 1's 1x1 projections among them
-    alpha: float | None = (
-        None  # the change is alpha / rank times the product, so that it also scales the steps; None: the rank
-    )
+    alpha: float | None = None  # the change is alpha / rank times the product: it scales the steps too; None: the rank
     conv_rank: int = 0  # of convolutions; 0: they stay
     conv_alpha: float | None = None  # None: conv_rank
     dora: bool = False  # lengths of the weights' rows learn apart from their directions
-    targets: str = (
-        ""  # regular expression that the modules' names contain, such as unet.middle_block.1.proj_in; empty: USUAL
-    )
+    targets: str = ""  # regular expression to find in modules' names, as unet.middle_block.1.proj_in; empty: USUAL
     unet: bool = True  # look for them in the UNet
     text: bool = False  # and in the text towers
 
@@ -49,16 +45,14 @@ class Spec:
             if isinstance(rank, bool) or not isinstance(rank, Integral) or rank < least:
                 raise ArgumentError(f"{name}: {rank!r}; give a whole number from {least}", key=name)
         for name, alpha in (("alpha", self.alpha), ("conv_alpha", self.conv_alpha)):
-            if alpha is not None and (
-                isinstance(alpha, bool) or not isinstance(alpha, Real) or not 0 < alpha < math.inf
-            ):
+            number = isinstance(alpha, Real) and not isinstance(alpha, bool)
+            if alpha is not None and not (number and 0 < alpha < math.inf):
                 raise ArgumentError(f"{name}: {alpha!r}; give a positive number, or None for the rank", key=name)
         try:
             re.compile(self.targets)
         except re.error as fault:
-            raise ArgumentError(
-                f"targets: {self.targets[:80]!r} is no regular expression: {fault}", key="targets"
-            ) from None
+            what = f"targets: {self.targets[:80]!r} is no regular expression: {fault}"
+            raise ArgumentError(what, key="targets") from None
         if not (self.unet or self.text):
             raise ArgumentError("neither the UNet nor the text towers are to learn: set unet or text", key="unet")
 
@@ -67,14 +61,15 @@ class Spec:
 
 
 class Factors(nn.Module):
-    """What a layer learns: up @ down times alpha / r beside its weight (Hu et al. 2021, section 4.1). Not in any state dict."""
+    """A layer's low-rank change: up @ down times alpha / r beside its weight (Hu et al. 2021, section 4.1), float32.
+
+    No state dict holds them.
+    """
 
     def __init__(self, change: LowRank):
         super().__init__()
-        self.down, self.up = (
-            nn.Parameter(change.down),
-            nn.Parameter(change.up),
-        )  # [r, in(, k, k)] and [out, r(, 1, 1)], float32
+        self.down = nn.Parameter(change.down)  # [r, in(, k, k)]
+        self.up = nn.Parameter(change.up)  # [out, r(, 1, 1)]
         self.alpha = float(len(change.down) if change.alpha is None else change.alpha)
 
     @property
@@ -96,15 +91,15 @@ class Factors(nn.Module):
 
 
 class DecomposedFactors(Factors):
-    """DoRA (Liu et al. 2024, eq. 5): the changed rows, scaled to lengths that learn too. A row of zeros has no direction and stays zero.
+    """DoRA (Liu et al. 2024, eq. 5): the changed rows, scaled to magnitudes that learn too; a row of zeros stays zero.
 
-    The lengths that they are divided by are constants to the gradient (section 4.3). One magnitude per output, as in PEFT.
+    The lengths that they are divided by are constants to the gradient (section 4.3). One magnitude per output, as in
+    PEFT.
     """
 
-    def __init__(self, change: Decomposed):
-        assert isinstance(change.inner, LowRank)
-        super().__init__(change.inner)
-        self.magnitude = nn.Parameter(change.magnitude)  # [out, 1]
+    def __init__(self, change: LowRank, magnitude: Tensor):
+        super().__init__(change)
+        self.magnitude = nn.Parameter(magnitude)  # [out, 1]
 
     def forward(self, layer: Adapted, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
@@ -114,18 +109,17 @@ class DecomposedFactors(Factors):
         return layer.run(x, changed.to(layer.weight.dtype), layer.bias)
 
     def change(self, held: Mapping[str, Tensor]) -> Change:
-        return Decomposed(super().change(held), held["magnitude"])
+        return Decomposed(LowRank(held["down"], held["up"], self.alpha), held["magnitude"])
 
 
 def lengths(weight: Tensor) -> Tensor:
     """[out, 1] float32: the length of what reaches each output, never 0."""
-    return torch.linalg.vector_norm(weight.float().flatten(1), dim=1, keepdim=True).clamp_min(
-        torch.finfo(torch.float32).tiny
-    )
+    norms = torch.linalg.vector_norm(weight.float().flatten(1), dim=1, keepdim=True)
+    return norms.clamp_min(torch.finfo(torch.float32).tiny)
 
 
 class AdaptedLinear(nn.Linear):
-    """A layer that learns: the same object with the same parameters as before, of a class that also asks its factors."""
+    """A layer that learns: the same object with the same parameters as before, of a class that calls its factors."""
 
     lora: Factors
 
@@ -171,8 +165,9 @@ class AdaptedConv2d(nn.Conv2d):
         return F.conv2d(h, up)
 
 
+Plain = nn.Linear | TokenProjection | nn.Conv2d
 Adapted = AdaptedLinear | AdaptedProjection | AdaptedConv2d
-ADAPTED: dict[type[nn.Module], type[Adapted]] = {
+ADAPTED: dict[type[nn.Module], type[nn.Module]] = {
     nn.Linear: AdaptedLinear,
     TokenProjection: AdaptedProjection,
     nn.Conv2d: AdaptedConv2d,
@@ -184,13 +179,14 @@ PLAIN = {adapted: plain for plain, adapted in ADAPTED.items()}
 
 
 def attach(model: LatentDiffusion, spec: Spec, seed: int = 0) -> dict[str, nn.Parameter]:
-    """Give layers of `model`, in place, factors that learn a low-rank change; the model computes what it did before, as `up` is 0.
+    """Give layers of `model`, in place, factors that learn a low-rank change; `up` begins as 0, so nothing changes yet.
 
-    seed  of `down`, uniform within 1 / sqrt(fan-in) (Hu et al. 2021: their code); each layer's draws depend on seed and name alone
-    Returns the factors by name (unet.middle_block.1.proj_in.lora.down, .up, with DoRA .magnitude): float32, on their layer's device,
-    parameters of the model that ask for gradients. The model's own parameters, their names and its state dict stay what they were; they
-    are not frozen here. Raises ArgumentError for a model that has factors or is offloaded, and for targets that name no layer of a
-    network that is to learn.
+    seed  of `down`, uniform within 1 / sqrt(fan-in) (Hu et al. 2021: their code); each layer's draws depend on seed and
+          name alone
+    Returns the factors by name (unet.middle_block.1.proj_in.lora.down, .up, with DoRA .magnitude): float32, on their
+    layer's device, parameters of the model that require gradients. The model's own parameters, their names and its
+    state dict stay as they were, and are not frozen here. Raises ArgumentError for a model that has factors or is
+    offloaded, and for targets that name no layer of a network that is to learn.
     """
     changes: dict[str, Change] = {}
     for name, layer in _targets(model, spec).items():
@@ -205,10 +201,11 @@ def attach(model: LatentDiffusion, spec: Spec, seed: int = 0) -> dict[str, nn.Pa
 
 
 def load_into(model: LatentDiffusion, changes: Changes) -> dict[str, nn.Parameter]:
-    """Give layers of `model`, in place, these factors to go on learning from; else as `attach`, which also says what is returned.
+    """Give layers of `model`, in place, these factors to go on learning from; returns the same as `attach`.
 
-    Raises ArgumentError, before anything is changed, for a change of another kind than `attach` makes (plain low-rank ones, and DoRA's
-    with a magnitude per output), of what is no linear layer or convolution of this model, or of another shape.
+    Raises ArgumentError, before anything is changed, for a change of another kind than `attach` makes (plain low-rank
+    ones, and DoRA's with a magnitude per output), for a parameter that is no weight of a linear layer or convolution of
+    this model, and for another shape.
     """
     if adapted := _adapted(model):
         raise ArgumentError(f"this model has low-rank factors already ({next(iter(adapted))}); detach(model) first")
@@ -219,40 +216,43 @@ def load_into(model: LatentDiffusion, changes: Changes) -> dict[str, nn.Paramete
     for parameter, change in changes.items():
         name, _, leaf = parameter.rpartition(".")
         if name not in layers or leaf != "weight":
-            raise ArgumentError(
-                f"{changes.name}: {parameter} is no weight of a linear layer or convolution here; it can be merged, not trained",
-                key=parameter,
-            )
+            what = f"{changes.name}: {parameter} is no weight of a linear layer or convolution here"
+            raise ArgumentError(f"{what}; it can be merged, not trained", key=parameter)
         try:
             made[name] = _factors(change, layers[name].weight)
         except ArgumentError as fault:
             raise ArgumentError(f"{changes.name}: {parameter}: {fault}", key=parameter) from None
+    parameters: dict[str, nn.Parameter] = {}
     for name, factors in made.items():
-        layers[name].__class__ = ADAPTED[type(layers[name])]
+        _become(layers[name], ADAPTED)
         layers[name].lora = factors
-    return {
-        f"{name}.lora.{leaf}": parameter
-        for name, factors in made.items()
-        for leaf, parameter in factors.named_parameters()
-    }
+        parameters.update(factors.named_parameters(prefix=f"{name}.lora"))
+    return parameters
 
 
 def detach(model: LatentDiffusion) -> None:
-    """Take the factors out: every layer is of the class it was, with the parameters it had. Raises ArgumentError where there are none."""
+    """Take the factors out: every layer is again of the class it was, with the parameters it had.
+
+    Raises ArgumentError for a model without factors.
+    """
     for layer in _require_adapted(model).values():
         del layer.lora
-        layer.__class__ = PLAIN[type(layer)]
+        _become(layer, PLAIN)
+
+
+def _become(layer: nn.Module, classes: Mapping[type[nn.Module], type[nn.Module]]) -> None:
+    layer.__class__ = classes[type(layer)]
 
 
 def changes(model: LatentDiffusion, ema: Mapping[str, Tensor] | None = None) -> Changes:
-    """What was learnt so far, as a copy that `ldm.lora.merge` (after `detach`) and the writers of files take.
+    """The changes learnt so far, as a copy for `ldm.changes.lora.merge` (after `detach`) and for the writers of files.
 
-    ema  values to take instead of the parameters', by the names that `attach` returned: averages, or whole tensors of sharded ones
+    ema  values in place of the parameters', by the names that `attach` returned: averages, or the whole of sharded ones
     Raises ArgumentError for a model without factors, and for an `ema` that lacks one of them.
     """
     found: dict[str, Change] = {}
     for name, layer in _require_adapted(model).items():
-        held = {}
+        held: dict[str, Tensor] = {}
         for leaf, parameter in layer.lora.named_parameters():
             key = f"{name}.lora.{leaf}"
             if ema is not None and key not in ema:
@@ -278,28 +278,26 @@ def _factors(change: Change, weight: Tensor) -> Factors:
     if not isinstance(change, Decomposed):
         return Factors(plain)
     if change.magnitude.shape[1] != 1:
-        raise ArgumentError(
-            "it is a DoRA with a magnitude per input, and only one per output can be trained; merge it instead"
-        )
-    return DecomposedFactors(Decomposed(plain, own(change.magnitude, len(weight), 1)))
+        what = "it is a DoRA with a magnitude per input, and only one per output can be trained; merge it instead"
+        raise ArgumentError(what)
+    return DecomposedFactors(plain, own(change.magnitude, len(weight), 1))
 
 
 # --- which layers ---------------------------------------------------------------------------------------------------
 
 
-def _layers(model: LatentDiffusion) -> dict[str, nn.Module]:
-    """All that can have factors, by name."""
-    networks = (("unet", model.unet), *((f"text.{i}", tower) for i, tower in enumerate(model.text)))
+def _layers(model: LatentDiffusion) -> dict[str, Plain]:
+    """The layers that can have factors, by name."""
     return {
-        f"{network}.{name}": module
-        for network, root in networks
-        for name, module in root.named_modules()
-        if type(module) in ADAPTED
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, Plain) and type(module) in ADAPTED and name.startswith(("unet.", "text."))
     }
 
 
 def _adapted(model: LatentDiffusion) -> dict[str, Adapted]:
-    return {name: module for name, module in model.named_modules() if type(module) in PLAIN}
+    modules = model.named_modules()
+    return {name: module for name, module in modules if isinstance(module, Adapted) and type(module) in PLAIN}
 
 
 def _require_adapted(model: LatentDiffusion) -> dict[str, Adapted]:
@@ -309,39 +307,35 @@ def _require_adapted(model: LatentDiffusion) -> dict[str, Adapted]:
     return adapted
 
 
-def _targets(model: LatentDiffusion, spec: Spec) -> dict[str, nn.Module]:
+def _targets(model: LatentDiffusion, spec: Spec) -> dict[str, Plain]:
     """The layers that `spec` names, some in each network that is to learn."""
     layers = {name: layer for name, layer in _layers(model).items() if not name.startswith(_unheard(model.config))}
-    found = {}
+    found: dict[str, Plain] = {}
     for network, learns in (("unet", spec.unet), ("text", spec.text)):
         if not learns:
             continue
-        there = {name: layer for name, layer in layers.items() if name.startswith(f"{network}.")}
-        if not there:
-            raise ArgumentError(
-                f"{network}: a model of family {model.config.name} has no text towers; set text to false", key=network
-            )
-        named = {name: layer for name, layer in there.items() if re.search(spec.targets or USUAL, name)}
+        own = {name: layer for name, layer in layers.items() if name.startswith(f"{network}.")}
+        if not own:
+            what = f"{network}: a model of family {model.config.name} has no text towers; set text to false"
+            raise ArgumentError(what, key=network)
+        named = {name: layer for name, layer in own.items() if re.search(spec.targets or USUAL, name)}
         hit = {name: layer for name, layer in named.items() if spec.conv_rank or not isinstance(layer, nn.Conv2d)}
         if not hit:
-            fault = f"targets: {(spec.targets or USUAL)[:40]!r} is in the name of "
-            fault += (
-                "convolutions alone; set conv_rank"
-                if named
-                else f"no layer of {network}; try {' or '.join(_nearest(spec.targets, there))}"
-            )
-            raise ArgumentError(fault, key="targets")
+            where = f"no layer of {network}; try {' or '.join(_nearest(spec.targets, own))}"
+            where = "convolutions alone; set conv_rank" if named else where
+            raise ArgumentError(f"targets: {(spec.targets or USUAL)[:40]!r} is in the name of {where}", key="targets")
         found |= hit
     return found
 
 
 def _unheard(config: ModelConfig) -> tuple[str, ...]:
-    """How the layers of text towers are called that come after what the UNet is given: they would learn nothing."""
-    return tuple(
-        f"text.{i}.{after}"
-        for i, tower in enumerate(config.text) if i != config.pooled_tower
-        for after in (*(f"text_model.encoder.layers.{k}." for k in range(tower.layers - tower.skip, tower.layers)), "text_projection")
-    )  # fmt: skip
+    """The beginnings of names of layers in text towers whose output the UNet is not given: they would learn nothing."""
+    names: list[str] = []
+    for i, tower in enumerate(config.text):
+        if i != config.pooled_tower:
+            skipped = range(tower.layers - tower.skip, tower.layers)
+            names += [f"text.{i}.text_projection", *(f"text.{i}.text_model.encoder.layers.{k}." for k in skipped)]
+    return tuple(names)
 
 
 def _nearest(wanted: str, names: Iterable[str]) -> list[str]:

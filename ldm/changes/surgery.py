@@ -15,22 +15,16 @@ from ldm.model import LatentDiffusion
 from ldm.networks.unet import UNet
 from ldm.networks.vision import CLIPVision
 
-WIDENINGS = (
-    "mask",
-    "masked_image",
-    "depth",
-)  # what conv_in can get room for, in the order in which published models have it
+WIDENINGS = ("mask", "masked_image", "depth")  # inputs for which conv_in can be widened, in published models' order
 GROUPS = 32  # of every GroupNorm in a UNet
 
 
 def _assembled(model: LatentDiffusion, config: ModelConfig, changed: Mapping[str, Tensor]) -> LatentDiffusion:
-    """A model of this config from `changed` parameters, by name, and from those of `model` for the rest, which both then share."""
+    """A model of this config from `changed` parameters, by name, and for the rest from those of `model`, now shared."""
     with torch.device("meta"):
         made = LatentDiffusion(config)
-    kept = model.state_dict()
-    made.load_state_dict(
-        {name: changed[name] if name in changed else kept[name] for name in made.state_dict()}, assign=True
-    )
+    parameters = {**model.state_dict(), **changed}
+    made.load_state_dict({name: parameters[name] for name in made.state_dict()}, assign=True)
     made.schedule = model.schedule
     return made.eval().requires_grad_(False)
 
@@ -39,30 +33,25 @@ def _assembled(model: LatentDiffusion, config: ModelConfig, changed: Mapping[str
 
 
 def widen(model: LatentDiffusion, concat: tuple[str, ...]) -> LatentDiffusion:
-    """The model with room at its UNet's input for `concat` beside the latent; it predicts what it did, whatever is put there.
+    """The model with room at its UNet's input for `concat` beside the latent; its predictions do not change.
 
     concat  of WIDENINGS, in their order: ("mask", "masked_image") takes conv_in from 4 to 9 channels, ("depth",) to 5
-    The new channels come after the latent's, with weights 0, as the published inpainting and depth models were begun. Where the
-    family that results is a published one, its name is taken. No depth network comes with ("depth",). Parameters other than
-    conv_in's weight are shared with `model`.
+    The new channels come after the latent's, with weights 0, as in the beginning of the published inpainting and depth
+    models. Where the family that results is a published one, its name is taken. No depth network comes with ("depth",).
+    Parameters other than conv_in's weight are shared with `model`.
     Raises ArgumentError for an unknown or repeated input, another order, or a model that has such inputs already.
     """
     old = model.config
     if not concat or list(concat) != [name for name in WIDENINGS if name in concat]:
-        raise ArgumentError(
-            f"widen: {', '.join(map(str, concat))[:60] or 'nothing'}; give some of {', '.join(WIDENINGS)}, in this order",
-            key="widen",
-        )
+        given = ", ".join(map(str, concat))[:60] or "nothing"
+        raise ArgumentError(f"widen: {given}; give some of {', '.join(WIDENINGS)}, in this order", key="widen")
     if old.concat:
-        raise ArgumentError(
-            f"widen: this model ({old.name}) is told {', '.join(old.concat)} already; widen one that is told text alone",
-            key="widen",
-        )
+        what = f"widen: this model ({old.name}) is told {', '.join(old.concat)} already"
+        raise ArgumentError(f"{what}; widen one that is told text alone", key="widen")
     channels = {"mask": 1, "masked_image": old.vae.z_channels, "depth": 1}
-    weight = model.unet.input_blocks[0][0].weight.detach()
-    wide = torch.cat(
-        [weight, weight.new_zeros(len(weight), sum(channels[name] for name in concat), *weight.shape[2:])], dim=1
-    )
+    weight = model.unet.get_parameter("input_blocks.0.0.weight").detach()
+    room = weight.new_zeros(len(weight), sum(channels[name] for name in concat), *weight.shape[2:])
+    wide = torch.cat([weight, room], dim=1)
     kind = {("mask", "masked_image"): "inpainting", ("depth",): "depth"}.get(concat)
     family = f"{old.name.removesuffix('-base')}-{kind}"
     published = family in FAMILIES and FAMILIES[family].prediction == old.prediction
@@ -78,28 +67,21 @@ def widen(model: LatentDiffusion, concat: tuple[str, ...]) -> LatentDiffusion:
 def swap_conditioner(model: LatentDiffusion, vision: CLIPVision) -> LatentDiffusion:
     """The model with a vision tower in place of its text towers: its context is then one token, the image embedding.
 
-    As justinpinkney/stable-diffusion made image variations from SD 1. The UNet is the same, and so is what it predicts of a given context.
-    Parameters are shared with `model` and `vision`.
-    Raises ArgumentError where the embedding is not as wide as the context, or where the UNet is told more than a context.
+    As justinpinkney/stable-diffusion made image variations from SD 1. The UNet is the same, and predicts the same of a
+    given context. Parameters are shared with `model` and `vision`.
+    Raises ArgumentError where the embedding is not as wide as the context, or where the UNet has other inputs too.
     """
     old = model.config
     if old.unet.vector_dim is not None or old.unet.noise_levels is not None:
-        raise ArgumentError(
-            f"vision: a model of family {old.name} is told more than a context; swap the conditioner of an SD 1 or SD 2 model",
-            key="vision",
-        )
+        what = f"vision: a model of family {old.name} is told more than a context"
+        raise ArgumentError(f"{what}; swap the conditioner of an SD 1 or SD 2 model", key="vision")
     if vision.config.projection != old.unet.context_dim:
-        raise ArgumentError(
-            f"vision: its embedding has {vision.config.projection} numbers, the UNet's context {old.unet.context_dim}; use a tower that fits",
-            key="vision",
+        what = (
+            f"vision: its embedding has {vision.config.projection} numbers, the UNet's context {old.unet.context_dim}"
         )
-    config = replace(
-        old,
-        name="sd-image-variations" if old.name == "sd1" else old.name,
-        text=(),
-        vision=vision.config,
-        zero_empty=False,
-    )
+        raise ArgumentError(f"{what}; use a tower that fits", key="vision")
+    name = "sd-image-variations" if old.name == "sd1" else old.name
+    config = replace(old, name=name, text=(), vision=vision.config, zero_empty=False)
     return _assembled(model, config, {f"vision.{name}": tensor for name, tensor in vision.state_dict().items()})
 
 
@@ -129,34 +111,34 @@ def prune(model: LatentDiffusion, plan: str) -> LatentDiffusion:
 def ssd_1b(config: ModelConfig) -> ModelConfig:
     """SSD-1B from SDXL: 36 of its 70 transformer blocks less, and a middle of one ResBlock.
 
-    Which depths are left is published, in SSD-1B's config; which blocks they were made from is not. For that: the README of
-    furusu/SSD-1B-anime, whose author compared the attention weights of both models by cosine similarity. Of two blocks the first is
-    kept; of ten the first, second, third and seventh. That the middle keeps its first ResBlock follows from Segmind's distill_sdxl.py,
-    which compares a teacher's middle with it. Not known: the ten blocks of output_blocks.2, which correspond to SDXL's in number
-    but, says the same README, not clearly in their weights; here they begin as SDXL's.
+    SSD-1B's config shows which depths are left, but not from which blocks they were made. For that: the README of
+    furusu/SSD-1B-anime, whose author compared the attention weights of both models by cosine similarity. Of two blocks
+    the first is kept; of ten the first, second, third and seventh. That the middle keeps its first ResBlock follows
+    from Segmind's distill_sdxl.py, which compares a teacher's middle with it. Where the ten blocks of output_blocks.2
+    come from is not known: they are as many as SDXL's, but, by the same README, not clearly similar; here they begin as
+    SDXL's.
     Raises ArgumentError for another UNet than SDXL base's.
     """
     unet = config.unet
-    if (unet.down_depth, unet.up_depth, unet.mid_depth) != (
-        SDXL.down_depth,
-        SDXL.up_depth,
-        SDXL.mid_depth,
-    ) or config.concat:
-        raise ArgumentError(
-            f"plan: 'ssd-1b' is for SDXL base, this is a model of family {config.name}; use 'half'", key="plan"
-        )
+    depths, wanted = ((of.down_depth, of.up_depth, of.mid_depth) for of in (unet, SDXL))
+    if config.concat or depths != wanted:
+        what = f"plan: 'ssd-1b' is for SDXL base, this is a model of family {config.name}; use 'half'"
+        raise ArgumentError(what, key="plan")
     smaller = replace(unet, mid_depth=SSD1B.mid_depth, down_depth=SSD1B.down_depth, up_depth=SSD1B.up_depth)
     return replace(config, name="ssd-1b", unet=smaller)
 
 
 def half(config: ModelConfig) -> ModelConfig:
-    """About half of a UNet's parameters: the middle is left one ResBlock, and half is left of what there is most of.
+    """About half of a UNet's parameters: the middle keeps one ResBlock, and the most numerous parts are halved.
 
-    SDXL     transformers of several blocks: every second block stays, as in DistilBERT (Sanh et al. 2019, section 3). 49 % of its parameters
-    SD 1, 2  several ResBlocks a level: half of them stay, the first going down; coming up the first and as many at the end, so that a skip
-             has the width that its block was trained with (BK-SDM: Kim et al. 2023, section 3.1). 60 %
-    others   the coarsest level gets the width of the one above it: whole attention heads go, and of each group of a GroupNorm as
-             many channels as of every other; a ResBlock that no longer widens needs no convolution around it. 55 % of the model that ships
+    SDXL     transformers of several blocks: every second block stays, as in DistilBERT (Sanh et al. 2019, section 3).
+             49 % of its parameters
+    SD 1, 2  several ResBlocks a level: half of them stay, the first going down; coming up the first and as many at the
+             end, so that a skip has the width that its block was trained with (BK-SDM: Kim et al. 2023, section 3.1).
+             60 %
+    others   the coarsest level gets the width of the one above it: whole attention heads go, and equally many channels
+             of each group of a GroupNorm; a ResBlock that no longer widens needs no convolution around it. 55 % of the
+             model that ships
     Raises ArgumentError where a UNet has none of these.
     """
     unet = config.unet
@@ -175,17 +157,13 @@ def half(config: ModelConfig) -> ModelConfig:
     elif len(unet.channel_mult) > 1 and unet.channel_mult[-1] > unet.channel_mult[-2]:
         smaller = replace(unet, channel_mult=(*unet.channel_mult[:-1], unet.channel_mult[-2]))
     else:
-        raise ArgumentError(
-            f"plan: 'half' finds nothing to halve in a UNet of one block a level and widths {unet.channel_mult}; train a smaller one",
-            key="plan",
-        )
+        what = f"plan: 'half' finds nothing to halve in a UNet of one block a level and widths {unet.channel_mult}"
+        raise ArgumentError(f"{what}; train a smaller one", key="plan")
     return replace(config, unet=replace(smaller, mid_depth=None))
 
 
-PLANS: Mapping[str, Callable[[ModelConfig], ModelConfig]] = {
-    "ssd-1b": ssd_1b,
-    "half": half,
-}  # config of the model -> that of the smaller one
+# config of the model -> that of the smaller one
+PLANS: Mapping[str, Callable[[ModelConfig], ModelConfig]] = {"ssd-1b": ssd_1b, "half": half}
 
 
 def kept_channels(large: int, small: int, groups: int = GROUPS) -> Tensor:
@@ -210,54 +188,47 @@ def _source(name: str, large: UNetConfig, small: UNetConfig) -> str:
     part, *rest = name.split(".")
     if part not in ("input_blocks", "middle_block", "output_blocks") or name.startswith("input_blocks.0."):
         return name
-    theirs, ours = large.mid_depth, small.mid_depth
+    before, after = large.mid_depth or 0, small.mid_depth or 0
     if part != "middle_block":
-        n, m, first = (
-            large.num_res_blocks,
-            small.num_res_blocks,
-            int(part == "input_blocks"),
-        )  # conv_in is block 0 going down
+        n, m = large.num_res_blocks, small.num_res_blocks
+        first = int(part == "input_blocks")  # conv_in is block 0 going down
         level, i = divmod(int(rest[0]) - first, m + 1)
         kept = ([*range(m), n] if first else _kept_ups(n, m))[i]  # a level ends in its Downsample going down
         rest[0] = str(first + level * (n + 1) + kept)
         if "transformer_blocks" in rest:
-            theirs, ours = (
-                (large.down_depth[level][kept], small.down_depth[level][i])
-                if first
-                else (large.up_depth[level][kept], small.up_depth[level][i])
-            )
+            depths = (large.down_depth, small.down_depth) if first else (large.up_depth, small.up_depth)
+            before, after = depths[0][level][kept], depths[1][level][i]
     if "transformer_blocks" in rest:
         place = rest.index("transformer_blocks") + 1
-        rest[place] = str(_kept_layers(theirs, ours)[int(rest[place])])
+        rest[place] = str(_kept_layers(before, after)[int(rest[place])])
     return ".".join([part, *rest])
 
 
 def _kept(name: str, tensor: Tensor, shape: tuple[int, ...], large: UNetConfig, small: UNetConfig) -> Tensor:
     """A copy of what is kept of a parameter: all of it, or where a level is narrower some of its rows and columns."""
     tensor = tensor.detach().clone(memory_format=torch.contiguous_format)
-    for axis, (theirs, ours) in enumerate(zip(tensor.shape, shape, strict=True)):
-        if theirs != ours:
-            tensor = tensor.index_select(axis, _kept_places(name, axis, theirs, ours, large, small).to(tensor.device))
+    for axis, (before, after) in enumerate(zip(tensor.shape, shape, strict=True)):
+        if before != after:
+            tensor = tensor.index_select(axis, _kept_places(name, axis, before, after, large, small).to(tensor.device))
     return tensor
 
 
-def _kept_places(name: str, axis: int, theirs: int, ours: int, large: UNetConfig, small: UNetConfig) -> Tensor:
+def _kept_places(name: str, axis: int, before: int, after: int, large: UNetConfig, small: UNetConfig) -> Tensor:
     """Which rows or columns of a parameter of that name are kept."""
     if (axis == 0 and re.search(r"\.to_[qkv]\.weight$", name)) or (axis == 1 and name.endswith("to_out.0.weight")):
-        return kept_channels(
-            theirs, ours, large.heads or 1
-        )  # of heads of a fixed width the first; of a fixed number the first part of each
+        # of heads of a fixed width the first ones are kept; of a fixed number of heads the first part of each
+        return kept_channels(before, after, large.heads or 1)
     if ".ff.net.0.proj." in name and axis == 0:
-        return kept_channels(theirs, ours, 2)  # of the values, and of their gates
+        return kept_channels(before, after, 2)  # of the values, and of their gates
     if name.endswith("ff.net.2.weight") and axis == 1:
-        return kept_channels(theirs, ours, 1)
+        return kept_channels(before, after, 1)
     joined = re.fullmatch(
         r"output_blocks\.(\d+)\.0\.(in_layers\.0\.(weight|bias)|in_layers\.2\.weight|skip_connection\.weight)", name
     )
     if joined and (axis == 1 or ".in_layers.0." in name):  # of what comes up, and of the skip behind it
-        (up, skip), (our_up, our_skip) = _joined(large)[int(joined[1])], _joined(small)[int(joined[1])]
-        return torch.cat([kept_channels(up, our_up), up + kept_channels(skip, our_skip)])
-    return kept_channels(theirs, ours)
+        (up, skip), (new_up, new_skip) = _joined(large)[int(joined[1])], _joined(small)[int(joined[1])]
+        return torch.cat([kept_channels(up, new_up), up + kept_channels(skip, new_skip)])
+    return kept_channels(before, after)
 
 
 def _joined(unet: UNetConfig) -> list[tuple[int, int]]:
