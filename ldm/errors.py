@@ -1,17 +1,21 @@
-"""Every error this project raises on purpose: each is an `LdmError` and the standard exception a caller would expect."""
+"""Every error that is raised on purpose, each also the standard exception a caller expects; checks of arguments."""
 
 from __future__ import annotations
 
+import difflib
+import math
 import re
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from numbers import Integral, Real
 from os import PathLike
+from typing import Any
 
 LIMIT = 200  # characters in a message: it must fit on a line or two of a terminal
 
 
 def printable(text: str) -> str:
-    """`text` with control, bidirectional and unpaired-surrogate characters escaped, so that no file can write to a terminal."""
+    """`text` with control, bidirectional and unpaired-surrogate characters escaped: no file can write to a terminal."""
     return "".join(
         c if unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Zl", "Zp") else f"\\u{ord(c):04x}" for c in text
     )
@@ -20,7 +24,7 @@ def printable(text: str) -> str:
 class LdmError(Exception):
     """What happened, to what, what to do: one line of at most 200 characters, made of parts that can be composed anew.
 
-    what    the message without the file's name, and without the key where it begins with that ("steps: 0; give 1 or more")
+    what    the message without the file's name, and without the key where it begins with that ("steps: 0; give 1")
     path    the file concerned
     key     the tensor, or the argument, concerned
     remedy  what to do, where that names an argument: "choose another name or {overwrite=True}"
@@ -39,11 +43,12 @@ class LdmError(Exception):
         super().__init__(self.line({}))
 
     def line(self, spelled: Mapping[str, str]) -> str:
-        """The whole message, with arguments as `spelled` has them: {"rescale": "--cfg-rescale", "ema=False": "--raw"}."""
+        """The whole message, arguments spelled as in {"rescale": "--cfg-rescale", "ema=False": "--raw"}."""
         place = "" if self.path is None else f"{_end(printable(str(self.path)), 80)}: "
         text = f"{spelled.get(str(self.key), self.key)}: {self.what}" if self.names_key else self.what
         if self.remedy is not None:
-            text += "; " + re.sub(r"\{([^}]*)\}", lambda match: spelled.get(match[1], match[1]), self.remedy)
+            remedy = re.sub(r"\{([^}]*)\}", lambda match: spelled.get(match[1], match[1]), self.remedy)
+            text = f"{text}{' ' if text.endswith(':') else '; '}{remedy}"
         return place + _short(text, LIMIT - len(place))
 
 
@@ -52,7 +57,7 @@ def _end(text: str, limit: int) -> str:
 
 
 def _short(what: str, limit: int) -> str:
-    """At most `limit` characters of a message. A remedy, the words after its last semicolon, is kept unless it is a long list."""
+    """At most `limit` characters. A remedy, the words after the last semicolon, is kept unless it is a long list."""
     if len(what) <= limit:
         return what
     fault, mark, remedy = what.rpartition("; ")
@@ -98,3 +103,30 @@ class NonFinite(LdmError, ArithmeticError):
     """A result with NaN or infinity in it."""
 
     exit_code = 5
+
+
+# --- checks of arguments --------------------------------------------------------------------------------------------
+
+
+def require_known(name: str, value: Any, known: Collection[str]) -> None:
+    """Raises ArgumentError, with the nearest match, for a value that is not among those known."""
+    if value not in known:
+        near = difflib.get_close_matches(str(value), known, n=1)
+        raise ArgumentError(
+            f"{name}: {str(value)[:30]!r} is unknown{f'; {near[0]}?' if near else '.'} All: {' '.join(known)}", key=name
+        )
+
+
+def require_whole(name: str, value: Any, low: int, high: int, why: str = "") -> int:
+    """The number, if it is a whole one from `low` to `high`. Raises ArgumentError."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < low:
+        raise ArgumentError(f"{name}: {value!r}; give a whole number from {low} to {high}", key=name)
+    if value > high:
+        raise ArgumentError(f"{name}: {value}; give at most {high}{why}", key=name)
+    return int(value)
+
+
+def require_number(name: str, value: Any, low: float, high: float) -> None:
+    """Raises ArgumentError for what is no finite number from `low` to `high`."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not (math.isfinite(value) and low <= value <= high):
+        raise ArgumentError(f"{name}: {value!r}; give a number from {low:g} to {high:g}", key=name)

@@ -114,7 +114,7 @@ def tail(sigmas: Sequence[float], strength: float) -> list[float]:
     kept = int(steps * strength)
     if kept == 0:
         least = math.ceil(10000 / steps) / 10000
-        raise ValueError(f"strength {strength} leaves none of {steps} steps: give at least {least:g}, or more steps")
+        raise ValueError(f"{strength} leaves none of {steps} steps: give at least {least:g}, or more steps")
     return list(sigmas[steps - kept :])
 
 

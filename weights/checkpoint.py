@@ -30,6 +30,7 @@ from weights.names.places import Place, Shape, joined, short
 from weights.names.prediction import STATISTIC, Finding, Prediction, settle
 from weights.names.sizes import UNET
 
+NO_AVERAGE = "load it with {ema=False}"
 RAW = "the moving average was not asked for: ema=True loads it"
 AVERAGED = "the moving average was asked for in place of these"
 
@@ -179,7 +180,7 @@ class Parameters:
 
     def _require_average(self) -> None:
         if self.layout.averaged is None:
-            raise self.file.error("has no moving average: this layout never holds one; load it with ema=False")
+            raise self.file.error("has no moving average: this layout never holds one", remedy=NO_AVERAGE)
         n, of = len(self.averages), len(self.averaged)
         if n == 0:
             leftover = "model_ema.decay" in self.file
@@ -188,11 +189,11 @@ class Parameters:
                 if leftover
                 else "no model_ema.* at all"
             )
-            raise self.file.error(f"has no moving average ({why}); load it with ema=False")
+            raise self.file.error(f"has no moving average ({why})", remedy=NO_AVERAGE)
         if n < of:
             first = next(key for name, key in self.averaged.items() if name not in self.averages)
-            what = f"has a moving average of {n} of {of} tensors, {short(first)} is missing; load it with ema=False"
-            raise self.file.error(what, first)
+            what = f"has a moving average of {n} of {of} tensors, {short(first)} is missing"
+            raise self.file.error(what, first, NO_AVERAGE)
 
     # --- reading ----------------------------------------------------------------------------------------------------
 

@@ -4,105 +4,128 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import importlib
 import importlib.metadata
-import itertools
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+import sys
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
 
-import torch
-
-from ldm.cli.files import Readers
+from ldm.cli import Command
 from ldm.cli.terminal import EXIT_CODES
 from ldm.errors import ArgumentError
-from ldm.tasks.job import require_known
 
-MAX_CELLS = 1000  # of a comparison
-VARIABLE = (  # what may vary, by its name in Python; a command has those of them that are its options
-    "cfg", "sampler", "grid", "steps", "eta", "rescale", "clip_skip", "seed", "strength", "width", "height", "scale", "enlarge", "feather", "noise_level",
-    "preprocessing", "refine_from", "refine_strength", "aesthetic", "negative_aesthetic",
-)  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Axis:
-    """An option and the values it takes in turn."""
-
-    dest: str  # where the arguments keep it
-    name: str  # as it is typed, without dashes
-    texts: tuple[str, ...]  # the values as they were typed
-    values: tuple[Any, ...]
-
-    @property
-    def labels(self) -> list[str]:
-        """The headers of its rows or columns."""
-        return [f"{self.name} {text}" for text in self.texts]
-
-
-def axes_of(given: Sequence[str], parser: argparse.ArgumentParser) -> tuple[Axis, ...]:
-    """What --grid-of varies. Raises ArgumentError for more than two options, one that cannot vary, or a value that it does not take."""
-    if len(given) > 2:
-        raise ArgumentError("--grid-of: a sheet has two axes; give it once or twice")
-    axes = tuple(_axis(text, parser) for text in given)
-    if len({axis.dest for axis in axes}) != len(axes):
-        raise ArgumentError(f"--grid-of: {axes[0].name} twice; put all its values into one")
-    count = len(list(cells_of(axes)))
-    if count > MAX_CELLS:
-        raise ArgumentError(f"--grid-of: {count} combinations; the limit is {MAX_CELLS}")
-    return axes
-
-
-def cells_of(axes: Sequence[Axis]) -> Iterator[dict[str, Any]]:
-    """What each combination sets, {dest: value}; the last axis changes fastest. Without axes there is one combination, of nothing."""
-    for values in itertools.product(*(axis.values for axis in axes)):
-        yield {axis.dest: value for axis, value in zip(axes, values, strict=True)}
-
-
-def _axis(text: str, parser: argparse.ArgumentParser) -> Axis:
-    key, equals, values = text.partition("=")
-    actions = {
-        string.removeprefix("--"): action
-        for action in parser._actions
-        if action.dest in VARIABLE
-        for string in action.option_strings
-    }
-    name = key.strip().removeprefix("--").replace("_", "-")
-    name = next((typed for typed, action in actions.items() if action.dest == key.strip()), name)
-    if not equals:
-        raise ArgumentError(f"--grid-of: {key[:40]!r} has no values; write cfg=1.5,3,5,8 for example")
-    try:
-        require_known("grid_of", name, actions)
-    except ArgumentError as error:
-        raise ArgumentError(f"--{str(error).replace('_', '-', 1)}") from None
-    action, texts = actions[name], tuple(part.strip() for part in values.split(","))
-    if not all(texts):
-        raise ArgumentError(f"--grid-of: {name} has an empty value; write {name}=A,B,C")
-    try:
-        converted = tuple(action.type(part) if action.type else part for part in texts)
-    except argparse.ArgumentTypeError as error:
-        raise ArgumentError(f"--grid-of: {name}: {error}") from None
-    if len(set(converted)) != len(converted):
-        raise ArgumentError(f"--grid-of: {name} has a value twice")
-    return Axis(action.dest, name, texts, converted)
-
-
-@dataclass(frozen=True)
-class Command:
-    """One word of the command line."""
-
-    help: str
-    add_arguments: Callable[[argparse.ArgumentParser], None]
-    run: Callable[[argparse.Namespace, Readers], None]
-    examples: str
+if TYPE_CHECKING:
+    import torch
 
 
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are ours: one line, no usage."""
 
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
         hint = f"; see '{self.prog} --help'" if "required" in message else ""
         raise ArgumentError(message.removeprefix("argument ") + hint)
+
+    def spelled(self) -> dict[str, str]:
+        """How Python's arguments are typed here: {"rescale": "--cfg-rescale", "ema=False": "--raw"}, for example."""
+        names: dict[str, str] = {}
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                for parser in action.choices.values():
+                    names |= parser.spelled()
+            for flag in action.option_strings[:1]:
+                names.setdefault(action.dest, flag)
+                if action.nargs == 0 and isinstance(action.const, bool):
+                    names[f"{action.dest}={action.const}"] = flag
+                    names.setdefault(f"{action.dest}={not action.const}", f"no {flag}")
+        return names
+
+
+def parse(commands: Mapping[str, Command], argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The arguments, with `run`, which runs the command on them, and `spelled`, as `Parser.spelled` gives it.
+
+    No other command's file is imported. Raises ArgumentError; an unknown option is answered with the nearest there is.
+    """
+    words = sys.argv[1:] if argv is None else [*argv]
+    overview, parsers = _parsers(commands)
+    name = next((word for word in words if not word.startswith("-")), "")
+    run = _complete(parsers[name], name, commands[name]) if name in commands else None
+    args, unknown = overview.parse_known_args(words)
+    parser = parsers[args.command]
+    if unknown:
+        word = next((word for word in unknown if word.startswith("-")), unknown[0])
+        near = difflib.get_close_matches(word.split("=")[0], parser._option_string_actions, n=1)
+        hint = f"see 'ldm {args.command} --help'" if word.startswith("-") else "put the prompt in quotes"
+        hint = f"did you mean {near[0]}?" if near else hint
+        raise ArgumentError(f"{word[:60]}: unknown to ldm {args.command}; {hint}")
+    args.run, args.spelled = run, parser.spelled()
+    return args
+
+
+def _parsers(commands: Mapping[str, Command]) -> tuple[Parser, dict[str, Parser]]:
+    """The parser of the whole line, and one for each command, which has no options yet."""
+    shape = argparse.RawDescriptionHelpFormatter
+    listed = "\n".join(f"  {name:13}{command.help}" for name, command in commands.items())
+    start = 'start with:\n  ldm txt2img "a red cube on top of a blue sphere"'
+    overview = Parser(
+        prog="ldm", usage="ldm COMMAND ... [options]", formatter_class=shape, allow_abbrev=False,
+        description="Latent diffusion: pictures from text, and from other pictures, with the Stable Diffusion family."
+        f"\n\ncommands:\n{listed}",
+        epilog=f"{start}\n\n'ldm COMMAND --help' lists the options of a command, with examples.\n\n{EXIT_CODES}",
+    )  # fmt: skip
+    overview.add_argument("--version", action="version", version=f"ldm {version()}")
+    added = overview.add_subparsers(
+        dest="command", metavar="COMMAND", required=True, parser_class=Parser, help="one of these"
+    )
+    return overview, {
+        name: added.add_parser(
+            name, prog=f"ldm {name}", formatter_class=shape, allow_abbrev=False,
+            epilog=f"examples:{command.examples}\n\n{EXIT_CODES}",
+        )
+        for name, command in commands.items()
+    }  # fmt: skip
+
+
+def _complete(parser: Parser, name: str, command: Command) -> Any:
+    """Import the command's module and give its parser its options. Returns the function that runs it."""
+    module = importlib.import_module(f"ldm.cli.{command.module}")
+    run = getattr(module, name)
+    parser.description = run.__doc__
+    if command.usage is None:
+        getattr(module, f"add_{name}")(parser)
+    else:
+        parser.usage = f"%(prog)s {command.usage}"
+        add_options(parser, name, importlib.import_module("ldm.cli.options").OPTIONS)
+    return run
+
+
+def add_options(parser: Parser, command: str, groups: Mapping[str, Sequence[Any]]) -> None:
+    """The options of a command that makes pictures, rows of `ldm.cli.options` by the titles of their groups."""
+    for title, rows in groups.items():
+        rows = [row for row in rows if command in row.commands.split()]
+        group = parser.add_argument_group(title) if title and rows else parser
+        for row in rows:
+            flags = row.flags or (f"--{row.name.replace('_', '-')}",)
+            how = {"help": row.help, "default": row.default} | row.more
+            if flags[0].startswith("-"):
+                how["dest"] = row.name
+            if isinstance(row.default, bool):
+                how["action"] = "store_false" if row.default else "store_true"
+            elif isinstance(row.default, list):
+                how["action"] = "append"
+            if row.metavar is not None:
+                how["metavar"] = row.metavar
+            if row.kind is not None:
+                how["choices" if isinstance(row.kind, tuple) else "type"] = row.kind
+            group.add_argument(*flags, **how)
+
+
+def version() -> str:
+    """Of the installed package."""
+    try:
+        return importlib.metadata.version("ldm")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
 
 
 # --- kinds of values, for argparse; which of them will do is checked later ------------------------------------------
@@ -145,7 +168,7 @@ def wholes(text: str) -> tuple[int, ...]:
 
 
 def pixels(text: str) -> tuple[int, int]:
-    """1024x768 -> (768, 1024): written width first, told to models height first."""
+    """1024x768 -> (768, 1024): typed with the width first, for models with the height first."""
     match = re.fullmatch(r"(\d{1,7})x(\d{1,7})", text)
     if not match:
         raise argparse.ArgumentTypeError(f"{text[:40]!r} is no size; write WIDTHxHEIGHT, 1024x768 for example")
@@ -170,6 +193,8 @@ def added(text: str) -> tuple[str, int]:
 
 def stored_type(text: str) -> torch.dtype:
     """fp16 or float16 -> torch.float16: what numbers are stored as."""
+    import torch  # 'ldm --help' does without
+
     types = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
     types |= {str(dtype).removeprefix("torch."): dtype for dtype in types.values()}
     if text not in types:
@@ -178,7 +203,7 @@ def stored_type(text: str) -> torch.dtype:
 
 
 def scaled_file(text: str) -> tuple[str, float]:
-    """style.safetensors:0.8 -> ("style.safetensors", 0.8); without a number at the end the scale is 1. Other colons belong to the name."""
+    """style.safetensors:0.8 -> ("style.safetensors", 0.8); without a number at its end the scale is 1."""
     match = re.fullmatch(r"(.+):([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)", text, re.DOTALL)
     return (match[1], float(match[2])) if match else (text, 1.0)
 
@@ -195,60 +220,3 @@ def shown_bytes(count: int) -> str:
         if count >= size:
             return f"{count / size:.2f} {unit}"
     return f"{count} bytes"
-
-
-# --- parsing --------------------------------------------------------------------------------------------------------
-
-
-def build_parser(table: Mapping[str, Command]) -> tuple[Parser, dict[str, argparse.ArgumentParser]]:
-    """The parser, and that of each command."""
-    shape = argparse.RawDescriptionHelpFormatter
-    listed = "\n".join(f"  {name:13}{command.help}" for name, command in table.items())
-    parser = Parser(
-        prog="ldm", usage="ldm COMMAND ... [options]", formatter_class=shape, allow_abbrev=False,
-        description=f"Latent diffusion: pictures from text, and from other pictures, with the Stable Diffusion family.\n\ncommands:\n{listed}",
-        epilog=f"start with:\n  ldm txt2img \"a red cube on top of a blue sphere\"\n\n'ldm COMMAND --help' lists the options of a command, with examples.\n\n{EXIT_CODES}",
-    )  # fmt: skip
-    parser.add_argument("--version", action="version", version=f"ldm {version()}")
-    commands = parser.add_subparsers(
-        dest="command", metavar="COMMAND", required=True, parser_class=Parser, help="one of these"
-    )
-    parsers = {}
-    for name, command in table.items():
-        parsers[name] = commands.add_parser(
-            name,
-            prog=f"ldm {name}",
-            description=command.run.__doc__,
-            formatter_class=shape,
-            allow_abbrev=False,
-            epilog=f"examples:{command.examples}\n\n{EXIT_CODES}",
-        )
-        command.add_arguments(parsers[name])
-    return parser, parsers
-
-
-def parse(table: Mapping[str, Command], argv: Sequence[str] | None) -> argparse.Namespace:
-    """The arguments, with what --grid-of varies of them as `axes`. Raises ArgumentError; an unknown option is answered with the nearest there is."""
-    parser, parsers = build_parser(table)
-    args, unknown = parser.parse_known_args(argv)
-    if unknown:
-        word = next((word for word in unknown if word.startswith("-")), unknown[0])
-        near = difflib.get_close_matches(word.split("=")[0], parsers[args.command]._option_string_actions, n=1)
-        hint = (
-            f"did you mean {near[0]}?"
-            if near
-            else f"see 'ldm {args.command} --help'"
-            if word.startswith("-")
-            else "put the prompt in quotes"
-        )
-        raise ArgumentError(f"{word[:60]}: unknown to ldm {args.command}; {hint}")
-    args.axes = axes_of(getattr(args, "grid_of", None) or [], parsers[args.command])
-    return args
-
-
-def version() -> str:
-    """Of the installed package."""
-    try:
-        return importlib.metadata.version("ldm")
-    except importlib.metadata.PackageNotFoundError:
-        return "unknown"

@@ -1,4 +1,4 @@
-"""`ldm convert`: weights in another container, layout or type of numbers."""
+"""`ldm convert`, `ldm repair` and `ldm merge`: a file of weights made from others."""
 
 from __future__ import annotations
 
@@ -7,13 +7,9 @@ import re
 from collections import Counter
 from pathlib import Path
 
-import torch
-
-from ldm.changes import surgery
+import weights
 from ldm.cli import arguments, terminal
-from ldm.cli.files import Readers, require_weights
 from ldm.config import FAMILIES
-from ldm.disk import require_writable
 from ldm.errors import printable
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -54,15 +50,17 @@ def add_convert(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--shard-size", type=_size, metavar="SIZE", help="bytes of a file in a folder at most, 2GB for example"
     )
-    said = parser.add_argument_group("what SRC does not say")
-    said.add_argument(
+    unsaid = parser.add_argument_group("what SRC does not say")
+    unsaid.add_argument(
         "--config",
         metavar="NAME",
         help=f"the family: {', '.join(FAMILIES)}; of a VAE alone, the one whose latents it makes",
     )
-    said.add_argument("--prediction", choices=("eps", "v"), help="what the UNet predicts")
-    said.add_argument("--variant", metavar="NAME", help="of a diffusers folder's weights, fp16 or non_ema for example")
-    said.add_argument("--licence", metavar="TEXT", help="for the metadata (default: what SRC says)")
+    unsaid.add_argument("--prediction", choices=("eps", "v"), help="what the UNet predicts")
+    unsaid.add_argument(
+        "--variant", metavar="NAME", help="of a diffusers folder's weights, fp16 or non_ema for example"
+    )
+    unsaid.add_argument("--licence", metavar="TEXT", help="for the metadata (default: what SRC says)")
     out = parser.add_argument_group("output")
     out.add_argument(
         "--manifest",
@@ -73,17 +71,17 @@ def add_convert(parser: argparse.ArgumentParser) -> None:
     out.add_argument("--debug", action="store_true", help="show where an error comes from")
 
 
-def convert(args: argparse.Namespace, readers: Readers) -> None:
+def convert(args: argparse.Namespace) -> None:
     """Convert weights between .safetensors, .ckpt and diffusers folders. Without --dtype every number stays what it was, bit by bit."""
     with terminal.writing(Path(args.dst).name) as on_write:
-        made = readers.package.convert(
+        made = weights.convert(
             args.src, args.dst, dtype=args.dtype, ema=args.ema, prune=args.prune, only=args.only, shard_size=args.shard_size, drop=args.drop, licence=args.licence,
             config=args.config, prediction=args.prediction, variant=args.variant, manifest=args.manifest, overwrite=args.overwrite, on_write=on_write,
         )  # fmt: skip
     family = f" of a model of family {made.config.name}" if made.config else ""
     terminal.show(f"{printable(str(made.path))}: {made.tensors} tensors{family}, {arguments.shown_bytes(made.bytes)}")
     for path in made.route.files:
-        if path.endswith(readers.package.LEFTOVERS):
+        if path.endswith(weights.LEFTOVERS):
             terminal.show(
                 f"  {len(made.route.files[path])} of them in {path}: the folder's networks have no place for them, the way back needs them"
             )
@@ -99,46 +97,6 @@ def _size(text: str) -> int:
     return round(float(match[1]) * _UNITS[(match[2] or "").upper()])
 
 
-def add_prune(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `ldm prune`."""
-    parser.add_argument("src", metavar="SRC", help="the model: .safetensors or .ckpt, or a diffusers folder")
-    parser.add_argument("dst", metavar="DST", help="the file to be written, a .safetensors")
-    parser.add_argument(
-        "--plan",
-        required=True,
-        choices=surgery.PLANS,
-        metavar="PLAN",
-        help=f"which blocks stay: {', '.join(surgery.PLANS)}",
-    )
-    parser.add_argument(
-        "--dtype",
-        type=arguments.stored_type,
-        default=torch.float16,
-        metavar="TYPE",
-        help="fp16, bf16 or fp32 (default: fp16)",
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace DST if it exists")
-    parser.add_argument("--debug", action="store_true", help="show where an error comes from")
-
-
-def prune(args: argparse.Namespace, readers: Readers) -> None:
-    """Leave blocks out of a model's UNet: ssd-1b makes SSD-1B's blocks of SDXL's, half about half of any UNet.
-
-    What is written draws poorly until it is distilled: 'ldm train' with method.kind = "distill" prunes by itself. Memory: SRC and the UNet
-    of DST, in the type of numbers that is written.
-    """
-    require_weights("SRC", args.src, readers)
-    require_writable(args.dst, args.overwrite)
-    surgery.PLANS[args.plan](readers.package.config_of(args.src))  # refuses what does not fit before any weight is read
-    model = readers.load(args.src, dtype=args.dtype)
-    small = surgery.prune(model, args.plan)
-    path = readers.save(small, args.dst, dtype=None, overwrite=args.overwrite)
-    before, after = (sum(p.numel() for p in each.unet.parameters()) for each in (model, small))
-    terminal.show(
-        f"{printable(str(path))}: a UNet of {after / 1e6:.1f} million parameters, {after / before:.1%} of {before / 1e6:.1f}; a model of family {small.config.name}"
-    )
-
-
 def add_repair(parser: argparse.ArgumentParser) -> None:
     """The arguments of `ldm repair`."""
     parser.add_argument("file", metavar="FILE", help="a file of weights, .safetensors or .ckpt, whatever its extension")
@@ -150,16 +108,14 @@ def add_repair(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--debug", action="store_true", help="show where an error comes from")
 
 
-def repair(args: argparse.Namespace, readers: Readers) -> None:
+def repair(args: argparse.Namespace) -> None:
     """Find known damage in a file of weights and write a sound file; nothing is written where nothing is wrong.
 
     Known are: bytes after the last tensor, text towers without text_model. in their names, doubled projections, damaged or missing
     position_ids, noise schedules in float16, attention of the VAE stored as matrices. Everything else is copied bit by bit.
     """
     with terminal.writing("repairing") as on_write:
-        done = readers.package.repair(
-            args.file, args.out, dry_run=args.dry_run, overwrite=args.overwrite, on_write=on_write
-        )
+        done = weights.repair(args.file, args.out, dry_run=args.dry_run, overwrite=args.overwrite, on_write=on_write)
     for line in done.lines():
         terminal.say(f"ldm: {printable(line)}")
     if done.path is not None:
@@ -224,13 +180,13 @@ def add_merge(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--debug", action="store_true", help="show where an error comes from")
 
 
-def merge(args: argparse.Namespace, readers: Readers) -> None:
+def merge(args: argparse.Namespace) -> None:
     """Merge two or three models of one family, parameter by parameter.
 
     position_ids, schedules and other bookkeeping are A's; A's moving average is left out. The recipe goes into the file's metadata.
     """
     with terminal.writing("merging") as on_write:
-        done = readers.package.merge(
+        done = weights.merge(
             args.a, args.b, args.out, c=args.c, method=args.method, alpha=args.alpha, blocks=args.blocks, dtype=args.dtype,
             prediction=args.prediction, partial=args.partial, overwrite=args.overwrite, on_write=on_write,
         )  # fmt: skip

@@ -9,8 +9,9 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import weights
 from ldm.cli import terminal
-from ldm.cli.files import Readers, require_weights
+from ldm.cli.files import require_weights
 from ldm.errors import printable
 
 DIFFERENT = 6  # exit code with --fail-on-difference
@@ -39,7 +40,7 @@ def add_diff(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--debug", action="store_true", help="show where an error comes from")
 
 
-def diff(args: argparse.Namespace, readers: Readers) -> None:
+def diff(args: argparse.Namespace) -> None:
     """Compare two files of weights and say what B is to A: the same in another container, layout or type, a pruned copy, its moving average,
     a fine-tune, with a LoRA merged into it, with another VAE, a merge with C, or unrelated.
 
@@ -48,11 +49,9 @@ def diff(args: argparse.Namespace, readers: Readers) -> None:
     may differ."""
     for option, path in (("A", args.a), ("B", args.b), ("--third", args.third)):
         if path is not None:
-            require_weights(option, path, readers)
+            require_weights(option, path)
     with terminal.writing("diff") as on_read:
-        found = readers.package.diff(
-            args.a, args.b, third=args.third, quick=args.quick, config=args.config, on_read=on_read
-        )
+        found = weights.diff(args.a, args.b, third=args.third, quick=args.quick, config=args.config, on_read=on_read)
     told = found.as_dict()
     if args.json:
         terminal.show(json.dumps(told, indent=2, allow_nan=False))

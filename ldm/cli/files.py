@@ -1,59 +1,16 @@
-"""Files that a command reads: pictures, prompts and weights, the last through functions that are handed in."""
+"""Files that a command is given: prompts read, weights looked at, and the hash that the metadata of pictures name."""
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import os
 import stat
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from PIL import Image
-
+import weights
 from ldm.errors import ArgumentError, FileError, printable
-from ldm.pictures import read
 
 MAX_PROMPTS = 16 * 2**20  # bytes of a file of prompts
-
-
-@dataclass(frozen=True)
-class Readers:
-    """The functions of `weights` that commands use; only the composition root knows that package."""
-
-    load: Callable[..., Any]
-    load_vae: Callable[..., Any]
-    load_lora: Callable[..., Any]
-    load_embedding: Callable[..., Any]
-    load_safety: Callable[..., Any]
-    open_file: Callable[..., Any]
-    embedded: Callable[[], Path]
-    save: Callable[..., Path]
-    package: Any  # `weights` itself, for the commands that are about files
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """The pictures that a command begins with; None where it has no such option, or it was not given."""
-
-    init: Image.Image | None = None
-    mask: Image.Image | None = None  # with its alpha channel if that is where the mask is
-    depth: Image.Image | None = None
-
-
-def pictures(args: argparse.Namespace) -> Inputs:
-    """The pictures that --init, --mask and --depth name. Raises FileError."""
-    init, mask, depth = (getattr(args, name, None) for name in ("init", "mask", "depth"))
-    alpha = getattr(args, "mask_from", None) == "alpha"
-    if alpha:
-        mask = mask or init
-    return Inputs(
-        init and read.open_image(init),
-        mask and (read.open_with_alpha if alpha else read.open_image)(mask),
-        depth and read.open_image(depth),
-    )
 
 
 def read_prompts(path: str) -> list[str]:
@@ -81,21 +38,22 @@ def read_prompts(path: str) -> list[str]:
     return prompts
 
 
-def require_weights(option: str, path: str, readers: Readers) -> None:
-    """Raises FileError or ArgumentError unless there is a file of weights, by its header, or a directory that may hold a diffusers folder."""
+def require_weights(option: str, path: str) -> None:
+    """Raises FileError or ArgumentError unless this is a file of weights, by its header, or may be a diffusers folder."""
     if os.path.isdir(path):
         if not any((Path(path) / name).exists() for name in ("model_index.json", "config.json", "unet")):
             raise ArgumentError(
-                f"{option}: {printable(path)[-80:]} is a directory without model_index.json or config.json; name a file, or a diffusers folder"
+                f"{option}: {printable(path)[-80:]} is a directory without model_index.json or config.json; "
+                "name a file, or a diffusers folder"
             )
         return
-    readers.open_file(path).close()
+    weights.open_file(path).close()
 
 
 def file_hash(path: Path) -> str:
-    """The first 10 hexadecimal digits of the SHA-256 of a file, as other tools name models; of a folder, that of its weights one after another.
+    """The first 10 hexadecimal digits of the SHA-256 of a file, as other tools name models. A 4 GB file takes about 3 s.
 
-    A 4 GB file takes about 3 seconds.
+    Of a folder it is that of its files of weights, one after another.
     """
     digest = hashlib.sha256()
     files = (

@@ -9,8 +9,8 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import weights
 from ldm.cli import arguments, terminal
-from ldm.cli.files import Readers
 from ldm.errors import ArgumentError, LdmError, printable
 
 NETWORKS = {
@@ -57,14 +57,14 @@ def add_inspect(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--debug", action="store_true", help="show where an error comes from")
 
 
-def inspect(args: argparse.Namespace, readers: Readers) -> None:
+def inspect(args: argparse.Namespace) -> None:
     """Say what files of weights are, from their headers: family, prediction, networks, what is missing or damaged."""
     chosen = pattern(args.keys)
     codes = []  # of files that could not be read: they do not keep the others from being reported
     for i, path in enumerate(args.files or [None]):
         try:
             with terminal.writing("reading") as on_hash:
-                report = readers.package.inspect(path, hash=args.hash, config=args.config, on_hash=on_hash)
+                report = weights.inspect(path, hash=args.hash, config=args.config, on_hash=on_hash)
         except ArgumentError:
             raise
         except LdmError as error:
@@ -72,7 +72,7 @@ def inspect(args: argparse.Namespace, readers: Readers) -> None:
                 raise
             if args.debug:
                 traceback.print_exc()
-            text, code = terminal.explain(error)
+            text, code = terminal.explain(error, args.spelled)
             terminal.say(f"ldm: error: {text}")
             codes.append(code)
             continue

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import weights
 from ldm.cli import arguments, terminal
-from ldm.cli.files import Readers
 from ldm.errors import printable
 
 FORMATS = ("kohya", "diffusers", "peft")
@@ -32,7 +32,7 @@ def add_lora(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="ResBlocks and resamplers too, at this rank; with --variance at this at most",
     )
-    extract.add_argument("--no-text", action="store_true", help="leave the text towers out")
+    extract.add_argument("--no-text", dest="text", action="store_false", help="leave the text towers out")
     extract.add_argument(
         "--full-rest",
         action="store_true",
@@ -135,15 +135,15 @@ def scaled_lora(text: str) -> tuple[str, float | tuple[float, float]]:
     return path, scale
 
 
-def lora(args: argparse.Namespace, readers: Readers) -> None:
+def lora(args: argparse.Namespace) -> None:
     """Make a LoRA from two checkpoints, merge LoRAs into a checkpoint, change a LoRA's rank, or write it in another tool's names."""
-    {"extract": _extract, "merge": _merge, "resize": _resize, "convert": _convert}[args.action](args, readers.package)
+    {"extract": _extract, "merge": _merge, "resize": _resize, "convert": _convert}[args.action](args)
 
 
-def _extract(args: argparse.Namespace, weights: Any) -> None:
+def _extract(args: argparse.Namespace) -> None:
     with terminal.writing("extracting") as on_write:
         made = weights.extract_lora(
-            args.base, args.tuned, args.out, rank=args.rank, variance=args.variance, max_rank=args.max_rank, conv_rank=args.conv_rank, text=not args.no_text,
+            args.base, args.tuned, args.out, rank=args.rank, variance=args.variance, max_rank=args.max_rank, conv_rank=args.conv_rank, text=args.text,
             full_rest=args.full_rest, dtype=args.dtype, overwrite=args.overwrite, on_module=_counter(), on_write=on_write,
         )  # fmt: skip
     _show_modules(made.modules, args)
@@ -163,7 +163,7 @@ def _extract(args: argparse.Namespace, weights: Any) -> None:
     _done(made.path)
 
 
-def _merge(args: argparse.Namespace, weights: Any) -> None:
+def _merge(args: argparse.Namespace) -> None:
     with terminal.writing("merging") as on_write:
         made = weights.merge_lora(
             args.checkpoint, args.loras, args.out, dtype=args.dtype, overwrite=args.overwrite, on_write=on_write
@@ -175,10 +175,10 @@ def _merge(args: argparse.Namespace, weights: Any) -> None:
     _done(made.path)
 
 
-def _resize(args: argparse.Namespace, weights: Any) -> None:
+def _resize(args: argparse.Namespace) -> None:
     with terminal.writing("resizing") as on_write:
         made = weights.resize_lora(
-            args.lora, args.out, rank=args.rank, variance=args.variance, max_rank=args.max_rank, to=args.to, model_config=_config(args, weights),
+            args.lora, args.out, rank=args.rank, variance=args.variance, max_rank=args.max_rank, to=args.to, model_config=_config(args),
             dtype=args.dtype, overwrite=args.overwrite, on_write=on_write,
         )  # fmt: skip
     _show_modules(made.kept, args)
@@ -188,13 +188,13 @@ def _resize(args: argparse.Namespace, weights: Any) -> None:
     _done(made.path)
 
 
-def _convert(args: argparse.Namespace, weights: Any) -> None:
+def _convert(args: argparse.Namespace) -> None:
     with terminal.writing("converting") as on_write:
         made = weights.convert_lora(
             args.lora,
             args.out,
             args.to,
-            _config(args, weights),
+            _config(args),
             as_lora=args.as_lora,
             dtype=args.dtype,
             overwrite=args.overwrite,
@@ -206,7 +206,7 @@ def _convert(args: argparse.Namespace, weights: Any) -> None:
     _done(made.path)
 
 
-def _config(args: argparse.Namespace, weights: Any) -> Any:
+def _config(args: argparse.Namespace) -> Any:
     return weights.config_of(args.ckpt) if args.ckpt is not None else args.family
 
 

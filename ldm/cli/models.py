@@ -15,16 +15,18 @@ import torch
 from PIL import Image
 from torch import nn
 
+import weights
 from ldm import fast
 from ldm.changes import lora
-from ldm.cli import terminal
-from ldm.cli.files import Readers, file_hash, require_weights
+from ldm.cli import metadata, terminal
+from ldm.cli.files import require_weights
 from ldm.conditioning.prompts import Embedding
 from ldm.errors import ArgumentError, DeviceError, MemoryLimit, printable
 from ldm.limits import tiles
 from ldm.limits.offload import offload
 from ldm.model import LatentDiffusion
 from ldm.networks.safety import flagged
+from weights.models import embedded
 
 WEIGHTS = 0.8  # share of the GPU's free memory that weights may take
 ENCODERS = ("text", "vision", "depth")
@@ -39,8 +41,12 @@ class Models:
     checker: Callable[[Sequence[Image.Image]], list[bool]] | None  # pictures -> which of them are flagged
     facts: dict[str, str]  # the metadata of all of it
 
+    def judged(self, pictures: Sequence[Image.Image]) -> Sequence[bool | None]:
+        """Which pictures the safety checker flags; None for each where there is none."""
+        return [None] * len(pictures) if self.checker is None else self.checker(pictures)
 
-def check(args: argparse.Namespace, device: torch.device, readers: Readers) -> list[Embedding]:
+
+def check(args: argparse.Namespace, device: torch.device) -> list[Embedding]:
     """Look at every file of weights by its header, and read the embeddings, which are small. Raises FileError or ArgumentError."""
     if args.offload and device.type == "cpu":
         raise ArgumentError("--offload: the device is the CPU, where every network rests already; leave it out")
@@ -49,15 +55,15 @@ def check(args: argparse.Namespace, device: torch.device, readers: Readers) -> l
             "--fast: with --offload weights come and go, and the readable networks run; leave one of them out"
         )
     if args.ckpt is not None:
-        require_weights("--ckpt", args.ckpt, readers)
+        require_weights("--ckpt", args.ckpt)
     for option in ("vae", "refiner", "safety"):
         if (path := getattr(args, option, None)) is not None:
-            require_weights(f"--{option}", path, readers)
+            require_weights(f"--{option}", path)
     for path, _ in args.lora:
-        readers.open_file(path).close()
+        weights.open_file(path).close()
     embeddings = []
     for name, path in getattr(args, "embedding", []):
-        embeddings.append(readers.load_embedding(path, name))
+        embeddings.append(weights.load_embedding(path, name))
     for one, other in itertools.combinations(embeddings, 2):
         if one.name.casefold() == other.name.casefold():
             raise ArgumentError(
@@ -66,29 +72,29 @@ def check(args: argparse.Namespace, device: torch.device, readers: Readers) -> l
     return embeddings
 
 
-def load(args: argparse.Namespace, device: torch.device, dtype: torch.dtype, readers: Readers) -> Models:
+def load(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> Models:
     """The model, changed as the arguments say. Each LoRA is reported on stderr."""
-    model = readers.load(
+    model = weights.load(
         args.ckpt, args.config, dtype=dtype, ema=args.ema, prediction=args.prediction, variant=args.variant
     )
     if args.vae is not None:
-        model.vae = readers.load_vae(args.vae, model.config.vae, dtype=dtype)
+        model.vae = weights.load_vae(args.vae, model.config.vae, dtype=dtype)
     if args.lora:
         changes = [
-            (readers.load_lora(path, model.config, allow_unmatched=args.allow_unmatched), scale)
+            (weights.load_lora(path, model.config, allow_unmatched=args.allow_unmatched), scale)
             for path, scale in args.lora
         ]
         for line in lora.merge(model, changes).lines:
             terminal.say(f"ldm: {line}")
     refiner = None
     if getattr(args, "refiner", None) is not None:
-        refiner = readers.load(args.refiner, None, dtype=dtype)
+        refiner = weights.load(args.refiner, None, dtype=dtype)
     checker = None
     if args.safety is not None:
-        checker = functools.partial(flagged, readers.load_safety(args.safety, device=device))
+        checker = functools.partial(flagged, weights.load_safety(args.safety, device=device))
     if device.type != "cpu":
         bring([model, *filter(None, [refiner])], device, one_at_a_time=args.offload)
-    facts = _facts(args, model, readers)
+    facts = metadata.of_model(args, model, Path(args.ckpt) if args.ckpt else embedded())
     if fast.pays(device, dtype) if args.fast is None else args.fast:
         model, refiner = fast.optimize(model), None if refiner is None else fast.optimize(refiner)
         facts["fast"] = model.unet.ops.__name__.rpartition(".")[2]
@@ -129,32 +135,6 @@ def bring(models: Sequence[LatentDiffusion], device: torch.device, *, one_at_a_t
 def _size(network: nn.Module) -> int:
     """Bytes of its weights."""
     return sum(p.numel() * p.itemsize for p in network.parameters())
-
-
-def _facts(args: argparse.Namespace, model: LatentDiffusion, readers: Readers) -> dict[str, str]:
-    """Names without their directories, and hashes, so that the same command gives the same bytes wherever the files lie."""
-    path = Path(args.ckpt) if args.ckpt else readers.embedded()
-    facts = {
-        "model": path.name,
-        "model_hash": file_hash(path),
-        "family": model.config.name,
-        "prediction": model.config.prediction,
-        "dtype": str(model.dtype).removeprefix("torch."),
-    }
-    if args.ema:
-        facts["ema"] = "true"
-    if args.variant is not None:
-        facts["variant"] = args.variant
-    for option in ("vae", "refiner", "safety"):
-        if (given := getattr(args, option, None)) is not None:
-            facts |= {option: Path(given).name, f"{option}_hash": file_hash(Path(given))}
-    if args.lora:
-        facts["loras"] = " ".join(f"{Path(path).name}:{scale:g}:{file_hash(Path(path))}" for path, scale in args.lora)
-    if getattr(args, "embedding", []):
-        facts["embeddings"] = " ".join(
-            f"{name or Path(path).stem}={Path(path).name}:{file_hash(Path(path))}" for name, path in args.embedding
-        )
-    return facts
 
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

@@ -86,8 +86,10 @@ class Place:
             frames, next(names) if self.overwrite else names, kind=kind, fps=fps, overwrite=self.overwrite
         )
 
-    def previewing(self, model: LatentDiffusion, every: int, sampling: Sampling, watch: OnStep) -> OnStep:
+    def previewing(self, model: LatentDiffusion, every: int | None, sampling: Sampling, watch: OnStep) -> OnStep:
         """`watch`, and after every few steps the current x0 of the batch in a file, the same all through the run."""
+        if every is None:
+            return watch
         sigmas = sampling.sigmas(model.schedule)
         steps, total = len(sigmas) - 1, sampling.calls(sigmas)
 
@@ -102,10 +104,9 @@ class Place:
                 ):  # an early estimate may be too wild for half precision; the picture itself is still checked
                     return
                 picture = pictures[0] if len(pictures) == 1 else sheets.sheet(pictures)
-                self.preview = (
+                if self.preview is None:
+                    self.preview = self.save(picture, {}, "-preview")
+                else:
                     write.save(picture, self.preview, overwrite=True)
-                    if self.preview
-                    else self.save(picture, {}, "-preview")
-                )
 
         return on_step

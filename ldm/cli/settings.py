@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import secrets
 import warnings
 from collections.abc import Sequence
@@ -10,12 +11,13 @@ from dataclasses import fields
 
 from ldm import images
 from ldm.cli import files
+from ldm.cli.options import OPTIONS
 from ldm.conditioning import tokenizer
 from ldm.conditioning.cond import Sizes
 from ldm.conditioning.prompts import Embedding
 from ldm.config import FAMILIES
-from ldm.errors import ArgumentError
-from ldm.tasks.job import Sampling, require_known, require_whole
+from ldm.errors import ArgumentError, require_known, require_whole
+from ldm.tasks.job import Sampling, require_strength
 
 MAX_SIDE = 16384  # pixels
 MAX_PICTURES = 10**6
@@ -24,20 +26,19 @@ MAX_PICTURES = 10**6
 def sampling(args: argparse.Namespace, embeddings: Sequence[Embedding] = ()) -> Sampling:
     """The options of how to sample and to read prompts. Raises ArgumentError."""
     given = {field.name: getattr(args, field.name) for field in fields(Sampling) if hasattr(args, field.name)}
-    return Sampling(
-        **given
-        | {"interval": args.interval and tuple(args.interval), "embeddings": tuple(embeddings), "sizes": _sizes(args)}
-    )
+    given["interval"] = args.interval and tuple(args.interval)
+    return Sampling(**given | {"embeddings": tuple(embeddings), "sizes": _sizes(args)})
 
 
 def _sizes(args: argparse.Namespace) -> Sizes | None:
-    """What SDXL is told of the picture's past; None where nothing of it was given."""
+    """The sizes with which SDXL is conditioned; None where none was given."""
     given = {field.name: value for field in fields(Sizes) if (value := getattr(args, field.name, None)) is not None}
     return Sizes(**given) if given else None
 
 
-def check(args: argparse.Namespace) -> None:
-    """What is left to check of the options that all commands have once `sampling` has been. Raises ArgumentError."""
+def checked(args: argparse.Namespace) -> Sampling:
+    """How to sample, once the options that do not depend on the command are checked. Raises ArgumentError."""
+    found = sampling(args)
     if getattr(args, "negative", None) is not None:
         _check_prompt(args.negative, "--negative")
     if args.preview is not None and args.preview < 1:
@@ -48,14 +49,15 @@ def check(args: argparse.Namespace) -> None:
         )
     if args.config is not None:
         require_known("config", args.config, FAMILIES)
-    for option, needed in (("keep_flagged", "safety"), ("allow_unmatched", "lora")):
-        if getattr(args, option) and not getattr(args, needed):
-            raise ArgumentError(
-                f"--{option.replace('_', '-')}: says something of --{needed}, which is not given; leave it out"
-            )
+    for row in itertools.chain(*OPTIONS.values()):
+        if row.needs and args.command in row.commands.split() and getattr(args, row.name) != row.default:
+            needed, fault = row.needs
+            if not getattr(args, needed):
+                raise ArgumentError(f"{row.name}: {fault}", key=row.name)
     for path, scale in args.lora:
         if not -100 <= scale <= 100:
             raise ArgumentError(f"--lora: {path[-80:]}: scale {scale:g}; give a number from -100 to 100")
+    return found
 
 
 def prompts_of(args: argparse.Namespace) -> list[str]:
@@ -82,7 +84,7 @@ def _check_prompt(prompt: str, name: str) -> None:
     try:
         tokenizer.encode(prompt)
     except ArgumentError as error:
-        raise ArgumentError(f"{name}: {str(error).removeprefix('prompt: ')}") from None
+        raise ArgumentError(f"{name}: {error.what}") from None
 
 
 def side(pixels: int | None, option: str) -> int | None:
@@ -100,6 +102,13 @@ def side(pixels: int | None, option: str) -> int | None:
 def size(args: argparse.Namespace) -> tuple[int | None, int | None]:
     """--width and --height, rounded; None where not given."""
     return side(args.width, "--width"), side(args.height, "--height")
+
+
+def require_some(strength: float, sampling: Sampling, why: str) -> None:
+    """Raises ArgumentError for a strength that is none, or that leaves no step; `why` says what 0 would do."""
+    require_strength(strength, sampling)
+    if strength == 0:
+        raise ArgumentError(f"strength: 0 {why}; give more", key="strength")
 
 
 def require_counts(args: argparse.Namespace) -> None:
@@ -120,7 +129,7 @@ def seeds_of(first: int, count: int) -> list[int]:
 
 
 def checked_seeds(seeds: Sequence[int], option: str = "seed") -> list[int]:
-    """The seeds, if they all are some. Raises ArgumentError; warns of those that torch takes for others."""
+    """The seeds, if each is one. Raises ArgumentError; warns of those that torch takes for others."""
     for seed in (seeds[0], seeds[-1]) if option == "seed" else seeds:
         require_whole(option, seed, 0, 2**64 - 1)
     if max(seeds) >= 2**32:

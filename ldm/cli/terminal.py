@@ -3,30 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-import re
 import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator
-from typing import Any
-
-import torch
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 from ldm.errors import LdmError, MemoryLimit, OutputError, printable
-from samplers import OnStep, Step
+
+if TYPE_CHECKING:
+    from samplers import OnStep, Step
 
 EXIT_CODES = """\
 exit codes:
   0 done; 1 a fault of this program; 2 a bad argument or input file, or no such device; 3 a result could not be written;
-  4 not enough memory; 5 a result with NaN or infinity; 6 'ldm diff --fail-on-difference' found one; 130 interrupted; 143 terminated; 141 nobody reads the output
+  4 not enough memory; 5 a result with NaN or infinity; 6 'ldm diff --fail-on-difference' found one; 130 interrupted; \
+143 terminated; 141 nobody reads the output
 """
-
-OPTIONS = {  # keys of errors that are options too
-    "sampler", "grid", "steps", "variant", "only", "drop", "shard_size", "cfg", "rescale", "interval", "eta", "clip_skip", "tile", "original", "crop", "target", "aesthetic", "negative_aesthetic",
-    "seed", "seeds", "strength", "config", "negative", "mask", "feather", "extend", "depth", "noise_level", "window", "preprocessing", "scale", "enlarge",
-    "refiner", "refine_from", "refine_strength", "frames", "fps", "animation", "method", "alpha", "blocks",
-}  # fmt: skip
 
 
 class Terminated(BaseException):
@@ -47,35 +41,37 @@ def show(text: str) -> None:
 @contextlib.contextmanager
 def progress(title: str) -> Iterator[OnStep]:
     """An `on_step` that moves a bar, if there is a terminal to see it."""
-    if sys.stderr is None or not sys.stderr.isatty():
-        yield lambda step: None
-        return
-    from tqdm import tqdm
-
-    with tqdm(desc=title, unit="call", leave=False, file=sys.stderr) as bar:
+    with _bar(title, unit="call") as bar:
 
         def on_step(step: Step) -> None:
             bar.total = step.total
             bar.update()
 
-        yield on_step
+        yield on_step if bar is not None else lambda step: None
 
 
 @contextlib.contextmanager
 def writing(title: str) -> Iterator[Callable[[Any], None]]:
     """An `on_write` that moves a bar of bytes, if there is a terminal to see it."""
-    if sys.stderr is None or not sys.stderr.isatty():
-        yield lambda written: None
-        return
-    from tqdm import tqdm
-
-    with tqdm(desc=title, unit="B", unit_scale=True, leave=False, file=sys.stderr) as bar:
+    with _bar(title, unit="B", unit_scale=True) as bar:
 
         def on_write(written: Any) -> None:
             bar.total = written.total
             bar.update(written.done - bar.n)
 
-        yield on_write
+        yield on_write if bar is not None else lambda written: None
+
+
+@contextlib.contextmanager
+def _bar(title: str, **how: Any) -> Iterator[Any]:
+    """A bar of tqdm; None without a terminal."""
+    if sys.stderr is None or not sys.stderr.isatty():
+        yield None
+        return
+    from tqdm import tqdm
+
+    with tqdm(desc=title, leave=False, file=sys.stderr, **how) as bar:
+        yield bar
 
 
 @contextlib.contextmanager
@@ -113,25 +109,13 @@ def termination_as_exception() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def option_of(error: LdmError) -> str:
-    """The error's text with the option's name as it is typed."""
-    names = {"rescale": "cfg-rescale", "interval": "cfg-interval", "original": "original-size", "target": "target-size"}
-    text = str(error)
-    if error.key in OPTIONS and text.startswith(f"{error.key}: "):
-        text = f"--{names.get(error.key, error.key.replace('_', '-'))}{text[len(error.key) :]}"
-    text = text.replace("ema=False", "--raw")
-    return re.sub(
-        r"\b([a-z_]+)=True\b", lambda match: f"--{match[1].replace('_', '-')}", text
-    )  # the API's overwrite=True is --overwrite here
-
-
-def explain(error: Exception) -> tuple[str, int]:
-    """One line about an error, and the exit code."""
+def explain(error: Exception, spelled: Mapping[str, str]) -> tuple[str, int]:
+    """One line about an error, with arguments as `spelled` says that they are typed, and the exit code."""
     if isinstance(error, LdmError):
-        return option_of(error), error.exit_code
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return error.line(spelled), error.exit_code
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's
         return "out of memory; use a smaller --width and --height, --batch 1 or --dtype bfloat16", MemoryLimit.exit_code
     if isinstance(error, OSError):
-        return f"{printable(str(error))[:150]}", OutputError.exit_code
+        return printable(str(error))[:150], OutputError.exit_code
     text = " ".join(f"{type(error).__name__}: {error}".split())
     return f"a fault of this program, {printable(text)[:120]}; --debug shows where", 1

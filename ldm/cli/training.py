@@ -9,14 +9,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import weights
 from ldm.cli import files, models, terminal
-from ldm.cli.files import Readers
 from ldm.errors import printable
 from ldm.train import run
 from ldm.train.reading import load_recipe, names, to_toml
 from ldm.train.recipe import Recipe
 from ldm.train.start import Files
 from ldm.train.watch.card import training_section
+from weights.models import embedded
 
 
 def add_train(parser: argparse.ArgumentParser) -> None:
@@ -57,7 +58,7 @@ def add_train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--debug", action="store_true", help="show where an error comes from")
 
 
-def train(args: argparse.Namespace, readers: Readers) -> None:
+def train(args: argparse.Namespace) -> None:
     """Train as a recipe says. What was learnt, log, states, validation and a report with pictures lie in the run's directory.
 
     An interrupted run goes on where it was saved when it is started again. On several GPUs or machines: torchrun --nproc-per-node 2 -m ldm train RECIPE.
@@ -72,7 +73,7 @@ def train(args: argparse.Namespace, readers: Readers) -> None:
         return
     with interrupted(not args.no_save_on_interrupt) as came:
         ended = run.train(
-            recipe, of_weights(readers), device=str(models.device_of(recipe.run.device)), allow_data_change=args.allow_data_change,
+            recipe, _of_weights(), device=str(models.device_of(recipe.run.device)), allow_data_change=args.allow_data_change,
             stop=lambda: came() is not None, say=lambda line: terminal.say(f"ldm: {printable(line)}"),
         )  # fmt: skip
     if ended.rank == 0:
@@ -120,10 +121,10 @@ def interrupted(save: bool) -> Iterator[Callable[[], int | None]]:
             signal.signal(number, handler)
 
 
-def of_weights(readers: Readers) -> Files:
+def _of_weights() -> Files:
     """The functions of `weights` that a run uses."""
-    package = readers.package
     return Files(
-        load=readers.load, load_vae=readers.load_vae, load_vision=package.load_vision, save=readers.save, convert=package.convert, save_lora=package.save_lora,
-        save_embedding=package.save_embedding, embedded=readers.embedded, digest=files.file_hash,
+        load=weights.load, load_vae=weights.load_vae, load_vision=weights.load_vision, save=weights.save,
+        convert=weights.convert, save_lora=weights.save_lora, save_embedding=weights.save_embedding,
+        embedded=embedded, digest=files.file_hash,
     )  # fmt: skip

@@ -62,7 +62,7 @@ def encode(prompt: str) -> list[int]:
     longest = max(map(len, prompt.split()), default=0)
     if longest > MAX_WORD:
         remedy = "shorten it or add spaces"
-        raise ArgumentError(f"prompt: a word of {longest} characters; the limit is {MAX_WORD}, {remedy}")
+        raise ArgumentError(f"prompt: a word of {longest} characters; the limit is {MAX_WORD}, {remedy}", key="prompt")
     return _bpe().encode(prompt)
 
 

@@ -11,13 +11,13 @@ from PIL import Image
 from torch import Tensor
 
 from ldm.conditioning.cond import Cond
-from ldm.errors import ArgumentError
+from ldm.errors import ArgumentError, require_known
 from ldm.images import fit, from_pil, size_for, to_rgb
 from ldm.limits import precision
 from ldm.model import LatentDiffusion
 from ldm.networks.dpt import depth_map, normalised_depth
 from ldm.networks.vision import PREPROCESSORS, preprocess
-from ldm.tasks.job import Job, require_known, require_strength
+from ldm.tasks.job import Job, require_strength
 from ldm.tasks.text import require_text_only
 
 

@@ -11,9 +11,9 @@ from PIL import Image
 from torch import Tensor
 
 from ldm.conditioning.cond import Cond
-from ldm.errors import ArgumentError
+from ldm.errors import ArgumentError, require_whole
 from ldm.model import LatentDiffusion
-from ldm.tasks.job import Job, Part, require_whole
+from ldm.tasks.job import Job, Part
 from ldm.tasks.text import require_text_only
 from samplers import seeded
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
-import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import groupby
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any
 
 from PIL import Image
@@ -17,7 +15,7 @@ from torch import Tensor
 from ldm.conditioning.cond import Cond, Sizes
 from ldm.conditioning.prompts import Embedding, chunks_needed
 from ldm.denoiser import guided
-from ldm.errors import ArgumentError, NonFinite
+from ldm.errors import ArgumentError, NonFinite, require_known, require_number, require_whole
 from ldm.images import to_pil
 from ldm.limits import precision
 from ldm.limits.recover import is_finite
@@ -110,38 +108,14 @@ def require_seed(seed: Any) -> int:
     return require_whole("seed", seed, 0, 2**64 - 1)
 
 
-def require_strength(strength: Any, options: Sampling) -> None:
+def require_strength(strength: Any, options: Sampling, name: str = "strength") -> None:
     """Raises ArgumentError for a strength outside [0, 1], or above 0 but too small for a single step; the message names the least that is not."""
-    require_number("strength", strength, 0, 1)
+    require_number(name, strength, 0, 1)
     if strength > 0:
         try:
             tail(options.sigmas(Schedule()), strength)
         except ValueError as error:
-            raise ArgumentError(f"strength: {str(error).removeprefix('strength ')}", key="strength") from None
-
-
-def require_known(name: str, value: Any, known: Collection[str]) -> None:
-    """Raises ArgumentError, with the nearest match, for a value that is not among those known."""
-    if value not in known:
-        near = difflib.get_close_matches(str(value), known, n=1)
-        raise ArgumentError(
-            f"{name}: {str(value)[:30]!r} is unknown{f'; {near[0]}?' if near else '.'} All: {' '.join(known)}", key=name
-        )
-
-
-def require_whole(name: str, value: Any, low: int, high: int, why: str = "") -> int:
-    """The number, if it is a whole one from `low` to `high`. Raises ArgumentError."""
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < low:
-        raise ArgumentError(f"{name}: {value!r}; give a whole number from {low} to {high}", key=name)
-    if value > high:
-        raise ArgumentError(f"{name}: {value}; give at most {high}{why}", key=name)
-    return int(value)
-
-
-def require_number(name: str, value: Any, low: float, high: float) -> None:
-    """Raises ArgumentError for what is no finite number from `low` to `high`."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not (math.isfinite(value) and low <= value <= high):
-        raise ArgumentError(f"{name}: {value!r}; give a number from {low:g} to {high:g}", key=name)
+            raise ArgumentError(f"{name}: {error}", key=name) from None
 
 
 def _require_interval(interval: Any) -> None:

@@ -12,11 +12,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ldm.conditioning.cond import Cond
-from ldm.errors import ArgumentError
+from ldm.errors import ArgumentError, require_known, require_number
 from ldm.images import from_pil, nearest_multiple
 from ldm.limits import precision
 from ldm.model import LatentDiffusion
-from ldm.tasks.job import Job, Part, require_known, require_number, require_strength
+from ldm.tasks.job import Job, Part, require_strength
 from samplers import finish, start
 
 ENLARGERS = ("latent", "pixel")

@@ -12,11 +12,11 @@ from PIL import Image
 from torch import Tensor
 
 from ldm.conditioning.cond import Cond
-from ldm.errors import ArgumentError
+from ldm.errors import ArgumentError, require_whole
 from ldm.images import from_pil, to_rgb
 from ldm.model import NOISE_LEVEL, LatentDiffusion
 from ldm.pictures.masks import padded
-from ldm.tasks.job import Job, require_whole
+from ldm.tasks.job import Job
 from samplers.core import Denoiser
 
 UNIT = 64  # the original pads its input to multiples of this

@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from ldm.config import FAMILIES
-from ldm.errors import ArgumentError, FileError
-from ldm.tasks.job import require_known, require_number, require_whole
+from ldm.errors import ArgumentError, FileError, require_known, require_number, require_whole
 from ldm.train.recipe import Data, Pattern, Range, Recipe
 
 MAX_BYTES = 2**20  # of a recipe

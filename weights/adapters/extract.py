@@ -182,7 +182,7 @@ def _require_shape(model: Checkpoint, name: str, shape: Shape, base: Checkpoint)
     found = model.file.shape(place.key)
     if not place.fits(found, shape):
         what = f"{place.key[-40:]} is {list(found)}, in the other {list(base.places[name].stored(shape))}"
-        raise model.file.error(f"{what}; text=False leaves towers out", place.key)
+        raise model.file.error(what, place.key, "{text=False} leaves towers out")
 
 
 def _rule(parameter: str, how: Rule, conv_rank: int | None) -> Rule | None:

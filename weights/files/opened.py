@@ -87,9 +87,9 @@ class Tensors(Mapping[str, Tensor]):
         """The tensor's shape, without reading it."""
         return self.specs[key].shape
 
-    def error(self, what: str, key: str | None = None) -> FileError:
+    def error(self, what: str, key: str | None = None, remedy: str | None = None) -> FileError:
         """The error to raise about this file or folder."""
-        return FileError(what, path=self.path, key=key)
+        return FileError(what, path=self.path, key=key, remedy=remedy)
 
     def damaged(self, fault: str, key: str | None = None) -> FileError:
         """The error to raise about what is incomplete or was altered on its way."""

@@ -48,9 +48,9 @@ class Source:
         self._map: mmap.mmap | None = None
         self._position = threading.Lock()  # of the file, which threads share
 
-    def error(self, what: str, key: str | None = None) -> FileError:
+    def error(self, what: str, key: str | None = None, remedy: str | None = None) -> FileError:
         """The error to raise about this file."""
-        return FileError(what, path=self.path, key=key)
+        return FileError(what, path=self.path, key=key, remedy=remedy)
 
     def damaged(self, fault: str, key: str | None = None) -> FileError:
         """The error to raise about a file that is incomplete or was altered on its way."""

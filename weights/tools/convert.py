@@ -304,7 +304,7 @@ def _planned(
         raise
     if model.averages and wish.ema is None and (not to_file or wish.prune or only == "unet"):
         what = "holds raw weights and their moving average, of which the target takes one"
-        raise file.error(f"{what}: say ema=True or ema=False")
+        raise file.error(f"{what}:", remedy="say {ema=True} or {ema=False}")
     if only is not None:
         return network_alone(model, wish, only, to_file), model
     if not to_file:

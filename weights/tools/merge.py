@@ -295,8 +295,8 @@ def _common(models: Mapping[str, Checkpoint], inpaints: bool, partial: bool) -> 
         lacking = [name for name in a.places if name not in model.places and not unread(name, a.config)]
         if lacking and not partial:
             shown = ", ".join(short(name) for name in lacking[:3])
-            what = f"{letter} lacks {len(lacking)} parameters that A has ({shown}); partial=True keeps A's"
-            raise model.file.error(what, lacking[0])
+            what = f"{letter} lacks {len(lacking)} parameters that A has ({shown})"
+            raise model.file.error(what, lacking[0], "{partial=True} keeps A's")
         for name in common:
             ours = a.shape(name)
             if inpaints and name == INPUT:

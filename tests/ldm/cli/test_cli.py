@@ -23,8 +23,8 @@ from PIL import Image
 
 import weights
 from ldm import tasks
-from ldm.__main__ import COMMANDS, main
-from ldm.cli import arguments, models, place, terminal
+from ldm.__main__ import main
+from ldm.cli import COMMANDS, arguments, models, place, terminal
 from ldm.errors import NonFinite
 from ldm.limits import precision
 from ldm.pictures import write
@@ -130,7 +130,7 @@ def test_without_a_checkpoint_the_model_that_ships_is_used(here, ldm, checkpoint
         "load",
         lambda path, *args, **how: (loaded.append((path, args, how)), load(checkpoint, *args, **how))[1],
     )
-    monkeypatch.setattr("ldm.__main__.embedded", lambda: checkpoint)
+    monkeypatch.setattr(models, "embedded", lambda: checkpoint)
     assert ldm("txt2img 'a cat' --steps 1 --seed 7 --dtype float32").code == 0
     assert loaded == [(None, (None,), {"dtype": torch.float32, "ema": False, "prediction": None, "variant": None})]
     assert read_metadata("outputs/00001.png")["model"] == "tiny.safetensors"

@@ -19,9 +19,8 @@ from safetensors.torch import save_file
 import weights
 from benchmarks.models.seeded import weight
 from ldm import tasks
-from ldm.__main__ import COMMANDS
 from ldm.changes import lora
-from ldm.cli import arguments, files, making, models
+from ldm.cli import COMMANDS, arguments, comparing, files, making, models
 from ldm.conditioning.prompts import Embedding
 from ldm.config import VisionConfig
 from ldm.errors import MemoryLimit
@@ -404,8 +403,9 @@ def test_with_two_axes_every_prompt_has_a_sheet(here, ldm):
 )
 def test_what_a_command_has_can_be_compared(line, axis, name):
     args = arguments.parse(COMMANDS, [*shlex.split(line), f"--grid-of={axis}"])
-    assert [found.dest for found in args.axes] == [name]
-    assert len({cell[name] for cell in arguments.cells_of(args.axes)}) == 2
+    axes = comparing.axes_of(args.grid_of, args.command)
+    assert [found.dest for found in axes] == [name]
+    assert len({cell[name] for cell in comparing.cells_of(axes)}) == 2
 
 
 # --- what is refused ------------------------------------------------------------------------------------------------

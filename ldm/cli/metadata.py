@@ -1,0 +1,63 @@
+"""What a picture says of how it was made: the text chunks of its PNG.
+
+There is no time and no path in them, so that the same command gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from ldm.cli import arguments
+from ldm.cli.files import file_hash
+from ldm.cli.options import OPTIONS, Option
+from ldm.model import LatentDiffusion
+from ldm.tasks.job import Sampling
+
+MODEL = "with which model"
+
+
+def of_model(args: argparse.Namespace, model: LatentDiffusion, path: Path) -> dict[str, str]:
+    """The model of a run, from the file `path`, and what was added to it."""
+    return {
+        "model": path.name,
+        "model_hash": file_hash(path),
+        "family": model.config.name,
+        "prediction": model.config.prediction,
+        "dtype": str(model.dtype).split(".")[-1],
+    } | _of_options(args, OPTIONS[MODEL])
+
+
+def of_picture(
+    args: argparse.Namespace, sampling: Sampling, size: tuple[int, int], model: LatentDiffusion, facts: dict[str, str]
+) -> dict[str, str]:
+    """All of it but the prompt and the seed; `facts` are those of the model, `size` is (width, height) before enlarging."""
+    rows = [row for title, group in OPTIONS.items() if title != MODEL for row in group]
+    computed = {
+        "grid": sampling.grid_name(model.schedule),
+        "size": f"{size[0]}x{size[1]}",
+        "version": arguments.version(),
+    }
+    return {"task": args.command} | _of_options(args, rows) | computed | facts
+
+
+def _of_options(args: argparse.Namespace, rows: Iterable[Option]) -> dict[str, str]:
+    """The options of a command that differ from what they are by default, or are always named; of a file its name and hash."""
+    facts: dict[str, str] = {}
+    for row in rows:
+        if row.key is None or args.command not in row.commands.split():
+            continue
+        value = getattr(args, row.name)
+        if value is None or (value == row.default and not row.kept):
+            continue
+        facts[row.key] = Path(value).name if row.file else (row.write or _written)(value)
+        if row.file:
+            facts[f"{row.key}_hash"] = file_hash(Path(value))
+    return facts
+
+
+def _written(value: Any) -> str:
+    """A value as text: "karras", 0.7, true."""
+    return value if isinstance(value, str) else repr(value).lower() if isinstance(value, bool) else repr(value)
