@@ -49,7 +49,7 @@ def readable(prompt: str) -> str:
     prompt = prompt.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     size = len(prompt.encode())
     if size > MAX_BYTES:
-        raise ArgumentError(f"prompt: {size} bytes; the limit is {MAX_BYTES}, shorten it")
+        raise ArgumentError(f"prompt: {size} bytes; the limit is {MAX_BYTES}, shorten it", key="prompt")
     return prompt
 
 
