@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import cache
+from functools import cache, lru_cache
 
 import pytest
+import torch
+from torch import Tensor
 
 from benchmarks.models.seeded import weight
 from ldm.config import FAMILIES, DepthConfig, ModelConfig, TextConfig, UNetConfig, VAEConfig, VisionConfig
@@ -53,9 +55,17 @@ TINY = tiny("sd1")
 
 def build(config: ModelConfig = TINY) -> LatentDiffusion:
     """A model whose weights its parameters' names determine, so that no layer is silent."""
-    model = LatentDiffusion(config)
-    model.load_state_dict({name: weight(name, value.shape) for name, value in model.state_dict().items()})
+    with torch.device("meta"):  # values that are then replaced would take as long as those that replace them
+        model = LatentDiffusion(config)
+    model.load_state_dict({name: value.clone() for name, value in state_of(config).items()}, assign=True)
     return model.requires_grad_(False).eval()
+
+
+@lru_cache(maxsize=4)
+def state_of(config: ModelConfig) -> dict[str, Tensor]:
+    with torch.device("meta"):
+        shapes = {name: value.shape for name, value in LatentDiffusion(config).state_dict().items()}
+    return {name: weight(name, shape) for name, shape in shapes.items()}
 
 
 @cache
