@@ -11,11 +11,11 @@ if TYPE_CHECKING:
     from weights.adapters.embedding import save_embedding as save_embedding
     from weights.adapters.extract import extract_lora as extract_lora
     from weights.adapters.merge import merge_lora as merge_lora
-    from weights.adapters.read import config_of as config_of
     from weights.adapters.read import load_lora as load_lora
     from weights.adapters.resize import convert_lora as convert_lora
     from weights.adapters.resize import resize_lora as resize_lora
     from weights.adapters.write import save_lora as save_lora
+    from weights.checkpoint import config_of as config_of
     from weights.files.opened import Weights as Weights
     from weights.files.opened import open_file as open_file
     from weights.models import load as load
@@ -42,9 +42,10 @@ _HOME = {  # name -> the module that it is in; the same as above
         "adapters.embedding": "load_embedding save_embedding",
         "adapters.extract": "extract_lora",
         "adapters.merge": "merge_lora",
-        "adapters.read": "config_of load_lora",
+        "adapters.read": "load_lora",
         "adapters.resize": "convert_lora resize_lora",
         "adapters.write": "save_lora",
+        "checkpoint": "config_of",
         "files.opened": "Weights open_file",
         "models": "load load_safety load_vae load_vision original_state save",
         "names.layout": "LEFTOVERS",

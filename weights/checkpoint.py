@@ -317,6 +317,12 @@ def described(file: Weights | Folder, config: ModelConfig | str | None = None) -
     return _checkpoint(file, layout, Finding(known))
 
 
+def config_of(path: str | PathLike[str]) -> ModelConfig:
+    """The config of the model in a file or folder, of which only the header is read."""
+    with open_any(path) as file:
+        return described(file).config
+
+
 def _checkpoint(file: Weights | Folder, layout: Layout, finding: Finding, ema: bool = False) -> Checkpoint:
     network = partial(shapes, LatentDiffusion, finding.config)
     return Checkpoint(file=file, layout=layout, network=network, ema=ema, finding=finding)

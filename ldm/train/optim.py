@@ -6,7 +6,6 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping
-from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -100,10 +99,11 @@ def kind_of(kind: str) -> Callable[..., torch.optim.Optimizer]:
     if kind == "adamw":
         return torch.optim.AdamW
     try:
-        return import_module("bitsandbytes").optim.AdamW8bit
+        import bitsandbytes
     except ImportError:
         what = "adamw8bit needs bitsandbytes, which is not installed; pip install bitsandbytes, or take adamw"
         raise ArgumentError(f"optimizer.kind: {what}", key="optimizer.kind") from None
+    return bitsandbytes.optim.AdamW8bit
 
 
 def state_tensors(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:

@@ -53,7 +53,7 @@ COVERED = {
     "tests/ldm/train/data/test_folder.py": "ldm/train/data: captions decode scenes source",
     "tests/ldm/train/test_recipe.py": "ldm/train: reading",
     "tests/ldm/train/test_run.py": "ldm/train: start | ldm/cli: training",
-    "tests/weights/adapters/test_read.py": "weights/adapters: family names spelled",
+    "tests/weights/adapters/test_read.py": "weights/adapters: names spelled",
     "tests/weights/adapters/test_resize.py": "weights/adapters: rank",
     "tests/weights/adapters/test_write.py": "weights/adapters: kohya peft",
     "tests/weights/test_models.py": "weights: checkpoint | weights/names: blank",

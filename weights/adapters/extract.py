@@ -159,9 +159,9 @@ def _pairs(
     shapes = {name: shape for name, shape in lora_names.shapes(config).items() if text or not name.startswith("text.")}
     shapes |= {name: shape for name, shape in base.wanted.items() if name.startswith("vae.")}
     for model in models:
-        there = [name for name in shapes if name in model.places]
-        model.require_single(there)
-        model.require_numbers(there)
+        present = [name for name in shapes if name in model.places]
+        model.require_single(present)
+        model.require_numbers(present)
     pairs: dict[str, Shape] = {}
     unpaired = []
     for name, shape in shapes.items():

@@ -84,9 +84,9 @@ def is_whole(modules: Iterable[str], config: ModelConfig) -> bool:
         return re.sub(r"^.*\.\d+\.(?=\D)", "", module)
 
     changed = {module for module in modules if module.startswith("unet.")}
-    kinds = {kind(module) for module in changed}
-    there = {module for module in lora_names.spellings(config).values() if module.startswith("unet.")}
-    return {module for module in there if kind(module) in kinds} == changed
+    kinds_changed = {kind(module) for module in changed}
+    all_of_unet = (module for module, (network, _) in lora_names.components(config).items() if network == "unet")
+    return {module for module in all_of_unet if kind(module) in kinds_changed} == changed
 
 
 def _require_family(file: Tensors, spelled: Spelled, fits: int, config: ModelConfig) -> None:

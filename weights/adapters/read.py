@@ -16,7 +16,6 @@ from ldm.errors import AmbiguousCheckpoint, FileError
 from weights.adapters.family import kinds, resolved
 from weights.adapters.names import ALPHA_KEY, TOWERS, Dialect
 from weights.adapters.spelled import by_spelling
-from weights.checkpoint import described, open_any
 from weights.files.opened import Weights, open_file
 from weights.names.detect import require_family
 
@@ -85,12 +84,6 @@ def read_lora(path: str | PathLike[str], model_config: ModelConfig | str | None 
     else:
         dialect = "kohya" if all(key.startswith("lora_") or "." not in key for key, _ in specs) else "diffusers"
     return Source(Changes(found, path.name), config, dialect, metadata, alpha_dtype)
-
-
-def config_of(path: str | PathLike[str]) -> ModelConfig:
-    """The config of the model in a file or folder, of which only the header is read."""
-    with open_any(path) as file:
-        return described(file).config
 
 
 def _files(path: Path) -> dict[str, Path]:

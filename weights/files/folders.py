@@ -1,4 +1,4 @@
-"""A diffusers folder as one collection of tensors, each under `component/` and its key there."""
+"""A diffusers folder as one collection of tensors, each under `component/` and its key in that component's files."""
 
 from __future__ import annotations
 
@@ -83,10 +83,10 @@ def open_folder(path: str | PathLike[str], variant: str | None = None) -> Folder
     try:
         listed, found = _listed(folder), set()
         for name, stems in COMPONENTS.items():
-            there = (folder.path / name).is_dir()
-            if listed.get(name) and not there:
+            exists = (folder.path / name).is_dir()
+            if listed.get(name) and not exists:
                 raise folder.damaged(f"its model_index.json lists {name}, and there is no folder of that name")
-            if there and listed.get(name, True):
+            if exists and listed.get(name, True):
                 found.add(add_component(folder, folder.path / name, stems, f"{name}/", variant))
         for name in ("unet", "vae"):
             if not any(key.startswith(f"{name}/") for key in folder):

@@ -85,7 +85,7 @@ def sha256(source: Source, on_hash: Callable[[Hashed], None] | None = None) -> s
 
 
 def sha256_of(file: Tensors | Path) -> str:
-    """Of a file, open or not; of a folder that of the digits of its files of weights, in the order of their paths."""
+    """The SHA-256 of a file, open or not; for a folder that of its files' digits, in the order of their paths."""
     if isinstance(file, Path):
         with contextlib.closing(Source(file)) as source:
             return sha256(source)

@@ -80,12 +80,7 @@ def read_stream(source: Source) -> Contents:
     if type(system) is not dict or system.get("little_endian") is not True:
         raise source.error("holds big-endian numbers; save it again on a little-endian machine")
     top, keys = following(), following()
-    if (
-        type(keys) is not list
-        or any(type(key) is not str for key in keys)
-        or len(set(keys)) != len(keys)
-        or set(keys) != set(storages)
-    ):
+    if type(keys) is not list or any(type(key) is not str for key in keys) or sorted(keys) != sorted(storages):
         raise source.damaged("lists other storages than its tensors use")
     records = {}
     for key in keys:
@@ -109,9 +104,8 @@ def _contents(source: Source, top: Any, storages: Mapping[str, Storage], records
         raise source.damaged(f"storage {key} is {'missing' if key in storages else 'used by no tensor'}")
     for key, storage in storages.items():
         if storage.size != records[key].size:
-            raise source.damaged(
-                f"storage {key} has {records[key].size} bytes where {storage.numel} numbers are expected"
-            )
+            has = f"storage {key} has {records[key].size} bytes"
+            raise source.damaged(f"{has} where {storage.numel} numbers are expected")
     for ref in refs.values():
         records[ref.storage.key].users += 1
     return Contents({key: _checked(source, key, ref, records) for key, ref in refs.items()}, facts)
@@ -132,7 +126,7 @@ def _checked(source: Source, key: str, ref: TensorRef, records: Mapping[str, Rec
         raise source.damaged(f"{key} reaches beyond its storage of {capacity} numbers", key)
     if spec.numel > MAX_EXPANSION * capacity:
         raise source.damaged(f"{key} claims {spec.numel} numbers and stores {capacity}", key)
-    # a dimension of one never steps: torch writes any stride there
+    # A dimension of one never steps: torch writes any stride for it.
     normal = tuple(
         own if n != 1 else usual for n, own, usual in zip(ref.shape, ref.stride, contiguous(ref.shape), strict=True)
     )

@@ -73,7 +73,7 @@ def guarded(files: Iterable[Tensors], on_write: OnWrite | None) -> OnWrite:
 
 
 def pending(tensor: Tensor, dtype: torch.dtype | None = None) -> Pending:
-    """A tensor that is there already, to be written as it is or, if its numbers are floating-point ones, as `dtype`."""
+    """A tensor in memory, to be written as it is or, if its numbers are floating-point ones, as `dtype`."""
     return Pending(cast(tensor.dtype, dtype), tuple(tensor.shape), lambda: tensor)
 
 

@@ -187,7 +187,7 @@ def _local(source: Source, claim: _Claim, following: int) -> Entry:
 
 
 def _is_descriptor(source: Source, claim: _Claim, end: int, gap: int) -> bool:
-    """Are the `gap` bytes after an entry's data what may be there: its sizes again, or nothing?"""
+    """Are the `gap` bytes after an entry's data its checksum and sizes again, or none where none are announced?"""
     if gap == 0:
         return not claim.flags & _HAS_DESCRIPTOR or claim.size == 0
     if not claim.flags & _HAS_DESCRIPTOR or gap not in (12, 16, 20, 24):

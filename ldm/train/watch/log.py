@@ -9,7 +9,6 @@ import math
 import sys
 import uuid
 from collections.abc import Callable, Iterable, Mapping
-from importlib import import_module
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
@@ -180,7 +179,13 @@ def writers(watch: Watch) -> list[tuple[Any, Callable[..., Writer]]]:
 
 def _installed(package: str) -> Any:
     try:
-        return import_module("torch.utils.tensorboard" if package == "tensorboard" else package)
+        if package == "tensorboard":
+            from torch.utils import tensorboard
+
+            return tensorboard
+        import wandb
+
+        return wandb
     except ImportError:
         what = f"it is not installed; 'pip install {package}', or set watch.{package} = false"
         raise ArgumentError(f"{package}: {what}", key=package) from None
