@@ -30,8 +30,8 @@ TYPES = {
 }  # fmt: skip
 
 
-# Bookkeeping that published and fine-tuned checkpoints carry beside their weights: these names are accepted, and nothing
-# is kept of the objects.
+# Bookkeeping that published and fine-tuned checkpoints carry beside their weights: these names are accepted, and
+# nothing is kept of the objects.
 INERT = frozenset(
     (module, name)
     for module, names in {
