@@ -24,7 +24,7 @@ NOISE_LEVEL, MAX_NOISE_LEVEL = 20, 350  # of the x4 upscaler: the published defa
 
 
 class LatentDiffusion(nn.Module):
-    """A UNet, the VAE whose latents it denoises, and the towers that tell it what to make (Rombach et al. 2022)."""
+    """A UNet, the VAE whose latents it denoises, and the towers whose output conditions it (Rombach et al. 2022)."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -35,7 +35,7 @@ class LatentDiffusion(nn.Module):
         self.text = Modules(CLIPText(text) for text in config.text)
         self.vision = None if config.vision is None else CLIPVision(config.vision)
         self.depth = None if config.depth is None else DPT(config.depth)
-        self.runs_on: torch.device | None = None  # set by `ldm.offload`, whose networks run elsewhere than they rest
+        self.runs_on: torch.device | None = None  # set by `offload`: where networks run that rest elsewhere
 
     @property
     def device(self) -> torch.device:
@@ -47,68 +47,53 @@ class LatentDiffusion(nn.Module):
         """The type of the UNet's weights."""
         return self.unet.time_embed[0].weight.dtype
 
-    @torch.no_grad()
-    def condition(
-        self,
-        prompts: Sequence[str | None],
-        size: tuple[int, int],
-        *,
-        sizes: Sizes | None = None,
-        noise_level: int | None = None,
-        **text: Any,
-    ) -> Cond:
-        """`tell` without gradients."""
-        return self.tell(prompts, size, sizes=sizes, noise_level=noise_level, **text)
-
     def tell(
-        self,
-        prompts: Sequence[str | None],
-        size: tuple[int, int],
-        *,
-        sizes: Sizes | None = None,
-        noise_level: int | None = None,
-        **text: Any,
-    ) -> Cond:
-        """What the UNet is told for these prompts, with gradients to towers and embeddings; what a family concatenates to the latent is added by its task.
+        self, prompts: Sequence[str | None], size: tuple[int, int], *,
+        sizes: Sizes | None = None, noise_level: int | None = None, **text: Any,
+    ) -> Cond:  # fmt: skip
+        """What these prompts condition the UNet on; a task adds what its family concatenates to the latent.
 
-        prompts      None: nothing is said, as the family was trained to hear it: zeros for SDXL, the empty prompt elsewhere
+        prompts      None: no prompt, as the family was trained without one: zeros for SDXL, the empty prompt elsewhere
         size         (height, width) in pixels
-        sizes        what SDXL is told of the picture's past; None: that it has always had this size
+        sizes        the picture's past, for SDXL; None: that it has always had this size
         noise_level  how noisy the x4 upscaler's input is, in timesteps; None: 20
-        text         keywords of `ldm.prompts.encode_text`: clip_skip, weighting, ...
-        Raises ArgumentError for a size that no latent has, a layer that no tower has, or what this family is not told.
+        text         keywords of `ldm.conditioning.prompts.encode_text`: clip_skip, weighting, ...
+        Has gradients to towers and embeddings, which `condition` has not. Raises ArgumentError for a size that no latent
+        has, a layer that no tower has, or an input that this family does not have.
         """
         self.latent_shape(len(prompts), *size)
-        unet = self.config.unet
+        unet, name = self.config.unet, self.config.name
         if not self.config.text:
-            raise ArgumentError(
-                f"a model of family {self.config.name} is told an image instead of text: use condition_image"
-            )
+            raise ArgumentError(f"a model of family {name} is conditioned on an image instead of text: use variations")
         if sizes is not None and unet.vector_dim is None:
-            raise ArgumentError(f"a model of family {self.config.name} is told no sizes; SDXL models are")
-        context, pooled = encode_text(self.text, ["" if prompt is None else prompt for prompt in prompts], **text)
+            raise ArgumentError(f"a model of family {name} is told no sizes; SDXL models are")
+        context, pooled = encode_text(self.text, [prompt or "" for prompt in prompts], **text)
         if self.config.zero_empty:
-            said = torch.tensor([prompt is not None for prompt in prompts], device=pooled.device)
-            context, pooled = context * said[:, None, None], pooled * said[:, None]
+            given = torch.tensor([prompt is not None for prompt in prompts], device=pooled.device)
+            context, pooled = context * given[:, None, None], pooled * given[:, None]
         if unet.vector_dim is not None:
             return Cond(context, vector(pooled, sizes or Sizes(), size, unet.vector_dim))
         if unet.noise_levels is not None:
-            return Cond(context, torch.full((len(prompts),), self._noise_level(noise_level), device=context.device))
+            level, highest = (
+                NOISE_LEVEL if noise_level is None else noise_level,
+                min(MAX_NOISE_LEVEL, unet.noise_levels - 1),
+            )
+            if not (isinstance(level, Integral) and 0 <= level <= highest):
+                raise ArgumentError(
+                    f"noise_level: {level!r}; give a whole number from 0 to {highest}", key="noise_level"
+                )
+            return Cond(context, torch.full((len(prompts),), int(level), device=context.device))
         if noise_level is not None:
-            raise ArgumentError(f"a model of family {self.config.name} is told no noise level; the x4 upscaler is")
+            raise ArgumentError(f"a model of family {name} is told no noise level; the x4 upscaler is")
         return Cond(context)
 
-    def _noise_level(self, level: int | None) -> int:
-        level = NOISE_LEVEL if level is None else level
-        if not (isinstance(level, Integral) and 0 <= level <= min(MAX_NOISE_LEVEL, self.config.unet.noise_levels - 1)):
-            raise ArgumentError(
-                f"noise_level: {level!r}; give a whole number from 0 to {min(MAX_NOISE_LEVEL, self.config.unet.noise_levels - 1)}",
-                key="noise_level",
-            )
-        return int(level)
+    condition = torch.no_grad()(tell)
 
     def latent_shape(self, n: int, height: int, width: int) -> tuple[int, int, int, int]:
-        """[b, c, h, w] of the latents of n pictures of height x width pixels. Raises ArgumentError unless both are multiples of the VAE's factor."""
+        """[b, c, h, w] of the latents of n pictures of height x width pixels.
+
+        Raises ArgumentError unless both are multiples of the VAE's factor.
+        """
         factor = self.config.vae.factor
         if height < factor or width < factor or height % factor or width % factor:
             raise ArgumentError(f"size {width}x{height}: both must be multiples of {factor}")
