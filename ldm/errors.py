@@ -119,7 +119,8 @@ def require_known(name: str, value: Any, known: Collection[str]) -> None:
 
 def require_whole(name: str, value: Any, low: int, high: int, why: str = "") -> int:
     """The number, if it is a whole one from `low` to `high`. Raises ArgumentError."""
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < low:
+    whole = isinstance(value, Integral) and not isinstance(value, bool)
+    if not whole or value < low:
         raise ArgumentError(f"{name}: {value!r}; give a whole number from {low} to {high}", key=name)
     if value > high:
         raise ArgumentError(f"{name}: {value}; give at most {high}{why}", key=name)
@@ -128,5 +129,6 @@ def require_whole(name: str, value: Any, low: int, high: int, why: str = "") -> 
 
 def require_number(name: str, value: Any, low: float, high: float) -> None:
     """Raises ArgumentError for what is no finite number from `low` to `high`."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not (math.isfinite(value) and low <= value <= high):
+    number = isinstance(value, Real) and not isinstance(value, bool)
+    if not number or not (math.isfinite(value) and low <= value <= high):
         raise ArgumentError(f"{name}: {value!r}; give a number from {low:g} to {high:g}", key=name)

@@ -58,13 +58,13 @@ class LatentDiffusion(nn.Module):
         sizes        the picture's past, for SDXL; None: that it has always had this size
         noise_level  how noisy the x4 upscaler's input is, in timesteps; None: 20
         text         keywords of `ldm.conditioning.prompts.encode_text`: clip_skip, weighting, ...
-        Has gradients to towers and embeddings, which `condition` has not. Raises ArgumentError for a size that no latent
-        has, a layer that no tower has, or an input that this family does not have.
+        Has gradients to towers and embeddings, which `condition` has not. Raises ArgumentError for a size that no
+        latent has, a layer that no tower has, or an input that this family does not have.
         """
         self.latent_shape(len(prompts), *size)
         unet, name = self.config.unet, self.config.name
         if not self.config.text:
-            raise ArgumentError(f"a model of family {name} is conditioned on an image instead of text: use variations")
+            raise ArgumentError(f"a model of family {name} is told an image instead of text: use variations")
         if sizes is not None and unet.vector_dim is None:
             raise ArgumentError(f"a model of family {name} is told no sizes; SDXL models are")
         context, pooled = encode_text(self.text, [prompt or "" for prompt in prompts], **text)

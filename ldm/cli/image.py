@@ -75,7 +75,7 @@ def depth2img(args: argparse.Namespace, sampling: Sampling, init: Image.Image) -
     size = width, height = _following(args, init)
     depth = None if args.depth is None else read.open_image(args.depth)
     if depth is not None:
-        given_depth(depth, torch.empty(1, 3, height, width, device="meta"), [height // 8, width // 8])
+        given_depth(depth, torch.empty(1, 3, height, width, device="meta"), (height // 8, width // 8))
     return Drawing(tasks.depth2img, {"depth": depth, "strength": args.strength} | _sides(size), size, (init,))
 
 

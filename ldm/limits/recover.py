@@ -45,8 +45,8 @@ def recovered(
     """The UNet's output where the plain call gave one with NaN or infinity (`out`), or none, for lack of memory.
 
     Not enough memory on the GPU: again in halves of the batch. Not finite in half precision: again with attention in
-    float32, then in bfloat16 and in float32, each a copy of the UNet that is kept; the model stays as it is. One warning
-    each. Raises NonFinite, which names the first module and the weights it comes from, and MemoryLimit.
+    float32, then in bfloat16 and in float32, each a copy of the UNet that is kept; the model stays as it is. One
+    warning each. Raises NonFinite, which names the first module and the weights it comes from, and MemoryLimit.
 
     run    (UNet, part of the batch) -> its output in float32
     where  what a message says of this call, such as "at sigma 3"

@@ -17,32 +17,33 @@ from ldm.limits import precision
 from ldm.model import LatentDiffusion
 from ldm.networks.dpt import depth_map, normalised_depth
 from ldm.networks.vision import PREPROCESSORS, preprocess
-from ldm.tasks.job import Job, require_strength
-from ldm.tasks.text import require_text_only
+from ldm.tasks.job import Job, require_strength, require_text_only, size_of
 
 
 @torch.no_grad()
 def img2img(
     model: LatentDiffusion, init: Image.Image, prompts: str | Sequence[str], *, strength: float = 0.75,
-    height: int | None = None, width: int | None = None, **job: Any,
+    height: int | None = None, width: int | None = None, **options: Any,
 ) -> list[Image.Image]:  # fmt: skip
     """Pictures that begin as `init`, noised, and end as prompts say (SDEdit, Meng et al. 2022).
 
     init           any mode; scaled to cover height x width and cut evenly
-    strength       share of the steps that are run: 0 takes init through the VAE and back, 1 keeps next to nothing of it
+    strength       share of the steps that are run: 0 takes init through the VAE and back, 1 keeps nearly nothing of it
     height, width  pixels, multiples of 8; init's own, rounded, if not given; given one, the other follows init's shape
-    The rest as for `txt2img`. The latent of init is a sample of the VAE's posterior, drawn from each picture's own noise as the original code does.
+    The rest as for `txt2img`. The latent of init is a sample of the VAE's posterior, drawn from each picture's own
+    noise as the original code does.
     """
-    todo = Job.of(prompts, job)
-    require_strength(strength, todo.sampling)
+    job = Job.of(prompts, options)
+    require_strength(strength, job.sampling)
     require_text_only(model)
-    return _redrawn(model, todo, scaled(model, init, height, width), strength, None)
+    return _redrawn(model, job, scaled(model, init, height, width), strength, None)
 
 
 @torch.no_grad()
 def depth2img(
-    model: LatentDiffusion, init: Image.Image, prompts: str | Sequence[str], *, depth: Image.Image | None = None, strength: float = 0.8,
-    height: int | None = None, width: int | None = None, **job: Any,
+    model: LatentDiffusion, init: Image.Image, prompts: str | Sequence[str], *,
+    depth: Image.Image | None = None, strength: float = 0.8,
+    height: int | None = None, width: int | None = None, **options: Any,
 ) -> list[Image.Image]:  # fmt: skip
     """Pictures with the depth of `init`: its shapes stay even where nothing else does (Stable Diffusion 2 depth model).
 
@@ -50,22 +51,22 @@ def depth2img(
     strength  as for `img2img`; at 1 only the depth is left of init
     The rest as for `img2img`.
     """
-    todo = Job.of(prompts, job)
-    require_strength(strength, todo.sampling)
+    job = Job.of(prompts, options)
+    require_strength(strength, job.sampling)
     if model.config.concat != ("depth",):
         raise ArgumentError(f"this model ({model.config.name}) is not told depth: use a depth model, or img2img")
     image = scaled(model, init, height, width)
-    cells = [side // model.config.vae.factor for side in image.shape[2:]]
-    if depth is None:
-        if model.depth is None:
-            raise ArgumentError("this checkpoint holds no depth network: give a depth map", key="depth")
+    cells = model.latent_shape(1, *image.shape[2:])[2:]
+    if depth is not None:
+        near = given_depth(depth, image, cells)
+    elif model.depth is not None:
         near = depth_map(model.depth, image.to(model.dtype), cells)
     else:
-        near = given_depth(depth, image, cells)
-    return _redrawn(model, todo, image, strength, near)
+        raise ArgumentError("this checkpoint holds no depth network: give a depth map", key="depth")
+    return _redrawn(model, job, image, strength, near)
 
 
-def given_depth(depth: Image.Image, image: Tensor, cells: Sequence[int]) -> Tensor:
+def given_depth(depth: Image.Image, image: Tensor, cells: tuple[int, int]) -> Tensor:
     """A depth map, 8- or 16-bit, light is near, as [1, 1, h, w] in [-1, 1], like `ldm.dpt.depth_map`.
 
     Raises ArgumentError unless its shape agrees with that of `image` [1, 3, H, W] to 1 %.
@@ -76,42 +77,37 @@ def given_depth(depth: Image.Image, image: Tensor, cells: Sequence[int]) -> Tens
             f"depth: it is {depth.width}x{depth.height} and the picture {width}x{height}; give a map of the same shape",
             key="depth",
         )
-    return normalised_depth(from_pil(to_rgb(depth)).mean(dim=1, keepdim=True), tuple(cells)).to(image.device)
+    return normalised_depth(from_pil(to_rgb(depth)).mean(dim=1, keepdim=True), cells).to(image.device)
 
 
 @torch.no_grad()
 def variations(
-    model: LatentDiffusion,
-    init: Image.Image,
-    *,
-    preprocessing: str = "card",
-    height: int | None = None,
-    width: int | None = None,
-    **job: Any,
-) -> list[Image.Image]:
-    """Pictures like `init`: the image embedding of CLIP stands where the text would (Pinkney's Stable Diffusion image variations).
+    model: LatentDiffusion, init: Image.Image, *, preprocessing: str = "card",
+    height: int | None = None, width: int | None = None, **options: Any,
+) -> list[Image.Image]:  # fmt: skip
+    """Pictures like `init`: CLIP's image embedding takes the place of the text (Pinkney's image variations).
 
     preprocessing  how init becomes 224 x 224 pixels: "card", as the model card asks, or "original", as in training
     height, width  pixels, multiples of 8; the model's own size if not given
-    job            as for `txt2img`, without a negative prompt: guidance steers away from zeros. The card suggests cfg=3
+    options        as for `txt2img`, without a negative prompt: guidance steers away from zeros. The card suggests cfg=3
     """
-    todo = Job.of("", job)
+    job = Job.of("", options)
     if model.vision is None:
         raise ArgumentError(
             f"this model ({model.config.name}) is told text, not a picture: use img2img, or an image-variations model"
         )
-    if todo.negative is not None:
+    if job.negative is not None:
         raise ArgumentError("negative: image variations have no negative prompt", key="negative")
     require_known("preprocessing", preprocessing, PREPROCESSORS)
-    size = model.config.size if height is None else height, model.config.size if width is None else width
-    pixels = preprocess(from_pil(to_rgb(init)), preprocessing, model.config.vision.image).to(model.device, model.dtype)
-    context = model.vision(pixels)[:, None]
+    size = size_of(model, height, width)
+    pixels = preprocess(from_pil(to_rgb(init)), preprocessing, model.vision.config.image)
+    context = model.vision(pixels.to(model.device, model.dtype))[:, None]
     images = []
-    for part in todo.parts(model):
-        n = len(part.prompts)
-        cond = Cond(context.expand(n, -1, -1))
-        denoise = todo.guided(model, [Cond(torch.zeros_like(cond.context)), cond])
-        images += todo.pictures(model, todo.draw(model, denoise, part.noise(model.latent_shape(n, *size)), part.noise))
+    for part in job.parts(model):
+        cond = Cond(context.expand(len(part.prompts), -1, -1))
+        denoise = job.guided(model, [Cond(torch.zeros_like(cond.context)), cond])
+        first = part.noise(model.latent_shape(len(part.prompts), *size))
+        images += job.pictures(model, job.draw(model, denoise, first, part.noise))
     return images
 
 
@@ -131,14 +127,13 @@ def _redrawn(
     for part in job.parts(model):
         n = len(part.prompts)
         if strength == 0:
-            images += job.pictures(model, precision.encode(model, image, tile=job.sampling.tile).expand(n, -1, -1, -1))
-            continue
-        conds = job.told(model, part, (height, width))
-        if concat is not None:
-            conds = [replace(cond, concat=concat.expand(n, -1, -1, -1)) for cond in conds]
-        shape = model.latent_shape(n, height, width)
-        latent = precision.encode(model, image, part.noise(shape), tile=job.sampling.tile)
-        images += job.pictures(
-            model, job.redraw(model, job.guided(model, conds), latent, strength, part.noise(shape), part.noise)
-        )
+            latent = precision.encode(model, image, tile=job.sampling.tile).expand(n, -1, -1, -1)
+        else:
+            conds = job.conds(model, part, (height, width))
+            if concat is not None:
+                conds = [replace(cond, concat=concat.expand(n, -1, -1, -1)) for cond in conds]
+            shape = model.latent_shape(n, height, width)
+            latent = precision.encode(model, image, part.noise(shape), tile=job.sampling.tile)
+            latent = job.redraw(model, job.guided(model, conds), latent, strength, part.noise(shape), part.noise)
+        images += job.pictures(model, latent)
     return images

@@ -31,13 +31,9 @@ class Sampling:
     """The keywords that every task takes besides its own. Raises ArgumentError."""
 
     sampler: str = "dpmpp_2m"  # a name in samplers.SAMPLERS
-    grid: str | None = (
-        None  # a name in samplers.GRIDS; None: the sampler's own, as in samplers.DEFAULT_GRID; trailing where the model has zero terminal SNR
-    )
+    grid: str | None = None  # a name in samplers.GRIDS; None: see grid_name
     steps: int = 25  # of the grid, 1 to 1000; more are slower and closer to what the model has learnt
-    cfg: float = (
-        7.5  # guidance scale: 1 ignores the negative prompt at half the cost, more follows the prompt more closely
-    )
+    cfg: float = 7.5  # guidance scale: 1 ignores the negative prompt at half the cost, more follows the prompt closer
     rescale: float = 0.0  # guidance rescale, 0 to 1: takes back the contrast that guidance adds
     interval: tuple[float, float] | None = None  # (low, high) sigmas between which there is guidance; None: everywhere
     eta: float | None = None  # share of fresh noise, for samplers that have one; None: the sampler's own
@@ -45,10 +41,8 @@ class Sampling:
     weighting: bool = False  # (words:1.3) in a prompt weigh more, [words] less; off: they are read as they stand
     truncate: bool = False  # a prompt too long for the text tower is cut; off: it is read in pieces
     embeddings: tuple[Embedding, ...] = ()  # words of a textual inversion's own
-    sizes: Sizes | None = None  # what SDXL is told of the picture's past; None: that it has always had this size
-    tile: int | None = (
-        None  # side in pixels of the tiles in which the VAE works; 0: never in tiles; None: above 1024 x 1024
-    )
+    sizes: Sizes | None = None  # the picture's past, for SDXL; None: that it has always had this size
+    tile: int | None = None  # side in pixels of the tiles in which the VAE works; 0: none; None: above 1024 x 1024
 
     def __post_init__(self) -> None:
         require_known("sampler", self.sampler, SAMPLERS)
@@ -65,16 +59,15 @@ class Sampling:
         if self.eta is not None:
             require_number("eta", self.eta, 0, MAX_CFG)
             if not _takes_eta(self.sampler):
-                raise ArgumentError(
-                    f"eta: sampler {self.sampler} has none; leave it out, or use {', '.join(filter(_takes_eta, SAMPLERS))}",
-                    key="eta",
-                )
+                others = ", ".join(filter(_takes_eta, SAMPLERS))
+                raise ArgumentError(f"eta: sampler {self.sampler} has none; leave it out, or use {others}", key="eta")
         self.sigmas(Schedule())  # some counts of steps do not suit every grid
 
     def grid_name(self, schedule: Schedule) -> str:
-        """The grid in use: the one that was named or, with zero terminal SNR, trailing (Lin et al. 2023, section 3.3), or else the sampler's own.
+        """The grid in use: the one that was named, or the sampler's own, as in samplers.DEFAULT_GRID.
 
-        DDIM's leaves out the last level, where nothing is seen of the picture yet; Karras' spends two fifths of its steps on the last hundredth of the timesteps.
+        With zero terminal SNR it is trailing (Lin et al. 2023, section 3.3): DDIM's leaves out the last level, where
+        nothing is seen of the picture yet; Karras' spends two fifths of its steps on a hundredth of the timesteps.
         """
         return self.grid or ("trailing" if schedule.zero_snr else DEFAULT_GRID[self.sampler])
 
@@ -109,7 +102,7 @@ def require_seed(seed: Any) -> int:
 
 
 def require_strength(strength: Any, options: Sampling, name: str = "strength") -> None:
-    """Raises ArgumentError for a strength outside [0, 1], or above 0 but too small for a single step; the message names the least that is not."""
+    """Raises ArgumentError for a strength outside [0, 1], or too small for a single step; it names the least."""
     require_number(name, strength, 0, 1)
     if strength > 0:
         try:
@@ -128,6 +121,9 @@ def _takes_eta(sampler: str) -> bool:
     return "eta" in inspect.signature(SAMPLERS[sampler]).parameters
 
 
+# --- jobs -----------------------------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class Part:
     """Pictures of a job that are made at once."""
@@ -139,31 +135,24 @@ class Part:
 
 @dataclass(frozen=True)
 class Job:
-    """Which pictures to make, whatever the task: the keywords that every task takes besides its own and those of `Sampling`. Raises ArgumentError."""
+    """Which pictures to make: keywords of every task besides its own and those of `Sampling`. Raises ArgumentError."""
 
     prompts: str | Sequence[str]  # one for each picture, or one for all
-    seeds: Sequence[
-        int
-    ] = ()  # one for each picture, 0 to 2^64 - 1, of which torch uses the low 32 bits; a picture does not depend on its batch
-    negative: str | None = (
-        None  # what to steer away from; None: what the model was trained to steer away from when nothing is said
-    )
-    batch: int | None = None  # pictures made at once; None: all
+    seeds: Sequence[int] = ()  # one for each picture, 0 to 2^64 - 1, of which torch uses the low 32 bits
+    negative: str | None = None  # what to steer away from; None: what the model was trained to steer away from
+    batch: int | None = None  # pictures made at once, on which no picture depends; None: all
     on_step: OnStep | None = None  # gets every network call as a Step, before its result is used
     sampling: Sampling = field(default_factory=Sampling)
 
     @staticmethod
     def of(prompts: str | Sequence[str], keywords: dict[str, Any]) -> Job:
-        """A job and its sampling from the keywords of a task's caller. An unknown one is an error that names the nearest."""
-        mine, theirs = ([each.name for each in fields(kind)] for kind in (Job, Sampling))
-        mine = mine[1:-1]
+        """A job and its sampling from a task's keywords. An unknown one is an error that names the nearest."""
+        own = [each.name for each in fields(Job)][1:-1]  # without prompts and sampling
+        shared = [each.name for each in fields(Sampling)]
         for name in keywords:
-            require_known("option", name, [*mine, *theirs])
-        return Job(
-            prompts,
-            **{k: v for k, v in keywords.items() if k in mine},
-            sampling=Sampling(**{k: v for k, v in keywords.items() if k in theirs}),
-        )
+            require_known("option", name, [*own, *shared])
+        sampling = Sampling(**{name: value for name, value in keywords.items() if name in shared})
+        return Job(prompts, **{name: value for name, value in keywords.items() if name in own}, sampling=sampling)
 
     def __post_init__(self) -> None:
         for seed in self.seeds:
@@ -178,41 +167,39 @@ class Job:
             require_whole("batch", self.batch, 1, 10**6)
 
     def parts(self, model: LatentDiffusion) -> Iterator[Part]:
-        """At most `batch` pictures at a time. Prompts that are read in fewer pieces are not drawn out to the length of others: that would change their pictures."""
+        """At most `batch` pictures at a time, all read in as many pieces: empty pieces would change a picture."""
         prompts = [self.prompts] * len(self.seeds) if isinstance(self.prompts, str) else list(self.prompts)
         chunks = [self._chunks(model, prompt) for prompt in prompts]
         for count, group in groupby(range(len(prompts)), key=lambda k: chunks[k]):
             alike = list(group)
-            for i in range(0, len(alike), self.batch or len(alike)):
-                part = alike[i : i + (self.batch or len(alike))]
+            size = self.batch or len(alike)
+            for part in (alike[i : i + size] for i in range(0, len(alike), size)):
                 yield Part([prompts[k] for k in part], seeded([int(self.seeds[k]) for k in part], model.device), count)
 
     def _chunks(self, model: LatentDiffusion, prompt: str) -> int:
         """Pieces in which this prompt and the negative one are read."""
         s = self.sampling
+        if s.truncate or not model.config.text:
+            return 1
         texts = [prompt, self.negative or ""]
-        return (
-            1
-            if s.truncate or not model.config.text
-            else chunks_needed(model.text, texts, weighting=s.weighting, embeddings=s.embeddings)
-        )
+        return chunks_needed(model.text, texts, weighting=s.weighting, embeddings=s.embeddings)
 
-    def told(self, model: LatentDiffusion, part: Part, size: tuple[int, int], **told: Any) -> list[Cond]:
-        """[uncond, cond] of these pictures, for `guided`. `told`: further keywords of `LatentDiffusion.condition`."""
-        s = self.sampling
-        sizes = s.sizes or Sizes() if model.config.unet.vector_dim is not None else s.sizes
-        text = {"clip_skip": s.clip_skip, "weighting": s.weighting, "embeddings": s.embeddings, "chunks": part.chunks}
-        uncond = model.condition(
-            [self.negative] * len(part.prompts), size, sizes=sizes and sizes.negative(), **told, **text
-        )
-        return [uncond, model.condition(part.prompts, size, sizes=sizes, **told, **text)]
+    def conds(self, model: LatentDiffusion, part: Part, size: tuple[int, int], **options: Any) -> list[Cond]:
+        """[uncond, cond] of these pictures. `options`: further keywords of `LatentDiffusion.condition`."""
+        s, sizes = self.sampling, self.sampling.sizes
+        if sizes is None and model.config.unet.vector_dim is not None:
+            sizes = Sizes()
+        options |= {"clip_skip": s.clip_skip, "weighting": s.weighting}
+        options |= {"embeddings": s.embeddings, "chunks": part.chunks}
+        uncond = model.condition([self.negative] * len(part.prompts), size, sizes=sizes and sizes.negative(), **options)
+        return [uncond, model.condition(part.prompts, size, sizes=sizes, **options)]
 
     def guided(self, model: LatentDiffusion, conds: Sequence[Cond]) -> Denoiser:
         """The model under these conditions, [uncond, cond], as a sampler asks it."""
         return guided(model, conds, self.sampling.guidance)
 
     def solve(self, denoise: Denoiser, x: Tensor, sigmas: Sequence[float], noise: Noise) -> Tensor:
-        """From x at noise level sigmas[0] to x at sigmas[-1]. Raises NonFinite, naming the step, at the first NaN or infinity."""
+        """From x at noise level sigmas[0] to x at sigmas[-1]. Raises NonFinite, naming the step, at the first NaN."""
         steps, total = len(sigmas) - 1, self.sampling.calls(sigmas)
 
         def report(step: Step) -> None:
@@ -235,10 +222,24 @@ class Job:
     def redraw(
         self, model: LatentDiffusion, denoise: Denoiser, latent: Tensor, strength: float, first: Tensor, noise: Noise
     ) -> Tensor:
-        """Latents that begin as these, noised by `first` to the level where int(steps * strength) steps are left (SDEdit, Meng et al. 2022)."""
+        """Latents that begin as these, noised by `first`, with int(steps * strength) steps left (SDEdit, Meng 2022)."""
         x, rest = noised(latent, first, self.sampling.sigmas(model.schedule), strength=strength)
         return finish(self.solve(denoise, x, rest, noise), rest)
 
     def pictures(self, model: LatentDiffusion, latent: Tensor) -> list[Image.Image]:
         """Scaled latents [b, c, h, w] -> pictures. Raises NonFinite for latents or pictures with NaN or infinity."""
         return to_pil(precision.decode(model, latent, tile=self.sampling.tile))
+
+
+def size_of(model: LatentDiffusion, height: int | None, width: int | None) -> tuple[int, int]:
+    """(height, width) in pixels, the model's own where none is given."""
+    return model.config.size if height is None else height, model.config.size if width is None else width
+
+
+def require_text_only(model: LatentDiffusion) -> None:
+    """Raises ArgumentError for a model that needs more than text and noise, and names the task that gives it."""
+    if not model.config.text or model.config.concat:
+        needs = ", ".join(model.config.concat) or "an image instead of text"
+        first = model.config.concat[0] if model.config.concat else ""
+        task = {"mask": "inpaint", "depth": "depth2img", "low_res": "upscale"}.get(first, "variations")
+        raise ArgumentError(f"this model ({model.config.name}) needs {needs}: it is not for text alone; use {task}")

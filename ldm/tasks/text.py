@@ -16,7 +16,7 @@ from ldm.errors import ArgumentError, require_known, require_number
 from ldm.images import from_pil, nearest_multiple
 from ldm.limits import precision
 from ldm.model import LatentDiffusion
-from ldm.tasks.job import Job, Part, require_strength
+from ldm.tasks.job import Job, Part, require_strength, require_text_only, size_of
 from samplers import finish, start
 
 ENLARGERS = ("latent", "pixel")
@@ -25,7 +25,8 @@ ENLARGERS = ("latent", "pixel")
 @torch.no_grad()
 def txt2img(
     model: LatentDiffusion, prompts: str | Sequence[str], *, height: int | None = None, width: int | None = None,
-    refiner: LatentDiffusion | None = None, refine_from: float = 0.8, refine_strength: float | None = None, **job: Any,
+    refiner: LatentDiffusion | None = None, refine_from: float = 0.8, refine_strength: float | None = None,
+    **options: Any,
 ) -> list[Image.Image]:  # fmt: skip
     """Pictures of what prompts say (Rombach et al. 2022, section 3; Ho & Salimans 2022 for the guidance).
 
@@ -34,38 +35,32 @@ def txt2img(
     refiner          a model that finishes the latents of this one (Podell et al. 2023, section 2.5)
     refine_from      share of the noise schedule after which the refiner takes over, 0 to 1
     refine_strength  give the refiner finished latents instead, noised anew to this share of the steps
-    job              `seeds`, and other fields of `Job` and `Sampling`
+    options          `seeds`, and other fields of `Job` and `Sampling`
     Raises ArgumentError, and NonFinite rather than give a black picture.
     """
-    todo = Job.of(prompts, job)
-    size = model.config.size if height is None else height, model.config.size if width is None else width
+    job = Job.of(prompts, options)
+    size = size_of(model, height, width)
     require_text_only(model)
     if refiner is not None:
-        _require_refiner(model, refiner, todo, refine_from, refine_strength)
+        _require_refiner(model, refiner, job, refine_from, refine_strength)
     images = []
-    for part in todo.parts(model):
-        conds = todo.told(model, part, size)
-        shape = model.latent_shape(len(part.prompts), *size)
+    for part in job.parts(model):
+        conds = job.conds(model, part, size)
         if refiner is None:
-            latent = todo.draw(model, todo.guided(model, conds), part.noise(shape), part.noise)
+            first = part.noise(model.latent_shape(len(part.prompts), *size))
+            latent = job.draw(model, job.guided(model, conds), first, part.noise)
         else:
-            latent = _refined(model, refiner, todo, part, conds, size, refine_from, refine_strength)
-        images += todo.pictures(model, latent)
+            latent = _refined(model, refiner, job, part, conds, size, refine_from, refine_strength)
+        images += job.pictures(model, latent)
     return images
 
 
 def _refined(
-    model: LatentDiffusion,
-    refiner: LatentDiffusion,
-    job: Job,
-    part: Part,
-    conds: list[Cond],
-    size: tuple[int, int],
-    refine_from: float,
-    strength: float | None,
-) -> Tensor:
+    model: LatentDiffusion, refiner: LatentDiffusion, job: Job, part: Part, conds: list[Cond], size: tuple[int, int],
+    refine_from: float, strength: float | None,
+) -> Tensor:  # fmt: skip
     """Latents that the model begins and the refiner finishes."""
-    begin, end = job.guided(model, conds), job.guided(refiner, _for(refiner, job).told(refiner, part, size))
+    begin, end = job.guided(model, conds), job.guided(refiner, _for(refiner, job).conds(refiner, part, size))
     first = part.noise(model.latent_shape(len(part.prompts), *size))
     if strength is not None:
         latent = job.draw(model, begin, first, part.noise)
@@ -77,11 +72,11 @@ def _refined(
 
 
 def _for(refiner: LatentDiffusion, job: Job) -> Job:
-    """The job with what of its textual inversions is for the refiner's text tower: those of SDXL are for both of the base's."""
+    """The job with those vectors of its textual inversions that suit the refiner's tower: SDXL's have two sets."""
     widths = {tower.width for tower in refiner.config.text}
     embeddings = tuple(
-        replace(e, vectors={width: e.vectors[width] for width in e.vectors if width in widths})
-        for e in job.sampling.embeddings
+        replace(each, vectors={width: vectors for width, vectors in each.vectors.items() if width in widths})
+        for each in job.sampling.embeddings
     )
     return replace(job, sampling=replace(job.sampling, embeddings=embeddings))
 
@@ -95,7 +90,8 @@ def handover(model: LatentDiffusion, sigmas: Sequence[float], share: float) -> i
     k = sum(model.schedule.timestep(sigma) >= cutoff for sigma in sigmas[:-1])
     if not 0 < k < len(sigmas) - 1:
         raise ArgumentError(
-            f"refine_from: {share:g} leaves all {len(sigmas) - 1} steps to one model; choose another share, or more steps",
+            f"refine_from: {share:g} leaves all {len(sigmas) - 1} steps to one model; "
+            "choose another share, or more steps",
             key="refine_from",
         )
     return k
@@ -104,11 +100,8 @@ def handover(model: LatentDiffusion, sigmas: Sequence[float], share: float) -> i
 def _require_refiner(
     model: LatentDiffusion, refiner: LatentDiffusion, job: Job, refine_from: float, strength: float | None
 ) -> None:
-    if (
-        model.config.vae.z_channels != refiner.config.vae.z_channels
-        or model.config.vae.scale != refiner.config.vae.scale
-        or model.schedule != refiner.schedule
-    ):
+    of_model, of_refiner = ((m.config.vae.z_channels, m.config.vae.scale, m.schedule) for m in (model, refiner))
+    if of_model != of_refiner:
         raise ArgumentError(
             f"refiner: a model of family {refiner.config.name} cannot go on with the latents of {model.config.name}",
             key="refiner",
@@ -123,52 +116,37 @@ def _require_refiner(
 
 @torch.no_grad()
 def hires(
-    model: LatentDiffusion, prompts: str | Sequence[str], *, scale: float = 2.0, enlarge: Literal["latent", "pixel"] = "pixel", strength: float = 0.6,
-    height: int | None = None, width: int | None = None, **job: Any,
+    model: LatentDiffusion, prompts: str | Sequence[str], *, scale: float = 2.0,
+    enlarge: Literal["latent", "pixel"] = "pixel", strength: float = 0.6,
+    height: int | None = None, width: int | None = None, **options: Any,
 ) -> list[Image.Image]:  # fmt: skip
-    """Large pictures without doubled subjects: made at the size of training, enlarged, then partly redrawn at the large size.
+    """Large pictures without doubled subjects: made at the size of training, enlarged, then partly redrawn.
 
     scale     of both sides, above 1 to 8
     enlarge   the latent (bicubic; needs a strength of about 0.6 or more to lose its blur), or the picture (Lanczos)
     strength  share of the steps that redraw the enlarged picture, above 0 to 1
     The rest as for `txt2img`; height and width are those of the first picture.
     """
-    todo = Job.of(prompts, job)
+    job = Job.of(prompts, options)
     require_number("scale", scale, 1, 8)
     require_known("enlarge", enlarge, ENLARGERS)
-    require_strength(strength, todo.sampling)
+    require_strength(strength, job.sampling)
     if strength == 0:
         raise ArgumentError("strength: 0 would only enlarge; give more", key="strength")
     require_text_only(model)
-    size = model.config.size if height is None else height, model.config.size if width is None else width
-    large = tuple(nearest_multiple(side * scale, model.config.vae.factor) for side in size)
+    size = size_of(model, height, width)
+    tall, wide = (nearest_multiple(side * scale, model.config.vae.factor) for side in size)
     images = []
-    for part in todo.parts(model):
-        n = len(part.prompts)
-        denoise, shape = todo.guided(model, todo.told(model, part, size)), model.latent_shape(n, *large)
-        latent = todo.draw(model, denoise, part.noise(model.latent_shape(n, *size)), part.noise)
+    for part in job.parts(model):
+        small, shape = (model.latent_shape(len(part.prompts), *sides) for sides in (size, (tall, wide)))
+        latent = job.draw(model, job.guided(model, job.conds(model, part, size)), part.noise(small), part.noise)
         if enlarge == "latent":
             latent = F.interpolate(latent, size=shape[2:], mode="bicubic", align_corners=False)
         else:
-            resized = [
-                picture.resize((large[1], large[0]), Image.Resampling.LANCZOS)
-                for picture in todo.pictures(model, latent)
-            ]
-            latent = precision.encode(
-                model, from_pil(resized).to(model.device), part.noise(shape), tile=todo.sampling.tile
-            )
-        denoise = todo.guided(model, todo.told(model, part, large))
-        images += todo.pictures(
-            model, todo.redraw(model, denoise, latent, strength, part.noise(latent.shape), part.noise)
-        )
+            resized = [each.resize((wide, tall), Image.Resampling.LANCZOS) for each in job.pictures(model, latent)]
+            pixels = from_pil(resized).to(model.device)
+            latent = precision.encode(model, pixels, part.noise(shape), tile=job.sampling.tile)
+        denoise = job.guided(model, job.conds(model, part, (tall, wide)))
+        latent = job.redraw(model, denoise, latent, strength, part.noise(shape), part.noise)
+        images += job.pictures(model, latent)
     return images
-
-
-def require_text_only(model: LatentDiffusion) -> None:
-    """These tasks have text and noise to give: a model that needs more is for another task. Raises ArgumentError."""
-    if not model.config.text or model.config.concat:
-        needs = ", ".join(model.config.concat) or "an image instead of text"
-        task = {"mask": "inpaint", "depth": "depth2img", "low_res": "upscale"}.get(
-            model.config.concat[0] if model.config.concat else "", "variations"
-        )
-        raise ArgumentError(f"this model ({model.config.name}) needs {needs}: it is not for text alone; use {task}")
