@@ -45,7 +45,7 @@ class Scene:
     """The solids of a picture. `relations[0]` relates solid 0 to solid 1, `relations[1]` solid 2 to both."""
 
     solids: tuple[Solid, ...]  # one to three, all of different colours
-    relations: tuple[str, ...] = ()  # of RELATIONS; one fewer than there are solids
+    relations: tuple[str, ...] = ()  # of RELATIONS; one fewer than solids
     seed: int = 0  # of everything that no caption mentions: exact places, turns, light, tints
 
     def pairs(self) -> Iterator[tuple[Solid, str, Solid]]:

@@ -23,12 +23,10 @@ from ldm.train.ranks import Ranks, mean, put, sharded, share, whole
 from ldm.train.recipe import Optimizer, Recipe, Run
 from ldm.train.state import State, save_state
 from ldm.train.tasks import Loss
-from ldm.train.watch.log import BANDS
+from ldm.train.watch.log import BANDS, Record
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PATIENCE = 10  # updates in a row that may be skipped for NaN or infinity
-
-Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -51,9 +49,7 @@ class Fitted:
     """The outcome of a run."""
 
     step: int  # updates done
-    averaged: dict[
-        str, Tensor
-    ]  # the weights to save, whole and on the CPU: averaged, or the last where there is no EMA
+    averaged: dict[str, Tensor]  # the weights to save, whole and on the CPU: averaged, or the last ones without EMA
     skipped: int  # updates left out for NaN or infinity
     stopped: bool = False  # whether `Watchers.stop` ended it before its last update
 

@@ -1,4 +1,4 @@
-"""What training minimises, per example: the formulas of the papers."""
+"""The losses of training, per example: the formulas of the papers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which parameters a run trains, and on what task: one function for each kind of training."""
+"""The parameters that a run trains, and its task: one function for each kind of training."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from ldm.train.tasks import Autoencoding, Diffusion, Task
 
 @dataclass(frozen=True)
 class Trainee:
-    """What a run trains."""
+    """The model, task and parameters that a run trains."""
 
-    model: LatentDiffusion  # as it is saved and pictured; the student, where there is a teacher
+    model: LatentDiffusion  # the one that is saved and draws the validation pictures; with teachers, the student
     task: Task
     places: Mapping[
         str, str

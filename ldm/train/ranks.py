@@ -35,7 +35,7 @@ class Ranks:
     """Which of the processes that train together this is."""
 
     rank: int = 0  # of all
-    world: int = 1  # how many there are
+    world: int = 1  # number of processes
     local: int = 0  # of its machine's
     device: str = "cpu"  # its own
 
@@ -195,7 +195,7 @@ class _Pulse:
             return failure
 
     def _end(self, failure: dict[str, Any]) -> NoReturn:
-        """End this process, whatever its main thread is in."""
+        """End this process, also where its main thread hangs in an operation."""
         failure = self._claim(failure)
         if failure["by"] == self.rank and sys.stderr is not None:
             print(f"ldm: error: {LdmError(failure['text'])}", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""What a training run is, as data: every key of a recipe, its default, what changes with it, and its range."""
+"""A training run as data: every key of a recipe with its default, its range and its effect."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ FreePath = Annotated[str, Free()]  # the same files may lie elsewhere when a run
 
 @dataclass(frozen=True)
 class Start:
-    """[model]: what training starts from."""
+    """[model]: the model that training starts from."""
 
     start: FreePath = ""  # checkpoint or diffusers folder; empty: the model that ships
     family: str = ""  # family that the start must be of (key of `FAMILIES`, or "blocks"); empty: any
@@ -61,7 +61,7 @@ class Data:
     size: Annotated[int, Range(0, 16384)] = 0  # pixels along a side; 0: the model's
     buckets: bool = False  # batches of several aspect ratios, each of about size * size pixels, instead of squares
     bucket_step: Annotated[int, Range(8, 1024)] = 64  # pixels: sides of buckets are multiples of it
-    crop: Literal["center", "random"] = "center"  # where what is too long is cut
+    crop: Literal["center", "random"] = "center"  # which part of the longer side is kept
     flip: bool = False  # mirror half of the pictures
     cache_latents: bool = False  # encode every picture once and keep its latent (centre crops only)
     cache_text: bool = False  # encode every caption once (text towers that are not trained only)
@@ -75,7 +75,7 @@ class Data:
 
 @dataclass(frozen=True)
 class Objective:
-    """[objective]: what is minimised."""
+    """[objective]: the loss."""
 
     # upper limit of the signal-to-noise ratio in the loss's weight (Hang et al. 2023, section 3.4); 0: no weights
     min_snr: Weight = 0.0
@@ -155,7 +155,7 @@ class Run:
     compile: Annotated[bool, Free()] = False  # torch.compile of the network that learns
     # with several ranks (torchrun): a copy of the model on each, or a share of it
     parallel: Annotated[Literal["ddp", "fsdp"], Free()] = "ddp"
-    ema: Decay = 0.0  # decay of the averaged weights, which are what is saved; 0: none
+    ema: Decay = 0.0  # decay of the averaged weights, which are saved in place of the last ones; 0: no averages
     save_every: Annotated[Count, Free()] = 500  # updates between two states: what a crash costs at most
     keep: Annotated[Count, Free()] = 2  # states that are kept
     # how the result is saved; empty: original, or for a LoRA kohya and diffusers

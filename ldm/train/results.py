@@ -1,4 +1,4 @@
-"""What a run leaves: weights in the layouts that other programs read."""
+"""The results of a run: weights in the layouts that other programs read."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ MADE_FROM = "ldm.made_from"  # in the metadata of kept latents
 class SceneAutoencoding(Task):
     """`vae_loss` on rendered scenes: on whole pictures, or on four crops of half the size from each.
 
-    Crops lie where the solids are: at the same cost they hold three times as much of what is hard. Most of a run sees
+    Crops lie where the solids are: at the same cost they hold three times as much detail. Most of a run sees
     crops; its end, in which the learning rate falls, sees whole pictures. Scenes are rendered as they are needed, never
     twice.
     """

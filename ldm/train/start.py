@@ -1,4 +1,4 @@
-"""What a run starts from: a model as its recipe changes it before anything is learnt, and the prior's pictures."""
+"""The start of a run: the model as its recipe changes it before it learns, and its pictures of the class."""
 
 from __future__ import annotations
 

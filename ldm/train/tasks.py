@@ -1,4 +1,4 @@
-"""What a network learns: from a batch and its draws to the loss of each example."""
+"""The tasks that networks learn: from a batch and its draws to the loss of each example."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ from ldm.train.data.holes import hole
 from ldm.train.draws import Draws
 from ldm.train.recipe import Objective
 
-CONCATENATED = {"mask", "masked_image", "depth"}  # what can be made from a picture
+CONCATENATED = {"mask", "masked_image", "depth"}  # inputs that can be made from a picture
 
 
 class Loss(NamedTuple):
     """The losses of a batch's examples."""
 
     each: Tensor  # [b] float32, weighted: their mean is minimised
-    t: Tensor | None = None  # [b] timesteps, where there are any ...
-    steps: int = 1  # ... of so many
+    t: Tensor | None = None  # [b] timesteps, if the task has any
+    steps: int = 1  # of the noise schedule
 
 
 @dataclass(frozen=True)
 class Prepared:
     """The inputs of the UNet for a batch, and its target."""
 
-    x: Tensor  # [b, in_channels, h, w] noisy latent, with what is concatenated
+    x: Tensor  # [b, in_channels, h, w] noisy latent and the inputs concatenated to it
     t: Tensor  # [b] int64 timesteps
     context: Tensor  # [b, n, d]
     y: Tensor | None  # [b, vector_dim]

@@ -19,7 +19,7 @@ DEPTH = "depth"  # the directory of depth maps, of the pictures' relative names
 
 
 def require_directory(path: Path) -> None:
-    """Raises FileError for what is no directory."""
+    """Raises FileError for a path that is no directory."""
     if not path.exists():
         raise FileError("does not exist; give a directory of pictures", path=path)
     if not path.is_dir():

@@ -160,7 +160,7 @@ def _csv(rows: Iterable[Iterable[Any]]) -> str:
 
 
 def _bar(name: str, steps: int, done: int) -> Any:
-    """A progress bar with the rate and the time left, if there is a terminal to see it."""
+    """A progress bar with the rate and the time left, if stderr is a terminal."""
     if sys.stderr is None or not sys.stderr.isatty():
         return None
     from tqdm import tqdm

@@ -115,7 +115,7 @@ def _smooth(lines: Sequence[Record], key: str) -> list[float | None]:
 
 
 def _bands(lines: Sequence[Record], theme: Theme, window: int) -> Chart:
-    """The loss of every tenth of the noise schedule, each line of the log weighing as many examples as it saw there."""
+    """The loss of every tenth of the noise schedule; lines of the log weigh as many examples as they saw of it."""
     curves = []
     for i, colour in enumerate(blend(theme.ramp, BANDS)):
         means, counts = [line["bands"][i] for line in lines], [line["band_counts"][i] for line in lines]
