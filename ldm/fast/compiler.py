@@ -24,8 +24,8 @@ class CannotCompile(RuntimeError):
 def compiled(name: str, *extra: str) -> ctypes.CDLL:
     """The library of `ldm/fast/{name}`, compiled with the flags above and `extra`; tried once in a process.
 
-    It is kept in $LDM_CACHE, or ldm/ under $XDG_CACHE_HOME or ~/.cache, under a name that depends on source, flags, compiler and processor.
-    The compiler is $CXX or the first of COMPILERS. Raises CannotCompile.
+    It is kept in $LDM_CACHE, or ldm/ under $XDG_CACHE_HOME or ~/.cache, under a name that depends on source, flags,
+    compiler and processor. The compiler is $CXX or the first of COMPILERS. Raises CannotCompile.
     """
     made = _made(name, *extra)
     if isinstance(made, CannotCompile):
@@ -41,9 +41,8 @@ def _made(name: str, *extra: str) -> ctypes.CDLL | CannotCompile:
         return CannotCompile(f"no C++ compiler: {', '.join(COMPILERS)} not found, $CXX not set")
     command = [*compiler, *FLAGS, *extra]
     try:
-        key = hashlib.sha256(
-            repr((source.read_bytes(), command, _first_line([*compiler, "--version"]), _processor())).encode()
-        ).hexdigest()[:16]
+        made_from = source.read_bytes(), command, _first_line([*compiler, "--version"]), _processor()
+        key = hashlib.sha256(repr(made_from).encode()).hexdigest()[:16]
         kept = _cache() / f"{source.stem}-{key}.so"
         if not kept.exists():
             _compile([*command, str(source)], kept)
@@ -58,17 +57,16 @@ def _made(name: str, *extra: str) -> ctypes.CDLL | CannotCompile:
 
 
 def _compile(command: list[str], kept: Path) -> None:
-    """Run the compiler and put what it made into its place in one step, so that processes that do this at once do not meet."""
+    """Run the compiler and rename its output into place, so that processes that do this at once do not meet."""
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=kept.parent) as folder:
             made = Path(folder) / kept.name
             done = subprocess.run([*command, "-o", str(made)], capture_output=True, text=True, timeout=120, check=False)
             if done.returncode:
-                lines = [line for line in done.stderr.splitlines() if "error" in line] or [
-                    f"exit status {done.returncode}"
-                ]
-                raise CannotCompile(f"{Path(command[0]).name} failed: {lines[0].strip()}")
+                lines = [line.strip() for line in done.stderr.splitlines() if "error" in line]
+                what = lines[0] if lines else f"exit status {done.returncode}"
+                raise CannotCompile(f"{Path(command[0]).name} failed: {what}")
             made.replace(kept)
     except subprocess.TimeoutExpired as error:
         raise CannotCompile(f"{Path(command[0]).name}: {error}") from None
@@ -82,9 +80,8 @@ def _cache() -> Path:
 
 def _first_line(command: list[str]) -> str:
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=False).stdout.partition("\n")[
-            0
-        ]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+        return done.stdout.partition("\n")[0]
     except (OSError, subprocess.TimeoutExpired) as error:
         raise CannotCompile(f"{command[0]}: {error}") from None
 

@@ -37,7 +37,7 @@ def missing() -> str | None:
 
 
 def prepared(library: ctypes.CDLL) -> ctypes.CDLL:
-    """The library, told what its functions take."""
+    """The library with the types of its functions' arguments."""
     for name, takes in _TAKES.items():
         getattr(library, name).argtypes = takes
     return library
@@ -62,12 +62,12 @@ def conv(x: Tensor, conv: nn.Conv2d, add: Tensor | None = None) -> Tensor:
     return _winograd(x, conv, x.shape[1:3], False, add)
 
 
-def conv_up(x: Tensor, conv: nn.Conv2d, size: tuple[int, int]) -> Tensor:
+def conv_up(x: Tensor, conv: nn.Conv2d, size: Sequence[int]) -> Tensor:
     """As `plain.conv_up`; the enlarged picture is never written."""
     return _winograd(x, conv, size, True, None)
 
 
-def _winograd(x: Tensor, conv: nn.Conv2d, size: tuple[int, int], up: bool, add: Tensor | None) -> Tensor:
+def _winograd(x: Tensor, conv: nn.Conv2d, size: Sequence[int], up: bool, add: Tensor | None) -> Tensor:
     b, h, w, c = x.shape
     y = x.new_empty(b, *size, conv.out_channels)
     kind = 0 if add is None else 1 if add.ndim == 2 else 2

@@ -1,4 +1,4 @@
-"""The operations of `ldm.fast.plain` for a GPU: Triton's norms and gates, cuDNN's convolutions, cuBLAS's products, the quickest attention."""
+"""The operations of `ldm.fast.plain` for a GPU: by Triton, cuDNN, cuBLAS, and the quickest attention."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 def available(device: torch.device) -> bool:
-    """Whether these operations run there: a CUDA device that Triton compiles for (compute capability 8.0, Ampere), and Triton installed."""
+    """Whether these operations run on a device: Triton is installed, and compiles for it (compute capability 8.0)."""
     return (
         device.type == "cuda"
         and importlib.util.find_spec("triton") is not None
@@ -34,9 +34,9 @@ def kernels() -> ModuleType:
 
 
 def lay_out(network: nn.Module) -> None:
-    """Store the weights of convolutions channels last, which cuDNN would otherwise copy them to at every call: the same parameters, numbers and memory.
+    """Store the weights of convolutions channels last, as cuDNN would otherwise copy them at every call.
 
-    Only the order in memory changes, also for whoever shares the parameters.
+    Parameters, numbers and the amount of memory stay; the order in memory changes, also for models that share them.
     """
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
@@ -67,7 +67,7 @@ def conv_up(x: Tensor, conv: nn.Conv2d, size: tuple[int, int]) -> Tensor:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, add: Tensor | None = None) -> Tensor:
-    """As `plain.linear`. cuBLAS adds the bias; PyTorch would copy `add` to where cuBLAS could add to it, so that adding it here moves no more."""
+    """As `plain.linear`. cuBLAS adds the bias; PyTorch would copy `add` for it, which is no quicker than to add it."""
     y = F.linear(x, weight, bias)
     return y if add is None else y + add
 
@@ -77,8 +77,8 @@ def geglu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return kernels().gated(F.linear(x, weight, bias))
 
 
-def convolved(x: Tensor, conv: nn.Conv2d, bias: Tensor, add: Tensor | None = None) -> Tensor:
-    """`conv` with another bias: the bias and `add`, if there is one, are added in one pass over what cuDNN has left."""
+def convolved(x: Tensor, conv: nn.Conv2d, bias: Tensor | None, add: Tensor | None = None) -> Tensor:
+    """`conv` with another bias: the bias and `add`, if there is one, are added in one pass over cuDNN's output."""
     with _measured():
         y = F.conv2d(x.permute(0, 3, 1, 2), conv.weight, bias if add is None else None, conv.stride, conv.padding)
     y = y.permute(0, 2, 3, 1).contiguous()
@@ -119,13 +119,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
 
 
 def _backend(q: Tensor, k: Tensor, v: Tensor) -> SDPBackend:
-    """The quickest of the backends that can do it. While a graph is captured nothing can be measured: then the first of them, for this once."""
+    """The quickest of the able backends; while a graph is captured, when none can be measured, the first of them."""
     key = (q.device, q.dtype, *((t.shape, t.stride()) for t in (q, k, v)))
     if key not in _fastest:
+        params = cuda.SDPAParams(q, k, v, None, 0.0, False, False)
         with sdpa_kernel([*BACKENDS]):  # whatever somebody has allowed around this call
-            able = [
-                backend for backend, can in BACKENDS.items() if can(cuda.SDPAParams(q, k, v, None, 0.0, False, False))
-            ] or [SDPBackend.MATH]
+            able = [backend for backend, can in BACKENDS.items() if can(params)] or [SDPBackend.MATH]
         if len(able) > 1 and torch.cuda.is_current_stream_capturing():
             return able[0]
         _fastest[key] = able[0] if len(able) == 1 else min(able, key=lambda backend: _milliseconds(backend, q, k, v))
@@ -133,7 +132,7 @@ def _backend(q: Tensor, k: Tensor, v: Tensor) -> SDPBackend:
 
 
 def _milliseconds(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> float:
-    """How long REPEATS calls take on the GPU, which is kept busy until all are queued: what launching costs is not its time.
+    """How long REPEATS calls take on the GPU, which is kept busy until all are queued: launching them does not count.
 
     Infinitely long where the backend refuses after all: cuDNN finds no plan for some shapes.
     """

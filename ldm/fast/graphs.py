@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,8 +22,9 @@ Key = tuple[object, ...]
 class GraphedUNet(FastUNet):
     """`FastUNet` on a GPU. A shape that comes for the second time is captured, and replayed from then on.
 
-    Graphs read the parameters where they are: numbers that change in place are seen, and when a parameter has moved all graphs are dropped.
-    PyTorch's settings, and what modules hold besides parameters, stay those of the capture. For one thread and one stream at a time.
+    Graphs read the parameters where they are: numbers that change in place are seen, and when a parameter has moved all
+    graphs are dropped. PyTorch's settings, and what modules hold besides parameters, stay those of the capture. For one
+    thread and one stream at a time.
     """
 
     ops: ModuleType = gpu
@@ -30,18 +32,15 @@ class GraphedUNet(FastUNet):
     _graphs: Graphs | None = None
 
     def forward(self, x: Tensor, t: Tensor, context: Tensor, y: Tensor | None = None) -> Tensor:
-        """As `UNet.forward`. A replay is queued first: while the GPU computes, Python sees to it that it was the right one."""
-        none = (
-            torch.is_grad_enabled() or context.is_inference() or self._graphs is None
-        )  # keys and values of inference mode are never those of before
-        graph = None if none else self._graphs.find(_key(x, t, context, y))
+        """As `UNet.forward`. A replay is queued first: while the GPU computes, Python checks it."""
+        graphs = self._graphs
+        if graphs is None or torch.is_grad_enabled() or context.is_inference():  # whose keys and values are always new
+            return super().forward(x, t, context, y)
+        graph = graphs.find(_key(x, t, context, y))
         if graph is not None:
             out = graph.replayed(x, t, y)
-            if (
-                runs(self, x, t, context, y)
-                and self._graphs.read(self.parameters())
-                and self.keys_values(context) is graph.told
-            ):
+            right = runs(self, x, t, context, y) and graphs.read(self.parameters())
+            if right and self.keys_values(context) is graph.keys_values:
                 return out
         return super().forward(x, t, context, y)
 
@@ -85,7 +84,7 @@ class Graphs:
         keys_values: KeysValues,
         y: Tensor | None,
     ) -> Tensor:
-        """`predict(x, t, keys_values, y)`: called for the first time with these shapes, captured at the second, replayed after."""
+        """`predict(x, t, keys_values, y)`: of some shapes, the first call is made, the second captured, others replayed."""
         parameters = list(parameters)
         if not self.read(parameters):
             self.kept.clear()
@@ -93,38 +92,37 @@ class Graphs:
         key = _key(x, t, keys_values[0][0], y)
         first, graph = key not in self.kept, self.kept.pop(key, None)
         if graph is None and not first:
+            others = [other.graph for other in self.kept.values() if other is not None]
             try:
-                graph = _captured(
-                    predict, x, t, keys_values, y, [other.graph for other in self.kept.values() if other is not None]
-                )
+                graph = _captured(predict, x, t, keys_values, y, others)
             except torch.OutOfMemoryError:
-                self.kept.clear()  # their memory is for whoever does with less
+                self.kept.clear()  # the caller may go on in smaller parts, and needs their memory
                 raise
         self.kept[key] = graph
         while len(self.kept) > KEPT:
             del self.kept[next(iter(self.kept))]
         if graph is None:
             return predict(x, t, keys_values, y)
-        graph.tell(keys_values)
+        graph.take(keys_values)
         return graph.replayed(x, t, y)
 
 
 @dataclass
 class Graph:
-    """A captured call: the tensors that it reads and writes, and the keys and values it was told last."""
+    """A captured call: the tensors that it reads and writes, and the keys and values that were copied to it last."""
 
     graph: torch.cuda.CUDAGraph
     inputs: tuple[Tensor, Tensor, Tensor | None]  # x, t, y
     held: KeysValues
-    told: KeysValues
+    keys_values: KeysValues
     out: Tensor
 
-    def tell(self, keys_values: KeysValues) -> None:
-        """Give it other keys and values than before."""
-        if self.told is not keys_values:
+    def take(self, keys_values: KeysValues) -> None:
+        """Copy keys and values to where the graph reads them, unless it was done before."""
+        if self.keys_values is not keys_values:
             for held, given in zip(self.held, keys_values, strict=True):
                 _copy(held, given)
-            self.told = keys_values
+            self.keys_values = keys_values
 
     def replayed(self, *inputs: Tensor | None) -> Tensor:
         """The output for x, t and y; a copy, since the next replay writes to the same place."""
@@ -133,14 +131,14 @@ class Graph:
         return self.out.clone()
 
 
-def _key(x: Tensor, t: Tensor, told: Tensor, y: Tensor | None) -> Key:
-    """What one graph serves; of the context, or its keys, only how many rows and tokens there are counts."""
-    return x.device, x.dtype, x.shape, t.dtype, t.shape, told.shape[:2], None if y is None else (y.dtype, y.shape)
+def _key(x: Tensor, t: Tensor, context: Tensor, y: Tensor | None) -> Key:
+    """The shapes that one graph serves; of the context, or of its keys, only the rows and tokens count."""
+    return x.device, x.dtype, x.shape, t.dtype, t.shape, context.shape[:2], None if y is None else (y.dtype, y.shape)
 
 
 def _copy(held: Iterable[Tensor | None], given: Iterable[Tensor | None]) -> None:
     for to, new in zip(held, given, strict=True):
-        if to is not None:
+        if to is not None and new is not None:
             to.copy_(new)
 
 
@@ -152,7 +150,8 @@ def _captured(
     y: Tensor | None,
     others: Sequence[torch.cuda.CUDAGraph],
 ) -> Graph:
-    """The call as a graph. It shares its memory with the others, of which none runs at the same time and nothing but its output is kept."""
+    """The call as a graph. It shares its memory with the others: none of them runs at the same time, or keeps more than
+    its output."""
     with torch.inference_mode(False):  # else they could be written in that mode only
         inputs = x.detach().clone(), t.detach().clone(), None if y is None else y.detach().clone()
         held = [(keys.clone(), values.clone()) for keys, values in keys_values]
@@ -166,16 +165,18 @@ def _captured(
 
 @functools.cache
 def _stream(device: torch.device) -> torch.cuda.Stream:
-    """That of all captures on a device: memory belongs to the stream that it was taken on, and graphs are to share it."""
+    """The stream of all captures on a device: memory belongs to the stream it was taken on, and graphs share memory."""
     return torch.cuda.Stream(device)
 
 
 def capture(
-    run: Callable[[], Tensor], device: torch.device, pool: tuple[int, int] | None
+    run: Callable[[], Tensor],
+    device: torch.device,
+    pool: Any,  # of another graph
 ) -> tuple[torch.cuda.CUDAGraph, Tensor]:
     """What `run` queues on the GPU, as a graph, and the tensor that every replay of it writes.
 
-    It runs once before, on the stream of the capture: libraries set themselves up at their first call, which cannot be captured.
+    It runs once before, on the stream of the capture: a library's first call, which sets it up, cannot be captured.
     """
     graph, stream = torch.cuda.CUDAGraph(), _stream(device)
     with torch.cuda.device(device):

@@ -22,7 +22,10 @@ class _GroupNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        """With n = (x - mean) rstd:  dx = rstd (w dy - mean_g(w dy) - n mean_g(w dy n)), which is a dy + p x + q, a per channel, p and q per group."""
+        """With n = (x - mean) rstd: dx = rstd (w dy - mean_g(w dy) - n mean_g(w dy n)).
+
+        That is a dy + p x + q, with a of each channel, p and q of each group.
+        """
         x, weight, mean, rstd = ctx.saved_tensors
         b, c, h, w = x.shape
         groups, wide = mean.shape[1], torch.promote_types(x.dtype, torch.float32)
@@ -48,7 +51,7 @@ class FastGroupNorm(nn.GroupNorm):
 
 
 def fast_group_norms(module: nn.Module) -> nn.Module:
-    """`module` with every GroupNorm replaced, in place, by one that shares its parameters and trains faster on a CPU."""
+    """`module` with each GroupNorm replaced, in place, by one that shares its parameters and trains faster on a CPU."""
     for child in module.modules():
         if type(child) is nn.GroupNorm:
             child.__class__ = FastGroupNorm

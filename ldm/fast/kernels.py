@@ -1,7 +1,7 @@
 """The kernels of the GPU, in Triton, for what PyTorch does in several passes over memory or with a part of the chip.
 
-Every function here says what it computes in plain PyTorch. Activations are channels last; sums and statistics are kept in float32 (in
-float64 for float64), so each result is rounded once, when it is stored.
+Every function here says what it computes in plain PyTorch. Activations are channels last; sums and statistics are kept
+in float32 (in float64 for float64), so each result is rounded once, when it is stored.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language import tensor
 
 ROWS, COLS = 32, 64  # of a tile: positions x channels. 64 channels in half precision are one 128-byte line of the cache
 PROGRAMS = 1024  # per picture that sum up parts of a norm: several for every multiprocessor of a large GPU
@@ -26,9 +27,9 @@ def group_norm(
 
     unit  x is this many times its value, and so is what is returned: unit * silu(group_norm(x / unit))
 
-    In three launches: the mean and the sum of squared deviations of every channel over a part of the positions; their union over a group, as
-    a factor and a summand per channel; x times the one plus the other. How a picture is divided depends on its own size alone, so its result
-    does not depend on the batch.
+    In three launches: the mean and the sum of squared deviations of every channel over a part of the positions; their
+    union over a group, as a factor and a summand per channel; x times the one plus the other. How a picture is divided
+    depends on its own size alone, so its result does not depend on the batch.
     """
     assert x.is_contiguous()
     b, c = x.shape[0], x.shape[-1]
@@ -50,23 +51,32 @@ def group_norm(
 
 
 @triton.jit
-def _wide(x):
+def _wide(x: tensor) -> tensor:
     """x in the type of sums."""
     return x if x.dtype == tl.float64 else x.to(tl.float32)
 
 
 @triton.jit
-def _at(row, col, c):
+def _at(row: tensor, col: tensor, c: tensor) -> tensor:
     """Where [row, col] is in rows of c numbers; in 64 bits, which the decoder's largest pictures need."""
     return row.to(tl.int64)[:, None] * c + col[None, :]
 
 
 @triton.jit(do_not_specialize=["n", "length"])
-def _moments(x, mean, squares, n, c, length, ROWS: tl.constexpr, COLS: tl.constexpr):
+def _moments(
+    x: tensor,
+    mean: tensor,
+    squares: tensor,
+    n: tensor,
+    c: tensor,
+    length: tensor,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+) -> None:
     """Mean and sum of squared deviations of each channel over positions part * length and following.
 
-    Sums are of differences from the mean of the first tile, so squares lose little to cancellation: with T tiles, that mean is at most
-    sqrt(T) standard deviations of the part from the mean of the part.
+    Sums are of differences from the mean of the first tile, so squares lose little to cancellation: with T tiles, that
+    mean is at most sqrt(T) standard deviations of the part from the mean of the part.
     """
     part, block, picture = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     x += picture * n * c
@@ -91,11 +101,23 @@ def _moments(x, mean, squares, n, c, length, ROWS: tl.constexpr, COLS: tl.conste
 
 @triton.jit(do_not_specialize=["n", "c", "width", "parts", "length"])
 def _fold(
-    mean, squares, weight, bias, factor, summand, n, c, width, parts, length, eps: tl.constexpr, CHUNK: tl.constexpr
-):
+    mean: tensor,
+    squares: tensor,
+    weight: tensor,
+    bias: tensor,
+    factor: tensor,
+    summand: tensor,
+    n: tensor,
+    c: tensor,
+    width: tensor,
+    parts: tensor,
+    length: tensor,
+    eps: tl.constexpr,
+    CHUNK: tl.constexpr,
+) -> None:
     """The norm of a group of `width` channels as factor and summand of each, from the moments of its channels' parts.
 
-    Chan, Golub & LeVeque 1983, eq. 2.1 for many parts: deviations within parts, and of the parts' means from the whole mean.
+    Chan, Golub & LeVeque 1983, eq. 2.1 for many parts: deviations within parts, and of their means from the whole mean.
     """
     group, picture = tl.program_id(0), tl.program_id(1).to(tl.int64)
     mean += picture * parts * c + group * width
@@ -119,15 +141,23 @@ def _fold(
         inside = start + i < width
         a = _wide(tl.load(weight + channel, mask=inside, other=0.0)) * scale
         tl.store(factor + picture * c + channel, a, mask=inside)
-        tl.store(
-            summand + picture * c + channel,
-            _wide(tl.load(bias + channel, mask=inside, other=0.0)) - centre * a,
-            mask=inside,
-        )
+        shift = _wide(tl.load(bias + channel, mask=inside, other=0.0)) - centre * a
+        tl.store(summand + picture * c + channel, shift, mask=inside)
 
 
 @triton.jit(do_not_specialize=["n"])
-def _affine(x, factor, summand, y, n, c, unit, SILU: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+def _affine(
+    x: tensor,
+    factor: tensor,
+    summand: tensor,
+    y: tensor,
+    n: tensor,
+    c: tensor,
+    unit: tensor,
+    SILU: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+) -> None:
     """unit * silu(factor x + summand), or without SiLU."""
     picture = tl.program_id(2).to(tl.int64)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -159,7 +189,17 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
 
 
 @triton.jit(do_not_specialize=["n"])
-def _layer_norm(x, weight, bias, y, n, c, eps: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+def _layer_norm(
+    x: tensor,
+    weight: tensor,
+    bias: tensor,
+    y: tensor,
+    n: tensor,
+    c: tensor,
+    eps: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+) -> None:
     """Whole rows, in registers."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     col = tl.arange(0, COLS)
@@ -187,20 +227,22 @@ def gated(x: Tensor) -> Tensor:
 
 
 @triton.jit(do_not_specialize=["n"])
-def _gated(x, y, n, h, ROWS: tl.constexpr, COLS: tl.constexpr):
+def _gated(x: tensor, y: tensor, n: tensor, h: tensor, ROWS: tl.constexpr, COLS: tl.constexpr) -> None:
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     col = tl.program_id(1) * COLS + tl.arange(0, COLS)
     inside = (row < n)[:, None] & (col < h)[None, :]
     at = _at(row, col, 2 * h)
     value = _wide(tl.load(x + at, mask=inside, other=0.0))
     gate = _wide(tl.load(x + at + h, mask=inside, other=0.0))
-    tl.store(
-        y + _at(row, col, h), value * 0.5 * gate * (1 + tl.erf(gate * 0.7071067811865476)), mask=inside
-    )  # 1 / sqrt(2)
+    out = value * 0.5 * gate * (1 + tl.erf(gate * 0.7071067811865476))  # 1 / sqrt(2)
+    tl.store(y + _at(row, col, h), out, mask=inside)
 
 
 def plus(x: Tensor, bias: Tensor, add: Tensor) -> Tensor:
-    """x + bias + add, in the place of x: x [b, ..., c], bias [c], add [b, c] (for every position) or of x's shape; all contiguous."""
+    """x + bias + add in the place of x, all contiguous.
+
+    x [b, ..., c], bias [c], add [b, c] (for every position) or of x's shape
+    """
     b, c = x.shape[0], x.shape[-1]
     n = x.numel() // (b * c)
     assert bias.shape == (c,)
@@ -213,7 +255,16 @@ def plus(x: Tensor, bias: Tensor, add: Tensor) -> Tensor:
 
 
 @triton.jit(do_not_specialize=["n"])
-def _plus(x, bias, add, n, c, SAME: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+def _plus(
+    x: tensor,
+    bias: tensor,
+    add: tensor,
+    n: tensor,
+    c: tensor,
+    SAME: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+) -> None:
     """SAME: `add` is the same for every position."""
     picture = tl.program_id(2).to(tl.int64)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)

@@ -1,12 +1,14 @@
-"""The networks again, written in fused operations on channels-last data: the same modules and parameters, another forward pass.
+"""The networks in fused operations on channels-last data: the same modules and parameters, another forward pass.
 
-Where somebody looks inside (a hook, another attention swapped in, a gradient) or has changed a part, the readable forward pass runs instead.
+Where somebody looks inside (a hook, another attention swapped in, a gradient) or has changed a part, the readable
+forward pass runs instead.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +22,16 @@ MadeFor = tuple[str, torch.dtype] | None  # the kind of device and type that the
 KeysValues = Sequence[tuple[Tensor, Tensor]]  # of the cross-attention layers of a network, in their order
 
 
+class Kept(NamedTuple):
+    """Keys and values, and the tensors that they were computed from, held so that no other takes a place in memory."""
+
+    keys_values: KeysValues
+    read: Sequence[Tensor]
+    state: Sequence[tuple[object, ...]]  # of the tensors that were read
+
+
 class Fast:
-    """What the fast networks have besides the modules of the readable ones."""
+    """The attributes of fast networks besides the modules of the readable ones."""
 
     ops: ModuleType = plain
     made_for: MadeFor = None
@@ -30,67 +40,52 @@ class Fast:
 class FastUNet(Fast, unet.UNet):
     """`UNet` in the operations of a backend.
 
-    What does not depend on x leaves the step: the keys and values of a context are kept until another is given. The two halves of a guided
-    batch are the same until the first cross-attention, and are computed once until there.
+    The keys and values of a context do not depend on x, and are kept until another context is given. The two halves of
+    a guided batch are the same until the first cross-attention, and are computed once until then.
     """
 
     shares: bool = True  # look for equal halves: a comparison, for which a GPU would have to be waited for
-    _kept: tuple[Sequence[Tensor], list[tuple[object, ...]], KeysValues] | None = (
-        None  # what was read for it, in which state, and the result
-    )
+    _kept: Kept | None = None
 
     def forward(self, x: Tensor, t: Tensor, context: Tensor, y: Tensor | None = None) -> Tensor:
         """As `UNet.forward`."""
         if not runs(self, x, t, context, y):
             return super().forward(x, t, context, y)
         half = len(x) // 2
-        if (
-            self.shares
-            and y is None
-            and len(x) % 2 == 0
-            and torch.equal(x[:half], x[half:])
-            and torch.equal(t[:half], t[half:])
-        ):
+        if self.shares and y is None and len(x) % 2 == 0 and _equal_halves(x) and _equal_halves(t):
             x, t = x[:half], t[:half]
         return self.predict(x, t, self.keys_values(context), y)
 
     def keys_values(self, context: Tensor) -> KeysValues:
-        """What cross-attention asks of a context, computed when the context or the weights are not those of the last call."""
-        layers = _told(self)
-        read = (
-            context,
-            *(to.weight for layer in layers for to in (layer.to_k, layer.to_v)),
-        )  # held, so that no other tensor can come to lie where one of them does
+        """The keys and values of a context, computed when the context or the weights are not those of the last call."""
+        layers = _cross_attentions(self)
+        read = [context, *(to.weight for layer in layers for to in (layer.to_k, layer.to_v))]
         state = [(tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), _version(tensor)) for tensor in read]
-        kept = self._kept  # read once: another thread may put its own there
-        if kept is None or kept[1] != state or any(tensor.is_inference() for tensor in read):
-            context = context.contiguous()
-            kept = (
-                read,
-                state,
-                [
-                    (self.ops.linear(context, layer.to_k.weight), self.ops.linear(context, layer.to_v.weight))
-                    for layer in layers
-                ],
-            )
-            self._kept = kept
-        return kept[2]
+        kept = self._kept  # read once: another thread may put its own here
+        if kept is None or kept.state != state or any(tensor.is_inference() for tensor in read):
+            linear, context = self.ops.linear, context.contiguous()
+            made = [(linear(context, layer.to_k.weight), linear(context, layer.to_v.weight)) for layer in layers]
+            self._kept = kept = Kept(made, read, state)
+        return kept.keys_values
 
     def predict(self, x: Tensor, t: Tensor, keys_values: KeysValues, y: Tensor | None = None) -> Tensor:
-        """`forward` with keys and values in the place of the context; their batch may be a multiple of x's, whose rows then repeat."""
-        told = dict(zip(_told(self), keys_values, strict=True))
+        """`forward` with keys and values in the place of the context.
+
+        Their batch may be a multiple of x's, whose rows then repeat.
+        """
+        of_layer = dict(zip(_cross_attentions(self), keys_values, strict=True))
         batch = len(keys_values[0][0])
         emb = self.time_embed(unet.timestep_embedding(t, self.config.model_channels).to(x.dtype))
         if y is not None:
             emb = emb + self.label_emb(y)
         emb = F.silu(emb)
 
-        def run(block: unet.Block, x: Tensor, size: tuple[int, int] = (0, 0)) -> Tensor:
+        def run(block: unet.Block, x: Tensor, size: Sequence[int] = (0, 0)) -> Tensor:
             for layer in block:
                 if isinstance(layer, unet.ResBlock):
                     x = _res_block(self.ops, layer, x, _repeated(emb, len(x)))
                 elif isinstance(layer, attention.SpatialTransformer):
-                    x = _transformer(self.ops, layer, x, told)
+                    x = _transformer(self.ops, layer, x, of_layer)
                 elif isinstance(layer, unet.Upsample):
                     x = self.ops.conv_up(x, layer.conv, size)
                 else:
@@ -139,9 +134,8 @@ class FastEncoder(Fast, vae.Encoder):
                 x = _resnet_block(self.ops, block, x)
             if level.downsample is not None:
                 x = self.ops.conv(F.pad(x, (0, 0, 0, 1, 0, 1)), level.downsample.conv)
-        return _channels_first(
-            self.ops.conv(self.ops.norm(_middle(self.ops, self.mid, x), self.norm_out, silu=True), self.conv_out)
-        )
+        h = self.ops.norm(_middle(self.ops, self.mid, x), self.norm_out, silu=True)
+        return _channels_first(self.ops.conv(h, self.conv_out))
 
 
 def _channels_last(x: Tensor) -> Tensor:
@@ -155,9 +149,8 @@ def _channels_first(x: Tensor) -> Tensor:
 # --- the parts of the UNet ------------------------------------------------------------------------------------------
 
 
-def _res_block(
-    ops: ModuleType, block: unet.ResBlock, x: Tensor, emb: Tensor
-) -> Tensor:  # x [b, h, w, c], emb [b, e] after its SiLU
+def _res_block(ops: ModuleType, block: unet.ResBlock, x: Tensor, emb: Tensor) -> Tensor:
+    """The block for x [b, h, w, c] and emb [b, e] after its SiLU."""
     norm1, _, conv1 = block.in_layers
     norm2, _, _, conv2 = block.out_layers
     _, project = block.emb_layers
@@ -166,18 +159,21 @@ def _res_block(
 
 
 def _transformer(
-    ops: ModuleType, layer: attention.SpatialTransformer, x: Tensor, told: dict[nn.Module, tuple[Tensor, Tensor]]
+    ops: ModuleType,
+    layer: attention.SpatialTransformer,
+    x: Tensor,
+    of_layer: Mapping[attention.CrossAttention, tuple[Tensor, Tensor]],
 ) -> Tensor:
     tokens = ops.linear(ops.norm(x, layer.norm).flatten(1, 2), layer.proj_in.weight.flatten(1), layer.proj_in.bias)
     for block in layer.transformer_blocks:
         h = ops.layer_norm(tokens, block.norm1)
         if block.cross_only:
-            tokens = _cross_attention(ops, block.attn1, h, told[block.attn1], tokens)
+            tokens = _cross_attention(ops, block.attn1, h, of_layer[block.attn1], tokens)
         else:
             of = block.attn1
             q, k, v = (ops.linear(h, to.weight) for to in (of.to_q, of.to_k, of.to_v))
             tokens = ops.linear(ops.attend(q, k, v, of.heads), of.to_out[0].weight, of.to_out[0].bias, add=tokens)
-        tokens = _cross_attention(ops, block.attn2, ops.layer_norm(tokens, block.norm2), told[block.attn2], tokens)
+        tokens = _cross_attention(ops, block.attn2, ops.layer_norm(tokens, block.norm2), of_layer[block.attn2], tokens)
         inner, _, outer = block.ff.net
         h = ops.geglu(ops.layer_norm(tokens, block.norm3), inner.proj.weight, inner.proj.bias)
         tokens = ops.linear(h, outer.weight, outer.bias, add=tokens)
@@ -187,21 +183,20 @@ def _transformer(
 
 
 def _cross_attention(
-    ops: ModuleType, layer: attention.CrossAttention, h: Tensor, told: tuple[Tensor, Tensor], tokens: Tensor
+    ops: ModuleType, layer: attention.CrossAttention, h: Tensor, keys_values: tuple[Tensor, Tensor], tokens: Tensor
 ) -> Tensor:
-    """tokens + attention of h to what was told: from here on every row of the batch has its own."""
-    keys, values = told
-    q = _repeated(ops.linear(h, layer.to_q.weight), len(keys))
-    return ops.linear(
-        ops.attend(q, keys, values, layer.heads),
-        layer.to_out[0].weight,
-        layer.to_out[0].bias,
-        add=_repeated(tokens, len(keys)),
-    )
+    """tokens + attention of h to the context, from which on the rows of the batch differ."""
+    keys, values = keys_values
+    h = ops.attend(_repeated(ops.linear(h, layer.to_q.weight), len(keys)), keys, values, layer.heads)
+    return ops.linear(h, layer.to_out[0].weight, layer.to_out[0].bias, add=_repeated(tokens, len(keys)))
+
+
+def _equal_halves(x: Tensor) -> bool:
+    return torch.equal(x[: len(x) // 2], x[len(x) // 2 :])
 
 
 def _repeated(x: Tensor, batch: int) -> Tensor:
-    """x as often as the batch asks for it: its rows are the same in every part."""
+    """x repeated up to the size of a batch whose parts have the same rows."""
     return x if len(x) == batch else torch.cat([x] * (batch // len(x)))
 
 
@@ -224,26 +219,25 @@ def _middle(ops: ModuleType, middle: vae.Middle, x: Tensor) -> Tensor:
 
 
 def _shortcut(ops: ModuleType, to: nn.Module, x: Tensor) -> Tensor:
-    return x if isinstance(to, nn.Identity) else ops.linear(x, to.weight.flatten(1), to.bias)
+    return ops.linear(x, to.weight.flatten(1), to.bias) if isinstance(to, nn.Conv2d) else x
 
 
 # --- when -----------------------------------------------------------------------------------------------------------
 
 
+OURS = [kind for file in (attention, unet, vae) for kind in vars(file).values() if isinstance(kind, type)]
 PARTS = {
-    nn.Conv2d, nn.Linear, nn.GroupNorm, nn.LayerNorm, nn.SiLU, nn.Dropout, nn.Identity, nn.Embedding, nn.Sequential, nn.ModuleList,
-    *(kind for file in (attention, unet, vae) for kind in vars(file).values() if isinstance(kind, type) and issubclass(kind, nn.Module)),
+    nn.Conv2d, nn.Linear, nn.GroupNorm, nn.LayerNorm, nn.SiLU, nn.Dropout, nn.Identity, nn.Embedding,
+    nn.Sequential, nn.ModuleList, *(kind for kind in OURS if issubclass(kind, nn.Module)),
 }  # fmt: skip
 
 
 def runs(network: nn.Module, x: Tensor, *others: Tensor | None) -> bool:
-    """Whether the inputs are what the operations are for and nobody looks inside or changes it: no gradient, trace or hook, no part of another kind."""
+    """Whether the operations are for these inputs and do all that is asked: no gradient, trace, hook, changed part."""
     given = [tensor for tensor in (x, *others) if tensor is not None]
-    if (
-        len(x) == 0
-        or any(len(tensor) != len(x) for tensor in given)
-        or network.made_for not in (None, (x.device.type, x.dtype))
-    ):
+    if len(x) == 0 or any(len(tensor) != len(x) for tensor in given):
+        return False
+    if network.made_for not in (None, (x.device.type, x.dtype)):
         return False
     if torch.jit.is_tracing() or torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
         return False
@@ -253,13 +247,9 @@ def runs(network: nn.Module, x: Tensor, *others: Tensor | None) -> bool:
         return False
     if nn.modules.module._has_any_global_hook():
         return False
-    shortcuts = {
-        id(module._modules.get(name)) for module in network.modules() for name in ("skip_connection", "nin_shortcut")
-    }
-    return all(
-        _readable(module) and (type(module) is not nn.Identity or id(module) in shortcuts)
-        for module in network.modules()
-    )
+    modules = [*network.modules()]
+    shortcuts = {module._modules.get(name) for module in modules for name in ("skip_connection", "nin_shortcut")}
+    return all(_readable(module) and (type(module) is not nn.Identity or module in shortcuts) for module in modules)
 
 
 def _readable(module: nn.Module) -> bool:
@@ -273,7 +263,7 @@ def _readable(module: nn.Module) -> bool:
     return not (isinstance(module, nn.Dropout) and module.p and module.training)
 
 
-def _told(network: unet.UNet) -> list[attention.CrossAttention]:
+def _cross_attentions(network: unet.UNet) -> list[attention.CrossAttention]:
     """The layers that attend to the context."""
     blocks = [module for module in network.modules() if isinstance(module, attention.BasicTransformerBlock)]
     return [block.attn2 for block in blocks] + [block.attn1 for block in blocks if block.cross_only]

@@ -1,32 +1,41 @@
-"""Which operations a model gets where."""
+"""Which operations a model gets where, in a second model around the same parameters."""
 
 from __future__ import annotations
 
+import copy
+import ctypes
+import functools
 import warnings
+from collections.abc import Mapping
 from types import ModuleType
 
 import torch
 from torch import nn
 
-from ldm.fast import cpu, gpu, memory, plain, vae_scale
+from ldm.errors import ArgumentError
+from ldm.fast import cpu, gpu, plain, vae_scale
 from ldm.fast.graphs import GraphedUNet
 from ldm.fast.networks import FastDecoder, FastEncoder, FastUNet
-from ldm.fast.share import shared
 from ldm.model import LatentDiffusion
 from ldm.networks import unet, vae
+from ldm.networks.modules import M
+
+Classes = Mapping[type[nn.Module], type[nn.Module]]
 
 
 def optimize(model: LatentDiffusion) -> LatentDiffusion:
     """A model that computes the same function faster, around the parameters of this one; `model` itself stays as it is.
 
-    On a CPU in float32 with the C++ of ldm/fast/cpu.cpp, compiled at first use (seconds) and kept; on CUDA with Triton's kernels and CUDA
-    graphs; elsewhere in plain PyTorch, with the work that is the same in every step done once. Results differ from `model`'s by rounding.
-    Where somebody looks inside or changes a part (hooks, another `Attend`, gradients, circular padding) the readable networks run; so they do
-    after a move to another device or type (call it again then), and in the VAE above 1024 x 1024, which works in strips.
-    Parameters may be replaced or changed in place, as `ldm.lora` does, but not through `.data` while a context is in use: its keys and values
-    are kept. On CUDA convolutions and attention are chosen by measuring, so that another process may round otherwise, and a first picture pays
-    for that and for compiling. It may change the order in which weights lie in a GPU's memory, and on a CPU it keeps freed memory for the next tensor
-    (`ldm.fast.memory`). Warns where there is no compiler, or no Triton. Raises ArgumentError for a model with hooks in its UNet or VAE, such
+    On a CPU in float32 with the C++ of ldm/fast/cpu.cpp, compiled at first use (seconds) and kept; on CUDA with
+    Triton's kernels and CUDA graphs; elsewhere in plain PyTorch, which does the work that all steps share only once.
+    Results differ from `model`'s by rounding. The readable networks run where somebody looks inside or changes a part
+    (hooks, another `Attend`, gradients, circular padding), after a move to another device or type (optimize again
+    then), and in the VAE above 1024 x 1024, which works in strips.
+    Parameters may be replaced or changed in place, as `ldm.changes.lora` does, but not through `.data` while a context
+    is in use: its keys and values are kept. On CUDA convolutions and attention are chosen by measuring, so that another
+    process may round otherwise, and a first picture takes the time for that and for compiling. The order in which
+    weights lie in a GPU's memory may change, and on a CPU freed memory is kept for the next tensor.
+    Warns where there is no compiler, or no Triton. Raises ArgumentError for a model with hooks in its UNet or VAE, such
     as an offloaded one.
     """
     ops, decoding, unet_class = _chosen(model.device, model.dtype)
@@ -54,25 +63,78 @@ def pays(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == "cpu" and dtype == torch.float32 and cpu.missing() is None
 
 
+# --- which operations -----------------------------------------------------------------------------------------------
+
+
 def _chosen(device: torch.device, dtype: torch.dtype) -> tuple[ModuleType, ModuleType, type[FastUNet]]:
     """The operations of the UNet, those of the VAE, and the UNet's class."""
     if device.type == "cuda" and gpu.available(device):
         return gpu, vae_scale if dtype == torch.float16 else gpu, GraphedUNet
     if device.type == "cuda":
-        warnings.warn(
-            "fast: no Triton, or a GPU before Ampere; plain PyTorch instead, which is slower; install triton",
-            stacklevel=3,
-        )
+        what = "fast: no Triton, or a GPU before Ampere; plain PyTorch instead, which is slower; install triton"
+        warnings.warn(what, stacklevel=3)
         return plain, plain, FastUNet
     ops = _on_cpu(dtype) if device.type == "cpu" else plain
     return ops, ops, FastUNet
 
 
 def _on_cpu(dtype: torch.dtype) -> ModuleType:
-    memory.keep_freed()
+    keep_freed()
     if dtype != torch.float32:
         return plain
     if why := cpu.missing():
         warnings.warn(f"fast: {why}; plain PyTorch instead, which is slower; install g++ or set CXX", stacklevel=4)
         return plain
     return cpu
+
+
+@functools.cache
+def keep_freed() -> bool:
+    """Have the C library keep freed memory for the next tensor, instead of returning every large tensor to the system.
+
+    The system hands memory out in zeroed pages of 4 KB, one at a time: for the activations of a VAE that takes longer
+    than the arithmetic. It holds for the whole process and until its end. Returns whether the C library can: glibc can.
+    """
+    trim_threshold, mmap_threshold = -1, -3  # of mallopt(3)
+    least, most = 2**25, 2**31 - 1
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return False
+    kept = mallopt(mmap_threshold, most) or mallopt(mmap_threshold, least)  # some versions refuse more
+    return bool(mallopt(trim_threshold, most)) and bool(kept)
+
+
+# --- around the same parameters -------------------------------------------------------------------------------------
+
+
+def shared(network: M, classes: Classes, inside: bool = False) -> M:
+    """A copy of `network` with the classes of its modules exchanged, and its very parameters and buffers in it.
+
+    classes  {class of a module, or one that it is derived from: class in the copy}
+    inside   whether the network lies in a module that is exchanged
+    A change of parameters, in place or by putting others into a module, is seen on both sides. Exchanged modules, the
+    modules inside of them and those that they lie in are copies; the rest is the same. Raises ArgumentError where a
+    module with hooks would be copied.
+    """
+
+    def exchanged(module: nn.Module) -> type[nn.Module] | None:
+        return next((classes[kind] for kind in type(module).__mro__ if kind in classes), None)
+
+    inside = inside or exchanged(network) is not None
+    if not inside and not any(map(exchanged, network.modules())):
+        return network
+    if inside and (network._forward_hooks or network._forward_pre_hooks):
+        raise ArgumentError(
+            "this model has hooks in its networks, which a faster one would not: "
+            "remove them, or undo its offloading, and add them after"
+        )
+    twin = copy.copy(network)
+    module: nn.Module = twin
+    module.__class__ = exchanged(network) or type(network)
+    hooks = {name: value for name, value in network.__dict__.items() if name.endswith("_hooks")}
+    twin.__dict__.update({name: value.__class__() for name, value in hooks.items()})
+    twin._modules = {
+        name: None if child is None else shared(child, classes, inside) for name, child in network._modules.items()
+    }
+    return twin

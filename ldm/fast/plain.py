@@ -1,6 +1,6 @@
 """What every fused operation means, in plain PyTorch: the tests' reference, and what runs where there are no kernels.
 
-All operations of a network here take and give channels last: pictures are [b, h, w, c], tokens [b, n, c], both contiguous, so that one is
+All operations take and give channels last: pictures are [b, h, w, c], tokens [b, n, c], both contiguous, so that one is
 a view of the other. A backend is a module with functions of these names and meanings.
 """
 
@@ -23,7 +23,7 @@ def layer_norm(x: Tensor, norm: nn.LayerNorm) -> Tensor:
 
 
 def conv(x: Tensor, conv: nn.Conv2d, add: Tensor | None = None) -> Tensor:
-    """A convolution of [b, h, w, c], and `add` on top: [b, o] for every position (the time embedding) or [b, h, w, o] (a residual)."""
+    """A convolution of [b, h, w, c], plus `add`: [b, o] for every position (time embedding), or [b, h, w, o]."""
     y = conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).contiguous()
     if add is None:
         return y
@@ -43,7 +43,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, add: Tensor | 
 
 
 def geglu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """[..., i] -> [..., o]: value * gelu(gate), the exact GELU, of a projection [2 o, i] whose value rows come first."""
+    """[..., i] -> [..., o]: value * gelu(gate), the exact GELU; a projection [2 o, i] has the rows of values first."""
     value, gate = F.linear(x, weight, bias).chunk(2, dim=-1)
     return value * F.gelu(gate)
 

@@ -18,7 +18,7 @@ from benchmarks.models.seeded import normal
 from ldm.config import UNetConfig
 from ldm.fast import gpu, plain
 from ldm.fast.networks import FastUNet
-from ldm.fast.share import shared
+from ldm.fast.optimize import shared
 from ldm.networks.unet import UNet
 from tests.made.kernels import DEVICE, INTERPRETED, few_groups, on_the_device
 
