@@ -15,13 +15,13 @@ if TYPE_CHECKING:
     from weights.adapters.resize import convert_lora as convert_lora
     from weights.adapters.resize import resize_lora as resize_lora
     from weights.adapters.write import save_lora as save_lora
+    from weights.alone import load_safety as load_safety
+    from weights.alone import load_vae as load_vae
+    from weights.alone import load_vision as load_vision
     from weights.checkpoint import config_of as config_of
     from weights.files.opened import Weights as Weights
     from weights.files.opened import open_file as open_file
     from weights.models import load as load
-    from weights.models import load_safety as load_safety
-    from weights.models import load_vae as load_vae
-    from weights.models import load_vision as load_vision
     from weights.models import original_state as original_state
     from weights.models import save as save
     from weights.names.layout import LEFTOVERS as LEFTOVERS
@@ -47,7 +47,8 @@ _HOME = {  # name -> the module that it is in; the same as above
         "adapters.write": "save_lora",
         "checkpoint": "config_of",
         "files.opened": "Weights open_file",
-        "models": "load load_safety load_vae load_vision original_state save",
+        "alone": "load_safety load_vae load_vision",
+        "models": "load original_state save",
         "names.layout": "LEFTOVERS",
         "tools.convert": "convert",
         "tools.diff": "Difference diff",

@@ -16,13 +16,14 @@ from ldm.config import ModelConfig, VAEConfig
 from ldm.errors import AmbiguousCheckpoint, ArgumentError
 from ldm.model import LatentDiffusion
 from ldm.networks.vae import VAE
-from weights.files.folders import Folder, is_folder, open_folder
-from weights.files.opened import Weights, open_file
+from weights.files.folders import Folder, open_folder
+from weights.files.opened import Tensors, is_folder, open_file
 from weights.folder.read import describe
 from weights.names import original as names
 from weights.names.blank import shapes
-from weights.names.detect import detect, family_title
+from weights.names.detect import detect
 from weights.names.diffusers import in_diffusers_vae
+from weights.names.family import family_title
 from weights.names.instead import instead
 from weights.names.layout import ALONE, WHAT, Layout, Part, original, reason
 from weights.names.metadata import CONFIG_KEY
@@ -39,11 +40,11 @@ AVERAGED = "the moving average was asked for in place of these"
 class Parameters:
     """The parameters of a network in an open file or folder, and what else is in it.
 
-    Each parameter has a place, or its keys are in `missing`. Each key of the file is in a place, in `ignored` or in `unknown`.
-    Nothing is refused until one of the `require` methods is called.
+    Each parameter has a place, or its keys are in `missing`; each key of the file is in a place, in `ignored` or in
+    `unknown`. Nothing is refused until one of the `require` methods is called.
     """
 
-    file: Weights | Folder
+    file: Tensors
     layout: Layout
     network: Callable[
         [], Mapping[str, Shape]
@@ -71,7 +72,7 @@ class Parameters:
 
     @cached_property
     def averaged(self) -> Mapping[str, str]:
-        """Our parameter -> the key of its moving average, for all that a whole average covers; the file need not have them."""
+        """Our parameter -> the key of its moving average, for all that a whole average has; the file may lack them."""
         prefix = self.layout.averaged
         if prefix is None:
             return {}
@@ -153,7 +154,7 @@ class Parameters:
                 raise self.file.error(f"{what}; quantised weights are not read", key)
 
     def require_whole(self) -> None:
-        """Refuse a file that lacks a parameter or has one twice or in another shape, or has a key that nothing accounts for.
+        """Refuse a file that lacks a parameter, has one twice or in another shape, or has a key of no known use.
 
         Missing, unknown and misshapen tensors are counted, the first three are named.
         """
@@ -172,7 +173,8 @@ class Parameters:
             f"{short(key)} {list(has)} instead of {list(wants)}" for key, (wants, has) in [*self.misshapen.items()][:3]
         ]
         faults = (
-            (self.misshapen, "of another shape", shown), (missing, "missing", map(short, missing[:3])), (self.unknown, "unknown", map(short, self.unknown[:3])),
+            (self.misshapen, "of another shape", shown), (missing, "missing", map(short, missing[:3])), (self.unknown,
+            "unknown", map(short, self.unknown[:3])),
         )  # fmt: skip
         said = [f"{len(keys)} {what} ({', '.join(first)})" for keys, what, first in faults if keys]
         if said:
@@ -221,13 +223,13 @@ class Parameters:
         return within
 
     def stored(self, key: str, parameter: Callable[[str], Tensor]) -> Tensor:
-        """The tensor under a key, laid out as in this file, of new values for our parameters in it: `parameter(name)` gives each."""
+        """The tensor under a key, laid out as in this file, from new values: `parameter(name)` gives one of ours."""
         parts = [(self.places[name], parameter(name)) for name in self.within[key]]
         return joined(key, parts).reshape(self.file.shape(key))
 
 
 def read(
-    file: Weights | Folder,
+    file: Tensors,
     place: Place,
     ours: Shape,
     dtype: torch.dtype | None = None,
@@ -238,7 +240,7 @@ def read(
     """What lies at a place of a file, in our shape: the only way from what is stored to the numbers of a parameter.
 
     dtype   None: the type in which it is stored
-    mapped  share the file's memory where nothing is converted; if false it is a copy, whose memory is given back when it is let go
+    mapped  share the file's memory where nothing is converted; if false it is a copy
     """
     pieces = [file.read(key, device, dtype, place.rows(file.shape(key)), mapped=mapped) for key in place.keys]
     return place.turned(torch.cat(pieces) if place.more else pieces[0], ours)
@@ -265,16 +267,16 @@ class Checkpoint(Parameters):
         return next((self.file[place.key] for place in self.layout.places(STATISTIC) if place.key in self.file), None)
 
     def require_prediction(self, why: str) -> None:
-        """Refuse a model of which only running its network would tell whether it predicts eps or v; `why` that is needed."""
+        """Refuse a model of which only its network could tell whether it predicts eps or v; `why` that matters."""
         if self.finding.doubt is not None:
-            what = f"may predict eps or v (norm1.bias std {self.finding.doubt:.3f}), which {why}: pass prediction='eps' or 'v'"
-            raise AmbiguousCheckpoint(what, path=self.file.path, key="prediction")
+            what = f"may predict eps or v (norm1.bias std {self.finding.doubt:.3f}), which {why}"
+            raise AmbiguousCheckpoint(f"{what}: pass prediction='eps' or 'v'", path=self.file.path, key="prediction")
 
 
 # --- recognising ----------------------------------------------------------------------------------------------------
 
 
-def open_any(path: str | PathLike[str], variant: str | None = None) -> Weights | Folder:
+def open_any(path: str | PathLike[str], variant: str | None = None) -> Tensors:
     """A file of weights, or a diffusers folder with the weights of one `variant`.
 
     Raises FileError; ArgumentError for a variant of a file.
@@ -289,7 +291,7 @@ def open_any(path: str | PathLike[str], variant: str | None = None) -> Weights |
 
 
 def recognise(
-    file: Weights | Folder,
+    file: Tensors,
     config: ModelConfig | str | None = None,
     prediction: Prediction | None = None,
     *,
@@ -307,7 +309,7 @@ def recognise(
     return _checkpoint(file, found.layout, finding, ema)
 
 
-def described(file: Weights | Folder, config: ModelConfig | str | None = None) -> Checkpoint:
+def described(file: Tensors, config: ModelConfig | str | None = None) -> Checkpoint:
     """The same from headers alone: it predicts what its family does, whatever the file says of that."""
     if isinstance(file, Folder):
         known, layout = describe(file, config)
@@ -323,13 +325,16 @@ def config_of(path: str | PathLike[str]) -> ModelConfig:
         return described(file).config
 
 
-def _checkpoint(file: Weights | Folder, layout: Layout, finding: Finding, ema: bool = False) -> Checkpoint:
+def _checkpoint(file: Tensors, layout: Layout, finding: Finding, ema: bool = False) -> Checkpoint:
     network = partial(shapes, LatentDiffusion, finding.config)
     return Checkpoint(file=file, layout=layout, network=network, ema=ema, finding=finding)
 
 
-def vae_alone(file: Weights | Folder, config: VAEConfig) -> Parameters:
-    """The VAE that was published alone, under its original names or those of diffusers. Raises FileError for what is none."""
+def vae_alone(file: Tensors, config: VAEConfig) -> Parameters:
+    """The VAE that was published alone, under its original names or those of diffusers.
+
+    Raises FileError for what is none.
+    """
     network = partial(shapes, VAE, config)
     for prefix in () if f"{UNET}input_blocks.0.0.weight" in file else ("", "first_stage_model."):
         if f"{prefix}encoder.down.0.block.0.conv1.weight" in file:

@@ -148,7 +148,7 @@ def test_the_safety_checker_loads_from_its_folder_the_model_s_folder_and_a_file(
     file = save_safetensors(checker, tmp_path / "x.safetensors")
     with pytest.raises(FileError, match="is a safety checker of other sizes"):
         load_safety(file)
-    monkeypatch.setattr(sys.modules["weights.models"], "VisionConfig", lambda: VISION)
+    monkeypatch.setattr(sys.modules["weights.alone"], "VisionConfig", lambda: VISION)
     assert same(load_safety(file, dtype=torch.bfloat16), checker)
     once = {key.replace("vision_model.vision_model.", "vision_model."): value for key, value in checker.items()}
     meant = load_safety(file).state_dict()

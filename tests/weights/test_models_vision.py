@@ -54,7 +54,7 @@ def test_the_tower_of_a_published_image_variations_file_is_read(tmp_path: Path, 
     path = save_zip({"state_dict": state}, tmp_path / "x.ckpt")
     with pytest.raises(FileError, match="of other sizes than ViT-L/14's"):
         load_vision(path)
-    monkeypatch.setattr(sys.modules["weights.models"], "VisionConfig", lambda: VISION)
+    monkeypatch.setattr(sys.modules["weights.alone"], "VisionConfig", lambda: VISION)
     read = load_vision(path)
     assert read.config == VISION
     assert same(read, inside(meaning(state), "vision."))

@@ -22,9 +22,8 @@ from weights.adapters.kohya import difference_key, kohya_names, network_facts
 from weights.adapters.rank import Kept, Rule, energy, factored, require_rank, rule
 from weights.adapters.write import write_lora
 from weights.checkpoint import Checkpoint, described, open_any, recognise, require_dtype
-from weights.files.folders import Folder
 from weights.files.hashes import sha256_of
-from weights.files.opened import Weights
+from weights.files.opened import Tensors
 from weights.files.write import OnWrite, Pending
 from weights.names.prediction import Prediction, predicting
 
@@ -129,7 +128,7 @@ def _difference(before: Checkpoint, after: Checkpoint, parameter: str) -> Tensor
     return after.read(parameter, torch.float32) - before.read(parameter, torch.float32)
 
 
-def _same_family(one: Weights | Folder, other: Weights | Folder) -> tuple[Checkpoint, Checkpoint, ModelConfig]:
+def _same_family(one: Tensors, other: Tensors) -> tuple[Checkpoint, Checkpoint, ModelConfig]:
     """Both models, and the config of their family."""
     (base, old), (tuned, new) = _model(one), _model(other)
     if base.config.kin != tuned.config.kin:
@@ -141,7 +140,7 @@ def _same_family(one: Weights | Folder, other: Weights | Folder) -> tuple[Checkp
     return base, tuned, predicting(base.config, old or new or base.config.prediction)
 
 
-def _model(file: Weights | Folder) -> tuple[Checkpoint, Prediction | None]:
+def _model(file: Tensors) -> tuple[Checkpoint, Prediction | None]:
     """The model in a file, and what it predicts; None: file and weights disagree on that, or do not tell."""
     model = described(file)
     try:

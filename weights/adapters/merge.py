@@ -22,8 +22,7 @@ from weights.adapters import names as lora_names
 from weights.adapters.read import read_lora
 from weights.adapters.write import HASHES
 from weights.checkpoint import Checkpoint, described, require_dtype
-from weights.files.folders import is_folder
-from weights.files.opened import Weights, open_file
+from weights.files.opened import Weights, is_folder, open_file
 from weights.files.write import OnWrite, Pending, cast, guarded, write
 
 LORAS, DROPPED = "ldm.merged_loras", "ldm.dropped"  # keys of the metadata

@@ -17,7 +17,7 @@ from weights.adapters.family import kinds, resolved
 from weights.adapters.names import ALPHA_KEY, TOWERS, Dialect
 from weights.adapters.spelled import by_spelling
 from weights.files.opened import Weights, open_file
-from weights.names.detect import require_family
+from weights.names.family import require_family
 
 _SMALLEST = UNetConfig(
     model_channels=32, channel_mult=(1,), num_res_blocks=1, down_depth=((0,),), up_depth=((0, 0),), mid_depth=None,

@@ -62,13 +62,6 @@ class Folder(Tensors):
             yield wait
 
 
-def is_folder(path: str | PathLike[str]) -> bool:
-    """Is this a directory with a model's components in it?"""
-    with contextlib.suppress(OSError, ValueError):
-        return any((Path(path) / name).exists() for name in ("model_index.json", "unet")) and Path(path).is_dir()
-    return False
-
-
 def open_folder(path: str | PathLike[str], variant: str | None = None) -> Folder:
     """Open the components of a diffusers folder that a model is made of; a .bin only where there is no .safetensors.
 

@@ -194,6 +194,13 @@ class Weights(Tensors):
         record.verified = True
 
 
+def is_folder(path: str | PathLike[str]) -> bool:
+    """Is this a directory with a model's components in it?"""
+    with contextlib.suppress(OSError, ValueError):
+        return any((Path(path) / name).exists() for name in ("model_index.json", "unet")) and Path(path).is_dir()
+    return False
+
+
 def open_file(path: str | PathLike[str]) -> Weights:
     """Open a file of weights by its content, whatever its extension. Raises FileError for anything that is not one."""
     source = Source(path)

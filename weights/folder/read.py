@@ -1,4 +1,4 @@
-"""The config.json files of a diffusers folder -> `ModelConfig`: every number in range, and in agreement with the tensors."""
+"""The config.json files of a diffusers folder -> `ModelConfig`: every number in range and as the tensors have it."""
 
 from __future__ import annotations
 
@@ -13,30 +13,40 @@ from ldm.config import DepthConfig, ModelConfig, TextConfig, UNetConfig, VAEConf
 from ldm.errors import FileError
 from samplers.schedule import Schedule
 from weights.files.folders import Folder, read_json
-from weights.names.detect import family, named, require_family, shown, without_unread
+from weights.names.detect import shown, without_unread
+from weights.names.family import family, named, require_family
 from weights.names.layout import Layout, bare, diffusers
 from weights.names.prediction import SCHEDULER, ZERO_SNR
-from weights.names.sizes import Config, visible
+from weights.names.sizes import Config, visible, visible_unet
 
 # Settings of which the published models have one value; another would need another network.
-UNET_FIXED = {"act_fn": "silu", "norm_num_groups": 32, "norm_eps": 1e-5, "center_input_sample": False, "flip_sin_to_cos": True, "freq_shift": 0,
-              "downsample_padding": 1, "mid_block_scale_factor": 1, "resnet_time_scale_shift": "default", "dual_cross_attention": False,
-              "encoder_hid_dim": None, "encoder_hid_dim_type": None, "time_embedding_type": "positional", "time_embedding_act_fn": None,
-              "timestep_post_act": None, "time_cond_proj_dim": None, "conv_in_kernel": 3, "conv_out_kernel": 3, "attention_type": "default",
-              "class_embed_type": None, "class_embeddings_concat": False, "cross_attention_norm": None, "resnet_skip_time_act": False,
+UNET_FIXED = {"act_fn": "silu", "norm_num_groups": 32, "norm_eps": 1e-5, "center_input_sample": False,
+              "flip_sin_to_cos": True, "freq_shift": 0,
+              "downsample_padding": 1, "mid_block_scale_factor": 1, "resnet_time_scale_shift": "default",
+              "dual_cross_attention": False,
+              "encoder_hid_dim": None, "encoder_hid_dim_type": None, "time_embedding_type": "positional",
+              "time_embedding_act_fn": None,
+              "timestep_post_act": None, "time_cond_proj_dim": None, "conv_in_kernel": 3, "conv_out_kernel": 3,
+              "attention_type": "default",
+              "class_embed_type": None, "class_embeddings_concat": False, "cross_attention_norm": None,
+              "resnet_skip_time_act": False,
               "resnet_out_scale_factor": 1.0}  # fmt: skip
-VAE_FIXED = {"in_channels": 3, "out_channels": 3, "act_fn": "silu", "norm_num_groups": 32, "shift_factor": None, "latents_mean": None,
+VAE_FIXED = {"in_channels": 3, "out_channels": 3, "act_fn": "silu", "norm_num_groups": 32, "shift_factor": None,
+             "latents_mean": None,
              "use_quant_conv": True, "use_post_quant_conv": True, "mid_block_add_attention": True}  # fmt: skip
 MAX_CELLS = 4096  # of a latent along one side
-SCHEDULERS = ("DDIM", "DDPM", "PNDM", "LMSDiscrete", "EulerDiscrete", "EulerAncestralDiscrete", "HeunDiscrete", "DPMSolverMultistep", "DPMSolverSinglestep",
-              "DPMSolverSDE", "KDPM2Discrete", "KDPM2AncestralDiscrete", "DEISMultistep", "UniPCMultistep", "SASolver", "LCM", "TCD")  # fmt: skip
+SCHEDULERS = ("DDIM", "DDPM", "PNDM", "LMSDiscrete", "EulerDiscrete", "EulerAncestralDiscrete", "HeunDiscrete",
+              "DPMSolverMultistep", "DPMSolverSinglestep",
+              "DPMSolverSDE", "KDPM2Discrete", "KDPM2AncestralDiscrete", "DEISMultistep", "UniPCMultistep", "SASolver",
+              "LCM", "TCD")  # fmt: skip
 
 
 def describe(folder: Folder, config: ModelConfig | str | None) -> tuple[ModelConfig, Layout]:
-    """The config of the model in a folder, and the layout of its tensors. The folder's metadata get what its scheduler says of the training.
+    """The config of the model in a folder, and the layout of its tensors.
 
-    `config` overrules as in `detect`. Raises FileError that names the file and field for numbers out of range, classes and settings that
-    this version does not know, and numbers that the tensors contradict.
+    The folder's metadata get what its scheduler says of the training. `config` overrules as in `detect`. Raises
+    FileError that names the file and field for numbers out of range, classes and settings that this version does not
+    know, and numbers that the tensors contradict.
     """
     if isinstance(config, str):
         require_family(config)
@@ -52,14 +62,13 @@ def describe(folder: Folder, config: ModelConfig | str | None) -> tuple[ModelCon
     fields = component(path, "unet", "UNet2DConditionModel")
     unet = _agreeing(folder, "unet", _unet(fields), there.unet)
     marks = {"cc_projection.": ()} if (path / "cc_projection").is_dir() else {}
-    known = named(family(visible(unet), "image_encoder" in folders, marks), config, path)
+    known = named(family(visible_unet(unet), "image_encoder" in folders, marks), config, path)
     vae = _agreeing(folder, "vae", read_vae_config(component(path, "vae", "AutoencoderKL"), known.vae), there.vae)
     cells = fields.whole("sample_size", known.size // vae.factor, MAX_CELLS)
     known = replace(known, unet=unet, vae=vae, schedule=_schedule(folder, known.schedule), size=cells * vae.factor)
     if len(towers) != len(known.text):
-        raise folder.error(
-            f"has {len(towers)} text encoders, a model of family {known.name} has {len(known.text)}; download the whole folder"
-        )
+        what = f"has {len(towers)} text encoders, a model of family {known.name} has {len(known.text)}"
+        raise folder.error(f"{what}; download the whole folder")
     text = []
     for i, name in enumerate(towers):
         tower = there.text[i]
@@ -101,9 +110,9 @@ def _unet(fields: Fields) -> UNetConfig:
     down = _attends(fields, "down_block_types", "CrossAttnDownBlock2D", "DownBlock2D", levels, [True] * 3 + [False])
     up = _attends(fields, "up_block_types", "CrossAttnUpBlock2D", "UpBlock2D", levels, [False] + [True] * 3)
     mid = fields.one_of("mid_block_type", "UNetMidBlock2DCrossAttn", ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D"))
-    depths = fields.list("transformer_layers_per_block", 1, levels)
+    depths = fields.listed("transformer_layers_per_block", 1, levels)
     reverse = fields.values.get("reverse_transformer_layers_per_block")
-    ups = depths[::-1] if reverse is None else fields.list("reverse_transformer_layers_per_block", 1, levels)
+    ups = depths[::-1] if reverse is None else fields.listed("reverse_transformer_layers_per_block", 1, levels)
 
     def per_block(field: str, depth: Any, n: int, there: bool) -> tuple[int, ...]:
         if not there:
@@ -122,7 +131,7 @@ def _unet(fields: Fields) -> UNetConfig:
         for depth, there in zip(ups, up, strict=True)
     )
     heads, head_dim = _heads(fields, widths)
-    cross_only = tuple(bool(cross) for cross in fields.list("only_cross_attention", False, levels))
+    cross_only = tuple(bool(cross) for cross in fields.listed("only_cross_attention", False, levels))
     vector = fields.values.get("addition_embed_type")
     if vector is not None:
         fields.one_of("addition_embed_type", None, ("text_time",))
@@ -150,7 +159,7 @@ def _unet(fields: Fields) -> UNetConfig:
 
 def _attends(fields: Fields, field: str, cross: str, plain: str, levels: int, default: list[bool]) -> list[bool]:
     """Which levels have transformers, by the classes named."""
-    kinds = fields.list(field, [cross if there else plain for there in default], levels)
+    kinds = fields.listed(field, [cross if there else plain for there in default], levels)
     for kind in kinds:
         if kind not in (cross, plain):
             raise fields.error(field, f"has {str(kind)[:40]}; this version knows {cross} and {plain}")
@@ -158,9 +167,12 @@ def _attends(fields: Fields, field: str, cross: str, plain: str, levels: int, de
 
 
 def _heads(fields: Fields, widths: list[int]) -> tuple[int | None, int | None]:
-    """(heads, None) or (None, width of a head). What diffusers calls attention_head_dim is the number of heads, as its own code says."""
+    """(heads, None) or (None, width of a head).
+
+    What diffusers calls attention_head_dim is the number of heads, as its own code says.
+    """
     field = "num_attention_heads" if fields.values.get("num_attention_heads") is not None else "attention_head_dim"
-    heads = [fields.count(field, n) for n in fields.list(field, 8, len(widths))]
+    heads = [fields.count(field, n) for n in fields.listed(field, 8, len(widths))]
     if any(width % n for width, n in zip(widths, heads, strict=True)):
         raise fields.error(field, f"is {heads}, which does not divide the widths {widths}")
     if len(set(heads)) == 1:
@@ -176,7 +188,7 @@ def read_vae_config(fields: Fields, known: VAEConfig) -> VAEConfig:
     fields.require(VAE_FIXED)
     widths = fields.widths("block_out_channels", [64])
     for field, kind in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
-        if fields.list(field, [kind], len(widths)) != [kind] * len(widths):
+        if fields.listed(field, [kind], len(widths)) != [kind] * len(widths):
             raise fields.error(field, f"are not all {kind}, the only kind this version knows")
     return VAEConfig(
         channels=widths[0],
@@ -242,13 +254,13 @@ def _depth(fields: Fields, known: DepthConfig) -> DepthConfig:
         fields.whole("hidden_size", known.width),
         fields.whole("num_hidden_layers", known.layers, MAX_LAYERS),
     )
-    hooks = fields.list("backbone_out_indices", [0, 0, *known.hooks], 4)[2:]
+    hooks = fields.listed("backbone_out_indices", [0, 0, *known.hooks], 4)[2:]
     if any(type(hook) is not int for hook in hooks) or not 0 <= hooks[0] < hooks[1] < layers:
         raise fields.error("backbone_out_indices", f"ends in {hooks}, not in two rising numbers below {layers}")
     return DepthConfig(
         image=fields.whole("image_size", known.image),
         stem=resnet.whole("embedding_size", known.stem),
-        blocks=tuple(resnet.count("depths", n, MAX_LAYERS) for n in resnet.list("depths", [*known.blocks], 3)),
+        blocks=tuple(resnet.count("depths", n, MAX_LAYERS) for n in resnet.listed("depths", [*known.blocks], 3)),
         width=width,
         layers=layers,
         heads=fields.dividing("num_attention_heads", known.heads, width),
@@ -259,7 +271,7 @@ def _depth(fields: Fields, known: DepthConfig) -> DepthConfig:
 
 
 def _schedule(folder: Folder, known: Schedule) -> Schedule:
-    """The noise schedule of training, where the folder tells it; what it says of the prediction goes to the folder's metadata."""
+    """The noise schedule of training, where the folder tells it; what is predicted goes to the folder's metadata."""
     path = folder.path / "scheduler" / "scheduler_config.json"
     if not path.exists():
         return known
@@ -344,7 +356,7 @@ class Fields:
         for field, value in fixed.items():
             self.one_of(field, value, (value,))
 
-    def list(self, field: str, default: Any, length: int | None = None) -> list[Any]:
+    def listed(self, field: str, default: Any, length: int | None = None) -> list[Any]:
         """A list of 1 to MAX_ITEMS, or of `length`, items; where a length is asked for, one value stands for all."""
         value = self.values.get(field, default)
         if length is not None and not isinstance(value, list):
@@ -355,21 +367,24 @@ class Fields:
 
     def widths(self, field: str, default: Any) -> list[int]:
         """Widths of levels: multiples of 32, as GroupNorm wants, and of the first."""
-        widths = [self.count(field, width) for width in self.list(field, default)]
+        widths = [self.count(field, width) for width in self.listed(field, default)]
         if any(width % widths[0] or width % 32 for width in widths):
             raise self.error(field, f"is {widths}, not multiples of 32 and of the first")
         return widths
 
     def single(self, field: str, default: Any, length: int, limit: int = MAX_WIDTH) -> int:
         """A whole number, given once or for every level the same."""
-        values = {self.count(field, value, limit) for value in self.list(field, default, length)}
+        values = {self.count(field, value, limit) for value in self.listed(field, default, length)}
         if len(values) > 1:
             raise self.error(field, "differs from level to level, which this version does not know")
         return values.pop()
 
 
 def component(folder: Path, name: str, kind: str | tuple[str, ...]) -> Fields:
-    """The config.json of a component, whose class must have a name that begins with `kind`. No class is ever looked up."""
+    """The config.json of a component, whose class must have a name that begins with `kind`.
+
+    No class is ever looked up.
+    """
     fields = Fields(folder / name / "config.json", read_json(folder / name / "config.json"))
     said = fields.values.get("_class_name")
     if said is None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Container, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 from ldm.conditioning import tokenizer
@@ -38,7 +38,7 @@ def is_xl(config: ModelConfig) -> bool:
 
 
 def as_in_folders(config: ModelConfig) -> ModelConfig:
-    """The config of the same model as its diffusers folder has it: SD 2's text tower ends with the last block that is read.
+    """The config of the same model in a diffusers folder: SD 2's text tower ends with the last block that is read.
 
     diffusers reads the last block there and puts the final LayerNorm behind it; of SDXL it skips the last block itself.
     """
@@ -57,15 +57,17 @@ def folder_files(config: ModelConfig, only: Container[str] | None = None) -> dic
     Raises ArgumentError for a network that diffusers' configs cannot describe.
     """
     config = as_in_folders(config)
-    networks = {"unet": lambda: unet_json(config), "vae": lambda: vae_json(config), "image_encoder": lambda: vision_json(config.vision),
-                "depth_estimator": lambda: depth_json(config.depth)}  # fmt: skip
-    networks |= {name: lambda i=i: text_json(config, i) for i, name in enumerate(towers(config))}
-    absent = {"image_encoder": config.vision is None, "depth_estimator": config.depth is None}
-    files: dict[str, Any] = {
-        f"{name}/config.json": make()
-        for name, make in networks.items()
-        if not absent.get(name) and (only is None or name in only)
+    networks: dict[str, Callable[[], dict[str, Any]]] = {
+        "unet": partial(unet_json, config),
+        "vae": partial(vae_json, config),
+        **{name: partial(text_json, config, i) for i, name in enumerate(towers(config))},
     }
+    if config.vision is not None:
+        networks["image_encoder"] = partial(vision_json, config.vision)
+    if config.depth is not None:
+        networks["depth_estimator"] = partial(depth_json, config.depth)
+    asked = [name for name in networks if only is None or name in only]
+    files: dict[str, Any] = {f"{name}/config.json": networks[name]() for name in asked}
     if only is None:
         files |= {
             "model_index.json": _index(config),
@@ -79,8 +81,8 @@ def folder_files(config: ModelConfig, only: Container[str] | None = None) -> dic
 
 
 def _beside(config: ModelConfig) -> dict[str, Any]:
-    """What pipelines need that is no network: tokenizers, and how pictures are prepared for the networks that look at them."""
-    files = {}
+    """What pipelines need that is no network: tokenizers, and how pictures are prepared for networks."""
+    files: dict[str, Any] = {}
     for name, text in zip(towers(config), config.text, strict=True):
         files |= {
             f"{name.replace('text_encoder', 'tokenizer')}/{file}": data for file, data in _tokenizer(text).items()
@@ -90,7 +92,8 @@ def _beside(config: ModelConfig) -> dict[str, Any]:
     if config.depth is not None:
         files["feature_extractor/preprocessor_config.json"] = _depth_processor(config.depth)
     if "low_res" in config.concat:
-        files["low_res_scheduler/scheduler_config.json"] = {"_class_name": "DDPMScheduler", **_betas(config), "clip_sample": True, "prediction_type": "epsilon",
+        files["low_res_scheduler/scheduler_config.json"] = {"_class_name": "DDPMScheduler", **_betas(config),
+                                                            "clip_sample": True, "prediction_type": "epsilon",
                                                             "variance_type": "fixed_small"}  # fmt: skip
     return files
 
@@ -103,11 +106,16 @@ def unet_json(config: ModelConfig) -> dict[str, Any]:
     unet = config.unet
     widths = [unet.model_channels * m for m in unet.channel_mult]
     described: dict[str, Any] = {
-        "_class_name": "UNet2DConditionModel", "act_fn": "silu", "center_input_sample": False, "downsample_padding": 1, "dropout": 0.0, "flip_sin_to_cos": True,
-        "freq_shift": 0, "mid_block_scale_factor": 1, "norm_eps": 1e-5, "norm_num_groups": 32, "resnet_time_scale_shift": "default", "upcast_attention": False,
-        "in_channels": unet.in_channels, "out_channels": unet.out_channels, "block_out_channels": widths, "layers_per_block": unet.num_res_blocks,
-        "cross_attention_dim": unet.context_dim, "use_linear_projection": unet.linear_proj, "sample_size": config.size // config.vae.factor,
-        "attention_head_dim": unet.heads or [width // (unet.head_dim or 1) for width in widths],  # the number of heads, whatever its name says
+        "_class_name": "UNet2DConditionModel", "act_fn": "silu", "center_input_sample": False, "downsample_padding": 1,
+        "dropout": 0.0, "flip_sin_to_cos": True,
+        "freq_shift": 0, "mid_block_scale_factor": 1, "norm_eps": 1e-5, "norm_num_groups": 32,
+        "resnet_time_scale_shift": "default", "upcast_attention": False,
+        "in_channels": unet.in_channels, "out_channels": unet.out_channels, "block_out_channels": widths,
+        "layers_per_block": unet.num_res_blocks,
+        "cross_attention_dim": unet.context_dim, "use_linear_projection": unet.linear_proj,
+        "sample_size": config.size // config.vae.factor,
+        "attention_head_dim": unet.heads or [width // (unet.head_dim or 1) for width in widths],
+        # the number of heads, whatever its name says
         "down_block_types": ["CrossAttnDownBlock2D" if any(depths) else "DownBlock2D" for depths in unet.down_depth],
         "up_block_types": ["CrossAttnUpBlock2D" if any(depths) else "UpBlock2D" for depths in unet.up_depth],
         "mid_block_type": "UNetMidBlock2D" if unet.mid_depth is None else "UNetMidBlock2DCrossAttn",
@@ -126,12 +134,13 @@ def unet_json(config: ModelConfig) -> dict[str, Any]:
 
 
 def _depths(unet: UNetConfig) -> dict[str, Any]:
-    """Transformer blocks by level, one number where a level's blocks have as many. The middle has what the last level says."""
+    """Transformer blocks by level, one number where a level's blocks have as many.
+
+    The middle has what the last level says.
+    """
     if any(0 in depths and any(depths) for depths in (*unet.down_depth, *unet.up_depth)):
-        raise ArgumentError(
-            "a UNet level with and without attention in its blocks has no place in a diffusers config; write a single file",
-            key="unet",
-        )
+        what = "a UNet level with and without attention in its blocks has no place in a diffusers config"
+        raise ArgumentError(f"{what}; write a single file", key="unet")
     down, up = ([_alike(depths) for depths in side] for side in (unet.down_depth, unet.up_depth))
     if unet.mid_depth is not None:
         if down[-1] not in (None, unet.mid_depth):
@@ -170,9 +179,12 @@ def vae_alone_json(vae: VAEConfig, size: int) -> dict[str, Any]:
     """The same of a VAE for pictures of about `size` pixels."""
     levels = len(vae.channel_mult)
     return {
-        "_class_name": "AutoencoderKL", "act_fn": "silu", "norm_num_groups": 32, "in_channels": 3, "out_channels": 3, "latent_channels": vae.z_channels,
-        "block_out_channels": [vae.channels * m for m in vae.channel_mult], "layers_per_block": vae.num_res_blocks, "sample_size": size,
-        "down_block_types": ["DownEncoderBlock2D"] * levels, "up_block_types": ["UpDecoderBlock2D"] * levels, "scaling_factor": vae.scale,
+        "_class_name": "AutoencoderKL", "act_fn": "silu", "norm_num_groups": 32, "in_channels": 3, "out_channels": 3,
+        "latent_channels": vae.z_channels,
+        "block_out_channels": [vae.channels * m for m in vae.channel_mult], "layers_per_block": vae.num_res_blocks,
+        "sample_size": size,
+        "down_block_types": ["DownEncoderBlock2D"] * levels, "up_block_types": ["UpDecoderBlock2D"] * levels,
+        "scaling_factor": vae.scale,
     }  # fmt: skip
 
 
@@ -181,9 +193,12 @@ def text_json(config: ModelConfig, i: int) -> dict[str, Any]:
     text = config.text[i]
     projected = i == config.pooled_tower
     return {
-        "architectures": ["CLIPTextModelWithProjection" if projected else "CLIPTextModel"], "model_type": "clip_text_model", "attention_dropout": 0.0,
-        "bos_token_id": tokenizer.START, "eos_token_id": tokenizer.END, "pad_token_id": text.pad, "hidden_act": text.activation, "hidden_size": text.width,
-        "intermediate_size": text.mlp, "layer_norm_eps": 1e-5, "max_position_embeddings": text.length, "num_attention_heads": text.heads,
+        "architectures": ["CLIPTextModelWithProjection" if projected else "CLIPTextModel"],
+        "model_type": "clip_text_model", "attention_dropout": 0.0,
+        "bos_token_id": tokenizer.START, "eos_token_id": tokenizer.END, "pad_token_id": text.pad,
+        "hidden_act": text.activation, "hidden_size": text.width,
+        "intermediate_size": text.mlp, "layer_norm_eps": 1e-5, "max_position_embeddings": text.length,
+        "num_attention_heads": text.heads,
         "num_hidden_layers": text.layers, "projection_dim": text.projection or text.width, "vocab_size": text.vocab,
     }  # fmt: skip
 
@@ -191,9 +206,12 @@ def text_json(config: ModelConfig, i: int) -> dict[str, Any]:
 def vision_json(vision: VisionConfig) -> dict[str, Any]:
     """image_encoder/config.json."""
     return {
-        "architectures": ["CLIPVisionModelWithProjection"], "model_type": "clip_vision_model", "attention_dropout": 0.0, "hidden_act": vision.activation,
-        "hidden_size": vision.width, "image_size": vision.image, "intermediate_size": vision.mlp, "layer_norm_eps": 1e-5, "num_attention_heads": vision.heads,
-        "num_channels": 3, "num_hidden_layers": vision.layers, "patch_size": vision.patch, "projection_dim": vision.projection,
+        "architectures": ["CLIPVisionModelWithProjection"], "model_type": "clip_vision_model", "attention_dropout": 0.0,
+        "hidden_act": vision.activation,
+        "hidden_size": vision.width, "image_size": vision.image, "intermediate_size": vision.mlp,
+        "layer_norm_eps": 1e-5, "num_attention_heads": vision.heads,
+        "num_channels": 3, "num_hidden_layers": vision.layers, "patch_size": vision.patch,
+    "projection_dim": vision.projection,
     }  # fmt: skip
 
 
@@ -202,14 +220,20 @@ def depth_json(depth: DepthConfig) -> dict[str, Any]:
     widths = [depth.stem * m for m in (4, 8, 16)]
     cells = depth.image // depth.patch
     return {
-        "architectures": ["DPTForDepthEstimation"], "model_type": "dpt", "is_hybrid": True, "hidden_size": depth.width, "num_hidden_layers": depth.layers,
-        "num_attention_heads": depth.heads, "intermediate_size": depth.mlp, "image_size": depth.image, "patch_size": depth.patch, "num_channels": 3,
-        "backbone_out_indices": [0, 1, *depth.hooks], "neck_hidden_sizes": [*widths[:2], depth.width, depth.width], "neck_ignore_stages": [0, 1],
-        "backbone_featmap_shape": [1, widths[2], cells, cells], "fusion_hidden_size": depth.features, "readout_type": "project", "layer_norm_eps": 1e-6,
+        "architectures": ["DPTForDepthEstimation"], "model_type": "dpt", "is_hybrid": True, "hidden_size": depth.width,
+        "num_hidden_layers": depth.layers,
+        "num_attention_heads": depth.heads, "intermediate_size": depth.mlp, "image_size": depth.image,
+        "patch_size": depth.patch, "num_channels": 3,
+        "backbone_out_indices": [0, 1, *depth.hooks], "neck_hidden_sizes": [*widths[:2], depth.width, depth.width],
+        "neck_ignore_stages": [0, 1],
+        "backbone_featmap_shape": [1, widths[2], cells, cells], "fusion_hidden_size": depth.features,
+        "readout_type": "project", "layer_norm_eps": 1e-6,
         "qkv_bias": True, "use_batch_norm_in_fusion_residual": False, "add_projection": False,
         "backbone_config": {
-            "model_type": "bit", "embedding_size": depth.stem, "hidden_sizes": widths, "depths": list(depth.blocks), "layer_type": "bottleneck",
-            "out_features": ["stage1", "stage2", "stage3"], "global_padding": "same", "embedding_dynamic_padding": True, "num_groups": 32,
+            "model_type": "bit", "embedding_size": depth.stem, "hidden_sizes": widths, "depths": list(depth.blocks),
+            "layer_type": "bottleneck",
+            "out_features": ["stage1", "stage2", "stage3"], "global_padding": "same", "embedding_dynamic_padding": True,
+            "num_groups": 32,
         },
     }  # fmt: skip
 
@@ -232,7 +256,8 @@ def _index(config: ModelConfig) -> dict[str, Any]:
     """model_index.json: the class of the pipeline, and of each of its parts the library and class."""
     pipeline = _pipeline(config)
     index: dict[str, Any] = {name: [None, None] for name in _ABSENT.get(pipeline, ())}
-    index |= {"_class_name": pipeline, "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"],
+    index |= {"_class_name": pipeline, "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers",
+              "AutoencoderKL"],
               "scheduler": ["diffusers", _scheduler(config)["_class_name"]]}  # fmt: skip
     for i, name in enumerate(towers(config)):
         index[name] = ["transformers", text_json(config, i)["architectures"][0]]
@@ -286,7 +311,10 @@ def _betas(config: ModelConfig) -> dict[str, Any]:
 
 
 def _scheduler(config: ModelConfig) -> dict[str, Any]:
-    """The sampler that the family's published folder has. Others are made from these settings too: DDIM would clip if it were not told."""
+    """The sampler that the family's published folder has.
+
+    Others are made from these settings too: DDIM would clip if it were not told.
+    """
     common = {
         **_betas(config),
         "clip_sample": False,
@@ -310,16 +338,20 @@ def _scheduler(config: ModelConfig) -> dict[str, Any]:
 
 def _clip_processor(vision: VisionConfig) -> dict[str, Any]:
     return {
-        "image_processor_type": "CLIPImageProcessor", "do_resize": True, "size": {"shortest_edge": vision.image}, "resample": 3, "do_center_crop": True,
-        "crop_size": {"height": vision.image, "width": vision.image}, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": _CLIP_MEAN,
+        "image_processor_type": "CLIPImageProcessor", "do_resize": True, "size": {"shortest_edge": vision.image},
+        "resample": 3, "do_center_crop": True,
+        "crop_size": {"height": vision.image, "width": vision.image}, "do_rescale": True, "rescale_factor": 1 / 255,
+        "do_normalize": True, "image_mean": _CLIP_MEAN,
         "image_std": _CLIP_STD, "do_convert_rgb": True,
     }  # fmt: skip
 
 
 def _depth_processor(depth: DepthConfig) -> dict[str, Any]:
     return {
-        "image_processor_type": "DPTImageProcessor", "do_resize": True, "size": {"height": depth.image, "width": depth.image}, "resample": 3,
-        "keep_aspect_ratio": False, "ensure_multiple_of": 1, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": [0.5] * 3,
+        "image_processor_type": "DPTImageProcessor", "do_resize": True, "size": {"height": depth.image,
+        "width": depth.image}, "resample": 3,
+        "keep_aspect_ratio": False, "ensure_multiple_of": 1, "do_rescale": True, "rescale_factor": 1 / 255,
+        "do_normalize": True, "image_mean": [0.5] * 3,
         "image_std": [0.5] * 3,
     }  # fmt: skip
 

@@ -39,7 +39,7 @@ def built(make: Callable[[], T]) -> T:
 
 @lru_cache(maxsize=64)  # one conversion asks for the same networks several times, at up to a second each
 def shapes(kind: Callable[[Any], nn.Module], config: Any) -> Mapping[str, Shape]:
-    """{name: shape} of every parameter of `kind(config)`: `shapes(UNet, SDXL)`, `shapes(LatentDiffusion, FAMILIES["sd1"])`."""
+    """{name: shape} of every parameter of `kind(config)`, such as `shapes(UNet, SDXL)`."""
     return MappingProxyType(
         {name: tuple(tensor.shape) for name, tensor in built(lambda: kind(config)).state_dict(keep_vars=True).items()}
     )
@@ -48,8 +48,9 @@ def shapes(kind: Callable[[Any], nn.Module], config: Any) -> Mapping[str, Shape]
 class _Blank(TorchFunctionMode):
     """Tensors made inside are on the meta device, and get no initial values.
 
-    There is nothing to fill there, and the attempt makes torch import its compiler: a second and 150 MB. One mode for both, since every call
-    of torch passes through each: beside `torch.device("meta")` building SD 1's 1200 modules takes a sixth longer.
+    There is nothing to fill there, and the attempt makes torch import its compiler: a second and 150 MB. One mode for
+    both, since every call of torch passes through each: beside `torch.device("meta")` building SD 1's 1200 modules
+    takes a sixth longer.
     """
 
     def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:

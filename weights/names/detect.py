@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from os import PathLike
 
-from ldm.config import FAMILIES, SD2, SDXL, ModelConfig, TextConfig, UNetConfig, VAEConfig, VisionConfig
+from ldm.config import ModelConfig, TextConfig, UNetConfig, VAEConfig, VisionConfig
 from ldm.errors import AmbiguousCheckpoint, ArgumentError, FileError
+from weights.names.family import family, family_title, named, require_family
 from weights.names.instead import instead
 from weights.names.layout import Layout, original
 from weights.names.metadata import CONFIG_KEY, from_json
@@ -31,47 +31,6 @@ from weights.names.sizes import (
 
 
 @dataclass(frozen=True)
-class Relative:
-    """A kind of latent diffusion model that is recognised, and not supported."""
-
-    name: str
-    title: str
-    fits: Callable[[UNetConfig, Iterable[str]], bool]  # by the UNet's visible sizes and the keys of the file
-
-
-def _has_vector(unet: UNetConfig) -> bool:
-    return unet.vector_dim is not None
-
-
-RELATIVES = (  # of a UNet that is of no family: the first that fits
-    Relative("zero123", "a Zero123 model (views of an object)", lambda unet, keys: _any_key(keys, "cc_projection.")),
-    Relative(
-        "vega",
-        "a Segmind Vega model",
-        lambda unet, keys: _has_vector(unet) and unet.down_depth == ((0, 0), (1, 1), (2, 2)),
-    ),
-    Relative(
-        "unclip",
-        "an unCLIP model",
-        lambda unet, keys: (
-            _has_vector(unet)
-            and (unet.down_depth == SD2.down_depth or _any_key(keys, "embedder.model.", "noise_augmentor."))
-        ),
-    ),
-    Relative(
-        "koala",
-        "a KOALA or otherwise distilled SDXL model",
-        lambda unet, keys: (
-            _has_vector(unet) and len(unet.down_depth) == len(SDXL.down_depth) and depths(unet) != depths(SDXL)
-        ),
-    ),
-    Relative("ip2p", "an InstructPix2Pix-like model (8 input channels)", lambda unet, keys: unet.in_channels == 8),
-)
-UNKNOWN = "unknown"
-REFUSED = {one.name: one.title for one in RELATIVES} | {UNKNOWN: "a latent diffusion model of an unknown family"}
-
-
-@dataclass(frozen=True)
 class Shown:
     """The networks of a model, as far as shapes show them. None: there is no such network, or it is damaged."""
 
@@ -82,7 +41,10 @@ class Shown:
 
 
 def shown(shapes: Shapes, layout: Layout, *, folder: bool = False) -> Shown:
-    """What the tensors of a single file, or of a diffusers folder, show. `layout` says where its text and vision towers are."""
+    """What the tensors of a single file, or of a diffusers folder, show.
+
+    `layout` says where its text and vision towers are.
+    """
     text = tuple(read_text(lookup(layout, shapes, part.ours)) for part in layout.parts if part.ours.startswith("text."))
     vision = read_vision(lookup(layout, shapes, "vision."))
     if folder:
@@ -109,10 +71,10 @@ def detect(
 ) -> ModelConfig:
     """The config of the model in a single file whose tensors have these shapes.
 
-    Whether SD 2 predicts eps or v, `weights.names.prediction` finds out. `config` (a ModelConfig, or the name of a family)
-    overrules what the file says; then comes `ldm.config` in its metadata, then the shapes of the published families. `path` is
-    for errors. Raises FileError for what is no model, or of a family that cannot be loaded, and AmbiguousCheckpoint where only a
-    config can settle it.
+    Whether SD 2 predicts eps or v, `weights.names.prediction` finds out. `config` (a ModelConfig, or the name of a
+    family) overrules what the file says; then comes `ldm.config` in its metadata, then the shapes of the published
+    families. `path` is for errors. Raises FileError for what is no model, or of a family that cannot be loaded, and
+    AmbiguousCheckpoint where only a config can settle it.
     """
     if isinstance(config, str):
         require_family(config)
@@ -129,29 +91,6 @@ def detect(
     return known
 
 
-def require_family(config: str) -> None:
-    """Refuse what is no family's name."""
-    if config not in FAMILIES:
-        near = difflib.get_close_matches(config, FAMILIES, n=1)
-        raise ArgumentError(
-            f"config '{config[:40]}' is no family{f' (meant {near[0]}?)' if near else ''}; there are {', '.join(FAMILIES)}"
-        )
-
-
-def named(name: str, config: str | None, path: str | PathLike[str]) -> ModelConfig:
-    """The config of the family that was recognised, or of the one asked for if the file can be of it."""
-    if name == UNKNOWN and config is not None:  # the file may be incomplete: loading says what is missing
-        return FAMILIES[config]
-    if name in REFUSED:
-        what = f"is {REFUSED[name]}, unknown here; pass config= if it is a damaged file of a known one"
-        raise FileError(what, path=path)
-    found, wanted = FAMILIES[name], FAMILIES[config or name]
-    if _structure(wanted) != _structure(found):
-        what = f"is {found.title} and config is '{config}'; leave config out, or name the right one"
-        raise FileError(what, path=path)
-    return wanted
-
-
 def _require_published(known: ModelConfig, there: Shown, path: str | PathLike[str]) -> None:
     """Refuse other sizes than the family's: they would need heads, which shapes do not show."""
     pairs = _pairs(known, there)
@@ -166,7 +105,7 @@ def _pairs(config: ModelConfig, there: Shown) -> list[tuple[str, Config | None, 
 
     Text towers as far as both have them: the caller compares their number where it matters.
     """
-    pairs = [
+    pairs: list[tuple[str, Config | None, Config | None]] = [
         ("UNet", config.unet, there.unet),
         ("VAE", config.vae, there.vae),
         ("image encoder", config.vision, there.vision),
@@ -198,7 +137,7 @@ def _described(described: str, there: Shown, path: str | PathLike[str]) -> Model
 
 
 def without_unread(config: ModelConfig, towers: Sequence[TextConfig | None]) -> ModelConfig:
-    """The config without the last blocks and the projection of a text tower where the file lacks them and nothing reads them.
+    """The config without the last blocks and the projection of a text tower that the file lacks and nothing reads.
 
     SD 2's conditioning comes after block 23 of 24, so files of some trainers end there, as diffusers' folders do.
     """
@@ -215,7 +154,10 @@ def without_unread(config: ModelConfig, towers: Sequence[TextConfig | None]) -> 
 
 
 def unread(name: str, config: ModelConfig) -> bool:
-    """Is this parameter of the last blocks, or the projection, of a text tower whose pooled text nothing reads? Files may lack it."""
+    """Is this of the last blocks, or the projection, of a text tower whose pooled text nothing reads?
+
+    Files may lack such parameters.
+    """
     match = re.match(r"text\.(\d+)\.(?:text_model\.encoder\.layers\.(\d+)\.|(text_projection)\.)", name)
     if match is None or int(match[1]) == config.pooled_tower or int(match[1]) >= len(config.text):
         return False
@@ -245,58 +187,3 @@ def _with_towers(
     """The config with each text tower fitted to that of the file, None where the file has none."""
     pairs = zip_longest(config.text, towers[: len(config.text)])
     return replace(config, text=tuple(fitted(i, known, there) for i, (known, there) in enumerate(pairs)))
-
-
-# --- the family -----------------------------------------------------------------------------------------------------
-
-
-def family(unet: UNetConfig | None, sees: bool, keys: Iterable[str]) -> str:
-    """The family whose UNet has these visible sizes and inputs: a name in FAMILIES, or in REFUSED.
-
-    sees  there is a vision tower
-    Of families with the same inputs it is the one of the same sizes; else of the same structure at another width; else, where they all
-    have one structure, of that make with blocks of its own.
-    """
-    if unet is None:
-        return UNKNOWN
-    alike = [
-        one for one in FAMILIES.values() if _inputs(one.unet) == _inputs(unet) and (one.vision is not None) == sees
-    ]
-    same = [one for one in alike if visible(one.unet) == unet] or [
-        one for one in alike if depths(one.unet) == depths(unet)
-    ]
-    if same:
-        return same[0].name
-    relative = next((one.name for one in RELATIVES if one.fits(unet, keys)), None)
-    if relative is not None:
-        return relative
-    return alike[0].name if len({depths(one.unet) for one in alike}) == 1 else UNKNOWN
-
-
-def _inputs(unet: UNetConfig) -> tuple[object, ...]:
-    """What a UNet is given, and how its transformers store their projections: what tells makes apart."""
-    return unet.in_channels, unet.linear_proj, unet.vector_dim is not None, unet.noise_levels is not None
-
-
-def _structure(config: ModelConfig) -> tuple[object, ...]:
-    """What `family` tells families apart by, sizes aside."""
-    return _inputs(config.unet), config.vision is not None, depths(config.unet)
-
-
-def depths(unet: UNetConfig) -> tuple[object, ...]:
-    """Where a UNet has transformers, and of how many blocks."""
-    return unet.down_depth, unet.up_depth, unet.mid_depth
-
-
-def _any_key(keys: Iterable[str], *prefixes: str) -> bool:
-    return any(key.startswith(prefixes) for key in keys)
-
-
-def family_title(config: ModelConfig) -> str:
-    """What a model is, in words."""
-    return config.family.title or f"a model of family {config.name}"
-
-
-def title_of(name: str) -> str:
-    """What a model of this family, or of a kind in REFUSED, is in words."""
-    return REFUSED[name] if name in REFUSED else FAMILIES[name].title

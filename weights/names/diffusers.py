@@ -1,4 +1,4 @@
-"""The names that transformers, and so the `depth_estimator/` of a diffusers folder, has for the parameters of the depth network."""
+"""The names of diffusers, and of transformers for the depth network, for the parameters that `ldm` names."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from weights.names.places import How, Place
 
 # --- diffusers ------------------------------------------------------------------------------------------------------
 
-_RESNET = {"in_layers.0": "norm1", "in_layers.2": "conv1", "emb_layers.1": "time_emb_proj", "out_layers.0": "norm2", "out_layers.3": "conv2",
+_RESNET = {"in_layers.0": "norm1", "in_layers.2": "conv1", "emb_layers.1": "time_emb_proj", "out_layers.0": "norm2",
+           "out_layers.3": "conv2",
            "skip_connection": "conv_shortcut"}  # fmt: skip
 _OLD_ATTENTION = {
     "to_q": "query",
@@ -60,8 +61,10 @@ def diffusers_unet(config: UNetConfig) -> dict[str, str]:
 
 def _unet_modules(config: UNetConfig) -> dict[str, str]:
     """{our module: diffusers'} of every module of the UNet that has another name there."""
-    names = {"time_embed.0": "time_embedding.linear_1", "time_embed.2": "time_embedding.linear_2", "out.0": "conv_norm_out", "out.2": "conv_out",
-             "input_blocks.0.0": "conv_in", "label_emb.0.0": "add_embedding.linear_1", "label_emb.0.2": "add_embedding.linear_2",
+    names = {"time_embed.0": "time_embedding.linear_1", "time_embed.2": "time_embedding.linear_2",
+             "out.0": "conv_norm_out", "out.2": "conv_out",
+             "input_blocks.0.0": "conv_in", "label_emb.0.0": "add_embedding.linear_1",
+             "label_emb.0.2": "add_embedding.linear_2",
              "label_emb": "class_embedding"}  # fmt: skip
 
     def block(ours: str, theirs: str, i: int) -> None:
@@ -87,16 +90,20 @@ def _unet_modules(config: UNetConfig) -> dict[str, str]:
 
 
 def diffusers_vae(config: VAEConfig) -> dict[str, str]:
-    """{our parameter name: diffusers'} for every parameter of the VAE. Its attention's 1x1 convolutions are matrices there."""
+    """{our parameter name: diffusers'} for every parameter of the VAE.
+
+    Its attention's 1x1 convolutions are matrices there.
+    """
     modules = _vae_modules(config)
     return {key: _renamed(key, modules) for key in shapes(VAE, config)}
 
 
 def _vae_modules(config: VAEConfig) -> dict[str, str]:
-    names = {}
+    names: dict[str, str] = {}
     for part, levels in (("encoder", "down"), ("decoder", "up")):
         names |= {f"{part}.norm_out": f"{part}.conv_norm_out", f"{part}.mid.block_1": f"{part}.mid_block.resnets.0",
-                  f"{part}.mid.block_2": f"{part}.mid_block.resnets.1", f"{part}.mid.attn_1.norm": f"{part}.mid_block.attentions.0.group_norm",
+                  f"{part}.mid.block_2": f"{part}.mid_block.resnets.1",
+                  f"{part}.mid.attn_1.norm": f"{part}.mid_block.attentions.0.group_norm",
                   f"{part}.mid.attn_1.proj_out": f"{part}.mid_block.attentions.0.to_out.0"}  # fmt: skip
         names |= {f"{part}.mid.attn_1.{x}": f"{part}.mid_block.attentions.0.to_{x}" for x in "qkv"}
         for i in range(len(config.channel_mult)):
@@ -121,8 +128,10 @@ def _renamed(key: str, modules: Mapping[str, str]) -> str:
 
 _QKV = ("query", "key", "value")
 _VIT = {"cls_token": "cls_token", "pos_embed": "position_embeddings", "patch_embed.proj": "projection",
-        "patch_embed.backbone.stem.conv": "backbone.bit.embedder.convolution", "patch_embed.backbone.stem.norm": "backbone.bit.embedder.norm"}  # fmt: skip
-_BLOCK = {"norm1": "layernorm_before", "norm2": "layernorm_after", "attn.qkv": "attention.attention", "attn.proj": "attention.output.dense",
+        "patch_embed.backbone.stem.conv": "backbone.bit.embedder.convolution",
+        "patch_embed.backbone.stem.norm": "backbone.bit.embedder.norm"}  # fmt: skip
+_BLOCK = {"norm1": "layernorm_before", "norm2": "layernorm_after", "attn.qkv": "attention.attention",
+          "attn.proj": "attention.output.dense",
           "mlp.fc1": "intermediate.dense", "mlp.fc2": "output.dense"}  # fmt: skip
 _FUSION = {
     "out_conv": "projection",

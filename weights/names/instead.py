@@ -21,15 +21,16 @@ class Kind:
     """A kind of file that holds weights and is not what was wanted."""
 
     what: What
-    key: Callable[[Shapes], str | None]  # the key by which it is known; None: the file is of another kind
+    mark: str | Callable[[Shapes], str | None]  # a pattern in the key by which it is known, or what finds that key
     title: str  # in words
     remedy: str  # what to do with such a file
     detail: str = ""  # what of it is shown; {} stands for the key
 
-
-def key_like(pattern: str) -> Callable[[Shapes], str | None]:
-    """Finds the first key in which this pattern is."""
-    return lambda shapes: next((key for key in shapes if re.search(pattern, key)), None)
+    def key(self, shapes: Shapes) -> str | None:
+        """The key by which a file is known to be of this kind; None: it is of another."""
+        if isinstance(self.mark, str):
+            return next((key for key in shapes if re.search(self.mark, key)), None)
+        return self.mark(shapes)
 
 
 def vae_key(keys: Container[str]) -> str | None:
@@ -51,30 +52,28 @@ def _embedding(shapes: Shapes) -> str | None:
 
 MADE_FOR = "beside the model that it was made for"
 KINDS = (  # a file is of the first kind that fits
-    Kind("model", key_like(rf"^{re.escape(UNET)}input_blocks\.0\.0\.weight$"), "a whole model", "give it as the model"),
-    Kind("lora", key_like(r"^lora_|\.lora_|_lora\.|hada_w|lokr_w"), "a LoRA", f"use it with --lora, {MADE_FOR}", "{}"),
+    Kind("model", rf"^{re.escape(UNET)}input_blocks\.0\.0\.weight$", "a whole model", "give it as the model"),
+    Kind("lora", r"^lora_|\.lora_|_lora\.|hada_w|lokr_w", "a LoRA", f"use it with --lora, {MADE_FOR}", "{}"),
     Kind(
         "transformer",
-        key_like(r"(double|joint)_blocks\."),
+        r"(double|joint)_blocks\.",
         "a Flux or SD 3 transformer",
         "use a Stable Diffusion checkpoint, which has a UNet",
     ),
-    Kind("controlnet", key_like(r"^(control_model\.|controlnet_)"), "a ControlNet", "load the model that it steers"),
+    Kind("controlnet", r"^(control_model\.|controlnet_)", "a ControlNet", "load the model that it steers"),
     Kind("vae", vae_key, "a VAE alone", "use it with --vae (weights.load_vae), beside a complete checkpoint"),
     Kind(
         "unet", _diffusers_unet, "a diffusers UNet alone", "name the folder that unet/, vae/ and text_encoder/ are in"
     ),
     Kind(
         "unet",
-        key_like(r"^(diffusion_model\.)?input_blocks\.0\.0\.weight$"),
+        r"^(diffusion_model\.)?input_blocks\.0\.0\.weight$",
         "a bare UNet",
         "use a complete checkpoint",
         f"no {UNET} in its names",
     ),
-    Kind("safety checker", key_like("^special_care_embeds"), "a safety checker", "use it with --safety"),
-    Kind(
-        "text tower", key_like(r"text_model\.encoder\.layers\.0\."), "a text tower alone", "use a complete checkpoint"
-    ),
+    Kind("safety checker", "^special_care_embeds", "a safety checker", "use it with --safety"),
+    Kind("text tower", r"text_model\.encoder\.layers\.0\.", "a text tower alone", "use a complete checkpoint"),
     Kind("embedding", _embedding, "a textual-inversion embedding", f"use it with --embedding, {MADE_FOR}", "{}"),
 )
 
@@ -92,5 +91,6 @@ def instead(shapes: Shapes, wanted: str = "a model") -> str:
         return f"is {kind.title}{f' ({shown})' if shown else ''}, not {wanted}; {kind.remedy}"
     first = next(iter(shapes))[:40]
     if wanted == "a model":
-        return f"has no UNet ({UNET}input_blocks.0.0.weight is missing; it begins with {first}); use a Stable Diffusion checkpoint"
+        what = f"has no UNet ({UNET}input_blocks.0.0.weight is missing; it begins with {first})"
+        return f"{what}; use a Stable Diffusion checkpoint"
     return f"begins with {first}: that is not {wanted}"

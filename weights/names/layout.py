@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Container
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 
 from ldm.config import ModelConfig
@@ -12,7 +12,9 @@ from weights.names import original as names
 from weights.names.original import Places
 from weights.names.places import Place
 
-LEFTOVERS = "original_only.safetensors"  # in a folder that was converted: what the original file has and no network of the folder has a place for
+LEFTOVERS = (
+    "original_only.safetensors"  # in a converted folder: what its networks have no place for of the original file
+)
 WHAT = {
     "unet.": "UNet",
     "vae.": "VAE",
@@ -48,7 +50,8 @@ class Layout:
 
 
 _BUFFERS = (
-    "betas|alphas_cumprod|alphas_cumprod_prev|sqrt_alphas_cumprod|sqrt_one_minus_alphas_cumprod|log_one_minus_alphas_cumprod"
+    "betas|alphas_cumprod|alphas_cumprod_prev|sqrt_alphas_cumprod"
+    "|sqrt_one_minus_alphas_cumprod|log_one_minus_alphas_cumprod"
     "|sqrt_recip_alphas_cumprod|sqrt_recipm1_alphas_cumprod|posterior_variance|posterior_log_variance_clipped"
     "|posterior_mean_coef1|posterior_mean_coef2"
 )
@@ -65,17 +68,20 @@ ORIGINAL = (
     (r"lvlb_weights|logvar", "weights of a training loss"),
     _POSITION_IDS,
     (r"model_ema\.(decay|num_updates)", "bookkeeping of the moving average"),
-    (r"(cond_stage_model\.((transformer|model)\.)?|conditioner\.embedders\.\d\.(transformer|model)\.)logit_scale", "temperature of CLIP's training loss"),
+    (r"(cond_stage_model\.((transformer|model)\.)?|conditioner\.embedders\.\d\.(transformer|model)\.)logit_scale",
+    "temperature of CLIP's training loss"),
     (r"(cond_stage_model|conditioner\.embedders\.0)\.transformer\.text_projection\.weight", _CLIP_L_PROJECTION),
     (r"(first_stage_model\.)?loss\..+", "discriminator and perceptual loss of the VAE's training"),
     (r"first_stage_model\.model_ema\..+", "moving average of the VAE's training, which its weights already are"),
     (r"embedding_manager\..+", "leftover of textual inversion training"),
     (r"v_pred|ztsnr", "a mark of how the model was trained, read when its family is found out"),
-    (r"model\.diffusion_model\.time_embedding\.cond_proj\.weight", "guidance embedding of a consistency model, left by a merge; it is added only where one is given"),
+    (r"model\.diffusion_model\.time_embedding\.cond_proj\.weight",
+    "guidance embedding of a consistency model, left by a merge; it is added only where one is given"),
 )  # fmt: skip
 
 DEAD_TEXT = (
-    (r"cond_stage_model\.model\.(transformer\..+|token_embedding\.weight|positional_embedding|text_projection|ln_final\.(weight|bias)|logit_scale)",
+    (r"cond_stage_model\.model\.(transformer\..+|token_embedding\.weight|positional_embedding|text_projection"
+     r"|ln_final\.(weight|bias)|logit_scale)",
      "text half of CLIP, which image variations do not use"),
 )  # fmt: skip
 
@@ -89,8 +95,10 @@ DEPTH_HEAD = (
 FOLDER = (
     _POSITION_IDS,
     (r"text_encoder(_2)?/(text_model\.)?logit_scale", "temperature of CLIP's training loss"),
-    (r"image_encoder/(text_model\..+|text_projection\.weight|logit_scale)", "text half of CLIP, which image variations do not use"),
-    (r"text_encoder/text_projection\.weight", "projection of the pooled text, which no family reads of its first tower"),
+    (r"image_encoder/(text_model\..+|text_projection\.weight|logit_scale)",
+    "text half of CLIP, which image variations do not use"),
+    (r"text_encoder/text_projection\.weight",
+    "projection of the pooled text, which no family reads of its first tower"),
     (r"vae/(loss|model_ema)\..+", "leftover of the VAE's training"),
     (r"safety_checker/.+", "safety checker, which is no part of the model"),
     (rf"{re.escape(LEFTOVERS)}/.+", "of the original file, and no picture is computed from it"),
@@ -99,12 +107,13 @@ FOLDER = (
 ALONE = (  # of networks that come alone
     _POSITION_IDS,
     (r"(first_stage_model\.)?loss\..+", "discriminator and perceptual loss of the VAE's training"),
-    (r"(first_stage_model\.)?model_ema\..+", "moving average of the VAE's training, which its weights already are, or its bookkeeping"),
+    (r"(first_stage_model\.)?model_ema\..+",
+    "moving average of the VAE's training, which its weights already are, or its bookkeeping"),
     (rf"{re.escape(LEFTOVERS)}/.+", "of the original file, and no picture is computed from it"),
 )  # fmt: skip
 
 
-def reason(ignored: tuple[tuple[str, str], ...], key: str) -> str | None:
+def reason(ignored: Iterable[tuple[str, str]], key: str) -> str | None:
     """Why a key may be ignored, by a table like those above; None: it may not."""
     return next((why for pattern, why in ignored if re.fullmatch(pattern, key)), None)
 
@@ -115,7 +124,7 @@ _HUGGING_FACE, _OPENCLIP = "text_model.embeddings.token_embedding.weight", "toke
 def original(keys: Container[str]) -> Layout:
     """The layout of a single file with these keys, as the networks in it show."""
     parts = [Part("unet.", "model.diffusion_model."), Part("vae.", "first_stage_model.", names.vae)]
-    ignored = ORIGINAL
+    ignored: tuple[tuple[str, str], ...] = ORIGINAL
     vision = "cond_stage_model.model.visual.proj" in keys
     if vision:
         parts.append(Part("vision.", "cond_stage_model.model.visual.", names.openai_vision))
@@ -141,7 +150,7 @@ def _towers(keys: Container[str], prefix: str, vision: bool) -> list[tuple[str, 
 
 
 def bare(folders: Container[str]) -> Layout:
-    """The layout of those networks of a diffusers folder with these components whose names are the same in every model."""
+    """The layout of those components of a diffusers folder whose names are the same in every model."""
     towers = [name for name in ("text_encoder", "text_encoder_2") if name in folders]  # the refiner has only the second
     parts = [Part(f"text.{i}.", f"{name}/", names.hugging_face) for i, name in enumerate(towers)]
     return Layout((*parts, Part("vision.", "image_encoder/", names.hugging_face_vision)), FOLDER)

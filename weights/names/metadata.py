@@ -92,19 +92,12 @@ def _require(holds: bool, value: Any, where: str, what: str) -> Any:
 
 def _require_buildable(config: ModelConfig) -> None:
     """Numbers that fit together: what the networks would otherwise only notice when built, or when first used."""
-    parts = (
-        (_unet, config.unet),
-        (_vae, config.vae),
-        *((_text, text) for text in config.text),
-        (_vision, config.vision),
-        (_depth, config.depth),
-    )
-    for check, part in parts:
-        fault = part and check(part)
-        if fault:
-            raise ArgumentError(f"its {CONFIG_KEY} is impossible: {fault}", key=CONFIG_KEY)
-    if config.size < 1:
-        raise ArgumentError(f"its {CONFIG_KEY} is impossible: a picture size of {config.size} pixels", key=CONFIG_KEY)
+    faults = [_unet(config.unet), _vae(config.vae), *map(_text, config.text)]
+    faults += [] if config.vision is None else [_vision(config.vision)]
+    faults += [] if config.depth is None else [_depth(config.depth)]
+    faults += [f"a picture size of {config.size} pixels"] if config.size < 1 else []
+    if fault := next((fault for fault in faults if fault is not None), None):
+        raise ArgumentError(f"its {CONFIG_KEY} is impossible: {fault}", key=CONFIG_KEY)
 
 
 def _unet(unet: UNetConfig) -> str | None:
@@ -143,13 +136,15 @@ def _text(text: TextConfig) -> str | None:
 def _vision(vision: VisionConfig) -> str | None:
     sizes = (vision.width, vision.heads, vision.mlp, vision.projection, vision.patch)
     if min(sizes) < 1 or vision.width % vision.heads or vision.image < vision.patch:
-        return f"an image encoder of width {vision.width} with {vision.heads} heads and patches of {vision.patch} of {vision.image} pixels"
+        patches = f"patches of {vision.patch} of {vision.image} pixels"
+        return f"an image encoder of width {vision.width} with {vision.heads} heads and {patches}"
     return None
 
 
 def _depth(depth: DepthConfig) -> str | None:
     if depth.stem < 1 or depth.stem % 32 or depth.image < 32 or depth.image % 32 or min(depth.blocks) < 1:
-        return f"a depth network whose stem of {depth.stem} channels and pictures of {depth.image} pixels are not multiples of 32"
+        sizes = f"stem of {depth.stem} channels and pictures of {depth.image} pixels"
+        return f"a depth network whose {sizes} are not multiples of 32"
     if min(depth.width, depth.heads, depth.mlp) < 1 or depth.features < 2 or depth.width % depth.heads:
         return f"a depth network of width {depth.width} with {depth.heads} heads"
     return None

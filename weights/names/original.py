@@ -1,4 +1,4 @@
-"""Other people's names for the parameters that `ldm` names: the original code and its fine-tunes, OpenCLIP, OpenAI's CLIP, diffusers."""
+"""The names of the original code, OpenCLIP, OpenAI's CLIP and transformers for the parameters that `ldm` names."""
 
 from __future__ import annotations
 
@@ -44,7 +44,10 @@ def hugging_face_vision(name: str) -> tuple[Place, ...]:
 
 
 def doubled_vision(name: str) -> tuple[Place, ...]:
-    """The safety checker. Its vision tower's prefix is doubled in the published file; newer versions of transformers write it once."""
+    """The safety checker.
+
+    Its vision tower's prefix is doubled in the published file; newer versions of transformers write it once.
+    """
     bare = name.removeprefix("vision_model.")
     return (Place(name),) if bare == name else (Place(name), Place(bare))
 
@@ -56,10 +59,14 @@ _BLOCK = {
     "mlp.fc1": "mlp.c_fc",
     "mlp.fc2": "mlp.c_proj",
 }
-_TEXT = {"text_model.embeddings.token_embedding.weight": "token_embedding.weight", "text_model.embeddings.position_embedding.weight": "positional_embedding",
-         "text_model.final_layer_norm.weight": "ln_final.weight", "text_model.final_layer_norm.bias": "ln_final.bias"}  # fmt: skip
-_VISION = {"vision_model.embeddings.class_embedding": "class_embedding", "vision_model.embeddings.patch_embedding.weight": "conv1.weight",
-           "vision_model.embeddings.position_embedding.weight": "positional_embedding", "vision_model.pre_layrnorm.weight": "ln_pre.weight",
+_TEXT = {"text_model.embeddings.token_embedding.weight": "token_embedding.weight",
+         "text_model.embeddings.position_embedding.weight": "positional_embedding",
+         "text_model.final_layer_norm.weight": "ln_final.weight",
+         "text_model.final_layer_norm.bias": "ln_final.bias"}  # fmt: skip
+_VISION = {"vision_model.embeddings.class_embedding": "class_embedding",
+           "vision_model.embeddings.patch_embedding.weight": "conv1.weight",
+           "vision_model.embeddings.position_embedding.weight": "positional_embedding",
+           "vision_model.pre_layrnorm.weight": "ln_pre.weight",
            "vision_model.pre_layrnorm.bias": "ln_pre.bias", "vision_model.post_layernorm.weight": "ln_post.weight",
            "vision_model.post_layernorm.bias": "ln_post.bias"}  # fmt: skip
 
@@ -67,8 +74,8 @@ _VISION = {"vision_model.embeddings.class_embedding": "class_embedding", "vision
 def openclip(name: str) -> tuple[Place, ...]:
     """A text tower of OpenCLIP.
 
-    `text_projection` is a parameter there, x @ w. Files made by way of transformers hold the matrix of a Linear layer instead, which is
-    its transpose, under two spellings.
+    `text_projection` is a parameter there, x @ w. Files made by way of transformers hold the matrix of a Linear layer
+    instead, which is its transpose, under two spellings.
     """
     if name == "text_projection.weight":
         return (

@@ -57,7 +57,10 @@ class Place:
         return stored == self.stored(ours)
 
     def ours(self, stored: Shape) -> Shape:
-        """The shape here of what has shape `stored` in the file. Of a kernel: as stored, since only our network knows."""
+        """The shape here of what has shape `stored` in the file.
+
+        Of a kernel: as stored, since only our network knows.
+        """
         if self.how in ("q", "k", "v"):
             return (stored[0] // 3, *stored[1:]) if stored else ()
         return stored[::-1] if self.how == "transposed" else stored
@@ -70,7 +73,10 @@ class Place:
 
 
 def joined(key: str, parts: Sequence[tuple[Place, Tensor]]) -> Tensor:
-    """The tensor that a file has under a key, from those of ours that lie in it, each with its place. Kernels keep our shape."""
+    """The tensor that a file has under a key, from those of ours that lie in it, each with its place.
+
+    Kernels keep our shape.
+    """
     rows = []
     for place, tensor in sorted(parts, key=lambda part: "qkv".find(part[0].how)):
         if place.more:

@@ -1,4 +1,4 @@
-"""How a network was trained, which shapes cannot show (eps or v, zero terminal SNR): what the file says, what its weights say, or an error with both."""
+"""What shapes cannot show of a network's training, eps or v and zero terminal SNR, from what file and weights say."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ _EDM = {
 
 @dataclass(frozen=True)
 class Finding:
-    """A config, and the standard deviation that leaves its prediction open until the network can be asked; None: it is settled."""
+    """A config, and the standard deviation that leaves its prediction open until the network is run; None: settled."""
 
     config: ModelConfig
     doubt: float | None = None
@@ -59,21 +59,22 @@ def require_prediction(prediction: str | None) -> None:
 
 
 def settle(
-    config: ModelConfig, keys: Mapping[str, object], metadata: Mapping[str, str], statistic: Callable[[], Tensor | None], refuse: Callable[[str], FileError],
+    config: ModelConfig, keys: Mapping[str, object], metadata: Mapping[str, str], statistic: Callable[[],
+    Tensor | None], refuse: Callable[[str], FileError],
     *, prediction: Prediction | None = None, explicit: bool = False,
 ) -> Finding:  # fmt: skip
     """The config with what its network predicts, and whether the last level of its schedule is pure noise.
 
-    The option `prediction` settles it; so does a config that somebody gave (`explicit`). Otherwise metadata and marker keys are believed
-    unless they contradict each other or, in SD 2 text models, the `statistic`: the tensor STATISTIC, None where it is not in the file.
-    A mark of zero terminal SNR is believed whatever `config` says of it, and settles weights that are in between: only v can be trained so.
-    Raises FileError for schedules that this version does not have, and for such a mark on a model that predicts eps; AmbiguousCheckpoint for a clash.
+    The option `prediction` settles it; so does a config that somebody gave (`explicit`). Otherwise metadata and marker
+    keys are believed unless they contradict each other or, in SD 2 text models, the `statistic`: the tensor STATISTIC,
+    None where it is not in the file. A mark of zero terminal SNR is believed whatever `config` says of it, and settles
+    weights that are in between: only v can be trained so. Raises FileError for schedules that this version does not
+    have, and for such a mark on a model that predicts eps; AmbiguousCheckpoint for a clash.
     """
     for key, what in _EDM.items():
         if key in keys:
-            raise refuse(
-                f"is {what} ({key} is in it), trained with EDM's preconditioning, which this version does not know; use another model"
-            )
+            odd = f"is {what} ({key} is in it), trained with EDM's preconditioning, which this version does not know"
+            raise refuse(f"{odd}; use another model")
     mark = next((mark for mark in (ZERO_SNR_MARK, ZERO_SNR) if mark in keys or mark in metadata), None)
     if config.schedule.zero_snr:
         mark = mark or "zero_snr in its config"
@@ -94,7 +95,8 @@ def _with_zero_snr(config: ModelConfig, zero_snr: bool) -> ModelConfig:
 
 
 def _predicting(
-    config: ModelConfig, keys: Mapping[str, object], metadata: Mapping[str, str], statistic: Callable[[], Tensor | None], refuse: Callable[[str], FileError],
+    config: ModelConfig, keys: Mapping[str, object], metadata: Mapping[str, str], statistic: Callable[[],
+    Tensor | None], refuse: Callable[[str], FileError],
     prediction: Prediction | None, explicit: bool,
 ) -> Finding:  # fmt: skip
     """The config with what its network predicts, as `settle` says."""
@@ -118,7 +120,10 @@ def _predicting(
 
 
 def settle_by_output(finding: Finding, unet: UNet, refuse: Callable[[str], FileError]) -> ModelConfig:
-    """The config, once the network itself has been asked. Raises AmbiguousCheckpoint when its answer is no clear one either."""
+    """The config, once the network itself has been asked.
+
+    Raises AmbiguousCheckpoint when its answer is no clear one either.
+    """
     if finding.doubt is None:
         return finding.config
     answer = response(unet)
@@ -133,7 +138,10 @@ def settle_by_output(finding: Finding, unet: UNet, refuse: Callable[[str], FileE
 
 @torch.no_grad()
 def response(unet: UNet) -> float:
-    """Mean of what the network adds to a constant 0.5 at the last timestep: about 0 if it predicts eps, which is nearly x there; below -1 if v."""
+    """Mean of what the network adds to a constant 0.5 at the last timestep.
+
+    About 0 if it predicts eps, which is nearly x there; below -1 if v.
+    """
     like = unet.time_embed[0].weight
     x = torch.full((1, unet.config.in_channels, 8, 8), 0.5, dtype=like.dtype, device=like.device)
     context = torch.full((1, 2, unet.config.context_dim), 0.5, dtype=like.dtype, device=like.device)
@@ -142,7 +150,7 @@ def response(unet: UNet) -> float:
 
 
 def predicting(config: ModelConfig, prediction: Prediction, *, named: bool = True) -> ModelConfig:
-    """The config with this prediction; unless somebody gave the config, of a family that differs in this alone, that family's (SD 2)."""
+    """The config with this prediction; `named`: with the name of the twin that predicts so, if there is one (SD 2)."""
     twin = config.twin(prediction) if named else None
     if twin is not None:
         return replace(config, name=twin.name, prediction=prediction, size=twin.size)
@@ -158,9 +166,8 @@ def claims_of(
         if who in metadata:
             spelling = metadata[who].strip().lower()
             if spelling not in SPELLINGS:
-                raise refuse(
-                    f"its {who} says that it predicts '{spelling[:40]}'; this version knows eps and v: pass prediction= if it is one of them"
-                )
+                what = f"its {who} says that it predicts '{spelling[:40]}'; this version knows eps and v"
+                raise refuse(f"{what}: pass prediction= if it is one of them")
             claims[who] = SPELLINGS[spelling]
     if V_MARK in keys:
         claims[f"key {V_MARK}"] = "v"
@@ -168,7 +175,7 @@ def claims_of(
 
 
 def marks(config: ModelConfig) -> tuple[str, ...]:
-    """The keys, of empty tensors, by which a single file tells other programs that its model was trained with zero terminal SNR: they read one only beside the other."""
+    """The keys, of empty tensors, that mark a model of zero terminal SNR: other programs read one beside the other."""
     return (V_MARK, ZERO_SNR_MARK) if config.schedule.zero_snr else ()
 
 

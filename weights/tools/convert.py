@@ -15,12 +15,13 @@ from ldm.config import ModelConfig
 from ldm.disk import replacing, replacing_directory, require_space, require_writable, write_all
 from ldm.errors import ArgumentError, FileError, OutputError
 from weights.checkpoint import Checkpoint, open_any, recognise, require_dtype
-from weights.files.folders import COMPONENTS, MAX_JSON, Folder, add_component, is_folder, read_json
+from weights.files.folders import COMPONENTS, MAX_JSON, Folder, add_component, read_json
 from weights.files.hashes import sha256_of
-from weights.files.opened import Weights, open_file
+from weights.files.opened import Tensors, Weights, is_folder, open_file
 from weights.files.write import TORCH_FILES, OnWrite, Written, guarded, write
 from weights.folder.read import component
-from weights.names.detect import lookup, require_family
+from weights.names.detect import lookup
+from weights.names.family import require_family
 from weights.names.instead import vae_key
 from weights.names.layout import LEFTOVERS, original
 from weights.names.metadata import CONFIG_KEY, to_json
@@ -70,21 +71,28 @@ LICENCE, SOURCE, SOURCE_HASH, WHICH = (
 _STALE = re.compile(
     r"format|modelspec\.hash_sha256|sshs_\w+|ldm\.(?!weights$)\w+"
 )  # metadata that speak of other bytes than the target's
-_PARTS = "unet|vae|scheduler|low_res_scheduler|feature_extractor|image_encoder|depth_estimator|safety_checker|text_encoder(_2)?|tokenizer(_2)?"
+_PARTS = (
+    "unet|vae|scheduler|low_res_scheduler|feature_extractor|image_encoder|depth_estimator|safety_checker"
+    "|text_encoder(_2)?|tokenizer(_2)?"
+)
 _TEXT = re.compile(rf"model_index\.json|({_PARTS})/(?!.*\.index\.)[\w.-]+\.(json|txt|model)")
 
 
 def convert(
-    src: str | PathLike[str], dst: str | PathLike[str], *, dtype: torch.dtype | None = None, ema: bool | None = None, prune: bool = False, only: Only | None = None,
-    shard_size: int | None = None, drop: Sequence[str] = (), licence: str | None = None, config: ModelConfig | str | None = None, prediction: Prediction | None = None,
-    variant: str | None = None, manifest: str | PathLike[str] | None = None, overwrite: bool = False, on_write: OnWrite | None = None,
+    src: str | PathLike[str], dst: str | PathLike[str], *, dtype: torch.dtype | None = None, ema: bool | None = None,
+    prune: bool = False, only: Only | None = None,
+    shard_size: int | None = None, drop: Sequence[str] = (), licence: str | None = None,
+    config: ModelConfig | str | None = None, prediction: Prediction | None = None,
+    variant: str | None = None, manifest: str | PathLike[str] | None = None, overwrite: bool = False,
+    on_write: OnWrite | None = None,
 ) -> Conversion:  # fmt: skip
-    """Convert weights between `.safetensors`, `.ckpt` and diffusers folders; without `dtype` every number stays bit by bit what it was.
+    """Convert weights between `.safetensors`, `.ckpt` and diffusers folders, every number bit by bit without `dtype`.
 
     src         a file or folder of any kind that `open_file`, `load` or `load_vae` read
     dst         a name that ends in .safetensors, .ckpt, .pt, .pth or .bin, or else of a folder
     dtype       of the model's numbers. Bookkeeping keeps its own: a noise schedule in float16 would be wrong
-    ema         which of two sets of UNet weights: the moving average, or (False) the raw ones; None: all that is there, if the target can hold it
+    ema         which of two sets of UNet weights: the moving average, or (False) the raw ones; None: both, where the
+                target can hold them
     prune       leave out what no picture is computed from
     only        "unet", "vae" or "text": that network under its own names
     shard_size  bytes of a network's file in a folder at most; None: one file for each network
@@ -93,11 +101,13 @@ def convert(
     config      as in `load`; for a VAE alone the family whose scale its latents have
     prediction  as in `load`
     variant     as in `load`
-    manifest    where to write, as JSON, where each key of the source went, what was done to it, and the sha256 of what was written
+    manifest    the file that says, as JSON, where each key of the source went, what was done to it, and the sha256 of
+                what was written
 
-    What a folder's networks have no place for lies beside them as `original_only.safetensors`, so that the way back gives every tensor of the original.
-    One tensor is in memory at a time. `dst` appears when it is complete; what was there before stays until then.
-    Raises FileError, AmbiguousCheckpoint, ArgumentError and OutputError; what can be known before anything is written is checked then.
+    What a folder's networks have no place for lies beside them as `original_only.safetensors`, so that the way back
+    gives every tensor of the original. One tensor is in memory at a time. `dst` appears when it is complete; what was
+    there before stays until then. Raises FileError, AmbiguousCheckpoint, ArgumentError and OutputError; what can be
+    known before anything is written is checked then.
     """
     dst = Path(dst)
     to_file = _require_target(dst, dtype, only, shard_size, drop, config, prediction, overwrite)
@@ -108,7 +118,7 @@ def convert(
         if isinstance(file, Folder) and not to_file and only is None:
             route = replace(route, texts={**route.texts, **_texts(file, config, prediction)})
         route = route if shard_size is None else sharded(route, shard_size)
-        made = Conversion(dst, model and model.config, route, {**route.dropped, **on_purpose})
+        made = Conversion(dst, None if model is None else model.config, route, {**route.dropped, **on_purpose})
         if not made.tensors:
             raise file.error("has nothing left to write: everything is dropped; drop less")
         require_space(dst, made.bytes)
@@ -145,7 +155,8 @@ def convert(
 
 
 def _require_target(
-    dst: Path, dtype: torch.dtype | None, only: str | None, shard_size: int | None, drop: Sequence[str], config: ModelConfig | str | None,
+    dst: Path, dtype: torch.dtype | None, only: str | None, shard_size: int | None, drop: Sequence[str],
+    config: ModelConfig | str | None,
     prediction: str | None, overwrite: bool,
 ) -> bool:  # fmt: skip
     """Check what can be checked without the source; is the target a single file?"""
@@ -161,10 +172,8 @@ def _require_target(
         else []
     )
     if near:
-        raise ArgumentError(
-            f"dst: it ends in {dst.suffix[:20]} (meant {near[0]}?); a file ends in {', '.join(FILES)}, a folder in none of them",
-            key="dst",
-        )
+        what = f"dst: it ends in {dst.suffix[:20]} (meant {near[0]}?)"
+        raise ArgumentError(f"{what}; a file ends in {', '.join(FILES)}, a folder in none of them", key="dst")
     if dtype is not None:
         require_dtype(dtype)
     require_prediction(prediction)
@@ -190,7 +199,7 @@ def _require_pattern(pattern: str) -> None:
 
 
 def _require_apart(src: Path, dst: Path, manifest: str | PathLike[str] | None, overwrite: bool) -> None:
-    """Refuse a target folder that would take more than a model's folder away with it, and a record in the place of something else."""
+    """Refuse a target that would take more than a model's folder away, and a record in the place of something else."""
     source, target = src.resolve(), dst.resolve()
     if target in source.parents or (source in target.parents and source.is_dir()):
         raise ArgumentError("dst: SRC lies in it, or it in SRC; name a new folder", key="dst")
@@ -208,9 +217,7 @@ def _require_apart(src: Path, dst: Path, manifest: str | PathLike[str] | None, o
         raise ArgumentError("manifest: is SRC or DST, or lies in one of them; choose another name", key="manifest")
 
 
-def _open(
-    src: str | PathLike[str], drop: Sequence[str], variant: str | None
-) -> tuple[Weights | Folder, dict[str, str]]:
+def _open(src: str | PathLike[str], drop: Sequence[str], variant: str | None) -> tuple[Tensors, dict[str, str]]:
     """The source without the keys to be dropped, and those. Of a folder also what comes beside the networks."""
     path = Path(src)
     alone = not is_folder(path) and (path / "config.json").is_file()
@@ -232,7 +239,7 @@ def _open(
 
 
 def _complete(folder: Folder, variant: str | None) -> None:
-    """Open what `open_folder` leaves closed: the VAE of a folder of one, the safety checker, what a conversion has kept."""
+    """Open what `open_folder` leaves closed: the VAE of its own folder, the safety checker, what a conversion kept."""
     if not len(folder):
         component(folder.path, "", "AutoencoderKL")
         found = add_component(folder, folder.path, ("diffusion_pytorch_model", "diffusion_pytorch_model"), "", variant)
@@ -245,7 +252,7 @@ def _complete(folder: Folder, variant: str | None) -> None:
 
 
 def _texts(folder: Folder, config: ModelConfig | str | None, prediction: Prediction | None) -> dict[str, str]:
-    """The configs and tokenizer files of a folder, as they are, but for those that `config` or `prediction` overrules."""
+    """The configs and tokenizer files of a folder as they are, except those that `config` or `prediction` overrules."""
     found = {}
     overruled = (
         r"scheduler/.+|\w+/config\.json"
@@ -266,10 +273,8 @@ def _texts(folder: Folder, config: ModelConfig | str | None, prediction: Predict
     listed = read_json(folder.path / "model_index.json") if "model_index.json" in found else {}
     for name, part in listed.items():
         if isinstance(part, list) and any(word is not None for word in part) and not re.fullmatch(_PARTS, name):
-            raise folder.error(
-                f"its model_index.json lists {name[:60]}, a part that this version does not copy; convert to a single file",
-                name,
-            )
+            what = f"its model_index.json lists {name[:60]}, a part that this version does not copy"
+            raise folder.error(f"{what}; convert to a single file", name)
     return found
 
 
@@ -277,14 +282,14 @@ def _texts(folder: Folder, config: ModelConfig | str | None, prediction: Predict
 
 
 def _planned(
-    file: Weights | Folder,
+    file: Tensors,
     to_file: bool,
     wish: Wish,
     only: Only | None,
     config: ModelConfig | str | None,
     prediction: Prediction | None,
 ) -> tuple[Route, Checkpoint | None]:
-    """The route of a conversion, and the model in the source; None: it is no model, or of a kind that this version does not know."""
+    """The route of a conversion, and the model in the source; None: it is no model, or of an unknown kind."""
     plain = wish == Wish(dtype=wish.dtype) and only is None
     is_model = f"{UNET}input_blocks.0.0.weight" in file or any(key.startswith("unet/") for key in file)
     if not is_model:
@@ -313,7 +318,7 @@ def _planned(
 
 
 def _no_model(
-    file: Weights | Folder, to_file: bool, dtype: torch.dtype | None, config: ModelConfig | str | None, prefix: str
+    file: Tensors, to_file: bool, dtype: torch.dtype | None, config: ModelConfig | str | None, prefix: str
 ) -> Route:
     """A VAE alone in either layout; anything else in another container, without a prefix of its names."""
     if isinstance(file, Folder) and not to_file:
@@ -332,7 +337,7 @@ def _no_model(
 # --- metadata -------------------------------------------------------------------------------------------------------
 
 
-def _told(file: Weights | Folder, licence: str | None, only: Only | None) -> dict[str, str]:
+def _told(file: Tensors, licence: str | None, only: Only | None) -> dict[str, str]:
     """What the source says of itself that stays true; a folder says it in the file of its UNet."""
     metadata = file.files[0].metadata if isinstance(file, Folder) else file.metadata
     told = {
@@ -374,7 +379,7 @@ def _as_written(config: ModelConfig, moves: Mapping[str, Move]) -> ModelConfig:
 
 
 def _reporter(total: int, on_write: OnWrite, digests: dict[tuple[str, str], str] | None) -> Callable[[str], OnWrite]:
-    """For each file of the target what reports its tensors as parts of the whole, and takes their sha256 if `digests` are wanted."""
+    """For each file of the target, what reports its tensors as parts of the whole, and takes their sha256 if wanted."""
     done = 0
 
     def report(file: str) -> OnWrite:

@@ -15,7 +15,7 @@ import torch
 from ldm.config import ModelConfig
 from ldm.errors import ArgumentError
 from weights.checkpoint import open_any
-from weights.names.detect import require_family
+from weights.names.family import require_family
 from weights.names.places import Shape
 from weights.tools.closeness import nearness, products, rank, ratio, rounding_error, same_numbers
 from weights.tools.matching import Side, by_keys, by_parameters, is_network

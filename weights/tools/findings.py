@@ -14,14 +14,15 @@ from ldm.config import FAMILIES, VAE_F4, VAE_F8, ModelConfig, VisionConfig
 from ldm.errors import FileError
 from ldm.model import LatentDiffusion
 from ldm.networks.safety import SafetyChecker
+from weights.alone import SAFETY
 from weights.checkpoint import Parameters, vae_alone
 from weights.files.folders import Folder, add_component
 from weights.files.opened import Weights
 from weights.files.source import Spec
 from weights.folder.read import describe
-from weights.models import SAFETY
 from weights.names.blank import shapes as shapes_of
-from weights.names.detect import detect, family, like_file, shown, title_of
+from weights.names.detect import detect, like_file, shown
+from weights.names.family import family, title_of
 from weights.names.instead import What, instead, kind_of
 from weights.names.layout import ALONE, FOLDER, Layout, bare, original
 from weights.names.metadata import CONFIG_KEY

@@ -10,11 +10,11 @@ from pathlib import Path
 
 from ldm.config import ModelConfig
 from ldm.errors import FileError
-from weights.files.folders import COMPONENTS, Folder, add_component, is_folder, open_folder
+from weights.files.folders import COMPONENTS, Folder, add_component, open_folder
 from weights.files.hashes import Hashed, a1111_new, a1111_old, of_size, published, sha256
-from weights.files.opened import Weights, open_file
+from weights.files.opened import Weights, is_folder, open_file
 from weights.models import embedded
-from weights.names.detect import require_family
+from weights.names.family import require_family
 from weights.tools.evidence import damages, training, typed
 from weights.tools.facts import FileFacts, Report, TensorFacts
 from weights.tools.findings import describe_contents

@@ -21,8 +21,9 @@ from weights.files.folders import Folder
 from weights.files.opened import Weights
 from weights.names import blank
 from weights.names import original as names
-from weights.names.detect import REFUSED, UNKNOWN, Shown, family, family_title, shown, title_of, unread
+from weights.names.detect import Shown, shown, unread
 from weights.names.diffusers import in_diffusers_unet, in_diffusers_vae
+from weights.names.family import REFUSED, UNKNOWN, family, family_title, title_of
 from weights.names.instead import kind_of
 from weights.names.layout import ALONE, Layout, Part, bare, diffusers, original, reason
 from weights.names.places import Place, Shape

@@ -22,9 +22,8 @@ from ldm.config import ModelConfig
 from ldm.disk import require_writable
 from ldm.errors import ArgumentError, FileError
 from weights.checkpoint import Checkpoint, open_any, recognise, require_dtype
-from weights.files.folders import Folder, is_folder
 from weights.files.hashes import sha256_of
-from weights.files.opened import Weights
+from weights.files.opened import Tensors, is_folder
 from weights.files.write import OnWrite, Pending, cast, guarded, write
 from weights.names.detect import unread
 from weights.names.metadata import CONFIG_KEY, to_json
@@ -38,7 +37,10 @@ CHUNK = 2**20  # numbers multiplied in float64 at once
 
 
 def weighted(a: Tensor, b: Tensor, alpha: float) -> Tensor:
-    """(1 - alpha) a + alpha b, float32, computed as a + alpha (b - a) so that what is the same in both stays the same bit by bit. Uses up `a`."""
+    """(1 - alpha) a + alpha b in float32. Uses up `a`.
+
+    Computed as a + alpha (b - a), so that what is the same in both stays the same bit by bit.
+    """
     return a.lerp_(b, alpha)
 
 
@@ -49,11 +51,12 @@ def added(a: Tensor, b: Tensor, c: Tensor, alpha: float) -> Tensor:
 
 
 def slerp(a: Tensor, b: Tensor, alpha: float) -> Tensor:
-    """Spherical interpolation (Shoemake 1985, section 3.3) between two tensors taken as vectors, each with its own length. Uses up both.
+    """Spherical interpolation (Shoemake 1985, section 3.3) between two tensors taken as vectors. Uses up both.
 
-    sin((1 - alpha) w) / sin(w) a + sin(alpha w) / sin(w) b, w being the angle between them. `weighted` where a length is 0, where w is below
-    PARALLEL, since there the factors differ by less than half a unit in the last place of float32 (they deviate by at most 0.065 w^2), and
-    where w is as near to pi, since there the formula names no plane to turn in.
+    sin((1 - alpha) w) / sin(w) a + sin(alpha w) / sin(w) b, w being the angle between them; each keeps its own length.
+    `weighted` where a length is 0; where w is below PARALLEL, since the factors then differ by less than half a unit in
+    the last place of float32 (they deviate by at most 0.065 w^2); and where w is as near to pi, since the formula then
+    names no plane to turn in.
     """
     angle = _angle(a, b)
     if angle is None or not PARALLEL <= angle <= math.pi - PARALLEL:
@@ -142,25 +145,25 @@ def merge(
     method      weighted        (1 - alpha) A + alpha B
                 add-difference  A + alpha (B - C)
                 slerp           from A (0) to B (1) along the arc between them, tensor by tensor (`weights.blend.slerp`)
-    alpha       0 to 1; for add-difference -2 to 2. 0 gives A's numbers bit by bit, 1 gives B's where A stores the same type
-    blocks      other weights for some blocks: {"IN00": 0.2, "MID": 0.5, "TEXT": 0, "VAE": 0}, or one number for each block of the UNet
+    alpha       0 to 1; for add-difference -2 to 2. 0 gives A's numbers bit by bit, 1 gives B's where A has the same
+                type
+    blocks      other weights for some blocks: {"IN00": 0.2, "MID": 0.5, "TEXT": 0, "VAE": 0}, or one number for each
+                block of the UNet
     dtype       of what is merged; None: as in A. The arithmetic is in float32
     config, prediction   as in `load`, for all models, where the files do not tell
     partial     keep A's where B or C lacks a parameter, which is an error otherwise
     on_write    called after every tensor
 
-    A and B may be of an inpainting family and of the one it was made from, with C of the latter, for add-difference: the difference then
-    goes to the four latent channels of the UNet's input, and A's other five stay. What is no parameter (position_ids, schedules,
-    bookkeeping) is A's. A's moving average is left out. The recipe goes into the metadata.
+    For add-difference, A may be of an inpainting family, and B and C of the one that it was made from: the difference
+    then goes to the four latent channels of the UNet's input, and A's other five stay. What is no parameter
+    (position_ids, schedules, bookkeeping) is A's. A's moving average is left out. The recipe goes into the metadata.
     One tensor at a time is in memory, of each model. Raises ArgumentError, FileError, AmbiguousCheckpoint, OutputError.
     """
     _check(method, alpha, c, blocks, dtype, prediction)
     require_writable(out, overwrite)
     if is_folder(a):
-        raise FileError(
-            "is a diffusers folder; A must be a single file, whose layout the result has: convert it first (ldm convert)",
-            path=a,
-        )
+        what = "is a diffusers folder; A must be a single file, whose layout the result has"
+        raise FileError(f"{what}: convert it first (ldm convert)", path=a)
     paths = {"A": a, "B": b} if c is None else {"A": a, "B": b, "C": c}
     with contextlib.ExitStack() as opened:
         models = {
@@ -176,7 +179,12 @@ def merge(
             return _merged([*models.values()], name, alphas[name], method, inpaints)
 
         tensors, dropped = _pending(first, common, kept, merged, dtype)
-        recipe = {"method": method, "alpha": alpha, **({"blocks": weights} if weights else {}), "arithmetic": "float32"}
+        recipe: dict[str, Any] = {
+            "method": method,
+            "alpha": alpha,
+            **({"blocks": weights} if weights else {}),
+            "arithmetic": "float32",
+        }
         recipe["sources"] = [_source(letter, model) for letter, model in models.items()]
         if dropped:
             recipe["moving_average"] = "dropped: it averaged A's weights"
@@ -235,8 +243,11 @@ def _check_weight(option: str, weight: Any, method: str, where: str = "") -> Non
 # --- the models -----------------------------------------------------------------------------------------------------
 
 
-def _model(file: Weights | Folder, config: ModelConfig | str | None, prediction: Prediction | None) -> Checkpoint:
-    """A model by what its file says of it. Raises FileError, and AmbiguousCheckpoint where its prediction cannot be known."""
+def _model(file: Tensors, config: ModelConfig | str | None, prediction: Prediction | None) -> Checkpoint:
+    """A model by what its file says of it.
+
+    Raises FileError, and AmbiguousCheckpoint where its prediction cannot be known.
+    """
     model = recognise(file, config, prediction)
     model.require_prediction("the models of a merge must have in common")
     model.require_single()
@@ -245,7 +256,10 @@ def _model(file: Weights | Folder, config: ModelConfig | str | None, prediction:
 
 
 def agreeing(models: Mapping[str, Checkpoint], method: str) -> bool:
-    """Refuse models that cannot be merged. True: A is an inpainting model and gets the difference of two of its base family."""
+    """Refuse models that cannot be merged.
+
+    True: A is an inpainting model and gets the difference of two of its base family.
+    """
     a = models["A"]
     others = {letter: model for letter, model in models.items() if letter != "A"}
     kin = a.config.kin
@@ -270,7 +284,7 @@ def agreeing(models: Mapping[str, Checkpoint], method: str) -> bool:
 
 
 def _networks(config: ModelConfig) -> tuple[object, ...]:
-    """What a model is made of, whatever it is called: a folder does not keep the name that a file gives a model of its own sizes."""
+    """What a model is made of, whatever its name: a folder does not keep that of a model of its own sizes."""
     return config.unet, config.vae, config.text, config.vision, config.depth
 
 
@@ -304,7 +318,8 @@ def _common(models: Mapping[str, Checkpoint], inpaints: bool, partial: bool) -> 
             place = model.places[name]
             odd = next((key for key in place.keys if not place.fits(model.file.shape(key), ours)), None)
             if odd:
-                what = f"{short(odd)} is {list(model.file.shape(odd))} in {letter}, {list(place.stored(ours))} would go with A"
+                found, wanted = list(model.file.shape(odd)), list(place.stored(ours))
+                what = f"{short(odd)} is {found} in {letter}, {wanted} would go with A"
                 raise model.file.error(f"{what}; merge models of one size", odd)
     common = [name for name in common if a.places[name].key not in kept]  # of q, k and v under one key all or none
     if not common:
@@ -323,7 +338,8 @@ def _merged(models: Sequence[Checkpoint], name: str, alpha: float, method: Metho
         a, b, c = tensors
         n = b.shape[1]
         return torch.cat([added(a[:, :n], b, c, alpha), a[:, n:]], dim=1)
-    return {"weighted": weighted, "add-difference": added, "slerp": slerp}[method](*tensors, alpha)
+    blends: dict[str, Callable[..., Tensor]] = {"weighted": weighted, "add-difference": added, "slerp": slerp}
+    return blends[method](*tensors, alpha)
 
 
 def _pending(
@@ -388,8 +404,8 @@ def unet_blocks(config: ModelConfig) -> list[str]:
 def block_of(parameter: str, config: ModelConfig) -> str:
     """The block that one of our parameters belongs to.
 
-    What comes before all blocks (time_embed, label_emb) goes with IN00, what comes after them (out) with the last one: the custom of the
-    A1111 extension "merge block weighted", whose 25 numbers are shared among people.
+    What comes before all blocks (time_embed, label_emb) goes with IN00, what comes after them (out) with the last one:
+    the custom of the A1111 extension "merge block weighted", whose 25 numbers are shared among people.
     """
     other = next((block for prefix, block in _OTHERS.items() if parameter.startswith(prefix)), None)
     if other:
@@ -403,15 +419,17 @@ def block_of(parameter: str, config: ModelConfig) -> str:
 
 
 def weights_of(blocks: Blocks | None, config: ModelConfig) -> dict[str, float]:
-    """{block: weight} for the blocks that are given one. Raises ArgumentError for names that this family has not, and for another number of numbers."""
+    """{block: weight} for the blocks that are given one.
+
+    Raises ArgumentError for names that this family has not, and for another number of numbers.
+    """
     if blocks is None:
         return {}
     there = unet_blocks(config)
     if not isinstance(blocks, Mapping):
         if len(blocks) != len(there):
-            raise _error(
-                f"{len(blocks)} numbers; the UNet of {config.name} has {len(there)} blocks ({there[0]} to {there[-1]}): give as many, or name blocks"
-            )
+            what = f"the UNet of {config.name} has {len(there)} blocks ({there[0]} to {there[-1]})"
+            raise _error(f"{len(blocks)} numbers; {what}: give as many, or name blocks")
         return dict(zip(there, blocks, strict=True))
     has = {"text.": config.text, "vae.": config.vae, "vision.": config.vision, "depth.": config.depth}
     there += [block for prefix, block in _OTHERS.items() if has[prefix]]
@@ -420,9 +438,8 @@ def weights_of(blocks: Blocks | None, config: ModelConfig) -> dict[str, float]:
         name = {"M00": "MID"}.get(given.upper(), given.upper())
         if name not in there:
             near = difflib.get_close_matches(name, there, n=1, cutoff=0.0)[0]
-            raise _error(
-                f"{given[:40]} is no block of {config.name} (meant {near}?); there are {', '.join(_ranges(config, there))}"
-            )
+            what = f"{given[:40]} is no block of {config.name} (meant {near}?)"
+            raise _error(f"{what}; there are {', '.join(_ranges(config, there))}")
         if name in found:
             raise _error(f"{name} is given twice")
         found[name] = weight

@@ -1,4 +1,4 @@
-"""The record of a conversion: for every key of the source where it went, what was done to it, and the sha256 of the result."""
+"""The record of a conversion: where every key of the source went, what was done to it, and the sha256 of the result."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from ldm.config import ModelConfig
-from weights.files.folders import Folder
-from weights.files.opened import Weights
+from weights.files.opened import Tensors
 from weights.files.write import NAMES
 from weights.tools.routes import Route
 
@@ -43,14 +42,17 @@ class Conversion:
 
 def sha256(tensor: Tensor) -> str:
     """Of a tensor's numbers, contiguous and little-endian."""
-    return hashlib.sha256(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()).hexdigest()
+    return hashlib.sha256(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data).hexdigest()
 
 
-def manifest(
-    file: Weights | Folder, made: Conversion, facts: Mapping[str, str], digests: Mapping[tuple[str, str], str]
-) -> str:
-    """The record as JSON. {"source": ..., "target": ..., "facts": ..., "tensors": {key of the source: [{"target", "done", "dtype", "shape", "sha256"}]},
-    "synthesised": [{"target", ...}], "dropped": {key of the source: why}}; a target in a folder is the path of its file, a colon and its key."""
+def manifest(file: Tensors, made: Conversion, facts: Mapping[str, str], digests: Mapping[tuple[str, str], str]) -> str:
+    """The record as JSON: {"source", "target", "facts", "tensors", "synthesised", "dropped"}.
+
+    tensors      {key of the source: [{"target", "done", "dtype", "shape", "sha256"}]}
+    synthesised  [{"target", ...}]
+    dropped      {key of the source: why}
+    A target in a folder is the path of its file, a colon and its key.
+    """
     tensors: dict[str, list[dict[str, Any]]] = {}
     synthesised = []
     for path, moves in made.route.files.items():
@@ -70,8 +72,10 @@ def manifest(
             if not move.sources:
                 synthesised.append(entry)
     whole = {
-        "source": {"name": file.path.resolve().name, "sha256": facts["ldm.source_sha256"], "keys": len(tensors) + len(made.dropped)},
-        "target": {"name": made.path.resolve().name, "family": made.config and made.config.name, "tensors": made.tensors, "bytes": made.bytes},
+        "source": {"name": file.path.resolve().name, "sha256": facts["ldm.source_sha256"],
+        "keys": len(tensors) + len(made.dropped)},
+        "target": {"name": made.path.resolve().name, "family": made.config and made.config.name,
+        "tensors": made.tensors, "bytes": made.bytes},
         "facts": dict(facts), "tensors": tensors, "synthesised": synthesised, "dropped": dict(made.dropped),
     }  # fmt: skip
     return json.dumps(whole, indent=1, ensure_ascii=True) + "\n"

@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from os import PathLike
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from weights.files import torchfiles
 from weights.files.opened import Weights, kind_of, read_header
 from weights.files.source import Source
 from weights.files.write import TORCH_FILES, OnWrite, Pending, guarded, write
-from weights.names.places import short
+from weights.names.places import Shape, short
 
 Tensors = dict[str, Pending]
 Refuse = Callable[[str, str | None], FileError]  # what is wrong, the tensor concerned -> the error to raise
@@ -42,8 +43,9 @@ _ROUNDED = {
 
 
 def prefixes(tensors: Tensors, refuse: Refuse) -> Mended:
-    """`text_model.` back into the names of a text tower, which some old and very new versions of transformers leave out."""
-    renamed, count = {}, Counter()
+    """`text_model.` back into the names of a text tower, which some versions of transformers leave out."""
+    renamed: dict[str, str] = {}
+    count: Counter[str] = Counter()
     for key in tensors:
         if match := _BARE.fullmatch(key):
             renamed[key] = f"{match[1]}text_model.{match[2]}"
@@ -105,7 +107,9 @@ def _counting(n: int) -> Pending:
 
 def schedules(tensors: Tensors, refuse: Refuse) -> Mended:
     """Noise schedules that were rounded, computed anew; those that no published family has are left, and noted."""
-    tensors, mended, odd = dict(tensors), Counter(), Counter()
+    tensors = dict(tensors)
+    mended: Counter[str] = Counter()
+    odd: Counter[str] = Counter()
     tables = [_buffers(schedule) for schedule in dict.fromkeys(family.schedule for family in FAMILIES.values())]
     for key, entry in tensors.items():
         name = key.removeprefix("low_scale_model.")
@@ -133,7 +137,7 @@ def schedules(tensors: Tensors, refuse: Refuse) -> Mended:
         if exact is None:
             odd[rounded] += 1
         elif entry.dtype != torch.float32 or not stored.equal(exact.float()):
-            tensors[key] = Pending(torch.float32, entry.shape, lambda exact=exact: exact.float())
+            tensors[key] = Pending(torch.float32, entry.shape, exact.float)
             mended[rounded] += 1
     said = [
         f"{n} noise schedule buffers are {rounded}: computed anew in float64, stored as float32"
@@ -150,7 +154,10 @@ def schedules(tensors: Tensors, refuse: Refuse) -> Mended:
 
 
 def _buffers(schedule: Schedule) -> dict[str, Tensor]:
-    """What the original code stores of a schedule, in float64: beta_t, the products of alpha_t, and q(x_{t-1} | x_t, x_0) (Ho et al. 2020, eq. 4, 6, 7)."""
+    """What the original code stores of a schedule, in float64.
+
+    beta_t, the products of alpha_t, and q(x_{t-1} | x_t, x_0) (Ho et al. 2020, eq. 4, 6, 7).
+    """
     betas = torch.linspace(schedule.start**0.5, schedule.end**0.5, schedule.steps, dtype=torch.float64).numpy() ** 2
     product = np.cumprod(1 - betas)
     before = np.append(1.0, product[:-1])
@@ -174,12 +181,11 @@ def _buffers(schedule: Schedule) -> dict[str, Tensor]:
 
 def kernels(tensors: Tensors, refuse: Refuse) -> Mended:
     """The VAE's attention as the 1x1 convolutions that it is made of."""
-    tensors, count = dict(tensors), Counter()
+    tensors = dict(tensors)
+    count: Counter[Shape] = Counter()
     for key, entry in tensors.items():
         if _KERNEL.fullmatch(key) and len(entry.shape) == 2:
-            tensors[key] = Pending(
-                entry.dtype, (*entry.shape, 1, 1), lambda entry=entry: entry.make()[:, :, None, None]
-            )
+            tensors[key] = Pending(entry.dtype, (*entry.shape, 1, 1), partial(_as_kernel, entry))
             count[entry.shape] += 1
     return (
         tensors,
@@ -191,11 +197,18 @@ def kernels(tensors: Tensors, refuse: Refuse) -> Mended:
     )
 
 
+def _as_kernel(matrix: Pending) -> Tensor:
+    return matrix.make()[:, :, None, None]
+
+
 REPAIRS: tuple[Callable[[Tensors, Refuse], Mended], ...] = (prefixes, projections, position_ids, schedules, kernels)
 
 
 def _moved(tensors: Tensors, renamed: dict[str, str], refuse: Refuse) -> Tensors:
-    """The tensors under their new names, in the same order. Where a name is taken the numbers must be the same, and one copy is left out."""
+    """The tensors under their new names, in the same order.
+
+    Where a name is taken the numbers must be the same, and one copy is left out.
+    """
     for old, new in renamed.items():
         if new in tensors and not _IDS.fullmatch(new):  # which are known, whatever both say
             _require_same(tensors[new].make(), tensors[old].make(), new, old, refuse)
@@ -238,11 +251,12 @@ def repair(
     out      None: `path` with -repaired before the extension, which is that of the file's content
     dry_run  find the damage, write nothing
 
-    Damage that is known, in this order: bytes after the last tensor of a .safetensors; names of a text tower that lack `text_model.`; a
-    doubled `text_projection.weight.weight`, or the same projection twice; position_ids that are missing, no integers or not 0, 1, 2, ...;
-    noise schedules rounded to float16 or bfloat16; 1x1 convolutions of the VAE's attention stored as matrices.
-    All other tensors are copied bit by bit, with their metadata; of a torch file, what is neither a tensor nor a plain fact (callbacks,
-    optimizer states) is not. One tensor is in memory at a time. Raises FileError for damage that cannot be repaired, OutputError.
+    Damage that is known, in this order: bytes after the last tensor of a .safetensors; names of a text tower that lack
+    `text_model.`; a doubled `text_projection.weight.weight`, or the same projection twice; position_ids that are
+    missing, no integers or not 0, 1, 2, ...; noise schedules rounded to float16 or bfloat16; 1x1 convolutions of the
+    VAE's attention stored as matrices. All other tensors are copied bit by bit, with their metadata; of a torch file,
+    what is neither a tensor nor a plain fact (callbacks, optimizer states) is not. One tensor is in memory at a time.
+    Raises FileError for damage that cannot be repaired, OutputError.
     """
     if out is not None and not dry_run:
         require_writable(out, overwrite)
@@ -274,19 +288,18 @@ def _open(path: str | PathLike[str]) -> tuple[Weights, int, list[str]]:
     try:
         kind = kind_of(source)
         suffix = source.path.suffix.lower()
+        notes = []
         if kind == "safetensors":
             contents, end = read_header(source)
-            wrong = (
-                suffix in TORCH_FILES
-                and f"is a .safetensors by its content, a torch file by its name: rename it to {source.path.stem}.safetensors"
-            )
+            if suffix in TORCH_FILES:
+                what = "is a .safetensors by its content, a torch file by its name"
+                notes = [f"{what}: rename it to {source.path.stem}.safetensors"]
         else:
             contents, end = (torchfiles.read_zip if kind == "zip" else torchfiles.read_stream)(source), source.size
-            wrong = (
-                suffix == ".safetensors"
-                and f"is a torch file by its content, a .safetensors by its name: rename it to {source.path.stem}.ckpt"
-            )
-        return Weights(source, kind, contents), source.size - end, [wrong] if wrong else []
+            if suffix == ".safetensors":
+                what = "is a torch file by its content, a .safetensors by its name"
+                notes = [f"{what}: rename it to {source.path.stem}.ckpt"]
+        return Weights(source, kind, contents), source.size - end, notes
     except BaseException:
         source.close()
         raise

@@ -1,4 +1,4 @@
-"""Where every tensor of a source goes in a conversion: into which file of the target under which key, or nowhere and why."""
+"""Where every tensor of a source goes in a conversion: the file and key of the target, or nowhere and why."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ldm.model import LatentDiffusion
 from ldm.networks.vae import VAE
 from weights.checkpoint import AVERAGED, RAW, Checkpoint, Parameters, vae_alone
 from weights.files.folders import Folder
-from weights.files.opened import Weights
+from weights.files.opened import Tensors
 from weights.files.write import Pending, cast
 from weights.folder.read import component, read_vae_config
 from weights.folder.write import STEMS, as_in_folders, folder_files, towers, vae_alone_json
@@ -66,17 +66,20 @@ class Wish:
     prune: bool = False  # leave out what no picture is computed from
 
     def type_of(self, key: str) -> torch.dtype | None:
-        """What a tensor of the original is converted to. Bookkeeping keeps its type: a noise schedule in float16 is wrong."""
+        """What a tensor of the original is converted to.
+
+        Bookkeeping keeps its type: a noise schedule in float16 is wrong.
+        """
         return None if is_bookkeeping(key) else self.dtype
 
     def drops(self, key: str, why: str) -> bool:
-        """Is this key, which is ignored for a reason, left out on purpose: with the set of weights that was not chosen, or as a prune?"""
+        """Is this key, ignored for a reason, left out: with the weights that were not chosen, or by pruning?"""
         chosen = self.ema is not None and (why in (RAW, AVERAGED) or key.startswith("model_ema."))
         return chosen or (self.prune and not _marks_training(key))
 
 
 def _marks_training(key: str) -> bool:
-    """Do other programs read this, though no picture is computed from it: position ids, and marks of how the model was trained?"""
+    """Do other programs read this, though no picture is computed from it: position ids, and marks of the training?"""
     return key.endswith("position_ids") or key.rpartition("/")[2] in (V_MARK, ZERO_SNR_MARK)
 
 
@@ -88,7 +91,7 @@ def is_bookkeeping(key: str) -> bool:
 # --- tensors --------------------------------------------------------------------------------------------------------
 
 
-def copied(file: Weights | Folder, key: str, dtype: torch.dtype | None = None, done: str = "copied") -> Move:
+def copied(file: Tensors, key: str, dtype: torch.dtype | None = None, done: str = "copied") -> Move:
     """A tensor as it is, converted to `dtype` if its numbers are floating-point ones."""
     spec = file.specs[key]
     return Move((key,), done, Pending(cast(spec.dtype, dtype), spec.shape, lambda: file.read(key, mapped=False)))
@@ -172,8 +175,11 @@ def _done(parameters: Parameters, key: str, parts: Iterable[_Part], after: int) 
 # --- single files ---------------------------------------------------------------------------------------------------
 
 
-def same_names(file: Weights, dtype: torch.dtype | None, prefix: str = "") -> Route:
-    """Another container for the same names, without a prefix: for files of any kind, known or not. Single numbers, alphas and marks, keep their type."""
+def same_names(file: Tensors, dtype: torch.dtype | None, prefix: str = "") -> Route:
+    """Another container for the same names, without a prefix: for files of any kind, known or not.
+
+    Single numbers, alphas and marks, keep their type.
+    """
     return Route(
         {
             "": {
@@ -225,11 +231,15 @@ def folder_to_file(model: Checkpoint, wish: Wish) -> Route:
             and not any(_is_position_ids(key, part.theirs) for key in moves)
         ):
             length = model.config.text[int(part.ours.split(".")[1])].length
-            moves[f"{part.theirs}text_model.embeddings.position_ids"] = synthesised(
-                lambda length=length: torch.arange(length)[None]
-            )
+            ids = synthesised(functools.partial(_counting, length))
+            moves[f"{part.theirs}text_model.embeddings.position_ids"] = ids
     moves |= {mark: synthesised(lambda: torch.zeros(0)) for mark in marks(model.config) if mark not in moves}
     return Route({"": moves}, dropped)
+
+
+def _counting(length: int) -> Tensor:
+    """The position ids of a text tower."""
+    return torch.arange(length)[None]
 
 
 def _is_position_ids(key: str, tower: str) -> bool:
@@ -314,14 +324,14 @@ def network_alone(model: Checkpoint, wish: Wish, only: Only, to_file: bool) -> R
     return Route(files, dropped, {path.removeprefix(bare): text for path, text in texts.items()})
 
 
-def vae_to_folder(file: Weights, config: ModelConfig | str | None, dtype: torch.dtype | None) -> Route:
+def vae_to_folder(file: Tensors, config: ModelConfig | str | None, dtype: torch.dtype | None) -> Route:
     """The folder of one VAE. `config` names the family whose scale its latents have, which no file tells.
 
     Raises ArgumentError without it.
     """
     if config is None:
-        what = "a VAE's file does not tell the scale of its latents; name the family it is for: config='sd1', 'sdxl-base', ..."
-        raise ArgumentError(f"config: {what}", key="config")
+        what = "config: a VAE's file does not tell the scale of its latents"
+        raise ArgumentError(f"{what}; name the family it is for: config='sd1', 'sdxl-base', ...", key="config")
     family = FAMILIES[config] if isinstance(config, str) else config
     vae = vae_alone(file, family.vae)
     vae.require_whole()
@@ -349,7 +359,10 @@ def vae_to_file(folder: Folder, dtype: torch.dtype | None) -> Route:
 
 
 def sharded(route: Route, limit: int) -> Route:
-    """The same with the files of networks split into parts of at most `limit` bytes, as diffusers splits them; a larger tensor is a part of its own."""
+    """The same with the files of networks split into parts of at most `limit` bytes, as diffusers splits them.
+
+    A larger tensor is a part of its own.
+    """
     files: dict[str, Mapping[str, Move]] = {}
     texts = dict(route.texts)
     for name, moves in route.files.items():

@@ -20,7 +20,8 @@ from tests.made.corpus import REFUSALS
 from tests.made.corpus_pickles import LIVE
 from tests.made.corpus_sound import SOUND
 from weights import open_file
-from weights.files.folders import is_folder, open_folder
+from weights.files.folders import open_folder
+from weights.files.opened import is_folder
 
 REMEDY = re.compile(
     r"; (near it: \S|(download|use|save|unpack|run|rename|convert|repack|name|join|wait|link|change|check|give) [^;]*$)"
@@ -129,7 +130,8 @@ MEMORY = """
 import os, resource, sys
 from pathlib import Path
 from weights import open_file
-from weights.files.folders import is_folder, open_folder
+from weights.files.folders import open_folder
+from weights.files.opened import is_folder
 limit = int(sys.argv[1])
 folders = sorted(Path.cwd().iterdir())
 here = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()

@@ -12,7 +12,8 @@ from ldm.config import FAMILIES
 from ldm.errors import AmbiguousCheckpoint, FileError
 from tests.made.checkpoints import save_safetensors
 from weights import load
-from weights.names.detect import REFUSED, detect, family
+from weights.names.detect import detect
+from weights.names.family import REFUSED, family
 from weights.names.sizes import read_unet
 
 MODELS = [name for name, recognised in FILES.items() if recognised]
