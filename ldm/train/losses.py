@@ -19,10 +19,7 @@ def noised(x0: Tensor, noise: Tensor, alpha: Tensor) -> Tensor:
 
 
 def target(prediction: Prediction, x0: Tensor, noise: Tensor, alpha: Tensor) -> Tensor:
-    """The network's target: the noise (Ho et al. 2020, eq. 14), or v (Salimans & Ho 2022, appendix D).
-
-    v = sqrt(alpha) noise - sqrt(1 - alpha) x0
-    """
+    """The noise (Ho et al. 2020, eq. 14), or v = sqrt(alpha) noise - sqrt(1 - alpha) x0 (Salimans & Ho 2022, D)."""
     if prediction == "eps":
         return noise
     alpha = alpha[:, None, None, None]

@@ -145,10 +145,7 @@ def freeze(made: Trainee, recipe: Recipe) -> Trainee:
 
 
 def hold_in(network: nn.Module, dtype: torch.dtype) -> None:
-    """Keep a network's frozen matrices in the type that autocast rounds them to: the same results in half the memory.
-
-    Not those of DoRA, which are changed and measured in float32 before they are rounded.
-    """
+    """Keep a network's frozen matrices as autocast rounds them; not DoRA's, which change in float32 before that."""
     for module in network.modules():
         is_dora = isinstance(getattr(module, "lora", None), DecomposedFactors)
         if isinstance(module, (nn.Linear, nn.Conv2d)) and not is_dora:
@@ -158,10 +155,7 @@ def hold_in(network: nn.Module, dtype: torch.dtype) -> None:
 
 
 def unused(model: LatentDiffusion) -> re.Pattern[str]:
-    """Names of parameters that no loss depends on.
-
-    They are the layers of a text tower after the one that is read, where its pooled text is not read too.
-    """
+    """Names of unused parameters: layers of a text tower after the one that is read, unless its pooled text is used."""
     names: list[str] = []
     for i, tower in enumerate(model.config.text):
         if i != model.config.pooled_tower:

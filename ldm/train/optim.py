@@ -56,10 +56,7 @@ def last_rate(directory: Path) -> float:
 
 
 def ema_decay(ema: float, step: int) -> float:
-    """The averaged weights' decay at update `step`, counted from 1: less at first, so that they leave their start.
-
-    As LitEma in CompVis ldm/modules/ema.py.
-    """
+    """The decay of the averages at update `step`, from 1: less at first (LitEma in CompVis ldm/modules/ema.py)."""
     return min(ema, (1 + step) / (10 + step))
 
 
@@ -107,10 +104,7 @@ def kind_of(kind: str) -> Callable[..., torch.optim.Optimizer]:
 
 
 def state_tensors(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    """The optimiser's state, whole and on the CPU: "exp_avg/NAME" and so on for every parameter that was updated.
-
-    All ranks call it.
-    """
+    """The optimiser's state, whole and on the CPU: {"exp_avg/NAME": ...}, for updated parameters. All ranks call it."""
     return {
         f"{key}/{name}": whole(torch.as_tensor(value))
         for name, p in parameters.items()
@@ -123,10 +117,7 @@ def state_tensors(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.
 def load_state_tensors(
     optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor]
 ) -> None:
-    """Restore the state that `state_tensors` gave; the tensors are taken, not copied.
-
-    Raises FileError for tensors of a parameter that is not trained.
-    """
+    """Restore what `state_tensors` gave, without a copy. Raises FileError for a parameter that is not trained."""
     states: dict[str, dict[str, Tensor]] = {name: {} for name in parameters}
     for entry in tensors:
         key, _, name = entry.partition("/")

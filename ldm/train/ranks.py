@@ -310,19 +310,13 @@ def sharded(task: nn.Module) -> list[FSDPModule]:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor that may be shared among the ranks, on the CPU and without gradient; all ranks call it.
-
-    It may share memory with `tensor`.
-    """
+    """All of a tensor that ranks may share, on the CPU, without gradient, perhaps not a copy; all ranks call it."""
     tensor = tensor.detach()
     return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).cpu()
 
 
 def like(place: Tensor, tensor: Tensor) -> Tensor:
-    """A whole tensor, the same on all ranks, laid out as `place` is: on its device, and this rank's share of it.
-
-    The type stays the tensor's own.
-    """
+    """This rank's part, in its own type, of a whole tensor, the same on all ranks, that is laid out as `place` is."""
     tensor = tensor.to(place.device)
     if not dist.is_initialized():
         return tensor

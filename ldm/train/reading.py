@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from ldm.config import FAMILIES
 from ldm.errors import ArgumentError, FileError, require_known, require_number, require_whole
-from ldm.train.recipe import Data, Pattern, Range, Recipe
+from ldm.train.recipe import Data, Pattern, Range, Recipe, keys, marks
 
 MAX_BYTES = 2**20  # of a recipe
 
@@ -121,15 +121,14 @@ def _value(kind: Any, given: Any, key: str) -> Any:
     """The value of a key, checked against the type of its field. Raises ArgumentError that names the key."""
     origin, args = get_origin(kind), get_args(kind)
     if origin is Annotated:
-        base, *marks = args
-        for mark in marks:
-            if isinstance(mark, Range) and base is int:
+        for mark in marks(kind):
+            if isinstance(mark, Range) and args[0] is int:
                 return require_whole(key, given, int(mark.low), int(mark.high))
             if isinstance(mark, Range):
                 require_number(key, given, mark.low, mark.high)
                 return float(given)
-        value = _value(base, given, key)
-        return _pattern(value, key) if Pattern() in marks else value
+        value = _value(args[0], given, key)
+        return _pattern(value, key) if Pattern() in marks(kind) else value
     if origin is Literal:
         require_known(key, given, [choice for choice in args if choice or not given])
     elif origin is tuple:
@@ -169,27 +168,17 @@ def _kinds(kind: Any) -> dict[str, Any]:
 # --- from the command line ------------------------------------------------------------------------------------------
 
 
-@cache
-def _keys() -> dict[str, Any]:
-    """Every key, "data.path" where it belongs to a section, and its type."""
-    keys: dict[str, Any] = {}
-    for name, kind in get_type_hints(Recipe).items():
-        is_section = isinstance(kind, type) and is_dataclass(kind)
-        keys |= {f"{name}.{key}": each for key, each in _kinds(kind).items()} if is_section else {name: kind}
-    return keys
-
-
 def _changed(recipe: Recipe, text: str) -> Recipe:
     """The recipe after "section.key=value"."""
     key, equals, given = (part.strip() for part in text.partition("="))
-    keys = _keys()
-    if key not in keys:
-        near = [each for each in keys if each.endswith(f".{key}")] or difflib.get_close_matches(key, keys, n=1)
+    known = keys()
+    if key not in known:
+        near = [each for each in known if each.endswith(f".{key}")] or difflib.get_close_matches(key, known, n=1)
         remedy = f"{near[0]}?" if near else "give SECTION.KEY=VALUE, such as run.steps=100"
         raise ArgumentError(f"--set {key[:40]}: is unknown; {remedy}", key=key)
     if not equals:
         raise ArgumentError(f"--set {key}: has no value; give {key}=VALUE", key=key)
-    value = _value(keys[key], _parsed(given, keys[key]), key)
+    value = _value(known[key], _parsed(given, known[key]), key)
     section, _, name = key.rpartition(".")
     if not section:
         return replace(recipe, **{name: value})
@@ -211,10 +200,7 @@ def _parsed(text: str, kind: Any) -> Any:
 
 
 def _require_consistent(recipe: Recipe) -> None:
-    """Raises ArgumentError for values that are allowed alone and not together.
-
-    What needs the model or the pictures is checked where these are read.
-    """
+    """Raises ArgumentError for values that are allowed alone and not together, as far as the recipe alone shows it."""
     if not re.fullmatch(r"\w[\w .+-]{0,99}", recipe.name):
         remedy = "give letters, digits, spaces and . + - _, for a directory is named so"
         raise ArgumentError(f"name: {recipe.name[:40]!r}; {remedy}", key="name")
@@ -285,8 +271,8 @@ def _require_read(recipe: Recipe) -> None:
     """Raises ArgumentError for a key that was changed although nobody reads it in such a run."""
     values, defaults = recipe.flat(), Recipe(recipe.name).flat()
     for key in (key for key, value in values.items() if value != defaults[key]):
-        for keys, chooser, choices in READ:
-            if re.fullmatch(keys, key) and values[chooser] not in choices:
+        for pattern, chooser, choices in READ:
+            if re.fullmatch(pattern, key) and values[chooser] not in choices:
                 readers = " or ".join(_written(choice) for choice in choices)
                 what = f"is read where {chooser} is {readers}, not {_written(values[chooser])}; leave it out"
                 raise ArgumentError(f"{key}: {what}", key=key)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
-from typing import Annotated, Any, Literal, get_type_hints
+from dataclasses import dataclass, field, is_dataclass
+from functools import cache
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 
 @dataclass(frozen=True)
@@ -209,21 +210,28 @@ class Recipe:
 
     def flat(self) -> dict[str, Any]:
         """{"run.batch": 8, ...} for every key of every section."""
-        sections = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {
-            f"{name}.{f.name}": getattr(section, f.name)
-            for name, section in sections.items()
-            if is_dataclass(section)
-            for f in fields(section)
-        }
+        places = [key.split(".") for key in keys() if "." in key]
+        return {f"{section}.{key}": getattr(getattr(self, section), key) for section, key in places}
 
     def fixed(self) -> dict[str, Any]:
-        """The same in the values of JSON, without the keys that are `Free`: what a run must find unchanged to go on."""
-        values = asdict(self)
-        return {
-            f"{name}.{key}": values[name][key]
-            for name, section in get_type_hints(Recipe, include_extras=True).items()
-            if is_dataclass(section) and isinstance(section, type)
-            for key, kind in get_type_hints(section, include_extras=True).items()
-            if Free() not in getattr(kind, "__metadata__", ())
-        }
+        """`flat` without the keys that are `Free`: the values that a run must find unchanged to go on."""
+        return {key: value for key, value in self.flat().items() if Free() not in marks(keys()[key])}
+
+
+@cache
+def keys() -> dict[str, Any]:
+    """Every key of a recipe, "data.path" where it belongs to a section, with its type and marks."""
+    found: dict[str, Any] = {}
+    for name, kind in get_type_hints(Recipe, include_extras=True).items():
+        section = get_args(kind)[0] if marks(kind) else kind
+        if is_dataclass(section) and isinstance(section, type):
+            for key, each in get_type_hints(section, include_extras=True).items():
+                found[f"{name}.{key}"] = Annotated[(each, *marks(kind))] if marks(kind) else each
+        else:
+            found[name] = kind
+    return found
+
+
+def marks(kind: Any) -> tuple[Any, ...]:
+    """`Range`, `Pattern` and `Free` of a type."""
+    return getattr(kind, "__metadata__", ())

@@ -27,13 +27,7 @@ def result(model: LatentDiffusion, averaged: Mapping[str, Tensor]) -> LatentDiff
 
 
 def save_results(
-    trainee: Trainee,
-    averaged: Mapping[str, Tensor],
-    method: Method,
-    run: Run,
-    out: Path,
-    files: Files,
-    ranks: Ranks,
+    trainee: Trainee, averaged: Mapping[str, Tensor], method: Method, run: Run, out: Path, files: Files, ranks: Ranks
 ) -> list[Path]:
     """Write what was learnt into directory `out`; return the files and folders. All ranks call it, the first writes.
 

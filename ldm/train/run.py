@@ -283,4 +283,4 @@ def identity(recipe: Recipe, files: Files, examples: Examples | None, place: Ran
     of_first = broadcast(digests, place)
     weights = {"start": digests if place.local == 0 else of_first}
     pictures = {"pictures": None if examples is None else examples.facts}
-    return json.loads(json.dumps(recipe.fixed() | weights | pictures))
+    return json.loads(json.dumps(recipe.fixed() | weights | pictures, default=vars))  # of a parameter group

@@ -54,10 +54,7 @@ def begin(start: Start, files: Files, recipe: str) -> LatentDiffusion:
 
 
 def with_prediction(model: LatentDiffusion, start: Start) -> LatentDiffusion:
-    """The model, in place, with the prediction and the schedule that it is going to learn.
-
-    Raises ArgumentError for zero terminal signal where the model predicts eps.
-    """
+    """The model, in place, with the prediction and schedule to learn. Raises ArgumentError for eps at zero SNR."""
     config = model.config
     if start.prediction and start.prediction != config.prediction:
         twin = config.twin(start.prediction)

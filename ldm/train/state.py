@@ -167,10 +167,7 @@ def _put_in_place(temporary: Path, path: Path) -> None:
 
 
 def _delete_older(directory: Path, step: int, keep: int) -> None:
-    """Delete states before `step` but for the newest that are complete.
-
-    States after `step` were passed over as damaged when the run went on, and are not counted.
-    """
+    """Delete states before `step` but the newest complete ones; damaged ones after it were passed over and are left."""
     kept = 0
     for at, path in _candidates(directory):
         if at <= step:

@@ -109,10 +109,7 @@ class Diffusion(Task):
         return (places / self.batch * steps).long().clamp(max=steps - 1)
 
     def prepare(self, batch: Batch, draws: Draws, t: Tensor | None = None) -> Prepared:
-        """The UNet's inputs and target; `t` as in `forward`.
-
-        The autoencoder, the vision tower and the depth network run in float32, without gradient.
-        """
+        """The UNet's inputs and target; `t` as in `forward`. The frozen networks run in float32, without gradient."""
         device, objective = self.alphas.device, self.objective if t is None else Objective()
         t = (self.timesteps(draws) if t is None else t).to(device)
         with torch.no_grad(), torch.autocast(device.type, enabled=False):

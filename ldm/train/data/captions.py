@@ -10,49 +10,46 @@ from pathlib import Path, PurePosixPath
 
 from ldm.conditioning.tokenizer import MAX_BYTES, MAX_WORD
 from ldm.errors import FileError
-from ldm.train.data.source import Bad, Unusable
+from ldm.train.data.source import Bad
 
 MAX_FILE = 16 * MAX_BYTES  # bytes of a file beside one picture
 METADATA = ("metadata.jsonl", "metadata.csv")
 
 
 def cleaned(captions: Iterable[object]) -> tuple[str, ...]:
-    """Captions without the space around them and without empty ones.
-
-    Raises Unusable where none is left, and for a caption that the tokenizer refuses.
-    """
+    """Captions, stripped, without empty ones. Raises FileError for none, and for one that the tokenizer refuses."""
     kept = []
     for caption in captions:
         if not isinstance(caption, str):
-            raise Unusable(f"has a caption that is no text ({type(caption).__name__})")
+            raise FileError(f"has a caption that is no text ({type(caption).__name__})")
         if text := " ".join(caption.split()):
             kept.append(text)
             if len(text.encode("utf-8", "replace")) > MAX_BYTES or max(map(len, text.split())) > MAX_WORD:
                 limits = f"more than {MAX_BYTES} bytes, or with a word of more than {MAX_WORD} characters"
-                raise Unusable(f"has a caption of {limits}")
+                raise FileError(f"has a caption of {limits}")
     if not kept:
-        raise Unusable("has no caption")
+        raise FileError("has no caption")
     return tuple(kept)
 
 
 def of_lines(data: bytes) -> list[str]:
-    """The lines of a file beside a picture, each a caption. Raises Unusable."""
+    """The lines of a file beside a picture, each a caption. Raises FileError."""
     if len(data) > MAX_FILE:
-        raise Unusable(f"has {len(data)} bytes of captions; the limit is {MAX_FILE}")
+        raise FileError(f"has {len(data)} bytes of captions; the limit is {MAX_FILE}")
     try:
         return data.decode("utf-8-sig").splitlines()
     except UnicodeDecodeError:
-        raise Unusable("has captions that are not UTF-8") from None
+        raise FileError("has captions that are not UTF-8") from None
 
 
 def of_record(record: Mapping[str, object]) -> list[object]:
-    """The captions of one record: `texts`, a list; or `text` or `caption`, one. Raises Unusable where it has none."""
+    """The captions of one record: `texts`, a list; or `text` or `caption`, one. Raises FileError where it has none."""
     if isinstance(several := record.get("texts"), list):
         return several
     for key in ("text", "caption"):
         if record.get(key) is not None:
             return [record[key]]
-    raise Unusable("has no caption")
+    raise FileError("has no caption")
 
 
 def read_metadata(directory: Path) -> tuple[dict[str, tuple[str, ...]], list[Bad]]:
@@ -81,8 +78,8 @@ def read_metadata(directory: Path) -> tuple[dict[str, tuple[str, ...]], list[Bad
         name = str(PurePosixPath(name))  # "./a.png" is "a.png"
         try:
             captions[name] = captions.get(name, ()) + cleaned(of_record(record))
-        except Unusable as error:
-            bad.append(Bad(name, f"{error} ({path.name} line {number})"))
+        except FileError as error:
+            bad.append(Bad(name, f"{error.what} ({path.name} line {number})"))
     return captions, bad
 
 

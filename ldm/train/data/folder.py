@@ -11,9 +11,9 @@ from PIL import Image
 
 from ldm.errors import FileError
 from ldm.pictures.read import MAX_BYTES, open_image
-from ldm.train.data.cache import Listing, PictureFacts, listed
 from ldm.train.data.captions import cleaned, of_lines, read_metadata
-from ldm.train.data.source import SUFFIXES, Bad, Item, Unusable
+from ldm.train.data.decode import Listing, PictureFacts, listed, with_depth
+from ldm.train.data.source import SUFFIXES, Bad, Item, Source
 
 DEPTH = "depth"  # the directory of depth maps, of the pictures' relative names
 
@@ -26,7 +26,7 @@ def require_directory(path: Path) -> None:
         raise FileError("is not a directory; give one with pictures", path=path)
 
 
-class Folder:
+class Folder(Source):
     """Pictures (PNG, JPEG, WebP, BMP) of a directory and those below it, by relative name.
 
     caption  of every picture; empty: those of `metadata.jsonl` or `metadata.csv`, or else the lines of NAME.txt
@@ -52,7 +52,7 @@ class Folder:
         captions, unusable = ({}, []) if caption else read_metadata(self.path)
         refused = {bad.id for bad in unusable}
         missing = f"is not there, but {self.path.name} says something of it"
-        self.bad = [Bad(name, missing) for name in sorted(set(captions) - set(names))] + unusable
+        bad = [Bad(name, missing) for name in sorted(set(captions) - set(names))] + unusable
         self._depths = {_stem(name): f"{DEPTH}/{name}" for name in maps or ()}
         known = Listing(listing)
 
@@ -63,18 +63,19 @@ class Folder:
         def captions_of(name: str) -> tuple[str, ...]:
             return cleaned([caption]) if caption else captions.get(name) or cleaned(_lines_beside(self.path / name))
 
-        def item(name: str) -> Item | Bad:
+        def item(name: str) -> Item:
             depth = self._depths.get(_stem(name))
             if self.has_depth and depth is None:
-                return Bad(name, f"has no depth map in {DEPTH}/")
-            depth_facts = None if depth is None else lambda: facts(depth)
-            return listed(name, lambda: captions_of(name), lambda: facts(name), depth_facts)
+                raise FileError(f"has no depth map in {DEPTH}/")
+            texts, found = captions_of(name), facts(name)
+            return Item(name, texts, *(found if depth is None else with_depth(found, facts(depth))))
 
         with ThreadPoolExecutor(8) as pool:
-            rows = list(pool.map(item, [name for name in names if name not in refused]))
+            usable = [name for name in names if name not in refused]
+            rows = list(pool.map(lambda name: listed(name, lambda: item(name)), usable))
         known.save()
         self.items = [row for row in rows if isinstance(row, Item)]
-        self.bad += [row for row in rows if isinstance(row, Bad)]
+        self.bad = bad + [row for row in rows if isinstance(row, Bad)]
         if not self.items:
             first, hint = self.bad[0], "; write NAME.txt beside each, a metadata.jsonl, or data.caption"
             what = f"has no picture to train on: {first.id[-60:]} {first.why[:60]}"
@@ -107,7 +108,7 @@ def _lines_beside(path: Path) -> list[str]:
     try:
         return of_lines(_read(path.with_suffix(".txt")))
     except FileNotFoundError:
-        raise Unusable("has no caption") from None
+        raise FileError("has no caption") from None
 
 
 def _read(path: Path) -> bytes:

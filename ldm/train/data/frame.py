@@ -26,10 +26,7 @@ class Frame(NamedTuple):
 
 
 def buckets(size: int, step: int) -> list[Size]:
-    """The largest sizes of at most size x size pixels, sides multiples of `step`, from 1:2 to 2:1.
-
-    As SDXL's (Podell et al. 2023, appendix I).
-    """
+    """The largest sizes of at most size x size pixels, sides multiples of `step`, from 1:2 to 2:1 (as SDXL's)."""
     fitting = set()
     for side in range(step, int(size * MAX_RATIO) + 1, step):
         other = size * size // side // step * step

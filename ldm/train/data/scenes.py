@@ -8,12 +8,12 @@ from PIL import Image
 
 from ldm import blocks
 from ldm.errors import ArgumentError, FileError
-from ldm.train.data.source import Bad, Item, digest
+from ldm.train.data.source import Bad, Item, Source, digest
 
 CAPTIONS = 4  # ways each of them is described
 
 
-class Scenes:
+class Scenes(Source):
     """Scenes 0 to n - 1 of `ldm.blocks`, size x size pixels, of combinations that are not held out, with four captions.
 
     caption  of every scene instead of these
@@ -27,15 +27,10 @@ class Scenes:
             what = f"{n} of {size} pixels; give at least 1, of at least 8 pixels"
             raise ArgumentError(f"scenes: {what}", key="data.scenes")
         self.size = size
-        self.items = [
-            Item(
-                f"scene {i}",
-                (caption,) if caption else captions_of(i, n),
-                (size, size),
-                fingerprint=digest(blocks.RENDERER, f"{i} {size}"),
-            )
-            for i in range(n)
-        ]
+        self.items = [self._item(i, (caption,) if caption else captions_of(i, n)) for i in range(n)]
+
+    def _item(self, i: int, captions: tuple[str, ...]) -> Item:
+        return Item(f"scene {i}", captions, (self.size, self.size), digest(blocks.RENDERER, f"{i} {self.size}"))
 
     def picture(self, i: int) -> Image.Image:
         """Scene i."""

@@ -10,16 +10,16 @@ import tarfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from PIL import Image
 
 from ldm.errors import ArgumentError, FileError
 from ldm.pictures.read import MAX_BYTES
-from ldm.train.data.cache import Listing, PictureFacts, listed
 from ldm.train.data.captions import cleaned, of_lines, of_record
-from ldm.train.data.decode import decoded
-from ldm.train.data.source import SUFFIXES, Bad, Item, Unusable
+from ldm.train.data.decode import Listing, PictureFacts, decoded, listed, with_depth
+from ldm.train.data.source import SUFFIXES, Bad, Item, Source
 
 MAX_SHARDS = 100_000  # that a pattern may name
 DEPTH = "depth."  # what stands before the ending of a depth map
@@ -48,7 +48,7 @@ Group = Mapping[str, Member]  # the members of one name, by their endings
 Row = tuple[Item | Bad, Member, Member | None]  # a picture, its bytes, and those of its depth map
 
 
-class Shards:
+class Shards(Source):
     """Tar files whose members of one name belong together.
 
     000123.jpg is a picture, 000123.txt (each line a caption) or 000123.json (`caption`, `text` or `texts`) has its
@@ -67,7 +67,7 @@ class Shards:
             self.has_depth = any(_picture(group, DEPTH) for _, groups in opened for group in groups.values())
 
             def rows_of(shard: Path, found: tuple[os.stat_result, Mapping[str, Group]]) -> list[Row]:
-                return _rows(shard, *found, caption=caption, with_depth=self.has_depth, listing=known)
+                return _rows(shard, *found, caption=caption, needs_depth=self.has_depth, listing=known)
 
             rows = [row for some in pool.map(rows_of, shards, opened) for row in some]
         known.save()
@@ -92,10 +92,7 @@ class Shards:
 
 
 def expanded(pattern: str) -> list[Path]:
-    """The files of a pattern.
-
-    Raises ArgumentError for a range that falls or is too long, FileError for files that do not exist.
-    """
+    """The files of a pattern. Raises ArgumentError for a falling or too long range, FileError for missing files."""
     paths = [pattern]
     while match := next(filter(None, map(_RANGE.search, paths)), None):
         first, last = int(match[1]), int(match[2])
@@ -114,10 +111,7 @@ def expanded(pattern: str) -> list[Path]:
 
 
 def _groups(shard: Path) -> tuple[os.stat_result, dict[str, dict[str, Member]]]:
-    """The file's status, and {key: members}: a member's key ends at the first dot of its name.
-
-    Of two members of one name the later one counts, as in tar.
-    """
+    """The file's status, and members by key (up to the first dot of a name) and ending; the later of two counts."""
     groups: dict[str, dict[str, Member]] = {}
     try:
         status = shard.stat()
@@ -150,29 +144,25 @@ def _rows(
     groups: Mapping[str, Group],
     *,
     caption: str,
-    with_depth: bool,
+    needs_depth: bool,
     listing: Listing,
 ) -> list[Row]:
     def facts(member: Member) -> PictureFacts:
         return listing.facts(f"{shard.absolute()}:{member.offset}:{member.length}", status, member.read)
 
-    def item(name: str, group: Group, picture: Member, depth: Member | None) -> Item | Bad:
-        if with_depth and depth is None:
-            return Bad(name, "has no depth map, and others have")
+    def item(name: str, group: Group, picture: Member, depth: Member | None) -> Item:
+        if needs_depth and depth is None:
+            raise FileError("has no depth map, and others have")
         if picture.length > MAX_BYTES:
-            return Bad(name, f"has {picture.length} bytes; the limit is {MAX_BYTES}")
-        return listed(
-            name,
-            lambda: cleaned([caption] if caption else _captions(group)),
-            lambda: facts(picture),
-            None if depth is None else lambda: facts(depth),
-        )
+            raise FileError(f"has {picture.length} bytes; the limit is {MAX_BYTES}")
+        texts, found = cleaned([caption] if caption else _captions(group)), facts(picture)
+        return Item(name, texts, *(found if depth is None else with_depth(found, facts(depth))))
 
     rows: list[Row] = []
     for key, group in groups.items():
         if (picture := _picture(group)) is not None:
-            depth = _picture(group, DEPTH)
-            rows.append((item(f"{shard.name}/{key}", group, picture, depth), picture, depth))
+            name, depth = f"{shard.name}/{key}", _picture(group, DEPTH)
+            rows.append((listed(name, partial(item, name, group, picture, depth)), picture, depth))
     return rows
 
 
@@ -180,11 +170,11 @@ def _captions(group: Group) -> Sequence[object]:
     if "txt" in group:
         return of_lines(group["txt"].read())
     if "json" not in group:
-        raise Unusable("has no caption")
+        raise FileError("has no caption")
     try:
         record = json.loads(group["json"].read())
     except (ValueError, RecursionError):
         record = None
     if not isinstance(record, dict):
-        raise Unusable("has a .json that is not a JSON object")
+        raise FileError("has a .json that is not a JSON object")
     return of_record(record)

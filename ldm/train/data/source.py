@@ -30,27 +30,12 @@ class Bad:
     why: str  # the rest of a sentence that begins with the id
 
 
-class Unusable(ValueError):
-    """Why a picture is left out: the rest of a sentence that begins with its name."""
-
-
 class Source(Protocol):
     """Pictures with captions, in an order that depends on nothing but the data."""
 
-    @property
-    def items(self) -> Sequence[Item]:
-        """The pictures to learn from."""
-        ...
-
-    @property
-    def bad(self) -> Sequence[Bad]:
-        """The pictures that were left out while listing."""
-        ...
-
-    @property
-    def has_depth(self) -> bool:
-        """Whether every item has a depth map."""
-        ...
+    items: Sequence[Item]
+    bad: Sequence[Bad]  # pictures that were left out while listing
+    has_depth: bool  # whether every item has a depth map
 
     def picture(self, i: int) -> Image.Image:
         """Item i, RGB and upright. Raises FileError that names it."""

@@ -15,10 +15,7 @@ def kwh(hours: float, watts: float = WATTS) -> float:
 
 
 def kg_co2(hours: float, watts: float = WATTS) -> float:
-    """CO2 equivalent of so many GPU-hours, kg, with the electricity of the Stable Diffusion cards.
-
-    Lacoste et al. 2019: power, time and grid.
-    """
+    """CO2 equivalent of so many GPU-hours, kg, as the Stable Diffusion cards reckon it (Lacoste et al. 2019)."""
     return kwh(hours, watts) * KG_PER_KWH
 
 

@@ -215,10 +215,7 @@ def _range(chart: Chart) -> tuple[float, float]:
 def _runs(
     curve: Curve, log: bool, place: Callable[[float, float], tuple[float, float]]
 ) -> list[list[tuple[float, float]]]:
-    """The curve's points on the picture, in runs between its gaps.
-
-    Of a curve in front, points closer than a quarter of a pixel to the one before are left out.
-    """
+    """The curve's points on the picture, in runs between its gaps; in front without points too close to see."""
     runs: list[list[tuple[float, float]]] = [[]]
     for x, y in zip(curve.x, curve.y, strict=True):
         if y is None or (log and y <= 0):

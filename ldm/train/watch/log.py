@@ -169,10 +169,7 @@ def _bar(name: str, steps: int, done: int) -> Any:
 
 
 def writers(watch: Watch) -> list[tuple[Any, Callable[..., Writer]]]:
-    """The modules that `watch` asks for, each with the function that begins a log in it.
-
-    Raises ArgumentError for a module that is not installed.
-    """
+    """The modules that `watch` asks for, each with its opening function. Raises ArgumentError for one not installed."""
     asked = [("tensorboard", _tensorboard)] * watch.tensorboard + [("wandb", _wandb)] * watch.wandb
     return [(_installed(package), start) for package, start in asked]
 

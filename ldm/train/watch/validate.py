@@ -129,10 +129,7 @@ def _hole(size: tuple[int, int]) -> Image.Image:
 
 
 def save_pictures(pictures: Sequence[Image.Image], watch: Watch, out: Path, step: int) -> list[Path]:
-    """Write validation/step-000500/00.png, 01.png, ... in a run's directory, with prompt and step in each.
-
-    Raises OutputError.
-    """
+    """Write validation/step-000500/00.png, 01.png, ..., with prompt and step in each. Raises OutputError."""
     directory = out / "validation" / f"step-{step:06d}"
     try:
         directory.mkdir(parents=True, exist_ok=True)

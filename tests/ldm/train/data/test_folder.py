@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from ldm.errors import ArgumentError, FileError, OutputError
-from ldm.train.data import cache
+from ldm.train.data import decode
 from ldm.train.data.folder import Folder
 from ldm.train.data.scenes import Scenes
 from tests.made.pictures import captioned, picture
@@ -217,8 +217,10 @@ def test_rendered_scenes_are_what_the_renderer_says():
 def reads(monkeypatch) -> list[str]:
     """The names of the pictures that are read from now on."""
     names: list[str] = []
-    size_of = cache.size_of
-    monkeypatch.setattr(cache, "size_of", lambda data, place: (names.append(Path(place).name), size_of(data, place))[1])
+    size_of = decode.size_of
+    monkeypatch.setattr(
+        decode, "size_of", lambda data, place: (names.append(Path(place).name), size_of(data, place))[1]
+    )
     return names
 
 

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from ldm.errors import ArgumentError, FileError
-from ldm.train.data import cache
+from ldm.train.data import decode
 from ldm.train.data.shards import Shards, expanded
 from tests.made.pictures import png, shard
 
@@ -132,8 +132,8 @@ def test_members_are_read_again_only_when_their_shard_changes(tmp_path, monkeypa
     path = shard(tmp_path / "0.tar", {"1.png": png(), "1.txt": "one", "1.depth.png": png(1)})
     os.utime(path, (10**9, 10**9))
     reads: list[str] = []
-    size_of = cache.size_of
-    monkeypatch.setattr(cache, "size_of", lambda data, place: (reads.append(place), size_of(data, place))[1])
+    size_of = decode.size_of
+    monkeypatch.setattr(decode, "size_of", lambda data, place: (reads.append(place), size_of(data, place))[1])
     first = Shards(str(path), listing=tmp_path / "x.json").items
     assert len(reads) == 2
     assert Shards(str(path), listing=tmp_path / "x.json").items == first
