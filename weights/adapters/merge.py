@@ -49,7 +49,7 @@ def merge_lora(
     model_config: ModelConfig | None = None, dtype: torch.dtype | None = None, overwrite: bool = False,
     on_write: OnWrite | None = None,
 ) -> MergedFile:  # fmt: skip
-    """Write a checkpoint with LoRAs merged into it: the numbers that `ldm.lora.merge` gives the loaded model.
+    """Write a checkpoint with LoRAs merged into it: the numbers that `ldm.changes.lora.merge` gives the loaded model.
 
     checkpoint    .safetensors or .ckpt. Every key keeps its name, layout and type; only the targets of the LoRAs change
     loras         (whatever `read_lora` reads, its scale): a number, or one for the UNet and one for the text towers

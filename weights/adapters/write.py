@@ -30,7 +30,7 @@ def save_lora(
 ) -> Path:  # fmt: skip
     """Write a LoRA that `load_lora` and other programs read.
 
-    changes  of `ldm.lora_layers.changes`, or any other
+    changes  of `ldm.changes.lora_layers.changes`, or any other
     config   of the model that they change
     to       "kohya": a file for kohya's scripts, A1111 and ComfyUI, with rank and alpha in its metadata; "diffusers":
              a file for `pipe.load_lora_weights`; "peft": a directory with a folder for each network
