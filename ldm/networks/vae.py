@@ -74,9 +74,10 @@ class Level(nn.Module):
 
     def __init__(self, channels: int, out_channels: int, blocks: int, *, down: bool = False, up: bool = False):
         super().__init__()
+        # The way out is made before the blocks: a seed then gives the initial weights that it always gave.
+        ways = Downsample(out_channels) if down else None, Upsample(out_channels) if up else None
         self.block = Modules(ResnetBlock(out_channels if i else channels, out_channels) for i in range(blocks))
-        self.downsample = Downsample(out_channels) if down else None
-        self.upsample = Upsample(out_channels) if up else None
+        self.downsample, self.upsample = ways
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self.block:
