@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from ldm import tasks
+import ldm.tasks as tasks
 from ldm.cli import metadata, models, settings, terminal
 from ldm.cli.making import common, save
 from ldm.cli.place import Place

@@ -147,50 +147,6 @@ def number(text: str) -> float:
         raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a number") from None
 
 
-def every(text: str) -> int:
-    """What --preview takes: a prompt right behind it is taken for a number."""
-    try:
-        return int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"{text[:40]!r} is not a whole number; write the prompt before --preview"
-        ) from None
-
-
-def times(text: str) -> float:
-    """2x or 2 -> 2.0."""
-    return number(text.removesuffix("x"))
-
-
-def wholes(text: str) -> tuple[int, ...]:
-    """1,2,3 -> (1, 2, 3)."""
-    return tuple(whole(part) for part in text.split(","))
-
-
-def pixels(text: str) -> tuple[int, int]:
-    """1024x768 -> (768, 1024): typed with the width first, for models with the height first."""
-    match = re.fullmatch(r"(\d{1,7})x(\d{1,7})", text)
-    if not match:
-        raise argparse.ArgumentTypeError(f"{text[:40]!r} is no size; write WIDTHxHEIGHT, 1024x768 for example")
-    return int(match[2]), int(match[1])
-
-
-def corner(text: str) -> tuple[int, int]:
-    """0,64 -> (0, 64): top and left."""
-    match = re.fullmatch(r"(\d{1,7}),(\d{1,7})", text)
-    if not match:
-        raise argparse.ArgumentTypeError(f"{text[:40]!r} is no corner; write TOP,LEFT in pixels, 0,64 for example")
-    return int(match[1]), int(match[2])
-
-
-def added(text: str) -> tuple[str, int]:
-    """left=128 -> ("left", 128)."""
-    side, equals, count = text.partition("=")
-    if not equals:
-        raise argparse.ArgumentTypeError(f"{text[:40]!r} is no side; write left=128, for example")
-    return side, whole(count)
-
-
 def stored_type(text: str) -> torch.dtype:
     """fp16 or float16 -> torch.float16: what numbers are stored as."""
     import torch  # 'ldm --help' does without
@@ -206,12 +162,6 @@ def scaled_file(text: str) -> tuple[str, float]:
     """style.safetensors:0.8 -> ("style.safetensors", 0.8); without a number at its end the scale is 1."""
     match = re.fullmatch(r"(.+):([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)", text, re.DOTALL)
     return (match[1], float(match[2])) if match else (text, 1.0)
-
-
-def named_file(text: str) -> tuple[str | None, str]:
-    """cat=my.pt -> ("cat", "my.pt"); a file alone is called by its own name."""
-    match = re.fullmatch(r"([\w-]+)=(.+)", text, re.DOTALL)
-    return (match[1], match[2]) if match else (None, text)
 
 
 def shown_bytes(count: int) -> str:

@@ -1,4 +1,4 @@
-"""`--grid-of`: pictures made with each value of an option, or each pair of two options' values, and the sheet that shows them."""
+"""`--grid-of` and `--sheet`: the values that options take in turn, and the sheet that shows the pictures of all of them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from PIL import Image
 
 from ldm.cli.options import OPTIONS
 from ldm.errors import ArgumentError, require_known
-from ldm.pictures import sheets
 
 MAX_CELLS = 1000  # of a comparison
 
@@ -42,7 +41,7 @@ class Item:
 
 
 def axes_of(given: Sequence[str], command: str) -> tuple[Axis, ...]:
-    """What --grid-of varies. Raises ArgumentError for more than two options, one that cannot vary, or a value that it does not take."""
+    """What --grid-of varies. Raises ArgumentError for a third option, one that cannot vary, or a value it does not take."""
     if len(given) > 2:
         raise ArgumentError("--grid-of: a sheet has two axes; give it once or twice")
     axes = tuple(_axis(text, command) for text in given)
@@ -55,7 +54,7 @@ def axes_of(given: Sequence[str], command: str) -> tuple[Axis, ...]:
 
 
 def cells_of(axes: Sequence[Axis]) -> Iterator[dict[str, Any]]:
-    """What each combination sets, {dest: value}; the last axis changes fastest. Without axes there is one combination, of nothing."""
+    """What each combination sets, {dest: value}; the last axis changes fastest. Without axes there is one, of nothing."""
     for values in itertools.product(*(axis.values for axis in axes)):
         yield {axis.dest: value for axis, value in zip(axes, values, strict=True)}
 
@@ -88,11 +87,13 @@ def _axis(text: str, command: str) -> Axis:
 def sheets_of(
     kept: Sequence[Sequence[Image.Image]], items: Sequence[Item], seeds: Sequence[int], axes: Sequence[Axis]
 ) -> Iterator[tuple[Image.Image, Sequence[Item]]]:
-    """Each sheet with the items on it: one of all pictures; with one axis a row for each item; with two axes one for each item.
+    """Each sheet with its items: one of all pictures; with one axis a row for each item; with two a sheet for each item.
 
     kept   the pictures, by combination and item
     seeds  by the offset of an item
     """
+    from ldm.pictures import sheets
+
     labels = _labels(items, seeds)
     if not axes:
         yield sheets.sheet(kept[0], labels), items

@@ -39,7 +39,7 @@ def read_prompts(path: str) -> list[str]:
 
 
 def require_weights(option: str, path: str) -> None:
-    """Raises FileError or ArgumentError unless this is a file of weights, by its header, or may be a diffusers folder."""
+    """Raises FileError or ArgumentError unless this is a file of weights by its header, or may be a diffusers folder."""
     if os.path.isdir(path):
         if not any((Path(path) / name).exists() for name in ("model_index.json", "config.json", "unet")):
             raise ArgumentError(
@@ -51,7 +51,7 @@ def require_weights(option: str, path: str) -> None:
 
 
 def file_hash(path: Path) -> str:
-    """The first 10 hexadecimal digits of the SHA-256 of a file, as other tools name models. A 4 GB file takes about 3 s.
+    """The first 10 hexadecimal digits of a file's SHA-256, as other tools name models. A 4 GB file takes about 3 s.
 
     Of a folder it is that of its files of weights, one after another.
     """

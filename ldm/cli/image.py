@@ -1,4 +1,4 @@
-"""The commands that begin with a picture: `ldm img2img`, `inpaint`, `outpaint`, `depth2img`, `upscale` and `variations`."""
+"""The commands that begin with a picture: `ldm img2img`, `inpaint`, `outpaint`, `depth2img`, `upscale`, `variations`."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from PIL import Image
 
-from ldm import images, tasks
+import ldm.tasks as tasks
 from ldm.cli import settings
 from ldm.cli.making import Drawing, make
 from ldm.errors import ArgumentError, require_whole
+from ldm.images import size_for
 from ldm.model import MAX_NOISE_LEVEL
 from ldm.pictures import masks, read
 from ldm.tasks.image import given_depth
@@ -110,7 +111,7 @@ def _sides(size: tuple[int, int]) -> dict[str, int]:
 
 def _following(args: argparse.Namespace, init: Image.Image) -> tuple[int, int]:
     """The size of what is made of --init, with a warning where it differs from its own."""
-    width, height = images.size_for(init, *settings.size(args))
+    width, height = size_for(init, *settings.size(args))
     if args.width is args.height is None and (width, height) != init.size:
         warnings.warn(f"--init: {init.width}x{init.height} becomes {width}x{height}, multiples of 8", stacklevel=2)
     return width, height
@@ -123,5 +124,5 @@ def _painting(
     settings.require_some(args.strength, sampling, "would paint nothing")
     require_whole("feather", args.feather, 0, masks.MAX_FEATHER)
     width, height = settings.size(args)
-    size = image.size if width is height is None else images.size_for(image, width, height)
+    size = image.size if width is height is None else size_for(image, width, height)
     return {"strength": args.strength, "feather": args.feather, "width": width, "height": height}, size

@@ -22,7 +22,8 @@ def add_samplers(parser: argparse.ArgumentParser) -> None:
 
 
 def samplers(args: argparse.Namespace) -> None:
-    """Print every sampler and every grid as they are with this many steps of the schedule that all families but the upscaler share."""
+    """Print every sampler and every grid as they are with this many steps of the schedule that all families but the \
+upscaler share."""
     steps = require_whole("steps", args.steps, 1, 1000, " (the model has 1000 training steps)")
     schedule = Schedule()
     width = shutil.get_terminal_size((120, 24)).columns

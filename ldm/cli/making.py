@@ -21,9 +21,7 @@ from ldm.tasks.job import Sampling
 class Drawing:
     """One way to draw pictures, checked as far as it can be without a model."""
 
-    task: Callable[
-        ..., list[Image.Image]
-    ]  # (model, *inputs, prompts, **keywords, and those of `ldm.tasks.job`) -> pictures
+    task: Callable[..., list[Image.Image]]  # (model, *inputs, prompts, **keywords and those of a job) -> pictures
     keywords: dict[str, Any]  # of this task alone
     size: tuple[int | None, int | None]  # (width, height) of the picture, before it is enlarged; None: the model's own
     inputs: tuple[Any, ...] = ()  # what it begins with
@@ -107,8 +105,9 @@ def _pictures(
         title = f"{done + first + 1}-{done + first + len(part)} of {total}" if total > 1 else ""
         with terminal.progress(title) as watch:
             pictures = drawing.task(
-                loaded.model, *drawing.inputs, [item.prompt for item in part], seeds=[cell.seeds[item.offset] for item in part],
-                **drawing.keywords, **common(args, sampling, loaded, place.previewing(loaded.model, args.preview, sampling, watch)),
+                loaded.model, *drawing.inputs, [item.prompt for item in part], **drawing.keywords,
+                seeds=[cell.seeds[item.offset] for item in part],
+                **common(args, sampling, loaded, place.previewing(loaded.model, args.preview, sampling, watch)),
             )  # fmt: skip
         for item, picture, flag in zip(part, pictures, loaded.judged(pictures), strict=True):
             here = {"prompt": item.prompt} if hasattr(args, "prompt") else {}

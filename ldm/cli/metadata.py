@@ -33,7 +33,7 @@ def of_model(args: argparse.Namespace, model: LatentDiffusion, path: Path) -> di
 def of_picture(
     args: argparse.Namespace, sampling: Sampling, size: tuple[int, int], model: LatentDiffusion, facts: dict[str, str]
 ) -> dict[str, str]:
-    """All of it but the prompt and the seed; `facts` are those of the model, `size` is (width, height) before enlarging."""
+    """All of it but the prompt and the seed. `facts`: those of the model; `size`: (width, height) before enlarging."""
     rows = [row for title, group in OPTIONS.items() if title != MODEL for row in group]
     computed = {
         "grid": sampling.grid_name(model.schedule),
@@ -44,7 +44,7 @@ def of_picture(
 
 
 def _of_options(args: argparse.Namespace, rows: Iterable[Option]) -> dict[str, str]:
-    """The options of a command that differ from what they are by default, or are always named; of a file its name and hash."""
+    """The options of a command that have not their default, or that are kept also then; of a file its name and hash."""
     facts: dict[str, str] = {}
     for row in rows:
         if row.key is None or args.command not in row.commands.split():

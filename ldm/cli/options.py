@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ldm.cli.arguments import added, corner, every, named_file, number, pixels, scaled_file, times, whole, wholes
+from ldm.cli.arguments import number, scaled_file, whole
 from ldm.cli.files import file_hash
 from ldm.config import FAMILIES
 from ldm.model import MAX_NOISE_LEVEL, NOISE_LEVEL
@@ -48,6 +49,61 @@ class Option:
     needs: tuple[str, str] | None = None  # an option without which this one means nothing, and what is wrong then
     more: Mapping[str, Any] = field(default_factory=dict)  # for argparse
 
+
+# --- kinds of values that other commands have not -----------------------------------------------------------------------
+
+
+def every(text: str) -> int:
+    """What --preview takes: a prompt right behind it is taken for a number."""
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text[:40]!r} is not a whole number; write the prompt before --preview"
+        ) from None
+
+
+def times(text: str) -> float:
+    """2x or 2 -> 2.0."""
+    return number(text.removesuffix("x"))
+
+
+def wholes(text: str) -> tuple[int, ...]:
+    """1,2,3 -> (1, 2, 3)."""
+    return tuple(whole(part) for part in text.split(","))
+
+
+def pixels(text: str) -> tuple[int, int]:
+    """1024x768 -> (768, 1024): typed with the width first, for models with the height first."""
+    match = re.fullmatch(r"(\d{1,7})x(\d{1,7})", text)
+    if not match:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is no size; write WIDTHxHEIGHT, 1024x768 for example")
+    return int(match[2]), int(match[1])
+
+
+def corner(text: str) -> tuple[int, int]:
+    """0,64 -> (0, 64): top and left."""
+    match = re.fullmatch(r"(\d{1,7}),(\d{1,7})", text)
+    if not match:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is no corner; write TOP,LEFT in pixels, 0,64 for example")
+    return int(match[1]), int(match[2])
+
+
+def added(text: str) -> tuple[str, int]:
+    """left=128 -> ("left", 128)."""
+    side, equals, count = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is no side; write left=128, for example")
+    return side, whole(count)
+
+
+def named_file(text: str) -> tuple[str | None, str]:
+    """cat=my.pt -> ("cat", "my.pt"); a file alone is called by its own name."""
+    match = re.fullmatch(r"([\w-]+)=(.+)", text, re.DOTALL)
+    return (match[1], match[2]) if match else (None, text)
+
+
+# --- the table ----------------------------------------------------------------------------------------------------------
 
 PROMPTS = {  # {commands: what a prompt is for them}
     "txt2img hires": "what the picture shows",

@@ -1,4 +1,4 @@
-"""Where pictures go: a directory whose files are numbered, or the name of a .png."""
+"""Where pictures go."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from pathlib import Path
 
 from PIL import Image
 
-from ldm import images
 from ldm.errors import ArgumentError, NonFinite, OutputError
+from ldm.images import to_pil
 from ldm.limits import precision
 from ldm.model import LatentDiffusion
-from ldm.pictures import sheets, write
+from ldm.pictures import write
 from ldm.tasks.job import Sampling
 from samplers import OnStep, Step
 
@@ -32,16 +32,18 @@ class Place:
 
     @staticmethod
     def checked(out: str | None, *, mkdir: bool, overwrite: bool, pixels: int) -> Place:
-        """Where `out` says (None: outputs/, made if missing), if `pixels` pixels can be written there. Raises ArgumentError or OutputError."""
+        """The place that `out` names; None: outputs/, which is made. Raises ArgumentError or OutputError.
+
+        pixels  how many will be written: there must be room for them
+        """
         path = Path(out if out is not None else "outputs")
         is_file = path.suffix.lower() == ".png" and not os.path.isdir(path)
         folder = path.parent if is_file else path
         if not is_file and path.suffix.lower() in (".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"):
             raise ArgumentError(f"--out: {path.name[-60:]}: pictures are written as PNG; name a .png or a directory")
         if overwrite and not is_file:
-            raise ArgumentError(
-                "--overwrite: only with a --out that names a .png; in a directory every picture gets a number of its own"
-            )
+            why = "in a directory every picture gets a number of its own"
+            raise ArgumentError(f"--overwrite: only with a --out that names a .png; {why}")
         if overwrite and os.path.lexists(path) and (os.path.islink(path) or not os.path.isfile(path)):
             raise ArgumentError(f"--out: {path.name[-60:]} is there and is not a regular file")
         if not os.path.isdir(folder):
@@ -59,9 +61,8 @@ class Place:
             raise OutputError(f"--out: cannot write into {str(folder)[-80:]}: {error.strerror}") from None
         needed = int(1.1 * pixels * 3) + 2**16
         if needed > free:
-            raise OutputError(
-                f"--out: about {needed / 1e6:.3g} MB needed in {str(folder)[-80:]}, {free / 1e6:.3g} MB free; make room or choose another place"
-            )
+            room = f"about {needed / 1e6:.3g} MB needed in {str(folder)[-80:]}, {free / 1e6:.3g} MB free"
+            raise OutputError(f"--out: {room}; make room or choose another place")
         return Place(path, is_file, overwrite)
 
     def save(self, picture: Image.Image, facts: dict[str, str], suffix: str = "") -> Path:
@@ -98,15 +99,18 @@ class Place:
             before, after = (calls * steps // total for calls in (step.index, step.index + 1))  # whole steps
             if after > before and after % every == 0:
                 try:
-                    pictures = images.to_pil(precision.decode(model, step.x0))
+                    pictures = to_pil(precision.decode(model, step.x0))
                 except (
                     NonFinite
                 ):  # an early estimate may be too wild for half precision; the picture itself is still checked
                     return
-                picture = pictures[0] if len(pictures) == 1 else sheets.sheet(pictures)
+                if len(pictures) > 1:
+                    from ldm.pictures.sheets import sheet
+
+                    pictures = [sheet(pictures)]
                 if self.preview is None:
-                    self.preview = self.save(picture, {}, "-preview")
+                    self.preview = self.save(pictures[0], {}, "-preview")
                 else:
-                    write.save(picture, self.preview, overwrite=True)
+                    write.save(pictures[0], self.preview, overwrite=True)
 
         return on_step

@@ -39,7 +39,8 @@ def add_prune(parser: argparse.ArgumentParser) -> None:
 def prune(args: argparse.Namespace) -> None:
     """Leave blocks out of a model's UNet: ssd-1b makes SSD-1B's blocks of SDXL's, half about half of any UNet.
 
-    What is written draws poorly until it is distilled: 'ldm train' with method.kind = "distill" prunes by itself. Memory: SRC and the UNet
+    What is written draws poorly until it is distilled: 'ldm train' with method.kind = "distill" prunes by itself. \
+Memory: SRC and the UNet
     of DST, in the type of numbers that is written.
     """
     require_weights("SRC", args.src)
@@ -50,5 +51,6 @@ def prune(args: argparse.Namespace) -> None:
     path = weights.save(small, args.dst, dtype=None, overwrite=args.overwrite)
     before, after = (sum(p.numel() for p in each.unet.parameters()) for each in (model, small))
     terminal.show(
-        f"{printable(str(path))}: a UNet of {after / 1e6:.1f} million parameters, {after / before:.1%} of {before / 1e6:.1f}; a model of family {small.config.name}"
+        f"{printable(str(path))}: a UNet of {after / 1e6:.1f} million parameters, {after / before:.1%} of "
+        f"{before / 1e6:.1f}; a model of family {small.config.name}"
     )

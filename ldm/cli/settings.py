@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import fields
 
-from ldm import images
 from ldm.cli import files
 from ldm.cli.options import OPTIONS
 from ldm.conditioning import tokenizer
@@ -17,6 +16,7 @@ from ldm.conditioning.cond import Sizes
 from ldm.conditioning.prompts import Embedding
 from ldm.config import FAMILIES
 from ldm.errors import ArgumentError, require_known, require_whole
+from ldm.images import nearest_multiple
 from ldm.tasks.job import Sampling, require_strength
 
 MAX_SIDE = 16384  # pixels
@@ -61,7 +61,7 @@ def checked(args: argparse.Namespace) -> Sampling:
 
 
 def prompts_of(args: argparse.Namespace) -> list[str]:
-    """The prompts, of the command line or of a file. Raises ArgumentError for both, none, or one that cannot be read."""
+    """The prompts, of the command line or a file. Raises ArgumentError for both, none, or one that cannot be read."""
     typed, path = getattr(args, "prompt", ""), getattr(args, "prompts", None)
     if path is not None:
         if typed:
@@ -93,7 +93,7 @@ def side(pixels: int | None, option: str) -> int | None:
         return None
     if not 1 <= pixels <= MAX_SIDE:
         raise ArgumentError(f"{option}: {pixels}; give 8 to {MAX_SIDE} pixels")
-    rounded = images.nearest_multiple(pixels)
+    rounded = nearest_multiple(pixels)
     if rounded != pixels:
         warnings.warn(f"{option}: {pixels} becomes {rounded}, a multiple of 8", stacklevel=2)
     return rounded

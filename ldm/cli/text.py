@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from ldm import tasks
+import ldm.tasks as tasks
 from ldm.cli import settings
 from ldm.cli.making import Drawing, make
 from ldm.errors import ArgumentError, require_number
@@ -24,9 +24,8 @@ def hires(args: argparse.Namespace) -> None:
 def _drawn(args: argparse.Namespace, sampling: Sampling) -> Drawing:
     """Pictures from noise alone, which a refiner may finish."""
     if args.refine_from is not None and args.refine_strength is not None:
-        raise ArgumentError(
-            "--refine-strength: the refiner redraws the finished picture, or takes over at --refine-from; give one of them"
-        )
+        what = "the refiner redraws the finished picture, or takes over at --refine-from"
+        raise ArgumentError(f"--refine-strength: {what}; give one of them")
     if args.refine_from is not None:
         require_number("refine_from", args.refine_from, 0, 1)
     if args.refine_strength is not None:

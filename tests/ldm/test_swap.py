@@ -1,4 +1,4 @@
-"""Modules exchanged for the length of a block, in readable and compiled networks; test_optimize.py has a fast one."""
+"""Modules exchanged for the length of a block, in readable and compiled networks; test_choice.py has a fast one."""
 
 from __future__ import annotations
 

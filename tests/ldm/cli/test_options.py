@@ -217,7 +217,7 @@ def test_fast_code_and_weights_that_come_and_go_are_refused_together(here, ldm, 
 def test_offloading_hands_every_model_over(here, ldm, monkeypatch):
     """On the CPU there is nothing to hand over to: the device is pretended, and moving to it recorded."""
     asked = []
-    monkeypatch.setattr(models, "offload", lambda given, device: asked.append((len(given), device)))
+    monkeypatch.setattr("ldm.limits.offload.offload", lambda given, device: asked.append((len(given), device)))
     monkeypatch.setattr(making.models, "device_of", lambda name: torch.device("cuda"))
     monkeypatch.setattr(making.models, "check_size", lambda *args: None)
     assert ldm(f"txt2img 'a cat' {QUICK} --offload")[0] == 0
@@ -231,7 +231,7 @@ def test_text_towers_leave_the_gpu_where_its_memory_is_short(share, happens, mon
     gpu, model = torch.device("cuda"), build(tiny("sdxl-base"))
     free = int(share * sum(p.numel() * p.itemsize for p in model.parameters()))
     monkeypatch.setattr(models, "free_memory", lambda device: free)
-    monkeypatch.setattr(models, "offload", lambda given, device, networks: done.append(networks))
+    monkeypatch.setattr("ldm.limits.offload.offload", lambda given, device, networks: done.append(networks))
     monkeypatch.setattr(model, "to", done.append)
     if happens == "refused":
         with pytest.raises(MemoryLimit, match=r"GB of weights and .* GB free on the GPU; use --offload"):
@@ -254,7 +254,7 @@ def checker(here, monkeypatch) -> list[list[bool]]:
     said: list[list[bool]] = []
     save_file({"concept_embeds": torch.zeros(17, 4)}, "safety.safetensors")
     monkeypatch.setattr(weights, "load_safety", lambda path, device: said, raising=False)
-    monkeypatch.setattr(models, "flagged", lambda checker, pictures: checker.pop(0))
+    monkeypatch.setattr("ldm.networks.safety.flagged", lambda checker, pictures: checker.pop(0))
     return said
 
 

@@ -58,11 +58,6 @@ def optimize(model: LatentDiffusion) -> LatentDiffusion:
     return fast
 
 
-def pays(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether `optimize` has been measured to be faster there: float32 on a CPU, with a compiler."""
-    return device.type == "cpu" and dtype == torch.float32 and cpu.missing() is None
-
-
 # --- which operations -----------------------------------------------------------------------------------------------
 
 
