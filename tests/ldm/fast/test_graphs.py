@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from benchmarks.models.golden import TINY_UNETS, relative, tiny_unet
 from benchmarks.models.seeded import normal
 from ldm.fast import gpu, graphs, plain
+from ldm.fast.choice import shared
 from ldm.fast.graphs import GraphedUNet, Graphs
-from ldm.fast.optimize import shared
 from ldm.networks.unet import UNet
 
 # the same UNet in float64 but for the order of sums: some hundred layers, each with rounding errors of 1e-16 times its

@@ -17,8 +17,8 @@ from benchmarks.models.golden import fill, relative
 from benchmarks.models.seeded import normal
 from ldm.config import UNetConfig
 from ldm.fast import gpu, plain
+from ldm.fast.choice import shared
 from ldm.fast.networks import FastUNet
-from ldm.fast.optimize import shared
 from ldm.networks.unet import UNet
 from tests.made.kernels import DEVICE, INTERPRETED, few_groups, on_the_device
 

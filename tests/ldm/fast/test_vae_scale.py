@@ -11,8 +11,8 @@ from benchmarks.models.golden import fill, relative
 from benchmarks.models.seeded import normal
 from ldm.config import VAEConfig
 from ldm.fast import vae_scale
+from ldm.fast.choice import shared
 from ldm.fast.networks import FastDecoder, FastEncoder
-from ldm.fast.optimize import shared
 from ldm.networks.vae import VAE, Decoder, Encoder
 from tests.made.kernels import DEVICE, few_groups, on_the_device
 
