@@ -41,7 +41,7 @@ class _Outline(Tensors):
         return torch.empty(spec.shape, dtype=spec.dtype, device="meta")
 
 
-def lora_facts(file: Weights, config: ModelConfig | None = None) -> tuple[LoraFacts, tuple[str, ...], tuple[str, ...]]:
+def lora_facts(file: Tensors, config: ModelConfig | None = None) -> tuple[LoraFacts, tuple[str, ...], tuple[str, ...]]:
     """What a LoRA is, the names in it that belong to nothing, and what its family was decided by.
 
     config  the model that it is for; None: one of `kinds()`
@@ -153,7 +153,7 @@ def _crosses(change: Change, config: ModelConfig) -> bool:
 # --- embeddings -----------------------------------------------------------------------------------------------------
 
 
-def embedding_facts(file: Weights) -> EmbeddingFacts:
+def embedding_facts(file: Tensors) -> EmbeddingFacts:
     """What a textual inversion is. Raises FileError for vectors that no embedding has."""
     keys = vector_keys(file)
     towers: dict[str, int] = {}
@@ -174,7 +174,7 @@ def embedding_facts(file: Weights) -> EmbeddingFacts:
     return EmbeddingFacts(form, word, counts.pop(), towers)
 
 
-def _form(file: Weights, key: str) -> tuple[str, str | None]:
+def _form(file: Tensors, key: str) -> tuple[str, str | None]:
     """Who writes such files, and the word in it."""
     if key.startswith(PARAMETERS):
         return "A1111's web UI or the original trainer", key.removeprefix(PARAMETERS)
@@ -182,6 +182,6 @@ def _form(file: Weights, key: str) -> tuple[str, str | None]:
         return "SDXL, of kohya or ComfyUI", None
     if key == "emb_params":
         return "kohya", None
-    if key == "tensor" and file.kind != "safetensors":
+    if key == "tensor" and isinstance(file, Weights) and file.kind != "safetensors":
         return "a bare tensor", None
     return "diffusers", key
