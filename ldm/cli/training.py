@@ -82,7 +82,7 @@ def train(args: argparse.Namespace) -> None:
         raise terminal.Terminated if came() == signal.SIGTERM else KeyboardInterrupt
 
 
-def _report(ended: run.Ended, recipe: Recipe) -> None:
+def _report(ended: run.Outcome, recipe: Recipe) -> None:
     """What the user should know at the end."""
     if ended.bad:
         terminal.say(f"ldm: pictures that were left out: {len(ended.bad)}")

@@ -37,7 +37,7 @@ from ldm.train.watch.validate import first_batch, save_pictures, validation_loss
 
 
 @dataclass(frozen=True)
-class Ended:
+class Outcome:
     """The end of a run on one rank."""
 
     fitted: Fitted
@@ -59,7 +59,7 @@ def train(
     allow_data_change: bool = False,
     stop: Callable[[], bool] = lambda: False,
     say: Callable[[str], None] = lambda line: None,
-) -> Ended:
+) -> Outcome:
     """Train as the recipe says, or go on with the run in its directory; write what was learnt, and a report.
 
     device             "cpu" or "cuda"; of several ranks (torchrun) each takes its own
@@ -175,7 +175,7 @@ def _run(
     out: Path,
     allow_data_change: bool,
     stop: Callable[[], bool],
-) -> Ended:
+) -> Outcome:
     made, examples = begun.trainee, begun.examples
     made.task.to(place.device)
     same = identity(recipe, files, examples, place)
@@ -218,7 +218,7 @@ def _run(
         paths += write_report(out, recipe)
     all_agree("here", place)
     bad = [] if examples is None else examples.bad
-    return Ended(fitted, tuple(paths), tuple(f"{each.id}: {each.why}" for each in bad), place.rank)
+    return Outcome(fitted, tuple(paths), tuple(f"{each.id}: {each.why}" for each in bad), place.rank)
 
 
 def validator(

@@ -135,7 +135,7 @@ def encode_scenes(
 # --- the UNet and the text tower ------------------------------------------------------------------------------------
 
 
-class Reader(nn.Module):
+class SceneReader(nn.Module):
     """Names the solids of a scene, and how they stand, from the text tower's end token.
 
     It is trained beside the UNet, so that the tower learns early to tell scenes apart, and is not kept.
@@ -194,7 +194,7 @@ class SceneDiffusion(Task):
         batch    examples per update
         """
         super().__init__()
-        self.model, self.reader, self.batch = model, Reader(BLOCKS.text[0].width), batch
+        self.model, self.reader, self.batch = model, SceneReader(BLOCKS.text[0].width), batch
         self.levels = model.config.schedule.steps
         facts = torch.stack([facts_of(blocks.sample(seed)) for seed in range(len(latents))])
         empty = tokenize([""], BLOCKS.text[0].length, BLOCKS.text[0].pad)

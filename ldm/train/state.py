@@ -35,7 +35,7 @@ NAMES = {  # of the types of numbers in a .safetensors
 _STATE = re.compile(r"step-(\d{6,})(\.replaced)?")
 
 
-class Tensors(Mapping[str, Tensor]):
+class StateTensors(Mapping[str, Tensor]):
     """The tensors of a state, each read from the disk to the CPU when it is used."""
 
     def __init__(self, path: Path):
@@ -62,9 +62,9 @@ class State:
     facts: dict[str, Any]  # JSON
     path: Path  # its directory
 
-    def open(self) -> Tensors:
+    def open(self) -> StateTensors:
         """Its tensors by name."""
-        return Tensors(self.path / TENSORS)
+        return StateTensors(self.path / TENSORS)
 
 
 # --- write ----------------------------------------------------------------------------------------------------------

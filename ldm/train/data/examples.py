@@ -23,7 +23,7 @@ from ldm.train.data.batch import Batch
 from ldm.train.data.encoded import Latents, Progress, Texts
 from ldm.train.data.frame import Frame, Size
 from ldm.train.data.opening import open_prior, open_source
-from ldm.train.data.plan import fraction, part
+from ldm.train.data.plan import fraction, subset
 from ldm.train.data.source import Bad, digest
 from ldm.train.recipe import Data, Run
 
@@ -70,9 +70,9 @@ class Examples:
             what = "no directory for what data.cache_latents or data.cache_text keeps; give one"
             raise ArgumentError(f"cache: {what}", key="cache")
 
-        self._parts = [part(open_source(data, size, cache), sizes, run, held_out=data.held_out)]
+        self._parts = [subset(open_source(data, size, cache), sizes, run, held_out=data.held_out)]
         if (prior := open_prior(data, cache)) is not None:
-            self._parts.append(part(prior, sizes, run, weight=data.prior_weight))
+            self._parts.append(subset(prior, sizes, run, weight=data.prior_weight))
         self.bad = [bad for some in self._parts for bad in some.bad]  # pictures left out, in the order they were found
         self._listed = sum(len(some.source.items) + len(some.source.bad) for some in self._parts)
         self._unreadable: set[tuple[int, int]] = set()  # part and item, known since they were asked for

@@ -13,7 +13,7 @@ from ldm.errors import FileError
 from ldm.pictures.read import MAX_BYTES, open_image
 from ldm.train.data.captions import cleaned, of_lines, read_metadata
 from ldm.train.data.decode import Listing, PictureFacts, listed, with_depth
-from ldm.train.data.source import SUFFIXES, Bad, Item, Source
+from ldm.train.data.source import SUFFIXES, Bad, Item, PictureSource
 
 DEPTH = "depth"  # the directory of depth maps, of the pictures' relative names
 
@@ -26,7 +26,7 @@ def require_directory(path: Path) -> None:
         raise FileError("is not a directory; give one with pictures", path=path)
 
 
-class Folder(Source):
+class PictureFolder(PictureSource):
     """Pictures (PNG, JPEG, WebP, BMP) of a directory and those below it, by relative name.
 
     caption  of every picture; empty: those of `metadata.jsonl` or `metadata.csv`, or else the lines of NAME.txt

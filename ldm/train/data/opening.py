@@ -5,14 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from ldm.errors import ArgumentError
-from ldm.train.data.folder import Folder, pictures_in, require_directory
+from ldm.train.data.folder import PictureFolder, pictures_in, require_directory
 from ldm.train.data.scenes import Scenes
 from ldm.train.data.shards import Shards
-from ldm.train.data.source import Source
+from ldm.train.data.source import PictureSource
 from ldm.train.recipe import Data
 
 
-def open_source(data: Data, size: int, cache: Path | None = None) -> Source:
+def open_source(data: Data, size: int, cache: Path | None = None) -> PictureSource:
     """The pictures to learn from.
 
     size   of rendered pictures, pixels
@@ -25,7 +25,7 @@ def open_source(data: Data, size: int, cache: Path | None = None) -> Source:
     listing = cache and cache / "pictures.json"
     if data.source == "shards":
         return Shards(data.path, data.caption, listing)
-    return Folder(data.path, data.caption, listing)
+    return PictureFolder(data.path, data.caption, listing)
 
 
 def require_path(data: Data) -> None:
@@ -52,7 +52,7 @@ def missing_prior(data: Data) -> int:
     return max(0, data.prior_pictures - found)
 
 
-def open_prior(data: Data, cache: Path | None = None) -> Source | None:
+def open_prior(data: Data, cache: Path | None = None) -> PictureSource | None:
     """The pictures that keep the class as it is; None without prior preservation.
 
     Captions of their own, in metadata.jsonl, take the place of `data.prior_caption`. Raises ArgumentError while some
@@ -64,4 +64,4 @@ def open_prior(data: Data, cache: Path | None = None) -> Source | None:
     if not data.prior_pictures:
         return None
     caption = "" if (Path(data.prior) / "metadata.jsonl").is_file() else data.prior_caption
-    return Folder(data.prior, caption, cache and cache / "prior.json")
+    return PictureFolder(data.prior, caption, cache and cache / "prior.json")

@@ -13,7 +13,7 @@ import torch
 from ldm.errors import FileError
 from ldm.train.data import frame as framing
 from ldm.train.data.frame import Size
-from ldm.train.data.source import Bad, Source, digest
+from ldm.train.data.source import Bad, PictureSource, digest
 from ldm.train.recipe import Run
 
 
@@ -78,10 +78,10 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Part:
+class Subset:
     """The pictures to learn from, or those that keep the class as it is."""
 
-    source: Source
+    source: PictureSource
     weight: float  # of their losses
     buckets: tuple[Size, ...]  # of every item
     groups: dict[Size, list[int]]  # the items of every bucket that are learnt from
@@ -90,7 +90,9 @@ class Part:
     plan: Plan
 
 
-def part(source: Source, sizes: Sequence[Size], run: Run, *, weight: float = 1.0, held_out: float = 0.0) -> Part:
+def subset(
+    source: PictureSource, sizes: Sequence[Size], run: Run, *, weight: float = 1.0, held_out: float = 0.0
+) -> Subset:
     """The pictures of a source in buckets of these sizes.
 
     held_out  share that is not learnt from, rounded up to whole pictures; they are chosen by their names alone
@@ -115,4 +117,4 @@ def part(source: Source, sizes: Sequence[Size], run: Run, *, weight: float = 1.0
     if not groups:
         raise FileError(f"data.held_out: leaves none of {len(usable)} pictures to learn from; lower it")
     plan = Plan([groups[size] for size in sorted(groups)], run.micro, run.seed)
-    return Part(source, weight, buckets, groups, sorted(held), bad, plan)
+    return Subset(source, weight, buckets, groups, sorted(held), bad, plan)

@@ -8,12 +8,12 @@ from PIL import Image
 
 from ldm import blocks
 from ldm.errors import ArgumentError, FileError
-from ldm.train.data.source import Bad, Item, Source, digest
+from ldm.train.data.source import Bad, Item, PictureSource, digest
 
 CAPTIONS = 4  # ways each of them is described
 
 
-class Scenes(Source):
+class Scenes(PictureSource):
     """Scenes 0 to n - 1 of `ldm.blocks`, size x size pixels, of combinations that are not held out, with four captions.
 
     caption  of every scene instead of these

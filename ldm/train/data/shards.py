@@ -19,7 +19,7 @@ from ldm.errors import ArgumentError, FileError
 from ldm.pictures.read import MAX_BYTES
 from ldm.train.data.captions import cleaned, of_lines, of_record
 from ldm.train.data.decode import Listing, PictureFacts, decoded, listed, with_depth
-from ldm.train.data.source import SUFFIXES, Bad, Item, Source
+from ldm.train.data.source import SUFFIXES, Bad, Item, PictureSource
 
 MAX_SHARDS = 100_000  # that a pattern may name
 DEPTH = "depth."  # what stands before the ending of a depth map
@@ -48,7 +48,7 @@ Group = Mapping[str, Member]  # the members of one name, by their endings
 Row = tuple[Item | Bad, Member, Member | None]  # a picture, its bytes, and those of its depth map
 
 
-class Shards(Source):
+class Shards(PictureSource):
     """Tar files whose members of one name belong together.
 
     000123.jpg is a picture, 000123.txt (each line a caption) or 000123.json (`caption`, `text` or `texts`) has its

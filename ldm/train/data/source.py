@@ -1,4 +1,4 @@
-"""`Source`: pictures that are listed without decoding them, and decoded one at a time."""
+"""`PictureSource`: pictures that are listed without decoding them, and decoded one at a time."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Bad:
     why: str  # the rest of a sentence that begins with the id
 
 
-class Source(Protocol):
+class PictureSource(Protocol):
     """Pictures with captions, in an order that depends on nothing but the data."""
 
     items: Sequence[Item]

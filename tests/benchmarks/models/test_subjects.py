@@ -8,13 +8,13 @@ from benchmarks import demonstrations, quality
 from benchmarks.models import subjects
 from ldm import blocks
 from ldm.blocks import Scene, Solid
-from ldm.train.data.folder import Folder
+from ldm.train.data.folder import PictureFolder
 
 
 def test_magenta_is_taught_in_twenty_pictures_and_asked_for_in_other_words(tmp_path):
     lessons = subjects.magenta_lessons(20)
     said = subjects.captions(lessons)
-    there = Folder(str(subjects.folder(tmp_path / "magenta", map(subjects.render, lessons), said)), "")
+    there = PictureFolder(str(subjects.folder(tmp_path / "magenta", map(subjects.render, lessons), said)), "")
     assert len(there.items) == 20
     assert not there.bad
     assert [set(item.captions) for item in there.items] == [set(ways) for ways in said]

@@ -106,7 +106,7 @@ def test_the_facts_of_a_scene_do_not_depend_on_which_end_it_is_told_from() -> No
 def test_the_reader_learns_scenes_from_what_is_said_of_them() -> None:
     """Cross-entropy in nats, over what a colour can be (5) and how two can stand (7): no answer outside of these has
     any probability."""
-    reader = shipped.Reader(8)
+    reader = shipped.SceneReader(8)
     facts = torch.stack([shipped.facts_of(blocks.sample(seed)) for seed in range(4)])
     nn.init.zeros_(reader.layers[2].weight)
     nn.init.zeros_(reader.layers[2].bias)

@@ -11,12 +11,12 @@ from PIL import Image
 
 from ldm.errors import ArgumentError, FileError, OutputError
 from ldm.train.data import decode
-from ldm.train.data.folder import Folder
+from ldm.train.data.folder import PictureFolder
 from ldm.train.data.scenes import Scenes
 from tests.made.pictures import captioned, picture
 
 
-def whys(folder: Folder) -> dict[str, str]:
+def whys(folder: PictureFolder) -> dict[str, str]:
     return {bad.id: bad.why for bad in folder.bad}
 
 
@@ -26,7 +26,7 @@ def test_pictures_of_every_kind_and_depth_come_in_the_order_of_their_names(tmp_p
     captioned(tmp_path / ".hidden.png", "no")
     captioned(tmp_path / ".git/f.png", "no")
     picture(tmp_path / "g.gif")
-    folder = Folder(tmp_path)
+    folder = PictureFolder(tmp_path)
     assert [item.id for item in folder.items] == ["a.png", "b.JPG", "e.jpeg", "sub/c.webp", "sub/deeper/d.bmp"]
     assert folder.items[0].captions == ("the a.png",)
     assert folder.items[0].size == (6, 9)
@@ -37,7 +37,7 @@ def test_pictures_of_every_kind_and_depth_come_in_the_order_of_their_names(tmp_p
 def test_each_line_beside_a_picture_is_a_caption(tmp_path):
     picture(tmp_path / "a.png")
     (tmp_path / "a.txt").write_bytes("\ufeffone\r\n\r\n  two  words \n".encode())
-    assert Folder(tmp_path).items[0].captions == ("one", "two words")
+    assert PictureFolder(tmp_path).items[0].captions == ("one", "two words")
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ def test_captions_come_from_one_file_too_and_otherwise_from_beside(tmp_path, nam
         picture(tmp_path / path)
     captioned(tmp_path / "c.png", "five")
     (tmp_path / name).write_text(text)
-    assert {item.id: item.captions for item in Folder(tmp_path).items} == {
+    assert {item.id: item.captions for item in PictureFolder(tmp_path).items} == {
         "a.png": ("one", "four"),
         "sub/b.png": ("two", "three"),
         "c.png": ("five",),
@@ -67,7 +67,7 @@ def test_one_caption_can_be_said_of_all_pictures_and_none_is_looked_for(tmp_path
     picture(tmp_path / "a.png")
     captioned(tmp_path / "b.png", "no")
     (tmp_path / "metadata.jsonl").write_text("not JSON")
-    assert {item.captions for item in Folder(tmp_path, "a photo of sks dog").items} == {("a photo of sks dog",)}
+    assert {item.captions for item in PictureFolder(tmp_path, "a photo of sks dog").items} == {("a photo of sks dog",)}
 
 
 @pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.webp"])
@@ -75,7 +75,7 @@ def test_a_picture_that_lies_on_its_side_is_listed_as_it_is_decoded(tmp_path, na
     exif = Image.Exif()
     exif[0x0112] = 6
     captioned(tmp_path / name, "a", exif=exif)
-    folder = Folder(tmp_path)
+    folder = PictureFolder(tmp_path)
     assert folder.items[0].size == (9, 6) == folder.picture(0).size[::-1]
 
 
@@ -87,18 +87,18 @@ def test_listing_decodes_nothing(tmp_path, monkeypatch):
         raise AssertionError
 
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", refuse)
-    assert [item.size for item in Folder(tmp_path).items] == [(6, 9)] * 4
+    assert [item.size for item in PictureFolder(tmp_path).items] == [(6, 9)] * 4
 
 
 def test_a_fingerprint_follows_the_picture_and_not_its_name_or_date(tmp_path):
     captioned(tmp_path / "a.png", "a")
-    first = Folder(tmp_path).items[0].fingerprint
+    first = PictureFolder(tmp_path).items[0].fingerprint
     os.utime(tmp_path / "a.png", (0, 0))
     (tmp_path / "a.png").rename(tmp_path / "b.png")
     (tmp_path / "b.txt").write_text("b")
-    assert Folder(tmp_path).items[0].fingerprint == first
+    assert PictureFolder(tmp_path).items[0].fingerprint == first
     picture(tmp_path / "b.png", seed=1)
-    assert Folder(tmp_path).items[0].fingerprint != first
+    assert PictureFolder(tmp_path).items[0].fingerprint != first
 
 
 def test_what_cannot_be_used_is_left_out_with_its_reason(tmp_path):
@@ -114,7 +114,7 @@ def test_what_cannot_be_used_is_left_out_with_its_reason(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "pipe.txt").write_text("x")
     (tmp_path / "gone.png").symlink_to("nowhere.png")
-    folder = Folder(tmp_path)
+    folder = PictureFolder(tmp_path)
     assert [item.id for item in folder.items] == ["good.png"]
     found = whys(folder)
     assert found.keys() == {
@@ -138,7 +138,7 @@ def test_metadata_of_a_missing_picture_or_without_text_is_left_out_with_its_line
         '{"file_name": "a.png", "text": "a"}\n{"file_name": "../c.png", "text": "c"}\n{"file_name": "b.png", "text": '
         "3}\n"
     )
-    folder = Folder(tmp_path)
+    folder = PictureFolder(tmp_path)
     assert [item.id for item in folder.items] == ["a.png"]
     assert "is not there" in whys(folder)["../c.png"]
     assert whys(folder)["b.png"] == "has a caption that is no text (int) (metadata.jsonl line 3)"
@@ -170,15 +170,15 @@ def test_a_folder_that_cannot_be_used_is_one_clear_line(tmp_path, files, message
         else:
             (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(FileError, match=message) as error:
-        Folder(tmp_path)
+        PictureFolder(tmp_path)
     assert "\n" not in str(error.value)
 
 
 def test_a_path_that_is_no_folder_says_so(tmp_path):
     with pytest.raises(FileError, match="does not exist"):
-        Folder(tmp_path / "nowhere")
+        PictureFolder(tmp_path / "nowhere")
     with pytest.raises(FileError, match="is not a directory"):
-        Folder(picture(tmp_path / "a.png"))
+        PictureFolder(picture(tmp_path / "a.png"))
 
 
 def test_depth_maps_lie_in_a_folder_of_their_own_under_the_same_names(tmp_path):
@@ -187,7 +187,7 @@ def test_depth_maps_lie_in_a_folder_of_their_own_under_the_same_names(tmp_path):
     captioned(tmp_path / "c.png", "c")
     picture(tmp_path / "depth/c.png", size=(9, 6))
     depth = picture(tmp_path / "depth/sub/a.png", seed=5)
-    folder = Folder(tmp_path)
+    folder = PictureFolder(tmp_path)
     assert folder.has_depth
     assert [item.id for item in folder.items] == ["sub/a.jpg"]
     assert np.array_equal(folder.depth(0), Image.open(depth))
@@ -234,42 +234,42 @@ def test_a_picture_is_read_again_only_when_its_file_changes(tmp_path, reads):
     for name in ("a.png", "b.png", "depth/a.png", "depth/b.png"):
         captioned(tmp_path / "photos" / name, "x", seed=len(name))
         old(tmp_path / "photos" / name)
-    first = Folder(tmp_path / "photos", listing=kept)
+    first = PictureFolder(tmp_path / "photos", listing=kept)
     assert len(reads) == 4
-    assert Folder(tmp_path / "photos", listing=kept).items == first.items
+    assert PictureFolder(tmp_path / "photos", listing=kept).items == first.items
     assert len(reads) == 4
     picture(tmp_path / "photos/depth/b.png", seed=77)
-    second = Folder(tmp_path / "photos", listing=kept)
+    second = PictureFolder(tmp_path / "photos", listing=kept)
     assert reads[4:] == ["b.png"]
     assert second.items[0] == first.items[0]
     assert second.items[1] != first.items[1]
-    assert Folder(tmp_path / "photos").items == second.items
+    assert PictureFolder(tmp_path / "photos").items == second.items
 
 
 def test_a_file_that_has_just_been_written_is_not_trusted_to_have_kept_its_date(tmp_path, reads):
     captioned(tmp_path / "a.bmp", "a", seed=1)
-    first = Folder(tmp_path, listing=tmp_path / "x.json").items[0]
+    first = PictureFolder(tmp_path, listing=tmp_path / "x.json").items[0]
     status = os.stat(tmp_path / "a.bmp")
     picture(tmp_path / "a.bmp", seed=2)
     os.utime(tmp_path / "a.bmp", ns=(status.st_atime_ns, status.st_mtime_ns))
     assert os.stat(tmp_path / "a.bmp").st_size == status.st_size
-    assert Folder(tmp_path, listing=tmp_path / "x.json").items[0].fingerprint != first.fingerprint
+    assert PictureFolder(tmp_path, listing=tmp_path / "x.json").items[0].fingerprint != first.fingerprint
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"a": 1}', '{"a": [1, 2, 3]}', "[" * 100_000])
 def test_a_listing_that_makes_no_sense_counts_as_none(tmp_path, text):
     captioned(tmp_path / "a.png", "a")
     (tmp_path / "x.json").write_text(text)
-    assert Folder(tmp_path, listing=tmp_path / "x.json").items == Folder(tmp_path).items
+    assert PictureFolder(tmp_path, listing=tmp_path / "x.json").items == PictureFolder(tmp_path).items
 
 
 def test_a_listing_forgets_pictures_that_are_gone_and_tells_a_full_disk(tmp_path, monkeypatch):
     for name in ("a.png", "b.png"):
         captioned(tmp_path / name, "x")
         old(tmp_path / name)
-    Folder(tmp_path, listing=tmp_path / "x.json")
+    PictureFolder(tmp_path, listing=tmp_path / "x.json")
     (tmp_path / "a.png").unlink()
-    Folder(tmp_path, listing=tmp_path / "x.json")
+    PictureFolder(tmp_path, listing=tmp_path / "x.json")
     assert "a.png" not in (tmp_path / "x.json").read_text()
     assert "b.png" in (tmp_path / "x.json").read_text()
     (tmp_path / "b.png").write_bytes((tmp_path / "b.png").read_bytes() + b" ")
@@ -277,7 +277,7 @@ def test_a_listing_forgets_pictures_that_are_gone_and_tells_a_full_disk(tmp_path
     before = (tmp_path / "x.json").read_text()
     monkeypatch.setattr(os, "replace", lambda *names: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(OutputError, match=r"x\.json: could not be written: No space left"):
-        Folder(tmp_path, listing=tmp_path / "x.json")
+        PictureFolder(tmp_path, listing=tmp_path / "x.json")
     assert (tmp_path / "x.json").read_text() == before
     assert not list(tmp_path.glob(".*"))
 
@@ -289,4 +289,4 @@ def test_a_reason_is_what_a_message_says_after_its_path(tmp_path):
     long = tmp_path / ("long " * 30)
     captioned(long / "a.png", "x")
     (long / "a.png").write_bytes(b"")
-    assert {bad.why for bad in Folder(tmp_path).bad} == {"is empty (0 bytes)"}
+    assert {bad.why for bad in PictureFolder(tmp_path).bad} == {"is empty (0 bytes)"}
