@@ -160,11 +160,11 @@ def test_options_that_make_no_sense_are_refused_before_the_file_is_read(options:
 def test_what_is_there_is_not_overwritten_unless_asked(tmp_path: Path):
     source = some_lora(tmp_path / "a.safetensors")
     for to in ("kohya", "peft"):
-        there = tmp_path / to
-        (there.mkdir if to == "peft" else there.touch)()
+        taken = tmp_path / to
+        (taken.mkdir if to == "peft" else taken.touch)()
         with pytest.raises(OutputError, match="exists already"):
-            weights.convert_lora("nowhere.safetensors", there, to, TINY)
-        weights.convert_lora(source, there, to, TINY, overwrite=True)
+            weights.convert_lora("nowhere.safetensors", taken, to, TINY)
+        weights.convert_lora(source, taken, to, TINY, overwrite=True)
     with pytest.raises(OutputError, match="not a regular file"):
         weights.convert_lora("nowhere.safetensors", tmp_path / "peft", "kohya", TINY, overwrite=True)
     weights.resize_lora(

@@ -39,7 +39,7 @@ from weights.adapters import names as lora_names
 from weights.adapters.extract import CONVOLUTION, attention
 from weights.adapters.family import kinds
 from weights.adapters.kohya import kohya_names
-from weights.adapters.names import components as their_names
+from weights.adapters.names import components
 from weights.adapters.read import load_lora, read_lora
 
 # --- names ------------------------------------------------------------------------------------------------------------
@@ -90,10 +90,10 @@ def test_every_name_that_is_written_is_read_as_the_same_module(family: str):
     config = FAMILIES[family]
     table = lora_names.spellings(config)
     assert all(table[name] == module for module, name in kohya_names(config).items())
-    there = their_names(config)
-    assert all(table[f"{network}.{name}"] == module for module, (network, name) in there.items())
-    for network in {network for network, _ in there.values()}:  # or a pattern of peft's would be taken for two
-        ends = [name.removeprefix("text_model.").split(".") for of, name in there.values() if of == network]
+    named = components(config)
+    assert all(table[f"{network}.{name}"] == module for module, (network, name) in named.items())
+    for network in {network for network, _ in named.values()}:  # or a pattern of peft's would be taken for two
+        ends = [name.removeprefix("text_model.").split(".") for of, name in named.values() if of == network]
         ends = {tuple(name[i:]) for name in ends for i in range(1, len(name))} & {tuple(name) for name in ends}
         assert not ends
 
@@ -104,8 +104,8 @@ def test_alpha_keeps_its_value_whatever_the_type_of_the_factors(tmp_path: Path):
         "unet.conv_in.lora_A.weight": torch.ones(2, 4, 3, 3).half(),
         "unet.conv_in.lora_B.weight": torch.ones(32, 2, 1, 1).half(),
     }
-    said = json.dumps({"unet.r": 2, "unet.lora_alpha": 1 / 3})
-    source = save_safetensors(tensors, tmp_path / "a.safetensors", {"lora_adapter_metadata": said})
+    settings = json.dumps({"unet.r": 2, "unet.lora_alpha": 1 / 3})
+    source = save_safetensors(tensors, tmp_path / "a.safetensors", {"lora_adapter_metadata": settings})
     weights.convert_lora(source, tmp_path / "b.safetensors", "kohya", TINY)
     alpha = load_file(tmp_path / "b.safetensors")["lora_unet_conv_in.alpha"]
     assert alpha.dtype == torch.float64
@@ -115,8 +115,8 @@ def test_alpha_keeps_its_value_whatever_the_type_of_the_factors(tmp_path: Path):
 def test_a_lora_without_alpha_is_written_with_its_rank(tmp_path: Path):
     tensors = {f"{KEYS[Q]}.lora_down.weight": torch.ones(3, 32), f"{KEYS[Q]}.lora_up.weight": torch.ones(32, 3)}
     weights.convert_lora(save_safetensors(tensors, tmp_path / "a.safetensors"), tmp_path / "b", "peft", TINY)
-    said = json.loads((tmp_path / "b/unet/adapter_config.json").read_text())
-    assert (said["r"], said["lora_alpha"]) == (3, 3)
+    settings = json.loads((tmp_path / "b/unet/adapter_config.json").read_text())
+    assert (settings["r"], settings["lora_alpha"]) == (3, 3)
     assert read_lora(tmp_path / "b", TINY).changes[Q].alpha == 3
 
 
@@ -163,8 +163,8 @@ def test_every_kind_survives_in_kohyas_names(tmp_path: Path):
     source = save_safetensors(tensors, tmp_path / "a.safetensors")
     weights.convert_lora(source, tmp_path / "b.safetensors", "kohya", TINY)
     written = load_file(tmp_path / "b.safetensors")
-    said = {key: value for key, value in written.items() if key in tensors}
-    assert same_bits(said, tensors)
+    kept = {key: value for key, value in written.items() if key in tensors}
+    assert same_bits(kept, tensors)
     assert all(key.endswith(".alpha") for key in written.keys() - tensors.keys())  # alphas that were left to the rank
     weight = build(TINY).state_dict()
     one, two = load_lora(source, TINY), load_lora(tmp_path / "b.safetensors", TINY)
