@@ -20,9 +20,6 @@ FREE = "free space, or choose another directory"
 OTHER_NAME = "choose another name or {overwrite=True}"
 
 
-# --- files ----------------------------------------------------------------------------------------------------------
-
-
 @contextlib.contextmanager
 def replacing(path: str | PathLike[str], overwrite: bool) -> Iterator[int]:
     """A descriptor of a temporary file that becomes `path` if the block ends well and is removed if it does not.
@@ -84,9 +81,6 @@ def _takes(temporary: Path, path: Path) -> bool:
     return True
 
 
-# --- directories ----------------------------------------------------------------------------------------------------
-
-
 @contextlib.contextmanager
 def replacing_directory(path: str | PathLike[str], overwrite: bool) -> Iterator[Path]:
     """A new temporary directory that becomes `path` if the block ends well and is removed if it does not.
@@ -112,9 +106,6 @@ def replacing_directory(path: str | PathLike[str], overwrite: bool) -> Iterator[
             else:
                 shutil.rmtree(old, ignore_errors=True)
         sync_directory(path.parent)
-
-
-# --- before writing -------------------------------------------------------------------------------------------------
 
 
 def require_writable(path: str | PathLike[str], overwrite: bool, *, directory: bool = False) -> None:
@@ -145,9 +136,6 @@ def require_space(path: str | PathLike[str], size: int, remedy: str = "choose an
     if free < size:
         what = f"it needs {size / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB free; {remedy}"
         raise OutputError(f"cannot be written: {what}", path=path)
-
-
-# --- what these are made of -----------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager

@@ -19,9 +19,6 @@ class ImageWarning(UserWarning):
     """Something about a picture was left out."""
 
 
-# --- tensors --------------------------------------------------------------------------------------------------------
-
-
 def to_pil(images: Tensor) -> list[Image.Image]:
     """[b, 3, H, W] in [-1, 1] -> RGB pictures; what lies outside is clipped, and levels are rounded to the nearest.
 
@@ -75,9 +72,6 @@ def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
             what = f"a colour profile that does not suit its {image.mode} picture was left out"
             warnings.warn(what, ImageWarning, stacklevel=4)
     return image.convert("RGB")
-
-
-# --- sizes ----------------------------------------------------------------------------------------------------------
 
 
 def nearest_multiple(pixels: float, unit: int = 8) -> int:

@@ -46,8 +46,5 @@ def new_token(model: LatentDiffusion, word: str, like: str, vectors: int = 1) ->
 
 
 def as_embedding(word: str, parameters: Mapping[str, Tensor]) -> Embedding:
-    """The word as an embedding for prompts: for the values of these parameters whenever it is read, with gradients.
-
-    Raises ArgumentError for a word without letters.
-    """
+    """The word for prompts, with its parameters' values when it is read, and gradients. Raises ArgumentError."""
     return Embedding(word, {vectors.shape[1]: vectors for vectors in parameters.values()})

@@ -33,10 +33,7 @@ class LowRank:
 
 @dataclass(frozen=True, eq=False)
 class Hadamard:
-    """LoHa (Hyeon-Woo et al. 2022, proposition 2): (w1_a @ w1_b) * (w2_a @ w2_b).
-
-    With t1 and t2 each product is a Tucker one (proposition 3).
-    """
+    """LoHa (Hyeon-Woo et al. 2022, prop. 2): (w1_a @ w1_b) * (w2_a @ w2_b), with t1 and t2 Tucker products."""
 
     w1_a: Tensor  # [out, r]; with t1 [r, out]
     w1_b: Tensor  # [r, in * k * k]; with t1 [r, in]
@@ -49,10 +46,7 @@ class Hadamard:
 
 @dataclass(frozen=True, eq=False)
 class Kronecker:
-    """LoKr (LyCORIS, Yeh et al. 2023): kron(w1, w2), each whole or a pair of factors.
-
-    Only a pair has a rank, so without one alpha has no effect.
-    """
+    """LoKr (LyCORIS, Yeh et al. 2023): kron(w1, w2), each whole or a pair of factors, without which alpha is unused."""
 
     w1: Tensor | tuple[Tensor, Tensor]  # [a, b], or [a, r] and [r, b]
     # [out/a, in/b(, k, k)], or [out/a, r] and [r, in/b * k * k]; with t2 [r, out/a] and [r, in/b]
@@ -138,10 +132,8 @@ def require_fit(change: Change, shape: Shape) -> None:
     if isinstance(change, Decomposed):
         require_fit(change.inner, shape)
         if len(shape) < 2 or tuple(change.magnitude.shape) not in ((1, shape[1]), (shape[0], 1)):
-            given = list(change.magnitude.shape)
-            raise ArgumentError(
-                f"its magnitudes are {given}, the weight is {list(shape)}: they need one per input or per output"
-            )
+            what = f"its magnitudes are {list(change.magnitude.shape)}, the weight is {list(shape)}"
+            raise ArgumentError(f"{what}: they need one per input or per output")
         return
     made = _made(change, shape)
     if rank(change) == 0:

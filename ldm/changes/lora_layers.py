@@ -61,10 +61,7 @@ class Spec:
 
 
 class Factors(nn.Module):
-    """A layer's low-rank change: up @ down times alpha / r beside its weight (Hu et al. 2021, section 4.1), float32.
-
-    No state dict holds them.
-    """
+    """A layer's change: up @ down times alpha / r (Hu et al. 2021, section 4.1), float32. No state dict holds them."""
 
     def __init__(self, change: LowRank):
         super().__init__()
@@ -93,8 +90,7 @@ class Factors(nn.Module):
 class DecomposedFactors(Factors):
     """DoRA (Liu et al. 2024, eq. 5): the changed rows, scaled to magnitudes that learn too; a row of zeros stays zero.
 
-    The lengths that they are divided by are constants to the gradient (section 4.3). One magnitude per output, as in
-    PEFT.
+    The lengths that they are divided by are constants to the gradient (section 4.3). One magnitude per output, as PEFT.
     """
 
     def __init__(self, change: LowRank, magnitude: Tensor):
@@ -231,10 +227,7 @@ def load_into(model: LatentDiffusion, changes: Changes) -> dict[str, nn.Paramete
 
 
 def detach(model: LatentDiffusion) -> None:
-    """Take the factors out: every layer is again of the class it was, with the parameters it had.
-
-    Raises ArgumentError for a model without factors.
-    """
+    """Take the factors out: layers are as they were. Raises ArgumentError for a model without factors."""
     for layer in _require_adapted(model).values():
         del layer.lora
         _become(layer, PLAIN)

@@ -149,9 +149,6 @@ def _cut(chunks: list[Sequence[_Unit]], limit: int) -> list[Sequence[_Unit]]:
     return chunks[:limit]
 
 
-# --- towers ---------------------------------------------------------------------------------------------------------
-
-
 def encode_text(
     towers: Modules[CLIPText], prompts: Sequence[str], clip_skip: int = 1, *,
     weighting: bool = False, chunks: int | None = None, embeddings: Sequence[Embedding] = (),
@@ -167,9 +164,9 @@ def encode_text(
                 with a TruncationWarning. Prompts that meet in one batch, the negative too, need the same number: see
                 `chunks_needed`. Shorter prompts go on with empty pieces
     embeddings  each stands, where its name is written, for as many tokens as it has vectors
-    The pooled embedding is that of the first piece, without weights. A piece does not end inside an embedding, and ends
-    after a comma if there is one among its last 20 tokens. Raises ArgumentError for a layer that a tower does not have,
-    an embedding that was made for towers of other widths, or text that `encode` refuses.
+    The pooled embedding is that of the first piece, without weights. A piece ends after a comma if there is one among
+    its last 20 tokens, and never inside an embedding. Raises ArgumentError for a layer that a tower does not have, an
+    embedding that was made for towers of other widths, or text that `encode` refuses.
     """
     for tower in towers:
         layers = tower.config.layers - tower.config.skip

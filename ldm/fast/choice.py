@@ -58,9 +58,6 @@ def optimize(model: LatentDiffusion) -> LatentDiffusion:
     return fast
 
 
-# --- which operations -----------------------------------------------------------------------------------------------
-
-
 def _chosen(device: torch.device, dtype: torch.dtype) -> tuple[ModuleType, ModuleType, type[FastUNet]]:
     """The operations of the UNet, those of the VAE, and the UNet's class."""
     if device.type == "cuda" and gpu.available(device):
@@ -98,9 +95,6 @@ def keep_freed() -> bool:
         return False
     kept = mallopt(mmap_threshold, most) or mallopt(mmap_threshold, least)  # some versions refuse more
     return bool(mallopt(trim_threshold, most)) and bool(kept)
-
-
-# --- around the same parameters -------------------------------------------------------------------------------------
 
 
 def shared(network: M, classes: Classes, inside: bool = False) -> M:

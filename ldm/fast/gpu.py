@@ -43,9 +43,6 @@ def lay_out(network: nn.Module) -> None:
             module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
 
 
-# --- norms, convolutions, products ----------------------------------------------------------------------------------
-
-
 def norm(x: Tensor, norm: nn.GroupNorm, silu: bool = False, unit: float = 1.0) -> Tensor:
     """As `plain.norm`; with a unit, x and the result are so many times their values."""
     return kernels().group_norm(x, norm.weight, norm.bias, norm.num_groups, norm.eps, silu=silu, unit=unit)
@@ -99,8 +96,6 @@ def _measured() -> Iterator[None]:
     finally:
         cudnn.benchmark = before
 
-
-# --- attention ------------------------------------------------------------------------------------------------------
 
 BACKENDS: dict[SDPBackend, Callable[[cuda.SDPAParams], bool]] = {
     SDPBackend.CUDNN_ATTENTION: cuda.can_use_cudnn_attention,

@@ -84,7 +84,7 @@ class Graphs:
         keys_values: KeysValues,
         y: Tensor | None,
     ) -> Tensor:
-        """`predict(x, t, keys_values, y)`: of some shapes, the first call is made, the second captured, others replayed."""
+        """`predict(x, t, keys_values, y)`: of given shapes, one call is made, the second captured, others replayed."""
         parameters = list(parameters)
         if not self.read(parameters):
             self.kept.clear()

@@ -64,15 +64,9 @@ def _at(row: tensor, col: tensor, c: tensor) -> tensor:
 
 @triton.jit(do_not_specialize=["n", "length"])
 def _moments(
-    x: tensor,
-    mean: tensor,
-    squares: tensor,
-    n: tensor,
-    c: tensor,
-    length: tensor,
-    ROWS: tl.constexpr,
+    x: tensor, mean: tensor, squares: tensor, n: tensor, c: tensor, length: tensor, ROWS: tl.constexpr,
     COLS: tl.constexpr,
-) -> None:
+) -> None:  # fmt: skip
     """Mean and sum of squared deviations of each channel over positions part * length and following.
 
     Sums are of differences from the mean of the first tile, so squares lose little to cancellation: with T tiles, that
@@ -101,20 +95,9 @@ def _moments(
 
 @triton.jit(do_not_specialize=["n", "c", "width", "parts", "length"])
 def _fold(
-    mean: tensor,
-    squares: tensor,
-    weight: tensor,
-    bias: tensor,
-    factor: tensor,
-    summand: tensor,
-    n: tensor,
-    c: tensor,
-    width: tensor,
-    parts: tensor,
-    length: tensor,
-    eps: tl.constexpr,
-    CHUNK: tl.constexpr,
-) -> None:
+    mean: tensor, squares: tensor, weight: tensor, bias: tensor, factor: tensor, summand: tensor, n: tensor,
+    c: tensor, width: tensor, parts: tensor, length: tensor, eps: tl.constexpr, CHUNK: tl.constexpr,
+) -> None:  # fmt: skip
     """The norm of a group of `width` channels as factor and summand of each, from the moments of its channels' parts.
 
     Chan, Golub & LeVeque 1983, eq. 2.1 for many parts: deviations within parts, and of their means from the whole mean.
@@ -147,17 +130,9 @@ def _fold(
 
 @triton.jit(do_not_specialize=["n"])
 def _affine(
-    x: tensor,
-    factor: tensor,
-    summand: tensor,
-    y: tensor,
-    n: tensor,
-    c: tensor,
-    unit: tensor,
-    SILU: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-) -> None:
+    x: tensor, factor: tensor, summand: tensor, y: tensor, n: tensor, c: tensor, unit: tensor, SILU: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr,
+) -> None:  # fmt: skip
     """unit * silu(factor x + summand), or without SiLU."""
     picture = tl.program_id(2).to(tl.int64)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -190,16 +165,9 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
 
 @triton.jit(do_not_specialize=["n"])
 def _layer_norm(
-    x: tensor,
-    weight: tensor,
-    bias: tensor,
-    y: tensor,
-    n: tensor,
-    c: tensor,
-    eps: tl.constexpr,
-    ROWS: tl.constexpr,
+    x: tensor, weight: tensor, bias: tensor, y: tensor, n: tensor, c: tensor, eps: tl.constexpr, ROWS: tl.constexpr,
     COLS: tl.constexpr,
-) -> None:
+) -> None:  # fmt: skip
     """Whole rows, in registers."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     col = tl.arange(0, COLS)
@@ -256,15 +224,9 @@ def plus(x: Tensor, bias: Tensor, add: Tensor) -> Tensor:
 
 @triton.jit(do_not_specialize=["n"])
 def _plus(
-    x: tensor,
-    bias: tensor,
-    add: tensor,
-    n: tensor,
-    c: tensor,
-    SAME: tl.constexpr,
-    ROWS: tl.constexpr,
+    x: tensor, bias: tensor, add: tensor, n: tensor, c: tensor, SAME: tl.constexpr, ROWS: tl.constexpr,
     COLS: tl.constexpr,
-) -> None:
+) -> None:  # fmt: skip
     """SAME: `add` is the same for every position."""
     picture = tl.program_id(2).to(tl.int64)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)

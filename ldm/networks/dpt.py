@@ -19,10 +19,7 @@ MULTIPLE = 32  # of height and width: the coarsest map has H/32 x W/32 cells
 
 
 def pad_same(x: Tensor, kernel: int, stride: int) -> Tensor:
-    """Zeros such that a window gives size / stride cells, an odd one on the right and at the bottom.
-
-    Sizes are multiples of the stride.
-    """
+    """Zeros with which windows give size / stride cells, an odd one right and below. The stride divides the size."""
     whole = max(kernel - stride, 0)
     return F.pad(x, (whole // 2, whole - whole // 2) * 2)
 
@@ -155,10 +152,7 @@ class VisionTransformer(nn.Module):
         self.norm = nn.LayerNorm(config.width, eps=1e-6)
 
     def embed(self, coarse: Tensor) -> Tensor:
-        """The ResNet's last map [b, c, h, w] -> tokens [b, 1 + h w, width], the first for the whole picture.
-
-        The position embedding is stretched to h x w.
-        """
+        """The ResNet's last map [b, c, h, w] -> tokens [b, 1 + h w, width], the first for the whole picture."""
         x = rearrange(self.patch_embed.proj(coarse), "b c h w -> b (h w) c")
         places = rearrange(self.pos_embed[:, 1:], "b (h w) c -> b c h w", h=self.side)
         places = rearrange(F.interpolate(places, coarse.shape[2:], mode="bilinear"), "b c h w -> b (h w) c")
@@ -179,10 +173,7 @@ class Readout(nn.Module):
 
 
 class Reassemble(nn.ModuleDict):
-    """Tokens [b, 1 + h w, width] -> a map of h x w cells, or half that.
-
-    Its names are places in the original's list, which held reshapes too.
-    """
+    """Tokens [b, 1 + h w, width] -> h x w cells, or half that. Named by places in the original's list."""
 
     def __init__(self, width: int, halve: bool):
         super().__init__({"0": Readout(width), "3": nn.Conv2d(width, width, 1)})
@@ -249,11 +240,6 @@ def double(x: Tensor) -> Tensor:
 class Scratch(nn.Module):
     """Four maps, finest first -> [b, 1, H, W], not negative. This part was trained from scratch, hence its name."""
 
-    refinenet1: Fusion
-    refinenet2: Fusion
-    refinenet3: Fusion
-    refinenet4: Fusion
-
     def __init__(self, config: DepthConfig):
         super().__init__()
         for i, channels in enumerate((4 * config.stem, 8 * config.stem, config.width, config.width), start=1):
@@ -266,19 +252,17 @@ class Scratch(nn.Module):
         )  # fmt: skip
 
     def forward(self, maps: list[Tensor]) -> Tensor:
-        first, second, third, fourth = (getattr(self, f"layer{i}_rn")(x) for i, x in enumerate(maps, start=1))
-        x = self.refinenet4(fourth)
-        x = self.refinenet3(x, third)
-        x = self.refinenet2(x, second)
-        return self.output_conv(self.refinenet1(x, first))
+        *finer, x = (getattr(self, f"layer{i}_rn")(x) for i, x in enumerate(maps, start=1))
+        for i in (4, 3, 2, 1):
+            x = getattr(self, f"refinenet{i}")(x, finer[i - 1] if i < 4 else None)
+        return self.output_conv(x)
 
 
 class DPT(nn.Module):
     """DPT-hybrid (Ranftl et al. 2021, section 3), with the names of MiDaS.
 
-    The published depth-to-image file has the same under `depth_model.model.`. That file may also hold
-    `pretrained.model.head.{weight,bias}`, the classifier of the transformer's pretraining; it is not built, because
-    nothing reads it and folders lack it.
+    The published depth-to-image file has them under `depth_model.model.`, and perhaps `pretrained.model.head.*`, the
+    classifier of the transformer's pretraining; it is not built, because nothing reads it and folders lack it.
     """
 
     def __init__(self, config: DepthConfig):
@@ -293,10 +277,8 @@ class DPT(nn.Module):
         Raises ArgumentError unless H and W are multiples of 32.
         """
         if x.shape[2] % MULTIPLE or x.shape[3] % MULTIPLE or 0 in x.shape:
-            size = f"{x.shape[3]}x{x.shape[2]}"
-            raise ArgumentError(
-                f"a picture of {size} for the depth network: both must be multiples of {MULTIPLE}; see depth_input"
-            )
+            what = f"a picture of {x.shape[3]}x{x.shape[2]} for the depth network"
+            raise ArgumentError(f"{what}: both must be multiples of {MULTIPLE}; see depth_input")
         return self.scratch(self.pretrained(x)).squeeze(1)
 
 
@@ -332,10 +314,7 @@ def normalised_depth(depth: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def depth_map(model: DPT, image: Tensor, size: tuple[int, int]) -> Tensor:
-    """Pictures [b, 3, H, W] in [-1, 1] -> what sd2-depth concatenates to its latent: [b, 1, h, w] in [-1, 1].
-
-    size  (h, w) in latent cells
-    """
+    """Pictures [b, 3, H, W] in [-1, 1] -> sd2-depth's input [b, 1, h, w] in [-1, 1] for latents of `size` (h, w)."""
     weight = model.pretrained.model.cls_token
     x = depth_input(image, model.config.image).to(weight.device, weight.dtype)
     return normalised_depth(model(x)[:, None], size)

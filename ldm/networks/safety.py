@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from ldm.config import VisionConfig
 from ldm.errors import ArgumentError
+from ldm.images import to_pil
 from ldm.networks.vision import VisionModel, normalised
 
 CONCEPTS, SPECIAL_CARE = 17, 3  # what the concepts are was not published, only their embeddings
@@ -19,10 +20,7 @@ CARE = 0.01  # taken off every concept's threshold where a special-care concept 
 
 
 class SafetyChecker(nn.Module):
-    """CLIP's vision tower, and embeddings of concepts with the similarity from which each counts.
-
-    Parameter names are those of the published file.
-    """
+    """CLIP's vision tower, and embeddings of concepts with thresholds of similarity, by the published file's names."""
 
     def __init__(self, config: VisionConfig):
         super().__init__()
@@ -37,9 +35,8 @@ class SafetyChecker(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
         """[b, 3, s, s] as `safety_pixels` gives it -> flags [b], true where a picture is too near to a concept.
 
-        Nearness is the cosine between embeddings. By how much it passes the concept's threshold is rounded to three
-        decimals first, so that less than 0.0005 does not count.
-        Original: `safety_checker.py` of CompVis/stable-diffusion-safety-checker.
+        Nearness is the cosine between embeddings; its excess over the concept's threshold is rounded to three decimals,
+        so that less than 0.0005 does not count. Original: CompVis/stable-diffusion-safety-checker, `safety_checker.py`.
         """
         near = F.normalize(self.visual_projection(self.vision_model["vision_model"](pixels)))
         special = self._beyond(near, self.special_care_embeds, self.special_care_embeds_weights).round(decimals=3)
@@ -59,13 +56,10 @@ def safety_pixels(pictures: Sequence[Image.Image] | Tensor, size: int = 224) -> 
     pictures  of any mode and sizes; or [b, 3, H, W] in [-1, 1], which is rounded to 256 levels as when saved
     The shorter side becomes `size` (bicubic, antialiased, rounded to 256 levels), and the middle of the longer one is
     kept, as by transformers' CLIPImageProcessor, with which the checker was published.
-    Raises ArgumentError for no pictures, or another shape.
+    Raises ArgumentError for no pictures, or another shape, and NonFinite.
     """
     if isinstance(pictures, Tensor):
-        if pictures.ndim != 4 or pictures.shape[1] != 3:
-            raise ArgumentError(f"pictures are tensors [b, 3, H, W]; this one is {list(pictures.shape)}")
-        levels = ((pictures.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-        pictures = [Image.fromarray(picture) for picture in levels.permute(0, 2, 3, 1).numpy()]
+        pictures = to_pil(pictures)
     if not pictures:
         raise ArgumentError("no pictures to check: give at least one")
     squares = np.stack([np.asarray(_middle(picture.convert("RGB"), size)) for picture in pictures])

@@ -160,10 +160,7 @@ class VAE(nn.Module):
         return self.quant_conv(self.encoder(image))
 
     def encode(self, image: Tensor, noise: Tensor | None = None) -> Tensor:
-        """[b, 3, H, W] in [-1, 1] -> scaled latent [b, z, h, w]: the mean, or a sample where `noise` is given.
-
-        noise  N(0, 1), of the latent's shape
-        """
+        """[b, 3, H, W] in [-1, 1] -> scaled latent [b, z, h, w]: the mean, or a sample with noise, N(0, 1)."""
         return self.latent(self.moments(image), noise)
 
     def latent(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:

@@ -73,12 +73,10 @@ def normalised(image: Tensor) -> Tensor:
 def preprocess(image: Tensor, how: str = "original", size: int = 224) -> Tensor:
     """[b, 3, H, W] in [-1, 1] -> the input of the tower of image variations: [b, 3, size, size] float32, normalised.
 
-    how  "original": as it was trained, by kornia's bicubic `resize` with align_corners=True and antialias=False.
-         Without antialias that hands its arguments to torch's `interpolate`, so this is the same call
-         "card": as the model card asks, by torchvision's bicubic `Resize` without antialias, which is `interpolate`
-         with align_corners=False
-    Nothing is cropped: a picture that is not square is squeezed. Raises ArgumentError for a `how` that is not in
-    PREPROCESSORS, or another shape.
+    how  "original": as it was trained, by kornia's bicubic `resize` with align_corners=True and antialias=False, which
+         is torch's `interpolate`; "card": as the model card asks, by torchvision's bicubic `Resize` without antialias,
+         which is `interpolate` with align_corners=False
+    Nothing is cropped: a picture that is not square is squeezed. Raises ArgumentError for another `how` or shape.
     Original: FrozenCLIPImageEmbedder of justinpinkney/stable-diffusion.
     """
     if how not in PREPROCESSORS:
