@@ -15,8 +15,10 @@ CHUNK = (
 )  # numbers converted to float64 at once: ten such pieces are 80 MB, and a processor may keep some in its cache
 GLANCE = 4096  # numbers that are rounded first, since most tensors that differ differ there
 SHORT = (torch.float16, torch.bfloat16)  # what weights are rounded to
-SINGULAR_NOISE = 2.0  # times the largest singular value that rounding has on average: no random matrix of these sizes comes near twice that
-SINGULAR_SHARE = 1e-3  # of the largest singular value: what a product of factors in float16 (2**-11 a number) leaves above its rank is below
+# Times the largest singular value that rounding has on average: no random matrix of these sizes comes near twice that.
+SINGULAR_NOISE = 2.0
+# Of the largest singular value: a product of factors in float16 (2**-11 a number) leaves less than this above its rank.
+SINGULAR_SHARE = 1e-3
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -58,7 +60,7 @@ def ratio(distance: float, norm: float) -> float:
 
 
 def nearness(a: Tensor, b: Tensor) -> Nearness:
-    """Compare two tensors of one shape. Numbers that are not floating-point ones are compared exactly, of whatever types they are."""
+    """Compare two tensors of one shape. Integers are compared exactly, of whatever types they are."""
     a, b = a.reshape(-1), b.reshape(-1)
     relation, rounding = _relation(a, b)
     square = apart = largest = 0.0
@@ -88,7 +90,7 @@ def same_numbers(a: Tensor, b: Tensor) -> bool:
 
 
 def products(vectors: Sequence[Tensor]) -> list[float]:
-    """For A, B, C of one shape: |B - A|^2, (B - A)(C - A), |C - A|^2 and |A|^2, in float64: what least squares needs."""
+    """What least squares needs of A, B, C of one shape: |B - A|^2, (B - A)(C - A), |C - A|^2 and |A|^2, in float64."""
     sums = [0.0] * 4
     for a, b, c in _pieces(*(vector.reshape(-1) for vector in vectors)):
         b, c = b.sub_(a), c.sub_(a)
@@ -100,17 +102,18 @@ def products(vectors: Sequence[Tensor]) -> list[float]:
 def rounding_error(norm: float, *dtypes: torch.dtype) -> float:
     """Norm that rounding to these types leaves, on average, on numbers of this norm.
 
-    The error of one number is uniform within half a unit of the last place, so its root mean square is that unit / sqrt(12), and a unit is
-    at most eps times the number.
+    The error of one number is uniform within half a unit of the last place, so its root mean square is that unit /
+    sqrt(12), and a unit is at most eps times the number.
     """
     eps = math.hypot(*(torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point))
     return eps * norm / math.sqrt(12)
 
 
 def rank(a: Tensor, b: Tensor) -> int:
-    """The numerical rank of B - A as a matrix [out, in * kernel]: how many singular values stand out from what rounding makes.
+    """The numerical rank of B - A as a matrix [out, in * kernel]: the singular values that rounding does not explain.
 
-    A random m x n matrix whose numbers have the root mean square s has singular values up to s (sqrt(m) + sqrt(n)) (Bai and Yin 1993).
+    A random m x n matrix whose numbers have the root mean square s has singular values up to s (sqrt(m) + sqrt(n)) (Bai
+    and Yin 1993).
     """
     difference = b.double().sub_(a.double()).flatten(1)
     m, n = difference.shape
@@ -135,10 +138,9 @@ def _relation(a: Tensor, b: Tensor) -> tuple[Relation, Rounding | None]:
         return _rounded_within(a, b) if a.is_floating_point() else ("different", None)
     if not (a.is_floating_point() and b.is_floating_point()):
         same = all(x.equal(y) for x, y in _pieces(a, b))
-        whole = "b" if not b.is_floating_point() else "a"
-        return (
-            ("rounded", Rounding(_name((b if whole == "b" else a).dtype), whole, True)) if same else ("different", None)
-        )
+        whole: Literal["a", "b"] = "a" if b.is_floating_point() else "b"
+        dtype = (a if whole == "a" else b).dtype
+        return ("rounded", Rounding(_name(dtype), whole, True)) if same else ("different", None)
     by: Literal["a", "b"] = "a" if _eps(a.dtype) > _eps(b.dtype) else "b"
     narrow, wide = (a, b) if by == "a" else (b, a)
     rounding = Rounding(_name(narrow.dtype), by, lossless=all(x.equal(y) for x, y in _pieces(a, b)))
@@ -147,10 +149,7 @@ def _relation(a: Tensor, b: Tensor) -> tuple[Relation, Rounding | None]:
     if {a.dtype, b.dtype} == set(SHORT) and all(
         bool(((x - y).abs() <= (_unit(x, a.dtype) + _unit(y, b.dtype)) / 2).all()) for x, y in _pieces(a, b)
     ):
-        return (
-            "rounded",
-            rounding,
-        )  # both from numbers wider than either, each off by at most half a unit of its last place
+        return "rounded", rounding  # both of wider numbers, each off by at most half a unit of its last place
     return "different", None
 
 
@@ -158,14 +157,20 @@ def _rounded_within(a: Tensor, b: Tensor) -> tuple[Relation, Rounding | None]:
     """Is one the other after a journey through a narrower type?"""
     for dtype in SHORT:
         if _eps(dtype) > _eps(a.dtype):
-            for by, (wide, narrow) in (("b", (a, b)), ("a", (b, a))):
-                if all(_bits(wide[:n].to(dtype).to(a.dtype)).equal(_bits(narrow[:n])) for n in (GLANCE, len(a))):
-                    return "rounded", Rounding(_name(dtype), by, lossless=False)
+            if _becomes(a, b, dtype):
+                return "rounded", Rounding(_name(dtype), "b", lossless=False)
+            if _becomes(b, a, dtype):
+                return "rounded", Rounding(_name(dtype), "a", lossless=False)
     return "different", None
 
 
+def _becomes(wide: Tensor, narrow: Tensor, dtype: torch.dtype) -> bool:
+    """Does rounding to this type make one tensor the other? The first numbers say no most of the time."""
+    return all(_bits(wide[:n].to(dtype).to(wide.dtype)).equal(_bits(narrow[:n])) for n in (GLANCE, len(wide)))
+
+
 def _unit(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """At least the unit of the last place that these numbers have in a type; below its normal numbers units stop shrinking."""
+    """At least the unit of the last place of these numbers in a type; below its normal numbers units stop shrinking."""
     return x.abs() * _eps(dtype) + torch.finfo(dtype).smallest_normal * _eps(dtype)
 
 

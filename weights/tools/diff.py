@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from os import PathLike
@@ -101,11 +101,14 @@ class Difference:
 
     @property
     def same(self) -> bool:
-        """Does B hold A's tensors, bit by bit, in whatever container and layout, but for leftovers that nothing reads?"""
+        """Does B hold A's tensors bit by bit, in any container and layout, except leftovers that nothing reads?"""
         return self.verdict.kind in SAME
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON. Infinite numbers are None there; `different` are flat: name, component, shape, a, b, largest, relative."""
+        """Plain values for JSON.
+
+        Infinite numbers are None there; `different` are flat: name, component, shape, a, b, largest, relative.
+        """
         flat = [
             {
                 "name": one.name,
@@ -128,12 +131,13 @@ def diff(
     """Compare two files of weights, or diffusers folders, tensor by tensor, and judge what B is to A.
 
     third    a file C: weights w of B = (1 - w) A + w C are estimated for each network
-    quick    compare names, shapes and types of all, but the numbers of few tensors of each component, which `Difference.quick` names
+    quick    compare names, shapes and types of all, but the numbers of few tensors of each component, which
+             `Difference.quick` names
     config   a ModelConfig or a family's name, for the structure of models that lack tensors
     on_read  is told after each tensor
-    Models, and VAEs and UNets alone, are compared by our parameters, so that layouts do not matter; everything else by the files' own
-    keys. All numbers are read, one tensor of each file at a time, and compared in float64. Files of different kinds are a result.
-    Raises FileError for files that cannot be read, ArgumentError for an unknown config.
+    Models, and VAEs and UNets alone, are compared by our parameters, so that layouts do not matter; everything else by
+    the files' own keys. All numbers are read, one tensor of each file at a time, and compared in float64. Files of
+    different kinds are a result. Raises FileError for files that cannot be read, ArgumentError for an unknown config.
     """
     if isinstance(config, str):
         require_family(config)
@@ -141,12 +145,12 @@ def diff(
         raise ArgumentError("config is neither a ModelConfig nor the name of a family", key="config")
     with ExitStack() as stack:
         files = [stack.enter_context(open_any(path)) for path in (a, b, third) if path is not None]
-        named = [by_parameters(file, config) for file in files]
-        ours = all(named)
-        sides = [
-            side if ours and side else replace(by_keys(file), **({"title": side.title} if side else {}))
-            for file, side in zip(files, named, strict=True)
-        ]
+        known = [by_parameters(file, config) for file in files]
+        sides = [side for side in known if side is not None]
+        if len(sides) < len(files):  # one has no network of a known make: all are compared by their own keys
+            sides = [
+                by_keys(file, None if side is None else side.title) for file, side in zip(files, known, strict=True)
+            ]
         found = _diff(sides, quick, on_read)
         for file in files:
             file.require_unchanged()
@@ -160,40 +164,46 @@ def _diff(sides: list[Side], quick: bool, on_read: OnRead | None) -> Difference:
     reshaped = {name: a.entries[name] for name in both if a.entries[name].shape != b.entries[name].shape}
     chosen = [*_quick(a, shared)] if quick else shared
     between = [name for name in chosen if rest and _between(sides, name)]
-    tell = _teller(sides, chosen, between, on_read)
+    reading = _Reading(sides, on_read)
+    reading.total = sum(reading.size(name, 2) for name in chosen) + sum(reading.size(name, 3) for name in between)
 
     compared = []
     for name in chosen:
         entry, other = a.entries[name], b.entries[name]
-        compared.append(
-            Compared(
-                name,
-                entry.component,
-                entry.shape,
-                (_name(entry.dtype), _name(other.dtype)),
-                nearness(a.read(name), b.read(name)),
-            )
-        )
-        tell(name, 2)
-    facts = Facts(
-        a, b, Counter(a.entries[name].component for name in shared), compared,
-        ({name: entry for name, entry in a.entries.items() if name not in b.entries}, {name: entry for name, entry in b.entries.items() if name not in a.entries}),
-        reshaped,
-    )  # fmt: skip
-    facts = replace(
-        facts, averaged=_averaged(facts), ranks=tuple(_ranks(facts)), weights=tuple(_weights(sides, between, tell))
-    )
-    different = sorted(
-        (one for one in compared if one.near.relation == "different"), key=lambda one: (-one.near.relative, one.name)
-    )
+        types = _name(entry.dtype), _name(other.dtype)
+        near = nearness(a.read(name), b.read(name))
+        compared.append(Compared(name, entry.component, entry.shape, types, near))
+        reading.tell(name, 2)
+    only_a = {name: entry for name, entry in a.entries.items() if name not in b.entries}
+    only_b = {name: entry for name, entry in b.entries.items() if name not in a.entries}
+    counts = Counter(a.entries[name].component for name in shared)
+    facts = Facts(a, b, counts, compared, (only_a, only_b), reshaped)
+    weights = tuple(_weights(sides, between, reading))
+    ranks = tuple(_ranks(facts))
+    facts = replace(facts, averaged=_averaged(facts), ranks=ranks, weights=weights)
+    different = [one for one in compared if one.near.relation == "different"]
+    types_of = {name: (a.entries[name].dtype, b.entries[name].dtype) for name in both}
     return Difference(
-        judge(facts), _input(a), _input(b), "parameters" if a.ours else "keys", tuple(_components(facts)),
-        *({entry.place.key: entry.reason for entry in only.values()} for only in facts.only),
-        tuple(Reshaped(name, entry.shape, b.entries[name].shape) for name, entry in reshaped.items()),
-        dict(Counter(_types(_name(a.entries[name].dtype), _name(b.entries[name].dtype)) for name in both if a.entries[name].dtype != b.entries[name].dtype)),
-        {one.name: "both" if not any(one.near.finite) else "b" if one.near.finite[0] else "a" for one in compared if not all(one.near.finite)},
-        tuple(different), facts.ranks, facts.weights, tuple(chosen) if quick else None,
-    )  # fmt: skip
+        verdict=judge(facts),
+        a=_input(a),
+        b=_input(b),
+        names="parameters" if a.ours else "keys",
+        components=tuple(_components(facts)),
+        only_a={entry.place.key: entry.reason for entry in only_a.values()},
+        only_b={entry.place.key: entry.reason for entry in only_b.values()},
+        reshaped=tuple(Reshaped(name, entry.shape, b.entries[name].shape) for name, entry in reshaped.items()),
+        retyped=dict(Counter(_types(_name(one), _name(other)) for one, other in types_of.values() if one != other)),
+        not_finite={one.name: _whose(one.near.finite) for one in compared if not all(one.near.finite)},
+        different=tuple(sorted(different, key=lambda one: (-one.near.relative, one.name))),
+        ranks=ranks,
+        weights=weights,
+        quick=tuple(chosen) if quick else None,
+    )
+
+
+def _whose(finite: tuple[bool, bool]) -> str:
+    """Whose numbers are not all finite."""
+    return "both" if not any(finite) else "b" if finite[0] else "a"
 
 
 # --- what is read ---------------------------------------------------------------------------------------------------
@@ -225,38 +235,39 @@ def _between(sides: list[Side], name: str) -> bool:
     )
 
 
-def _teller(
-    sides: list[Side], chosen: list[str], between: list[str], on_read: OnRead | None
-) -> Callable[[str, int], None]:
-    """What tells `on_read` that a tensor was read from the first n files."""
+class _Reading:
+    """How much was read of all that will be, for `on_read`."""
 
-    def size(name: str, n: int) -> int:
-        return sum(side.entries[name].dtype.itemsize * math.prod(side.entries[name].shape) for side in sides[:n])
+    def __init__(self, sides: Sequence[Side], on_read: OnRead | None):
+        self.sides, self.on_read, self.done, self.total = sides, on_read, 0, 0
 
-    total, done = sum(size(name, 2) for name in chosen) + sum(size(name, 3) for name in between), 0
+    def size(self, name: str, n: int) -> int:
+        """The bytes of a tensor in the first n files."""
+        entries = [side.entries[name] for side in self.sides[:n]]
+        return sum(entry.dtype.itemsize * math.prod(entry.shape) for entry in entries)
 
-    def tell(name: str, n: int) -> None:
-        nonlocal done
-        done += size(name, n)
-        if on_read is not None:
-            on_read(Read(name, done, total))
-
-    return tell
+    def tell(self, name: str, n: int) -> None:
+        """A tensor was read from the first n files."""
+        self.done += self.size(name, n)
+        if self.on_read is not None:
+            self.on_read(Read(name, self.done, self.total))
 
 
 # --- what is found out ----------------------------------------------------------------------------------------------
 
 
 def _averaged(facts: Facts) -> Literal["a", "b"] | None:
-    """Whose moving average the other's UNet is; asked only of those that have one, and until a tensor says no."""
+    """Whose moving average the other's UNet is; looked for only in those that have one, until a tensor is another."""
     moved = [one.name for one in facts.moved if one.component == "unet"]
-    there = [one.name for one in facts.compared if one.component == "unet"]
-    for whose, side, other in (("a", facts.a, facts.b), ("b", facts.b, facts.a)):
-        if moved and all(f"ema.{name}" in side.entries for name in moved):
-            averages = (name for name in (*moved, *there) if f"ema.{name}" in side.entries)
-            if all(same_numbers(side.read(f"ema.{name}"), other.read(name)) for name in dict.fromkeys(averages)):
-                return whose
-    return None
+    compared = [one.name for one in facts.compared if one.component == "unet"]
+
+    def averages(side: Side, other: Side) -> bool:
+        if not moved or any(f"ema.{name}" not in side.entries for name in moved):
+            return False
+        names = dict.fromkeys(name for name in (*moved, *compared) if f"ema.{name}" in side.entries)
+        return all(same_numbers(side.read(f"ema.{name}"), other.read(name)) for name in names)
+
+    return "a" if averages(facts.a, facts.b) else "b" if averages(facts.b, facts.a) else None
 
 
 def _ranks(facts: Facts) -> Iterator[Rank]:
@@ -267,18 +278,14 @@ def _ranks(facts: Facts) -> Iterator[Rank]:
     matrices = [one for one in moved if all(one.near.finite) and math.prod(one.shape[2:]) == 1]
     kernels = [one for one in moved if all(one.near.finite) and math.prod(one.shape[2:]) > 1]
     for group, count in ((matrices, RANKED_MATRICES), (kernels, RANKED_KERNELS)):
-        small = [one for one in group if math.prod(one.shape) <= LARGEST_RANKED] or sorted(
-            group, key=lambda one: math.prod(one.shape)
-        )[:1]
+        by_size = sorted(group, key=lambda one: math.prod(one.shape))
+        small = [one for one in group if math.prod(one.shape) <= LARGEST_RANKED] or by_size[:1]
         for one in spread(small, count):
-            yield Rank(
-                one.name,
-                rank(facts.a.read(one.name), facts.b.read(one.name)),
-                min(one.shape[0], math.prod(one.shape[1:])),
-            )
+            found = rank(facts.a.read(one.name), facts.b.read(one.name))
+            yield Rank(one.name, found, min(one.shape[0], math.prod(one.shape[1:])))
 
 
-def _weights(sides: list[Side], between: list[str], tell: Callable[[str, int], None]) -> Iterator[Weight]:
+def _weights(sides: list[Side], between: list[str], reading: _Reading) -> Iterator[Weight]:
     """Least squares for B - A = w (C - A), component by component."""
     sums: dict[str, list[float]] = {}
     for name in between:
@@ -288,7 +295,7 @@ def _weights(sides: list[Side], between: list[str], tell: Callable[[str, int], N
         total = sums.setdefault(sides[0].entries[name].component, [0.0] * 4)
         for i, value in enumerate((apart, along, across, error)):
             total[i] += value
-        tell(name, 3)
+        reading.tell(name, 3)
     for component, (apart, along, across, error) in sums.items():
         weight = along / across if across else None
         left = math.sqrt(max(apart - along * (weight or 0.0), 0.0))

@@ -1,4 +1,4 @@
-"""What names, shapes and a few single numbers say of a file: which networks are in it, what is missing, what is amiss."""
+"""What names, shapes and single numbers say of a file: which networks are in it, what is missing, what is amiss."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ import torch
 from ldm.config import ModelConfig, TextConfig, UNetConfig, VAEConfig
 from ldm.errors import AmbiguousCheckpoint, FileError
 from weights.checkpoint import Parameters, network_of
-from weights.files.folders import Folder
-from weights.files.opened import Weights
+from weights.files.opened import Tensors
 from weights.files.source import Spec
 from weights.names.layout import WHAT, Layout
 from weights.names.layout import reason as ignored_for
@@ -21,8 +20,10 @@ from weights.tools.facts import AverageFacts, Component, Damage, PredictionFacts
 
 TOWERS = {768: "CLIP-L", 1024: "OpenCLIP-H", 1280: "OpenCLIP-bigG"}  # text towers by width
 TITLES = {
-    "unet": "UNet", "vae": "VAE", "vision": "image encoder", "depth": "depth network", "safety": "safety checker", "controlnet": "ControlNet",
-    "lora": "factors", "embedding": "vectors", "ema": "moving average", "schedule": "noise schedule", "leftovers": "read by nothing", "unknown": "unknown",
+    "unet": "UNet", "vae": "VAE", "vision": "image encoder", "depth": "depth network", "safety": "safety checker",
+    "controlnet": "ControlNet",
+    "lora": "factors", "embedding": "vectors", "ema": "moving average", "schedule": "noise schedule",
+    "leftovers": "read by nothing", "unknown": "unknown",
 }  # fmt: skip
 ORDER = (
     "unet",
@@ -73,7 +74,7 @@ def components(
     ignored: Iterable[tuple[str, str]],
     titles: Mapping[str, str] | None = None,
 ) -> tuple[Component, ...]:
-    """The tensors in groups: each belongs to the component of the longest prefix, else to what is ignored for a reason, else it is unknown."""
+    """The tensors in groups: each has the component of its longest prefix, or is ignored for a reason, or unknown."""
     longest = sorted(prefixes, key=len, reverse=True)
     groups: dict[str, list[str]] = {}
     for key in specs:
@@ -100,7 +101,7 @@ def _component(name: str, title: str, specs: Mapping[str, Spec]) -> Component:
 
 
 def same_names(unet: UNetConfig | None, vae: VAEConfig | None, config: ModelConfig) -> bool:
-    """Have networks of these sizes, None where there is none, the names of the config's? Widths may differ, the number of layers not."""
+    """Have networks of these sizes the names of the config's? Widths may differ, the number of layers not."""
     theirs, ours = unet, config.unet
     layers = theirs is None or (theirs.num_res_blocks, theirs.down_depth, theirs.up_depth, theirs.mid_depth) == (
         ours.num_res_blocks,
@@ -191,7 +192,7 @@ def average(keys: Iterable[str], expected: Iterable[str]) -> AverageFacts:
 
 
 def prediction(
-    file: Weights | Folder, config: ModelConfig, layout: Layout, explicit: str | None
+    file: Tensors, config: ModelConfig, layout: Layout, explicit: str | None
 ) -> tuple[PredictionFacts, ModelConfig, str | None]:
     """What is predicted and who says so, the config with it, and why it cannot be loaded, if so.
 
@@ -220,15 +221,14 @@ def prediction(
     if explicit is not None:
         evidence.insert(0, f"{explicit}: {finding.config.prediction}")
     elif not evidence:
-        evidence.append(
-            f"all published models of family {config.name} predict {finding.config.prediction}; this file says nothing else"
-        )
+        usual = f"all published models of family {config.name} predict {finding.config.prediction}"
+        evidence.append(f"{usual}; this file says nothing else")
     if finding.config.schedule.zero_snr:
         evidence.append("trained with zero terminal SNR: its last timestep is pure noise")
     return PredictionFacts(finding.config.prediction, tuple(evidence), None), finding.config, None
 
 
-def _claims(file: Weights | Folder) -> list[str]:
+def _claims(file: Tensors) -> list[str]:
     """Who says what, or what somebody says that this version does not understand."""
     try:
         return [f"{who}: {what}" for who, what in claims_of(file.specs, file.metadata, file.error).items()]
@@ -239,8 +239,8 @@ def _claims(file: Weights | Folder) -> list[str]:
 # --- damage, training -----------------------------------------------------------------------------------------------
 
 
-def damages(file: Weights | Folder) -> tuple[Damage, ...]:
-    """Buffers that are not as published, and names that lack a part. NaN is not looked for: that would read everything."""
+def damages(file: Tensors) -> tuple[Damage, ...]:
+    """Buffers that are not as published, and names that lack a part; NaN would take reading everything."""
     found = [Damage(key, fault) for key in file if POSITION_IDS.fullmatch(key) and (fault := _ids_fault(file, key))]
     half = [
         key
@@ -270,7 +270,7 @@ def damages(file: Weights | Folder) -> tuple[Damage, ...]:
     return tuple(found)
 
 
-def _ids_fault(file: Weights | Folder, key: str) -> str | None:
+def _ids_fault(file: Tensors, key: str) -> str | None:
     """What is wrong with the position_ids of a tower: 0, 1, 2, ... as integers."""
     spec = file.specs[key]
     if len(spec.shape) != 2 or spec.shape[0] != 1 or not 0 < spec.numel <= MAX_IDS:
@@ -282,7 +282,7 @@ def _ids_fault(file: Weights | Folder, key: str) -> str | None:
     return " and ".join(faults) or None
 
 
-def training(file: Weights | Folder, metadata: Mapping[str, str]) -> TrainingFacts | None:
+def training(file: Tensors, metadata: Mapping[str, str]) -> TrainingFacts | None:
     """How long was trained: what a trainer noted, or how often a moving average was updated."""
     for step, epoch in (("global_step", "epoch"), ("ss_steps", "ss_epoch"), ("step", "epoch")):
         if (steps := _whole(metadata.get(step))) is not None:

@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 from weights.names.instead import What
 
+Container = Literal["safetensors", "torch zip", "torch stream"]
+
 
 @dataclass(frozen=True)
 class TensorFacts:
@@ -24,7 +26,7 @@ class FileFacts:
     """A file on the disk: all there is, or one of a folder's."""
 
     name: str  # of a folder's: its path in the folder
-    container: Literal["safetensors", "torch zip", "torch stream"]
+    container: Container
     bytes: int
     published: tuple[str, ...]  # published files with exactly these bytes; empty also where sha256 is None
     same_size: tuple[str, ...]  # published files of this length, any of which it may be
@@ -110,17 +112,18 @@ class TrainingFacts:
 
 @dataclass(frozen=True)
 class Report:
-    """What a file or folder is. `to_json` gives the names below as they are, tuples as lists; parts that do not apply are null.
+    """What a file or folder is. `to_json` has the names below, tuples as lists, and null for what does not apply.
 
     path          as it was given
     kind          safetensors, torch zip, torch stream or diffusers folder
     sharded       true for a component in several files
     variant       fp16 for files such as model.fp16.safetensors; "" for ordinary ones
     files         FileFacts: name, container, bytes, published, same_size, a1111_old, a1111_new, sha256
-    what          model, unet, vae, text tower, safety checker, lora, embedding, controlnet, transformer (SD 3, Flux, ...) or other
+    what          model, unet, vae, text tower, safety checker, lora, embedding, controlnet, transformer (SD 3, Flux,
+                  ...) or other
     title         the same for people
-    family        of a model or UNet: a name in ldm.config.FAMILIES or weights.detect.REFUSED; of others null
-    loadable      whether `weights.load` (of a LoRA, VAE, ...: its own function) would take it, as far as names and shapes tell
+    family        of a model or UNet: a name in ldm.config.FAMILIES or weights.names.family.REFUSED; of others null
+    loadable      whether `weights.load`, or the function for a LoRA, VAE, ..., would take it, by names and shapes
     problem       why not, in a line; or what has to be said first
     evidence      how it was decided what this is
     prediction    PredictionFacts: value, evidence, conflict
@@ -138,7 +141,7 @@ class Report:
     """
 
     path: str
-    kind: Literal["safetensors", "torch zip", "torch stream", "diffusers folder"]
+    kind: Container | Literal["diffusers folder"]
     sharded: bool
     variant: str
     files: tuple[FileFacts, ...]
@@ -167,6 +170,9 @@ class Report:
         return sum(file.bytes for file in self.files)
 
     def to_json(self, tensors: Iterable[TensorFacts] = ()) -> str:
-        """One line of JSON in ASCII, with `bytes` and, of the tensors, those given. Names stay what they are; new ones may be added."""
+        """One line of JSON in ASCII, with `bytes` and, of the tensors, those given.
+
+        Names stay; new ones may be added.
+        """
         fields: dict[str, Any] = asdict(replace(self, tensors=tuple(tensors)))
         return json.dumps({"path": fields.pop("path"), "bytes": self.bytes, **fields}, allow_nan=False)

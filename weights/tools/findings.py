@@ -1,4 +1,4 @@
-"""Names, shapes and a few numbers -> what a file or folder is: a model, a part of one, or something that goes with one."""
+"""Names, shapes and a few numbers -> what a file or folder is: a model, a part of one, or what goes with one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ldm.networks.safety import SafetyChecker
 from weights.alone import SAFETY
 from weights.checkpoint import Parameters, vae_alone
 from weights.files.folders import Folder, add_component
-from weights.files.opened import Weights
+from weights.files.opened import Tensors, Weights
 from weights.files.source import Spec
 from weights.folder.read import describe
 from weights.names.blank import shapes as shapes_of
@@ -83,9 +83,7 @@ class Findings:
 # --- models ---------------------------------------------------------------------------------------------------------
 
 
-def describe_contents(
-    file: Weights | Folder, config: ModelConfig | str | None, stack: contextlib.ExitStack
-) -> Findings:
+def describe_contents(file: Tensors, config: ModelConfig | str | None, stack: contextlib.ExitStack) -> Findings:
     """What an open file or folder is; what has to be opened beside it is closed with `stack`."""
     shapes = {key: file.shape(key) for key in file}
     if isinstance(file, Folder) and "unet/conv_in.weight" in shapes:
@@ -95,7 +93,7 @@ def describe_contents(
     return _part(file, shapes, FAMILIES[config] if isinstance(config, str) else config)
 
 
-def _single(file: Weights | Folder, shapes: Shapes, config: ModelConfig | str | None) -> Findings:
+def _single(file: Tensors, shapes: Shapes, config: ModelConfig | str | None) -> Findings:
     """A model in one file."""
     layout = original(shapes)
     there = shown(shapes, layout)
@@ -110,7 +108,7 @@ def _single(file: Weights | Folder, shapes: Shapes, config: ModelConfig | str | 
         explicit = "the config given"
     elif CONFIG_KEY in file.metadata:
         explicit = f"{CONFIG_KEY} in its metadata"
-    evidence = () if there.unet is None else (f"{sizes_of(there.unet)} -> {name}",)
+    evidence: tuple[str, ...] = () if there.unet is None else (f"{sizes_of(there.unet)} -> {name}",)
     if known is not None and explicit is not None:
         evidence += (f"{explicit}: {known.name}",)
     groups = components(file.specs, owners(layout), layout.ignored, tower_titles(there.text))
@@ -138,10 +136,9 @@ def _folder(folder: Folder, shapes: Shapes, config: ModelConfig | str | None, st
         part.theirs: part.ours.rstrip(".") for part in layout.parts if part.ours.startswith("text.")
     }
     groups = components({**folder.specs, **_safety_checker(folder, stack)}, prefixes, FOLDER, tower_titles(there.text))
-    evidence = () if there.unet is None else (f"{sizes_of(there.unet)} -> {name}",)
-    evidence += (
-        ("its config.json files describe the tensors beside them",) if known is not None and config is None else ()
-    )
+    evidence: tuple[str, ...] = () if there.unet is None else (f"{sizes_of(there.unet)} -> {name}",)
+    if known is not None and config is None:
+        evidence += ("its config.json files describe the tensors beside them",)
     explicit = None if config is None else "the config given"
     return _model(folder, layout, name, known, None, refused, explicit, evidence, groups)
 
@@ -157,7 +154,7 @@ def _safety_checker(folder: Folder, stack: contextlib.ExitStack) -> Mapping[str,
 
 
 def _model(
-    file: Weights | Folder,
+    file: Tensors,
     layout: Layout,
     name: str,
     known: ModelConfig | None,
@@ -167,7 +164,10 @@ def _model(
     evidence: tuple[str, ...],
     groups: tuple[Component, ...],
 ) -> Findings:
-    """What a model and a lone UNet have in common. Where it is not `known`, its names are compared with those that it is `like`."""
+    """What a model and a lone UNet have in common.
+
+    One that is not `known` is compared by names with what it is `like`.
+    """
     what: What = "unet" if {group.name for group in groups} <= {"unet", "leftovers", "schedule"} else "model"
     predicted, trouble = None, None
     found = Account((), (), (), None if layout.averaged is None else average(file.specs, ()), None)
@@ -196,35 +196,34 @@ def _model(
 # --- everything else ------------------------------------------------------------------------------------------------
 
 
-def _part(file: Weights | Folder, shapes: Shapes, config: ModelConfig | None) -> Findings:
+def _part(file: Tensors, shapes: Shapes, config: ModelConfig | None) -> Findings:
     kind = kind_of(shapes)
     what = "other" if kind is None else kind.what
-    if what == "lora":
+    if isinstance(file, Weights) and what == "lora":
         return _lora(file, config)
-    teller = {"embedding": _embedding, "vae": _vae, "safety checker": _safety, "unet": _unet, "text tower": _text}.get(
-        what
-    )
-    return teller(file, shapes) if teller else _other(what, file, shapes)
+    if isinstance(file, Weights) and what == "embedding":
+        return _embedding(file, shapes)
+    networks = {"vae": _vae, "safety checker": _safety, "unet": _unet, "text tower": _text}
+    return networks[what](file, shapes) if what in networks else _other(what, file, shapes)
 
 
-def _lora(file: Weights | Folder, config: ModelConfig | None) -> Findings:
+def _lora(file: Weights, config: ModelConfig | None) -> Findings:
     groups = components(file.specs, {"": "lora"}, ())
     try:
         facts, unknown, evidence = lora_facts(file, config)
     except FileError as error:
         return Findings("lora", "damaged LoRA", groups, (), problem=error.what)
-    title = "/".join(facts.kinds) + (
-        f" for {' or '.join(facts.families)}" if facts.families else " for no known family"
-    )
-    problem = (
-        None
-        if facts.families
-        else f"{'no model of this project' if config is None else f'a model of family {config.name}'} has {'the' if config is None else 'none of the'} modules that it changes"
-    )
+    title = f"{'/'.join(facts.kinds)} for {' or '.join(facts.families) or 'no known family'}"
+    problem = None
+    if not facts.families:
+        having = (
+            "no model of this project has the" if config is None else f"a model of family {config.name} has none of the"
+        )
+        problem = f"{having} modules that it changes"
     return Findings("lora", title, groups, evidence, None, problem, unknown_keys=unknown, lora=facts)
 
 
-def _embedding(file: Weights | Folder, shapes: Shapes) -> Findings:
+def _embedding(file: Weights, shapes: Shapes) -> Findings:
     groups = components(file.specs, {"": "embedding"}, ())
     try:
         facts = embedding_facts(file)
@@ -236,7 +235,7 @@ def _embedding(file: Weights | Folder, shapes: Shapes) -> Findings:
     )
 
 
-def _vae(file: Weights | Folder, shapes: Shapes) -> Findings:
+def _vae(file: Tensors, shapes: Shapes) -> Findings:
     groups = components(
         file.specs,
         {
@@ -272,7 +271,7 @@ def _vae(file: Weights | Folder, shapes: Shapes) -> Findings:
     )
 
 
-def _safety(file: Weights | Folder, shapes: Shapes) -> Findings:
+def _safety(file: Tensors, shapes: Shapes) -> Findings:
     network = functools.partial(shapes_of, SafetyChecker, VisionConfig())
     found = account(Parameters(file=file, layout=SAFETY, network=network))
     return Findings(
@@ -289,7 +288,7 @@ def _safety(file: Weights | Folder, shapes: Shapes) -> Findings:
     )
 
 
-def _unet(file: Weights | Folder, shapes: Shapes) -> Findings:
+def _unet(file: Tensors, shapes: Shapes) -> Findings:
     prefix = "diffusion_model." if "diffusion_model.input_blocks.0.0.weight" in shapes else ""
     unet = read_diffusers_unet(shapes, "") if "conv_in.weight" in shapes else read_unet(shapes, prefix)
     name = family(unet, False, shapes)
@@ -304,7 +303,7 @@ def _unet(file: Weights | Folder, shapes: Shapes) -> Findings:
     )
 
 
-def _text(file: Weights | Folder, shapes: Shapes) -> Findings:
+def _text(file: Tensors, shapes: Shapes) -> Findings:
     key = next(key for key in shapes if "text_model.encoder.layers.0." in key)
     prefix = key[: key.index("text_model.encoder.layers.0.")]
     tower = read_text(
@@ -326,7 +325,7 @@ def _text(file: Weights | Folder, shapes: Shapes) -> Findings:
     )
 
 
-def _other(what: What, file: Weights | Folder, shapes: Shapes) -> Findings:
+def _other(what: What, file: Tensors, shapes: Shapes) -> Findings:
     title = {"controlnet": "ControlNet", "transformer": "Flux or SD 3 transformer"}.get(what, "something else")
     name = {"controlnet": "controlnet"}.get(what, "unknown")
     return Findings(what, title, components(file.specs, {"": name}, ()), (), None, instead(shapes))

@@ -16,10 +16,10 @@ from weights.files.opened import Weights, is_folder, open_file
 from weights.models import embedded
 from weights.names.family import require_family
 from weights.tools.evidence import damages, training, typed
-from weights.tools.facts import FileFacts, Report, TensorFacts
+from weights.tools.facts import Container, FileFacts, Report, TensorFacts
 from weights.tools.findings import describe_contents
 
-CONTAINERS = {"safetensors": "safetensors", "zip": "torch zip", "stream": "torch stream"}
+CONTAINERS: dict[str, Container] = {"safetensors": "safetensors", "zip": "torch zip", "stream": "torch stream"}
 
 
 def inspect(
@@ -29,10 +29,12 @@ def inspect(
     config: ModelConfig | str | None = None,
     on_hash: Callable[[Hashed], None] | None = None,
 ) -> Report:
-    """What a file or folder of weights is, how that shows, and what is amiss. Reads the header, and a few small tensors that are evidence.
+    """What a file or folder of weights is, how that shows, and what is amiss. Reads headers, and a few small tensors.
 
-    path     .safetensors, .ckpt, .pt, .bin, a diffusers folder or the folder of one component; None: the model that ships with the package
-    hash     read everything for the SHA-256 too, which tells whether these are the bytes of a published file; `on_hash` is told how far it is
+    path     .safetensors, .ckpt, .pt, .bin, a diffusers folder or the folder of one component; None: the model that
+             ships with the package
+    hash     read everything for the SHA-256 too, which tells whether these are the bytes of a published file
+    on_hash  is called with the progress of that
     config   a ModelConfig or a family's name that overrules what the file shows, as in `weights.load`
     Raises FileError for what cannot be read; what can be read and not loaded is a report, with `problem`.
     """

@@ -18,7 +18,7 @@ from ldm.networks.vae import VAE
 from ldm.networks.vision import CLIPVision
 from weights.checkpoint import Parameters, network_of, read
 from weights.files.folders import Folder
-from weights.files.opened import Weights
+from weights.files.opened import Tensors, Weights
 from weights.names import blank
 from weights.names import original as names
 from weights.names.detect import Shown, shown, unread
@@ -39,9 +39,12 @@ _CONTAINERS = {
     "stream": "a torch checkpoint of the kind before 1.6",
 }
 _OWN = (  # pattern of a key, component: where names are the file's own
-    (r"model_ema\.", "ema"), (r"model\.diffusion_model\.|unet/", "unet"), (r"first_stage_model\.|vae/", "vae"), (r"depth_model\.|depth_estimator/", "depth"),
-    (r"cond_stage_model\.|conditioner\.embedders\.0\.|text_encoder/", "text.0"), (r"conditioner\.embedders\.1\.|text_encoder_2/", "text.1"),
-    (r"(base_model\.model\.)?(lora_unet_|unet\.)", "unet"), (r"(base_model\.model\.)?(lora_te2_|text_encoder_2\.)", "text.1"),
+    (r"model_ema\.", "ema"), (r"model\.diffusion_model\.|unet/", "unet"), (r"first_stage_model\.|vae/", "vae"),
+    (r"depth_model\.|depth_estimator/", "depth"),
+    (r"cond_stage_model\.|conditioner\.embedders\.0\.|text_encoder/", "text.0"),
+    (r"conditioner\.embedders\.1\.|text_encoder_2/", "text.1"),
+    (r"(base_model\.model\.)?(lora_unet_|unet\.)", "unet"), (r"(base_model\.model\.)?(lora_te2_|text_encoder_2\.)",
+    "text.1"),
     (r"(base_model\.model\.)?(lora_te1?_|text_encoder\.)", "text.0"),
 )  # fmt: skip
 
@@ -61,7 +64,7 @@ class Entry:
 class Side:
     """A file or folder, open."""
 
-    file: Weights | Folder
+    file: Tensors
     title: str  # what it is: "an SD 1 model"
     container: str  # what it lies in: "a diffusers folder"
     entries: Mapping[str, Entry]  # by our names if `ours`, by the file's otherwise
@@ -84,12 +87,12 @@ def is_network(component: str) -> bool:
     return component.partition(".")[0] in NETWORKS
 
 
-def by_parameters(file: Weights | Folder, config: ModelConfig | str | None = None) -> Side | None:
+def by_parameters(file: Tensors, config: ModelConfig | str | None = None) -> Side | None:
     """The tensors by our names; None where the file has no network of a known make.
 
-    Names follow the structure that shapes show, so models of any width will do. `config` tells the structure where shapes do not:
-    of a model that lacks tensors. What is no parameter of a network keeps the file's name, except the position ids and temperatures
-    that every layout has in a place of its own.
+    Names follow the structure that shapes show, so models of any width will do. `config` tells the structure where
+    shapes do not: of a model that lacks tensors. What is no parameter of a network keeps the file's name, except the
+    position ids and temperatures that every layout has in a place of its own.
     """
     shapes = {key: file.shape(key) for key in file}
     known = FAMILIES[config] if isinstance(config, str) else config
@@ -100,16 +103,14 @@ def by_parameters(file: Weights | Folder, config: ModelConfig | str | None = Non
     return None if found is None else Side(file, found.title, _container(file), _entries(file, found), ours=True)
 
 
-def by_keys(file: Weights | Folder) -> Side:
-    """The tensors by the file's own names."""
-    shapes = {key: file.shape(key) for key in file}
-    owners = {
-        key: next((component for pattern, component in _OWN if re.match(pattern, key)), "other") for key in shapes
-    }
+def by_keys(file: Tensors, title: str | None = None) -> Side:
+    """The tensors by the file's own names; what the file is, is found out where no title says it."""
+    owners = {key: next((name for pattern, name in _OWN if re.match(pattern, key)), "other") for key in file}
     entries = {key: _entry(file, component, Place(key), "") for key, component in owners.items()}
-    kind = kind_of(shapes)
-    model = isinstance(file, Folder) or (kind is not None and kind.what == "model")
-    title = REFUSED[UNKNOWN] if model else "a file of weights" if kind is None else kind.title
+    if title is None:
+        kind = kind_of({key: file.shape(key) for key in file})
+        model = isinstance(file, Folder) or (kind is not None and kind.what == "model")
+        title = REFUSED[UNKNOWN] if model else "a file of weights" if kind is None else kind.title
     return Side(file, title, _container(file), entries, ours=False)
 
 
@@ -165,23 +166,24 @@ def _model(shapes: Shapes, is_folder: bool, known: ModelConfig | None) -> _Netwo
 def _alone(shapes: Shapes) -> _Networks | None:
     """A VAE or a UNet that comes alone, under its own names or diffusers'."""
     for prefix in ("", "first_stage_model."):
-        for vae, places in (
-            (read_vae(shapes, prefix), lambda config: names.vae),
-            (read_diffusers_vae(shapes, prefix), in_diffusers_vae),
-        ):
-            if vae is not None and vae.channel_mult:  # none: its blocks have other names
-                return _Networks("a VAE", Layout((Part("vae.", prefix, places(vae)),), ALONE), {"vae.": (VAE, vae)})
-    for unet, places in (
-        (read_unet(shapes, ""), lambda config: names.same),
-        (read_diffusers_unet(shapes, ""), in_diffusers_unet),
-    ):
-        if unet is not None:
-            return _Networks("a UNet", Layout((Part("unet.", "", places(unet)),), ALONE), {"unet.": (UNet, unet)})
+        vae, theirs = read_vae(shapes, prefix), read_diffusers_vae(shapes, prefix)
+        if vae is not None and vae.channel_mult:  # none: its blocks have other names
+            return _Networks("a VAE", _one("vae.", prefix, names.vae), {"vae.": (VAE, vae)})
+        if theirs is not None and theirs.channel_mult:
+            return _Networks("a VAE", _one("vae.", prefix, in_diffusers_vae(theirs)), {"vae.": (VAE, theirs)})
+    if (unet := read_unet(shapes, "")) is not None:
+        return _Networks("a UNet", _one("unet.", "", names.same), {"unet.": (UNet, unet)})
+    if (unet := read_diffusers_unet(shapes, "")) is not None:
+        return _Networks("a UNet", _one("unet.", "", in_diffusers_unet(unet)), {"unet.": (UNet, unet)})
     return None
 
 
-def _entries(file: Weights | Folder, found: _Networks) -> dict[str, Entry]:
-    """Every tensor of a file: parameters and their moving averages by our names, others by names that all layouts share, or the file's."""
+def _one(ours: str, theirs: str, places: names.Places) -> Layout:
+    return Layout((Part(ours, theirs, places),), ALONE)
+
+
+def _entries(file: Tensors, found: _Networks) -> dict[str, Entry]:
+    """Every tensor of a file: parameters and their moving averages by our names, others by those that layouts share."""
     parameters = Parameters(file=file, layout=found.layout, network=found.parameters)
     entries: dict[str, Entry] = {}
     used: set[str] = set()
@@ -215,7 +217,7 @@ def _usable(place: Place, stored: Shape) -> bool:
     return len(stored) == 2 if place.how == "transposed" else len(stored) > 0 or not place.more
 
 
-def _entry(file: Weights | Folder, component: str, place: Place, reason: str) -> Entry:
+def _entry(file: Tensors, component: str, place: Place, reason: str) -> Entry:
     shape = place.ours(file.shape(place.key))
     if place.more:
         shape = (sum(file.shape(key)[0] for key in place.keys), *shape[1:])
@@ -234,5 +236,5 @@ def _leftover(layout: Layout, key: str) -> str:
     return part.ours + leaf[1] if leaf and part else key
 
 
-def _container(file: Weights | Folder) -> str:
-    return "a diffusers folder" if isinstance(file, Folder) else _CONTAINERS[file.kind]
+def _container(file: Tensors) -> str:
+    return _CONTAINERS[file.kind] if isinstance(file, Weights) else "a diffusers folder"

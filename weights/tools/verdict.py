@@ -13,18 +13,21 @@ from weights.names.places import Shape
 from weights.tools.closeness import Nearness, Rounding, ratio
 from weights.tools.matching import Entry, Side, is_network
 
-# Two networks of one make that were trained apart are as good as orthogonal: |B - A| = sqrt(2) |A| for equal norms. A relative difference
-# of d means a cosine of about 1 - d**2 / 2 between them.
+# Two networks of one make that were trained apart are as good as orthogonal: |B - A| = sqrt(2) |A| for equal norms. A
+# relative difference of d means a cosine of about 1 - d**2 / 2 between them.
 TRAINED_FROM = 0.5  # up to here, a cosine above 0.87, B's weights still point where A's do
-TRAINED_APART = (
-    1.0  # from here on, a cosine below 0.5, nothing says that one came from the other; in between it stays undecided
-)
-SAME_NETWORK = 0.98  # share of a network's tensors that must have one name and shape in both: an inpainting UNet differs in 1 of 686, SD 2's from SD 1's in 64
-ALL_OF_IT = 0.9  # share of a network's tensors that move when all of it is trained: in float16 small steps leave some norms as they were
-LOW_RANK = 0.5  # of the smaller side of a matrix: a trained difference has nearly full rank, a LoRA's at most that of its factors
+TRAINED_APART = 1.0  # from here on, a cosine below 0.5, nothing says that one came from the other; between: undecided
+# Share of a network's tensors that must have one name and shape in both: an inpainting UNet differs in 1 of 686, SD 2's
+# from SD 1's in 64.
+SAME_NETWORK = 0.98
+# Share of a network's tensors that move when all of it is trained: small steps in float16 leave some norms as they are.
+ALL_OF_IT = 0.9
+# Of the smaller side of a matrix: a trained difference has nearly full rank, a LoRA's at most that of its factors.
+LOW_RANK = 0.5
 
 Kind = Literal[
-    "identical", "converted", "rounded", "pruned", "part", "overlapping", "leftovers",  # every tensor that both have is the same
+    # every tensor that both have is the same
+    "identical", "converted", "rounded", "pruned", "part", "overlapping", "leftovers",
     "averaged", "swapped", "merge", "lora", "fine-tune", "undecided", "unrelated",
 ]  # fmt: skip
 SAME: tuple[Kind, ...] = ("identical", "converted")  # no number differs, and nothing is missing that anything reads
@@ -173,22 +176,17 @@ def _structure(facts: Facts) -> Verdict | None:
     a, b, main = facts.a, facts.b, facts.main
     titles = f"both are {a.title}" if a.title == b.title else f"A is {a.title}, B is {b.title}"
     if main is None or not any(facts.shared.get(component) for component in facts.common):
-        evidence = f"{sum(facts.shared.values())} tensors have the same name and shape in both, {len(facts.reshaped)} only the name"
-        return Verdict("unrelated", f"A and B have no network in common: {titles}.", (evidence,))
+        same = f"{sum(facts.shared.values())} tensors have the same name and shape in both"
+        same = f"{same}, {len(facts.reshaped)} only the name"
+        return Verdict("unrelated", f"A and B have no network in common: {titles}.", (same,))
     shared, named = facts.shared.get(main, 0), sum(entry.component == main for entry in facts.reshaped.values())
-    of = (
-        shared + named + (max(facts.missing(0, main), facts.missing(1, main)) if a.ours else 0)
-    )  # a LoRA may change any part of a network
+    lacking = max(facts.missing(0, main), facts.missing(1, main)) if a.ours else 0  # a LoRA may change any part
+    of = shared + named + lacking
     if shared < SAME_NETWORK * of:
         equal = [component for component in sorted(facts.common - {main}) if _all_same(facts, component)]
-        evidence = [
-            f"{shared} of {of} tensors of the {title(main)} have the same name and shape in both, {named} only the name"
-        ]
-        return Verdict(
-            "unrelated",
-            f"B is another network than A: {titles}.",
-            (*evidence, *(f"their {title(component)} is the same" for component in equal)),
-        )
+        same = f"{shared} of {of} tensors of the {title(main)} have the same name and shape in both"
+        evidence = (f"{same}, {named} only the name", *(f"their {title(component)} is the same" for component in equal))
+        return Verdict("unrelated", f"B is another network than A: {titles}.", evidence)
     return None
 
 
@@ -217,14 +215,13 @@ def _copy(facts: Facts) -> Verdict | None:
         )
     if any(missing):
         whole, part = ("A", "B") if missing[0] else ("B", "A")
-        return Verdict(
-            "overlapping",
-            f"{part} is a part of {whole}: {max(missing)} tensors are missing, the rest is the same{_how(facts, part == 'B')}.",
-            tuple(_evidence(facts)),
-        )
+        rest = f"the rest is the same{_how(facts, part == 'B')}"
+        text = f"{part} is a part of {whole}: {max(missing)} tensors are missing, {rest}."
+        return Verdict("overlapping", text, tuple(_evidence(facts)))
     near = [one for one in facts.compared if one.near.relation == "different" and one.component in facts.common]
     if near:
-        text = f"B is A up to rounding{_how(facts, True)}: {len(near)} tensors differ in the last place{_coverage(facts, True)}."
+        text = f"B is A up to rounding{_how(facts, True)}: {len(near)} tensors differ in the last place"
+        text += f"{_coverage(facts, True)}."
         return Verdict("rounded", text, tuple(_evidence(facts)))
     if _rounding(facts):
         kind: Kind = "rounded"
@@ -284,7 +281,8 @@ def _lora(facts: Facts) -> Verdict | None:
     changed = [one for one in facts.moved if one.component != "vae"]
     highest = max(one.rank for one in facts.ranks)
     where = " and ".join(title(component) for component in dict.fromkeys(one.component for one in changed))
-    text = f"B is A with a LoRA of rank about {highest} merged into {len(changed)} weights of its {where}{_beside(facts, *{one.component for one in changed})}."
+    text = f"B is A with a LoRA of rank about {highest} merged into {len(changed)} weights of its {where}"
+    text += f"{_beside(facts, *{one.component for one in changed})}."
     kernels = sum(len(one.shape) > 2 and math.prod(one.shape[2:]) > 1 for one in changed)
     return Verdict(
         "lora",
@@ -307,7 +305,7 @@ def _swapped(facts: Facts) -> Verdict | None:
 
 
 def _by_distance(facts: Facts) -> Verdict:
-    """How far the main network moved says whether it was trained from the other. By matrices: norms begin at 1 in every network."""
+    """How far the main network moved, by its matrices, says whether it was trained from the other."""
     main = facts.main
     assert main is not None
     there = facts.inside(main)
@@ -315,20 +313,15 @@ def _by_distance(facts: Facts) -> Verdict:
     moved = [one for one in there if not one.near.within]
     evidence = tuple(_evidence(facts))
     all_moved = len(moved) >= ALL_OF_IT * len(there)
-    how = f"{'all of' if all_moved else f'{len(moved)} of {len(there)} tensors of'} its {title(main)} moved, its matrices by {percent(far)}"
+    share = "all of" if all_moved else f"{len(moved)} of {len(there)} tensors of"
+    how = f"{share} its {title(main)} moved, its matrices by {percent(far)}{_beside(facts, main)}"
     if far > TRAINED_APART:
-        return Verdict(
-            "unrelated",
-            f"B was trained apart from A: the weights of its {title(main)} point elsewhere (its matrices differ by {percent(far)}).",
-            evidence,
-        )
+        where = f"the weights of its {title(main)} point elsewhere (its matrices differ by {percent(far)})"
+        return Verdict("unrelated", f"B was trained apart from A: {where}.", evidence)
     if far > TRAINED_FROM:
-        return Verdict(
-            "undecided",
-            f"B may be trained a long way from A, or merged with something far from it: {how}{_beside(facts, main)}.",
-            evidence,
-        )
-    return Verdict("fine-tune", f"B looks like a fine-tune of A, or A of B: {how}{_beside(facts, main)}.", evidence)
+        text = f"B may be trained a long way from A, or merged with something far from it: {how}."
+        return Verdict("undecided", text, evidence)
+    return Verdict("fine-tune", f"B looks like a fine-tune of A, or A of B: {how}.", evidence)
 
 
 # --- words ----------------------------------------------------------------------------------------------------------
@@ -340,7 +333,8 @@ def _evidence(facts: Facts) -> Iterable[str]:
         there = facts.inside(component)
         moved = [one for one in there if one.near.relation == "different"]
         if moved:
-            yield f"{title(component)}: {len(moved)} of {len(there)} tensors differ, by {percent(relative(there))} of the norm of A's"
+            far = percent(relative(there))
+            yield f"{title(component)}: {len(moved)} of {len(there)} tensors differ, by {far} of the norm of A's"
     if named := [name for name, entry in facts.reshaped.items() if entry.component in facts.common]:
         shapes = "; ".join(
             f"{name}: {list(facts.a.entries[name].shape)} and {list(facts.b.entries[name].shape)}" for name in named[:2]
@@ -350,10 +344,12 @@ def _evidence(facts: Facts) -> Iterable[str]:
         listed = ", ".join(f"{one.rank} of {one.highest} ({one.name})" for one in facts.ranks[:3])
         yield f"rank of the difference: {listed}{', ...' if len(facts.ranks) > 3 else ''}"
     if facts.averaged:
-        yield f"the moving average in {facts.averaged.upper()} is the UNet of {'B' if facts.averaged == 'a' else 'A'} in every tensor"
+        other = "B" if facts.averaged == "a" else "A"
+        yield f"the moving average in {facts.averaged.upper()} is the UNet of {other} in every tensor"
     for one in facts.weights:
         weight = "C is A here" if one.weight is None else f"weight of C {one.weight:.6g}"
-        yield f"{title(one.component)}: {weight}, {percent(one.residual)} of the difference unexplained (rounding: {percent(one.rounding)})"
+        left = f"{percent(one.residual)} of the difference unexplained (rounding: {percent(one.rounding)})"
+        yield f"{title(one.component)}: {weight}, {left}"
     if odd := _odd_leftovers(facts):
         yield f"{len(odd)} tensors that no network reads differ ({', '.join(odd[:3])}{', ...' if len(odd) > 3 else ''})"
     if facts.shared and len(facts.compared) < sum(facts.shared.values()):
