@@ -8,18 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ldm.changes.lora import (
-    Change,
-    Decomposed,
-    Full,
-    Generalised,
-    Hadamard,
-    Kronecker,
-    LowRank,
-    Shape,
-    plain,
-    rank,
-)
+from ldm.changes.lora import Change, Decomposed, Full, Generalised, Hadamard, Kronecker, LowRank, Shape, plain, rank
 from ldm.config import ModelConfig
 from weights.adapters import names as lora_names
 from weights.files.write import Pending, cast, pending

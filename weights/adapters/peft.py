@@ -14,18 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ldm.changes.lora import (
-    Change,
-    Decomposed,
-    Full,
-    Generalised,
-    Hadamard,
-    Kronecker,
-    LowRank,
-    Shape,
-    plain,
-    rank,
-)
+from ldm.changes.lora import Change, Decomposed, Full, Generalised, Hadamard, Kronecker, LowRank, Shape, plain, rank
 from ldm.config import ModelConfig
 from ldm.errors import FileError
 from weights.adapters import names as lora_names
