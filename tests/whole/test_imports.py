@@ -31,7 +31,7 @@ FLOORS = {
     " | look | blocks recipes | train | cli | __main__",
     "ldm.train": "recipe losses draws state checkpointing | reading ranks data | tasks optim start | watch | "
     "loop distil | modes | results shipped | run",
-    "weights": "names files | folder | checkpoint | models adapters | tools",
+    "weights": "names files | folder | checkpoint | models adapters | alone | tools",
     "benchmarks": "machine quality | models | sides | timing | speed train parity load demonstrations",
 }
 MAX_FILES = 20  # in a folder
@@ -45,7 +45,7 @@ COVERED = {
     "tests/ldm/cli/test_making.py": "ldm/cli: animating image text",
     "tests/ldm/cli/test_options.py": "ldm/cli: arguments comparing files settings",
     "tests/ldm/fast/test_cpu.py": "ldm/fast: compiler",
-    "tests/ldm/fast/test_choice.py": "ldm/fast: memory plain share",
+    "tests/ldm/fast/test_choice.py": "ldm/fast: __init__ memory plain share",
     "tests/ldm/networks/test_unet.py": "ldm/networks: attention",
     "tests/ldm/tasks/test_inpaint.py": "ldm/pictures: masks",
     "tests/ldm/tasks/test_text.py": "ldm/conditioning: cond",
@@ -59,7 +59,7 @@ COVERED = {
     "tests/weights/test_models.py": "weights: checkpoint | weights/names: blank",
     "tests/weights/test_models_save.py": "weights/names: metadata",
     "tests/weights/files/test_corpus.py": "weights/files: folders foreign source torchfiles zips",
-    "tests/weights/names/test_detect.py": "weights/names: sizes",
+    "tests/weights/names/test_detect.py": "weights/names: family sizes",
     "tests/weights/names/test_original.py": "weights/names: layout places",
     "tests/weights/tools/test_convert.py": "weights/folder: write | weights/tools: record routes",
     "tests/weights/tools/test_diff.py": "weights/tools: closeness matching verdict | ldm/cli: differing",

@@ -29,7 +29,7 @@ def test_every_row_of_the_manifests_is_in_a_test():
         for path in MANIFESTS.glob("diffusers/*/*.gz")
     }
     used = {row for parts in FOLDERS.values() for row in parts.values()} - {""}
-    # those two are in test_models_alone.py
+    # those two are in test_alone.py
     assert rows - used == {"sd1/safety_checker", "sd-image-variations/safety_checker"}
 
 
