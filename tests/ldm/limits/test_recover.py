@@ -188,6 +188,14 @@ def test_what_is_broken_before_the_network_is_not_its_fault(half: LatentDiffusio
         predict_x0(half, x, 1.0, Cond(context))
 
 
+def test_what_is_broken_in_what_is_concatenated_is_named() -> None:
+    model = fill(LatentDiffusion(replace(SMALL, unet=replace(SMALL.unet, in_channels=9))), lambda key: key)
+    concat = normal("concat", (1, 5, 8, 8))
+    concat[0, 4, 7, 7] = math.inf
+    with pytest.raises(NonFinite, match="UNet: at sigma 1, what is concatenated has NaN or infinity before the UNet"):
+        predict_x0(model, X, 1.0, replace(CONDS[0], concat=concat))
+
+
 def short_of_memory(model: LatentDiffusion, most: int) -> list[int]:
     """Lets the UNet take so many at a time; the sizes it was asked for."""
     sizes: list[int] = []
