@@ -1,4 +1,4 @@
-"""`--grid-of` and `--sheet`: the values that options take in turn, and the sheet that shows the pictures of all of them."""
+"""`--grid-of` and `--sheet`: values that options take in turn, and sheets that show the pictures of all of them."""
 
 from __future__ import annotations
 
@@ -10,8 +10,12 @@ from typing import Any
 
 from PIL import Image
 
+from ldm.cli import terminal
 from ldm.cli.options import OPTIONS
-from ldm.errors import ArgumentError, require_known
+from ldm.cli.place import Place
+from ldm.cli.settings import Item
+from ldm.errors import ArgumentError, printable, require_known
+from ldm.pictures import sheets
 
 MAX_CELLS = 1000  # of a comparison
 
@@ -32,16 +36,8 @@ class Axis:
         return [f"{self.name} {text}" for text in self.texts]
 
 
-@dataclass(frozen=True)
-class Item:
-    """One picture to make of every combination: a prompt and how far its seed is from the first."""
-
-    prompt: str
-    offset: int
-
-
 def axes_of(given: Sequence[str], command: str) -> tuple[Axis, ...]:
-    """What --grid-of varies. Raises ArgumentError for a third option, one that cannot vary, or a value it does not take."""
+    """What --grid-of varies. Raises ArgumentError for a third option, one that cannot vary, or a value that is wrong."""
     if len(given) > 2:
         raise ArgumentError("--grid-of: a sheet has two axes; give it once or twice")
     axes = tuple(_axis(text, command) for text in given)
@@ -54,7 +50,7 @@ def axes_of(given: Sequence[str], command: str) -> tuple[Axis, ...]:
 
 
 def cells_of(axes: Sequence[Axis]) -> Iterator[dict[str, Any]]:
-    """What each combination sets, {dest: value}; the last axis changes fastest. Without axes there is one, of nothing."""
+    """What each combination sets, {dest: value}; the last axis changes fastest."""
     for values in itertools.product(*(axis.values for axis in axes)):
         yield {axis.dest: value for axis, value in zip(axes, values, strict=True)}
 
@@ -84,16 +80,24 @@ def _axis(text: str, command: str) -> Axis:
     return Axis(row.name, name, texts, found, row.key or row.name)
 
 
-def sheets_of(
-    kept: Sequence[Sequence[Image.Image]], items: Sequence[Item], seeds: Sequence[int], axes: Sequence[Axis]
-) -> Iterator[tuple[Image.Image, Sequence[Item]]]:
-    """Each sheet with its items: one of all pictures; with one axis a row for each item; with two a sheet for each item.
+def write_sheets(
+    kept: Sequence[Sequence[Image.Image]], items: Sequence[Item], seeds: Sequence[int], axes: Sequence[Axis],
+    facts: dict[str, str], place: Place,
+) -> None:  # fmt: skip
+    """Write the sheet, and say where: one of all pictures; with one axis a row for each item; with two a sheet for each.
 
     kept   the pictures, by combination and item
     seeds  by the offset of an item
+    facts  the metadata of the first picture
     """
-    from ldm.pictures import sheets
+    for sheet, shown in _sheets(kept, items, seeds, axes):
+        terminal.show(printable(str(place.save(sheet, _facts(shown, seeds, axes, facts), "-sheet"))))
 
+
+def _sheets(
+    kept: Sequence[Sequence[Image.Image]], items: Sequence[Item], seeds: Sequence[int], axes: Sequence[Axis]
+) -> Iterator[tuple[Image.Image, Sequence[Item]]]:
+    """Each sheet with the items that it shows."""
     labels = _labels(items, seeds)
     if not axes:
         yield sheets.sheet(kept[0], labels), items
@@ -108,9 +112,7 @@ def sheets_of(
             yield sheets.table(rows, across.labels, down.labels), [item]
 
 
-def facts_of(
-    items: Sequence[Item], seeds: Sequence[int], axes: Sequence[Axis], facts: dict[str, str]
-) -> dict[str, str]:
+def _facts(items: Sequence[Item], seeds: Sequence[int], axes: Sequence[Axis], facts: dict[str, str]) -> dict[str, str]:
     """The metadata of a sheet, from those of its first picture: what varies is named as it was typed."""
     varied = {axis.key for axis in axes}
     facts = {key: value for key, value in facts.items() if key not in varied}

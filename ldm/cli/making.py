@@ -9,10 +9,10 @@ from typing import Any
 
 from PIL import Image
 
-from ldm.cli import comparing, metadata, models, settings, terminal
-from ldm.cli.comparing import Item
+from ldm.cli import metadata, models, settings, terminal
 from ldm.cli.models import Models
 from ldm.cli.place import Place
+from ldm.cli.settings import Item
 from ldm.errors import ArgumentError, printable
 from ldm.tasks.job import Sampling
 
@@ -43,7 +43,7 @@ class Cell:
 
 def make(args: argparse.Namespace, plan: Plan) -> None:
     """Check everything, then load the model, then draw batch by batch, writing each picture as soon as it is done."""
-    axes = comparing.axes_of(args.grid_of, args.command) if args.grid_of else ()
+    axes, combinations = _compared(args)
     settings.require_counts(args)
     settings.checked(args)  # a wrong option is named before a file is opened
     prompts = settings.prompts_of(args) if hasattr(args, "prompt") else [""]
@@ -55,7 +55,7 @@ def make(args: argparse.Namespace, plan: Plan) -> None:
         raise ArgumentError("--grid-of: seed together with --n; name all the seeds in --grid-of")
     device = models.device_of(args.device)
     dtype = models.dtype_of(args.dtype, device)
-    cells = [_cell(args, changed, plan) for changed in (comparing.cells_of(axes) if axes else [{}])]
+    cells = [_cell(args, changed, plan) for changed in combinations]
     items = [Item(prompt, offset) for prompt in prompts for offset in range(args.n)]
     total = len(cells) * len(items)
     if total > settings.MAX_PICTURES:
@@ -81,11 +81,20 @@ def make(args: argparse.Namespace, plan: Plan) -> None:
         pictures = _pictures(cell, sampling, items, loaded, place, k * len(items), total)
         kept.append([picture for picture in pictures if shown])
     if shown:
-        first = cells[0]
-        facts = _facts(first, settings.sampling(first.args), loaded)
-        for sheet, part in comparing.sheets_of(kept, items, first.seeds, axes):
-            path = place.save(sheet, comparing.facts_of(part, first.seeds, axes, facts), "-sheet")
-            terminal.show(printable(str(path)))
+        from ldm.cli import comparing
+
+        facts = _facts(cells[0], settings.sampling(cells[0].args), loaded)
+        comparing.write_sheets(kept, items, cells[0].seeds, axes, facts, place)
+
+
+def _compared(args: argparse.Namespace) -> tuple[Sequence[Any], list[dict[str, Any]]]:
+    """What --grid-of varies, and what each combination sets: nothing, where nothing varies."""
+    if not args.grid_of:
+        return (), [{}]
+    from ldm.cli import comparing
+
+    axes = comparing.axes_of(args.grid_of, args.command)
+    return axes, [*comparing.cells_of(axes)]
 
 
 def _cell(args: argparse.Namespace, changed: dict[str, Any], plan: Plan) -> Cell:

@@ -7,7 +7,7 @@ import itertools
 import secrets
 import warnings
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
 
 from ldm.cli import files
 from ldm.cli.options import OPTIONS
@@ -21,6 +21,14 @@ from ldm.tasks.job import Sampling, require_strength
 
 MAX_SIDE = 16384  # pixels
 MAX_PICTURES = 10**6
+
+
+@dataclass(frozen=True)
+class Item:
+    """One picture to make of every combination: a prompt and how far its seed is from the first."""
+
+    prompt: str
+    offset: int
 
 
 def sampling(args: argparse.Namespace, embeddings: Sequence[Embedding] = ()) -> Sampling:
