@@ -45,7 +45,7 @@ COVERED = {
     "tests/ldm/cli/test_making.py": "ldm/cli: animating image text",
     "tests/ldm/cli/test_options.py": "ldm/cli: comparing files settings",
     "tests/ldm/fast/test_cpu.py": "ldm/fast: compiler",
-    "tests/ldm/fast/test_choice.py": "ldm/fast: __init__ memory plain share",
+    "tests/ldm/fast/test_choice.py": "ldm/fast: __init__ plain",
     "tests/ldm/networks/test_unet.py": "ldm/networks: attention",
     "tests/ldm/tasks/test_inpaint.py": "ldm/pictures: masks",
     "tests/ldm/tasks/test_text.py": "ldm/conditioning: cond",
