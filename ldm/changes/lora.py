@@ -81,9 +81,7 @@ class Decomposed:
     """DoRA (Liu et al. 2024, eq. 5): W + `inner`, its columns scaled to the lengths that were trained."""
 
     inner: Plain
-    magnitude: (
-        Tensor  # length of the weights of each input, [1, in] (LyCORIS, as the paper), or output, [out, 1] (PEFT)
-    )
+    magnitude: Tensor  # lengths of the weights of inputs, [1, in] (LyCORIS, as the paper), or outputs, [out, 1] (PEFT)
 
 
 Change = Plain | Decomposed

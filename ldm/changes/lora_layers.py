@@ -9,12 +9,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
 from numbers import Integral, Real
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ldm.changes.lora import Change, Changes, Decomposed, LowRank, require_fit
+from ldm.changes.lora import Change, Changes, Decomposed, LowRank, plain, require_fit
 from ldm.config import ModelConfig
 from ldm.errors import ArgumentError
 from ldm.model import LatentDiffusion
@@ -114,9 +115,11 @@ def lengths(weight: Tensor) -> Tensor:
     return norms.clamp_min(torch.finfo(torch.float32).tiny)
 
 
-class AdaptedLinear(nn.Linear):
+class Adapted(nn.Module):
     """A layer that learns: the same object with the same parameters as before, of a class that calls its factors."""
 
+    weight: Tensor
+    bias: Any  # a Tensor, or None
     lora: Factors
 
     def forward(self, x: Tensor) -> Tensor:
@@ -124,35 +127,23 @@ class AdaptedLinear(nn.Linear):
 
     def run(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The layer with another weight."""
-        return F.linear(x, weight, bias)
-
-    def lift(self, h: Tensor, up: Tensor) -> Tensor:
-        """r channels to as many as the layer gives."""
-        return F.linear(h, up)
-
-
-class AdaptedProjection(TokenProjection):
-    """The same of SD 1's 1x1 convolutions of tokens, and of the matrices in their place."""
-
-    lora: Factors
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.lora(self, x)
-
-    def run(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight.flatten(1), bias)
 
     def lift(self, h: Tensor, up: Tensor) -> Tensor:
+        """r channels to as many as the layer gives."""
         return F.linear(h, up.flatten(1))
 
 
-class AdaptedConv2d(nn.Conv2d):
+class AdaptedLinear(Adapted, nn.Linear):
+    """The same of a matrix."""
+
+
+class AdaptedProjection(Adapted, TokenProjection):
+    """The same of SD 1's 1x1 convolutions of tokens, and of the matrices in their place."""
+
+
+class AdaptedConv2d(Adapted, nn.Conv2d):
     """The same of a convolution: the first of the two factors has its kernel, stride and padding (LoCon)."""
-
-    lora: Factors
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.lora(self, x)
 
     def run(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return self._conv_forward(x, weight, bias)
@@ -161,14 +152,9 @@ class AdaptedConv2d(nn.Conv2d):
         return F.conv2d(h, up)
 
 
-Plain = nn.Linear | TokenProjection | nn.Conv2d
-Adapted = AdaptedLinear | AdaptedProjection | AdaptedConv2d
-ADAPTED: dict[type[nn.Module], type[nn.Module]] = {
-    nn.Linear: AdaptedLinear,
-    TokenProjection: AdaptedProjection,
-    nn.Conv2d: AdaptedConv2d,
-}
-PLAIN = {adapted: plain for plain, adapted in ADAPTED.items()}
+Trainable = nn.Linear | TokenProjection | nn.Conv2d
+ADAPTED: dict[type, type] = {nn.Linear: AdaptedLinear, TokenProjection: AdaptedProjection, nn.Conv2d: AdaptedConv2d}
+UNADAPTED = {adapted: unadapted for unadapted, adapted in ADAPTED.items()}
 
 
 # --- a model --------------------------------------------------------------------------------------------------------
@@ -220,7 +206,7 @@ def load_into(model: LatentDiffusion, changes: Changes) -> dict[str, nn.Paramete
             raise ArgumentError(f"{changes.name}: {parameter}: {fault}", key=parameter) from None
     parameters: dict[str, nn.Parameter] = {}
     for name, factors in made.items():
-        _become(layers[name], ADAPTED)
+        layers[name].__class__ = ADAPTED[type(layers[name])]
         layers[name].lora = factors
         parameters.update(factors.named_parameters(prefix=f"{name}.lora"))
     return parameters
@@ -230,11 +216,7 @@ def detach(model: LatentDiffusion) -> None:
     """Take the factors out: layers are as they were. Raises ArgumentError for a model without factors."""
     for layer in _require_adapted(model).values():
         del layer.lora
-        _become(layer, PLAIN)
-
-
-def _become(layer: nn.Module, classes: Mapping[type[nn.Module], type[nn.Module]]) -> None:
-    layer.__class__ = classes[type(layer)]
+        layer.__class__ = UNADAPTED[type(layer)]
 
 
 def changes(model: LatentDiffusion, ema: Mapping[str, Tensor] | None = None) -> Changes:
@@ -258,7 +240,7 @@ def changes(model: LatentDiffusion, ema: Mapping[str, Tensor] | None = None) -> 
 def _factors(change: Change, weight: Tensor) -> Factors:
     """New parameters on the weight's device. Raises ArgumentError for a change that cannot be learnt here."""
     require_fit(change, tuple(weight.shape))
-    inner = change.inner if isinstance(change, Decomposed) else change
+    inner = plain(change)
     if not isinstance(inner, LowRank) or inner.mid is not None:
         raise ArgumentError("only plain low-rank factors and DoRA's can be trained; merge it instead")
     r = len(inner.down)
@@ -267,30 +249,30 @@ def _factors(change: Change, weight: Tensor) -> Factors:
         return factor.detach().to(weight.device, torch.float32, copy=True).reshape(shape)
 
     ones = [1 for _ in weight.shape[2:]]
-    plain = LowRank(own(inner.down, r, *weight.shape[1:]), own(inner.up, weight.shape[0], r, *ones), inner.alpha)
+    factors = LowRank(own(inner.down, r, *weight.shape[1:]), own(inner.up, weight.shape[0], r, *ones), inner.alpha)
     if not isinstance(change, Decomposed):
-        return Factors(plain)
+        return Factors(factors)
     if change.magnitude.shape[1] != 1:
         what = "it is a DoRA with a magnitude per input, and only one per output can be trained; merge it instead"
         raise ArgumentError(what)
-    return DecomposedFactors(plain, own(change.magnitude, len(weight), 1))
+    return DecomposedFactors(factors, own(change.magnitude, len(weight), 1))
 
 
 # --- which layers ---------------------------------------------------------------------------------------------------
 
 
-def _layers(model: LatentDiffusion) -> dict[str, Plain]:
+def _layers(model: LatentDiffusion) -> dict[str, Trainable]:
     """The layers that can have factors, by name."""
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, Plain) and type(module) in ADAPTED and name.startswith(("unet.", "text."))
+        if isinstance(module, Trainable) and type(module) in ADAPTED and name.startswith(("unet.", "text."))
     }
 
 
 def _adapted(model: LatentDiffusion) -> dict[str, Adapted]:
     modules = model.named_modules()
-    return {name: module for name, module in modules if isinstance(module, Adapted) and type(module) in PLAIN}
+    return {name: module for name, module in modules if isinstance(module, Adapted) and type(module) in UNADAPTED}
 
 
 def _require_adapted(model: LatentDiffusion) -> dict[str, Adapted]:
@@ -300,10 +282,10 @@ def _require_adapted(model: LatentDiffusion) -> dict[str, Adapted]:
     return adapted
 
 
-def _targets(model: LatentDiffusion, spec: Spec) -> dict[str, Plain]:
+def _targets(model: LatentDiffusion, spec: Spec) -> dict[str, Trainable]:
     """The layers that `spec` names, some in each network that is to learn."""
     layers = {name: layer for name, layer in _layers(model).items() if not name.startswith(_unheard(model.config))}
-    found: dict[str, Plain] = {}
+    found: dict[str, Trainable] = {}
     for network, learns in (("unet", spec.unet), ("text", spec.text)):
         if not learns:
             continue

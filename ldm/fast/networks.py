@@ -22,7 +22,7 @@ MadeFor = tuple[str, torch.dtype] | None  # the kind of device and type that the
 KeysValues = Sequence[tuple[Tensor, Tensor]]  # of the cross-attention layers of a network, in their order
 
 
-class Kept(NamedTuple):
+class KeptContext(NamedTuple):
     """Keys and values, and the tensors that they were computed from, held so that no other takes a place in memory."""
 
     keys_values: KeysValues
@@ -45,7 +45,7 @@ class FastUNet(Fast, unet.UNet):
     """
 
     shares: bool = True  # look for equal halves: a comparison, for which a GPU would have to be waited for
-    _kept: Kept | None = None
+    _kept: KeptContext | None = None
 
     def forward(self, x: Tensor, t: Tensor, context: Tensor, y: Tensor | None = None) -> Tensor:
         """As `UNet.forward`."""
@@ -65,7 +65,7 @@ class FastUNet(Fast, unet.UNet):
         if kept is None or kept.state != state or any(tensor.is_inference() for tensor in read):
             linear, context = self.ops.linear, context.contiguous()
             made = [(linear(context, layer.to_k.weight), linear(context, layer.to_v.weight)) for layer in layers]
-            self._kept = kept = Kept(made, read, state)
+            self._kept = kept = KeptContext(made, read, state)
         return kept.keys_values
 
     def predict(self, x: Tensor, t: Tensor, keys_values: KeysValues, y: Tensor | None = None) -> Tensor:

@@ -69,7 +69,7 @@ class Layer(nn.Module):
         return x + self.mlp(self.layer_norm2(x))
 
 
-class Embeddings(nn.Module):
+class TextEmbeddings(nn.Module):
     """Tokens and their places."""
 
     def __init__(self, config: TextConfig):
@@ -85,7 +85,7 @@ class Embeddings(nn.Module):
         return x + self.position_embedding.weight[: ids.shape[1]]
 
 
-class Encoder(nn.Module):
+class CLIPEncoder(nn.Module):
     """The stack of blocks."""
 
     def __init__(self, config: TextConfig | VisionConfig, causal: bool):
@@ -98,8 +98,8 @@ class TextModel(nn.Module):
 
     def __init__(self, config: TextConfig):
         super().__init__()
-        self.embeddings = Embeddings(config)
-        self.encoder = Encoder(config, causal=True)
+        self.embeddings = TextEmbeddings(config)
+        self.encoder = CLIPEncoder(config, causal=True)
         self.final_layer_norm = nn.LayerNorm(config.width)
 
 

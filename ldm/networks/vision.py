@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from ldm.config import VisionConfig
 from ldm.errors import ArgumentError
-from ldm.networks.clip import Encoder
+from ldm.networks.clip import CLIPEncoder
 
 # of the pictures that CLIP was trained on, levels in [0, 1]
 MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -18,7 +18,7 @@ STD = (0.26862954, 0.26130258, 0.27577711)
 PREPROCESSORS = ("original", "card")  # ways from a picture of any size to the input of the tower of image variations
 
 
-class Embeddings(nn.Module):
+class PatchEmbeddings(nn.Module):
     """Patches and their places, after one token that stands for the whole picture."""
 
     def __init__(self, config: VisionConfig):
@@ -38,9 +38,9 @@ class VisionModel(nn.Module):
 
     def __init__(self, config: VisionConfig):
         super().__init__()
-        self.embeddings = Embeddings(config)
+        self.embeddings = PatchEmbeddings(config)
         self.pre_layrnorm = nn.LayerNorm(config.width)  # the published names spell it so
-        self.encoder = Encoder(config, causal=False)
+        self.encoder = CLIPEncoder(config, causal=False)
         self.post_layernorm = nn.LayerNorm(config.width)
 
     def forward(self, pixels: Tensor) -> Tensor:
