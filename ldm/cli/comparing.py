@@ -37,7 +37,7 @@ class Axis:
 
 
 def axes_of(given: Sequence[str], command: str) -> tuple[Axis, ...]:
-    """What --grid-of varies. Raises ArgumentError for a third option, one that cannot vary, or a value that is wrong."""
+    """What --grid-of varies. Raises ArgumentError for a third option, one that cannot vary, or a wrong value."""
     if len(given) > 2:
         raise ArgumentError("--grid-of: a sheet has two axes; give it once or twice")
     axes = tuple(_axis(text, command) for text in given)
@@ -84,7 +84,7 @@ def write_sheets(
     kept: Sequence[Sequence[Image.Image]], items: Sequence[Item], seeds: Sequence[int], axes: Sequence[Axis],
     facts: dict[str, str], place: Place,
 ) -> None:  # fmt: skip
-    """Write the sheet, and say where: one of all pictures; with one axis a row for each item; with two a sheet for each.
+    """Write the sheet: one of all pictures; with one axis a row for each item; with two axes a sheet for each item.
 
     kept   the pictures, by combination and item
     seeds  by the offset of an item

@@ -72,19 +72,20 @@ def add_convert(parser: argparse.ArgumentParser) -> None:
 
 
 def convert(args: argparse.Namespace) -> None:
-    """Convert weights between .safetensors, .ckpt and diffusers folders. Without --dtype every number stays what it was, bit by bit."""
+    """Convert weights between .safetensors, .ckpt and diffusers folders. \
+Without --dtype every number stays what it was, bit by bit."""
     with terminal.writing(Path(args.dst).name) as on_write:
         made = weights.convert(
-            args.src, args.dst, dtype=args.dtype, ema=args.ema, prune=args.prune, only=args.only, shard_size=args.shard_size, drop=args.drop, licence=args.licence,
-            config=args.config, prediction=args.prediction, variant=args.variant, manifest=args.manifest, overwrite=args.overwrite, on_write=on_write,
+            args.src, args.dst, dtype=args.dtype, ema=args.ema, prune=args.prune, only=args.only, drop=args.drop,
+            shard_size=args.shard_size, config=args.config, prediction=args.prediction, variant=args.variant,
+            licence=args.licence, manifest=args.manifest, overwrite=args.overwrite, on_write=on_write,
         )  # fmt: skip
     family = f" of a model of family {made.config.name}" if made.config else ""
     terminal.show(f"{printable(str(made.path))}: {made.tensors} tensors{family}, {arguments.shown_bytes(made.bytes)}")
     for path in made.route.files:
         if path.endswith(weights.LEFTOVERS):
-            terminal.show(
-                f"  {len(made.route.files[path])} of them in {path}: the folder's networks have no place for them, the way back needs them"
-            )
+            why = "the folder's networks have no place for them, the way back needs them"
+            terminal.show(f"  {len(made.route.files[path])} of them in {path}: {why}")
     for why, count in Counter(made.dropped.values()).most_common():
         terminal.show(f"  {count} left out: {printable(why)}")
 
@@ -111,8 +112,10 @@ def add_repair(parser: argparse.ArgumentParser) -> None:
 def repair(args: argparse.Namespace) -> None:
     """Find known damage in a file of weights and write a sound file; nothing is written where nothing is wrong.
 
-    Known are: bytes after the last tensor, text towers without text_model. in their names, doubled projections, damaged or missing
-    position_ids, noise schedules in float16, attention of the VAE stored as matrices. Everything else is copied bit by bit.
+    Known are: bytes after the last tensor, text towers without text_model. in their names, doubled projections, \
+damaged or missing
+    position_ids, noise schedules in float16, attention of the VAE stored as matrices. \
+Everything else is copied bit by bit.
     """
     with terminal.writing("repairing") as on_write:
         done = weights.repair(args.file, args.out, dry_run=args.dry_run, overwrite=args.overwrite, on_write=on_write)
@@ -154,7 +157,8 @@ def add_merge(parser: argparse.ArgumentParser) -> None:
         help="what to write: .ckpt, .pt, .pth and .bin as torch does, anything else as .safetensors",
     )
     parser.add_argument("--method", choices=("weighted", "add-difference", "slerp"), default="weighted",
-                        help="weighted: (1 - alpha) A + alpha B; add-difference: A + alpha (B - C); slerp: along the arc from A to B (default: %(default)s)")  # fmt: skip
+                        help="weighted: (1 - alpha) A + alpha B; add-difference: A + alpha (B - C); slerp: along the arc "
+                        "from A to B (default: %(default)s)")  # fmt: skip
     parser.add_argument(
         "--alpha",
         type=arguments.number,
@@ -162,7 +166,8 @@ def add_merge(parser: argparse.ArgumentParser) -> None:
         metavar="X",
         help="0 to 1; for add-difference -2 to 2 (default: %(default)s)",
     )
-    parser.add_argument("--blocks", type=block_weights, metavar="NAME=X,...", help="other weights for blocks: IN00 to IN11, MID, OUT00 to OUT11 (SDXL: to IN08 and OUT08), "
+    parser.add_argument("--blocks", type=block_weights, metavar="NAME=X,...",
+                        help="other weights for blocks: IN00 to IN11, MID, OUT00 to OUT11 (SDXL: to IN08 and OUT08), "
                         "TEXT, VAE; or as many numbers as the UNet has blocks (SD 1 and 2: 25)")  # fmt: skip
     parser.add_argument(
         "--dtype",
@@ -183,12 +188,13 @@ def add_merge(parser: argparse.ArgumentParser) -> None:
 def merge(args: argparse.Namespace) -> None:
     """Merge two or three models of one family, parameter by parameter.
 
-    position_ids, schedules and other bookkeeping are A's; A's moving average is left out. The recipe goes into the file's metadata.
+    position_ids, schedules and other bookkeeping are A's; A's moving average is left out. \
+The recipe goes into the file's metadata.
     """
     with terminal.writing("merging") as on_write:
         done = weights.merge(
-            args.a, args.b, args.out, c=args.c, method=args.method, alpha=args.alpha, blocks=args.blocks, dtype=args.dtype,
-            prediction=args.prediction, partial=args.partial, overwrite=args.overwrite, on_write=on_write,
+            args.a, args.b, args.out, c=args.c, method=args.method, alpha=args.alpha, blocks=args.blocks,
+            dtype=args.dtype, prediction=args.prediction, partial=args.partial, overwrite=args.overwrite, on_write=on_write,
         )  # fmt: skip
     for line in done.lines():
         terminal.say(f"ldm: {printable(line)}")

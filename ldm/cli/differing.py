@@ -6,7 +6,7 @@ import argparse
 import json
 import textwrap
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import weights
@@ -41,65 +41,69 @@ def add_diff(parser: argparse.ArgumentParser) -> None:
 
 
 def diff(args: argparse.Namespace) -> None:
-    """Compare two files of weights and say what B is to A: the same in another container, layout or type, a pruned copy, its moving average,
+    """Compare two files of weights and say what B is to A: the same in another container, layout or type, \
+a pruned copy, its moving average,
     a fine-tune, with a LoRA merged into it, with another VAE, a merge with C, or unrelated.
 
-    Models are compared network by network, whatever the layout. Files that differ are a result, not an error: the exit code is 0. With
-    --fail-on-difference it is 6, unless the networks are the same bit by bit; the container, the layout and leftovers that nothing reads
+    Models are compared network by network, whatever the layout. \
+Files that differ are a result, not an error: the exit code is 0. With
+    --fail-on-difference it is 6, unless the networks are the same bit by bit; \
+the container, the layout and leftovers that nothing reads
     may differ."""
     for option, path in (("A", args.a), ("B", args.b), ("--third", args.third)):
         if path is not None:
             require_weights(option, path)
     with terminal.writing("diff") as on_read:
         found = weights.diff(args.a, args.b, third=args.third, quick=args.quick, config=args.config, on_read=on_read)
-    told = found.as_dict()
+    report = found.as_dict()
     if args.json:
-        terminal.show(json.dumps(told, indent=2, allow_nan=False))
+        terminal.show(json.dumps(report, indent=2, allow_nan=False))
     else:
-        for line in text(told):
+        for line in text(report):
             terminal.show(printable(line))
     if args.fail_on_difference and not found.same:
         raise SystemExit(DIFFERENT)
 
 
-def text(told: Mapping[str, Any]) -> Iterator[str]:
+def text(report: Mapping[str, Any]) -> Iterator[str]:
     """The lines of a report, the verdict first."""
-    yield from textwrap.wrap(told["verdict"]["text"], WIDTH)
-    yield from (f"  - {line}" for line in told["verdict"]["evidence"])
+    yield from textwrap.wrap(report["verdict"]["text"], WIDTH)
+    yield from (f"  - {line}" for line in report["verdict"]["evidence"])
     yield ""
     for name in ("a", "b"):
-        one = told[name]
+        one = report[name]
         yield f"{name.upper()}  {one['path']}: {one['title']}, {one['container']}, {one['tensors']} tensors"
     yield ""
-    yield from _table(told)
+    yield from _table(report)
     for name in ("a", "b"):
-        yield from _only(told[f"only_{name}"], f"only in {name.upper()}")
-    if told["retyped"]:
-        yield f"other types: {', '.join(f'{types} ({count})' for types, count in told['retyped'].items())}"
-    if told["reshaped"]:
-        yield f"other shapes: {len(told['reshaped'])}"
-        yield from (f"  {one['name']}: {one['a']} -> {one['b']}" for one in told["reshaped"][:LISTED])
-    if told["not_finite"]:
-        yield f"NaN or infinity in: {', '.join(f'{key} ({whose.upper()})' for key, whose in [*told['not_finite'].items()][:LISTED])}{_more(told['not_finite'])}"
-    if told["different"]:
-        yield f"differ most, of {len(told['different'])}:"
-        width = max(len(one["name"]) for one in told["different"][:LISTED])
+        yield from _only(report[f"only_{name}"], f"only in {name.upper()}")
+    if report["retyped"]:
+        yield f"other types: {', '.join(f'{types} ({count})' for types, count in report['retyped'].items())}"
+    if report["reshaped"]:
+        yield f"other shapes: {len(report['reshaped'])}"
+        yield from (f"  {one['name']}: {one['a']} -> {one['b']}" for one in report["reshaped"][:LISTED])
+    if report["not_finite"]:
+        keys = [f"{key} ({whose.upper()})" for key, whose in report["not_finite"].items()]
+        yield f"NaN or infinity in: {', '.join(keys[:LISTED])}{_more(keys)}"
+    if report["different"]:
+        yield f"differ most, of {len(report['different'])}:"
+        width = max(len(one["name"]) for one in report["different"][:LISTED])
         yield from (
             f"  {one['name']:{width}}  {_share(one['relative']):>8}  at most {one['largest']:.3g}"
-            for one in told["different"][:LISTED]
+            for one in report["different"][:LISTED]
         )
-    if told["quick"] is not None:
+    if report["quick"] is not None:
         yield from textwrap.wrap(
-            f"compared, because of --quick, only: {', '.join(told['quick'])}",
+            f"compared, because of --quick, only: {', '.join(report['quick'])}",
             WIDTH,
             subsequent_indent="  ",
             break_long_words=False,
         )
 
 
-def _table(told: Mapping[str, Any]) -> Iterator[str]:
+def _table(report: Mapping[str, Any]) -> Iterator[str]:
     rows = [("", "in both", "equal", "rounded", "different", "largest", "relative", "type")]
-    for one in told["components"]:
+    for one in report["components"]:
         numbers = (
             [str(one[part]) for part in ("shared", "equal", "rounded", "different")]
             if one["shared"]
@@ -126,10 +130,11 @@ def _only(only: Mapping[str, str], what: str) -> Iterator[str]:
     yield f"{what}: {len(only)}"
     for reason, count in Counter(only.values()).most_common():
         names = [key for key, why in only.items() if why == reason]
-        yield f"  {count:5}  {reason or 'no known reason'}: {', '.join(names[:NAMED])}{', ...' if count > NAMED else ''}"
+        rest = ", ..." if count > NAMED else ""
+        yield f"  {count:5}  {reason or 'no known reason'}: {', '.join(names[:NAMED])}{rest}"
 
 
-def _more(items: Mapping[str, Any]) -> str:
+def _more(items: Sequence[Any]) -> str:
     return f" and {len(items) - LISTED} more" if len(items) > LISTED else ""
 
 

@@ -39,7 +39,7 @@ def read_prompts(path: str) -> list[str]:
 
 
 def require_weights(option: str, path: str) -> None:
-    """Raises FileError or ArgumentError unless this is a file of weights by its header, or may be a diffusers folder."""
+    """Raises FileError or ArgumentError unless `path` is a file of weights, or a directory like a diffusers folder."""
     if os.path.isdir(path):
         if not any((Path(path) / name).exists() for name in ("model_index.json", "config.json", "unet")):
             raise ArgumentError(

@@ -1,4 +1,4 @@
-"""The commands that begin with a picture: `ldm img2img`, `inpaint`, `outpaint`, `depth2img`, `upscale`, `variations`."""
+"""The commands that begin with a picture: img2img, inpaint, outpaint, depth2img, upscale and variations."""
 
 from __future__ import annotations
 

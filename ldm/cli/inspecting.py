@@ -13,19 +13,9 @@ import weights
 from ldm.cli import arguments, terminal
 from ldm.errors import ArgumentError, LdmError, printable
 
-NETWORKS = {
-    "unet",
-    "vae",
-    "text.0",
-    "text.1",
-    "vision",
-    "depth",
-    "safety",
-    "controlnet",
-    "lora",
-    "embedding",
-    "unknown",
-}  # the other groups are told in passing
+NETWORKS = {  # groups of tensors that have a line of their own
+    "unet", "vae", "text.0", "text.1", "vision", "depth", "safety", "controlnet", "lora", "embedding", "unknown",
+}  # fmt: skip
 USE = {"model": "--ckpt", "lora": "--lora", "embedding": "--embedding", "vae": "--vae", "safety checker": "--safety"}
 LISTED, ENTRIES, WIDTH = 5, 16, 100  # names of tensors, entries of metadata and characters of each that the text shows
 
@@ -86,7 +76,7 @@ def inspect(args: argparse.Namespace) -> None:
 
 
 def pattern(text: str | None) -> Callable[[str], bool] | None:
-    """Which names are meant: /a regular expression/ anywhere in them, or a glob of the whole; without * ? [ a part of them. None: none."""
+    """What tells which names are meant: /a regular expression/ found in them, a glob, or without * ? [ a part of them."""
     if text is None:
         return None
     if len(text) > 1 and text.startswith("/") and text.endswith("/"):
@@ -214,7 +204,8 @@ def _components(report: Any) -> Iterator[str]:
     shown = [each for each in report.components if each.name in NETWORKS]
     width = max((len(each.title) for each in shown), default=0)
     for each in shown:
-        yield f"{each.title:{width}}  {_number(each.tensors, 'tensor'):>12}  {_count(each.parameters):>7} parameters  {_types(each.dtypes)}"
+        tensors, parameters = _number(each.tensors, "tensor"), _count(each.parameters)
+        yield f"{each.title:{width}}  {tensors:>12}  {parameters:>7} parameters  {_types(each.dtypes)}"
     rest = [
         f"{each.title} ({_number(each.tensors, 'tensor')})" for each in report.components if each.name not in NETWORKS
     ]
@@ -245,7 +236,8 @@ def _hashes(file: Any, several: bool, old: bool) -> Iterator[str]:
     if file.sha256 is not None:
         yield f"{where}sha256 {file.sha256}"
     if old and file.a1111_old is not None:
-        yield f"{where}A1111 calls it {'' if file.a1111_new is None else file.a1111_new + ', and once '}{file.a1111_old}"
+        new = "" if file.a1111_new is None else f"{file.a1111_new}, and once "
+        yield f"{where}A1111 calls it {new}{file.a1111_old}"
 
 
 def _types(dtypes: Mapping[str, int]) -> str:

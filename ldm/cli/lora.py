@@ -126,7 +126,7 @@ def _add_rank(parser: argparse.ArgumentParser) -> None:
 
 
 def scaled_lora(text: str) -> tuple[str, float | tuple[float, float]]:
-    """a.safetensors:0.8 -> ("a.safetensors", 0.8); a.safetensors:0.8:0.5 -> ("a.safetensors", (0.8, 0.5)). Other colons belong to the name."""
+    """a.pt:0.8 -> ("a.pt", 0.8); a.pt:0.8:0.5 -> ("a.pt", (0.8, 0.5)). Other colons belong to the name."""
     path, scale = arguments.scaled_file(text)
     if path != text and re.search(r":[+-]?(\d|\.\d)[^:/]*$", path):
         name, unet = arguments.scaled_file(path)
@@ -136,30 +136,29 @@ def scaled_lora(text: str) -> tuple[str, float | tuple[float, float]]:
 
 
 def lora(args: argparse.Namespace) -> None:
-    """Make a LoRA from two checkpoints, merge LoRAs into a checkpoint, change a LoRA's rank, or write it in another tool's names."""
+    """Make a LoRA from two checkpoints, merge LoRAs into a checkpoint, change a LoRA's rank, \
+or write it in another tool's names."""
     {"extract": _extract, "merge": _merge, "resize": _resize, "convert": _convert}[args.action](args)
 
 
 def _extract(args: argparse.Namespace) -> None:
     with terminal.writing("extracting") as on_write:
         made = weights.extract_lora(
-            args.base, args.tuned, args.out, rank=args.rank, variance=args.variance, max_rank=args.max_rank, conv_rank=args.conv_rank, text=args.text,
-            full_rest=args.full_rest, dtype=args.dtype, overwrite=args.overwrite, on_module=_counter(), on_write=on_write,
+            args.base, args.tuned, args.out, rank=args.rank, variance=args.variance, max_rank=args.max_rank,
+            conv_rank=args.conv_rank, text=args.text, full_rest=args.full_rest, dtype=args.dtype,
+            overwrite=args.overwrite, on_module=_counter(), on_write=on_write,
         )  # fmt: skip
     _show_modules(made.modules, args)
-    terminal.show(
-        f"{len(made.modules)} modules of {made.family}{_energy(made.energy, made.modules)}; {made.unchanged} parameters do not differ"
-    )
+    energy = _energy(made.energy, made.modules)
+    terminal.show(f"{len(made.modules)} modules of {made.family}{energy}; {made.unchanged} parameters do not differ")
     for kept, what in ((True, "kept as full differences"), (False, "not in the LoRA, which cannot carry them")):
         rest = [one for one in made.rest if one.kept == kept]
         if rest:
-            terminal.show(
-                f"{len(rest)} parameters ({arguments.shown_bytes(sum(one.size for one in rest))}) {what}: {_first([one.parameter for one in rest])}"
-            )
+            size = arguments.shown_bytes(sum(one.size for one in rest))
+            terminal.show(f"{len(rest)} parameters ({size}) {what}: {_first([one.parameter for one in rest])}")
     if made.unpaired:
-        terminal.show(
-            f"{len(made.unpaired)} parameters are in one of the two alone and were left out: {_first(made.unpaired)}"
-        )
+        what = "parameters are in one of the two alone and were left out"
+        terminal.show(f"{len(made.unpaired)} {what}: {_first(made.unpaired)}")
     _done(made.path)
 
 
@@ -178,8 +177,8 @@ def _merge(args: argparse.Namespace) -> None:
 def _resize(args: argparse.Namespace) -> None:
     with terminal.writing("resizing") as on_write:
         made = weights.resize_lora(
-            args.lora, args.out, rank=args.rank, variance=args.variance, max_rank=args.max_rank, to=args.to, model_config=_config(args),
-            dtype=args.dtype, overwrite=args.overwrite, on_write=on_write,
+            args.lora, args.out, rank=args.rank, variance=args.variance, max_rank=args.max_rank, to=args.to,
+            model_config=_config(args), dtype=args.dtype, overwrite=args.overwrite, on_write=on_write,
         )  # fmt: skip
     _show_modules(made.kept, args)
     terminal.show(f"{len(made.kept)} modules of {made.family}{_energy(made.energy, made.kept)}")
@@ -191,15 +190,9 @@ def _resize(args: argparse.Namespace) -> None:
 def _convert(args: argparse.Namespace) -> None:
     with terminal.writing("converting") as on_write:
         made = weights.convert_lora(
-            args.lora,
-            args.out,
-            args.to,
-            _config(args),
-            as_lora=args.as_lora,
-            dtype=args.dtype,
-            overwrite=args.overwrite,
-            on_write=on_write,
-        )
+            args.lora, args.out, args.to, _config(args), as_lora=args.as_lora, dtype=args.dtype,
+            overwrite=args.overwrite, on_write=on_write,
+        )  # fmt: skip
     terminal.show(f"{made.modules} modules of {made.family}, as {made.dialect} has them")
     if made.kept:
         terminal.show(f"{len(made.kept)} of them re-expressed{_energy(made.energy, made.kept)}")

@@ -50,7 +50,7 @@ class Option:
     more: Mapping[str, Any] = field(default_factory=dict)  # for argparse
 
 
-# --- kinds of values that other commands have not -----------------------------------------------------------------------
+# --- kinds of values that no other command has ------------------------------------------------------------------------
 
 
 def every(text: str) -> int:
@@ -103,7 +103,7 @@ def named_file(text: str) -> tuple[str | None, str]:
     return (match[1], match[2]) if match else (None, text)
 
 
-# --- the table ----------------------------------------------------------------------------------------------------------
+# --- the table --------------------------------------------------------------------------------------------------------
 
 PROMPTS = {  # {commands: what a prompt is for them}
     "txt2img hires": "what the picture shows",

@@ -59,9 +59,11 @@ def add_train(parser: argparse.ArgumentParser) -> None:
 
 
 def train(args: argparse.Namespace) -> None:
-    """Train as a recipe says. What was learnt, log, states, validation and a report with pictures lie in the run's directory.
+    """Train as a recipe says. \
+What was learnt, log, states, validation and a report with pictures lie in the run's directory.
 
-    An interrupted run goes on where it was saved when it is started again. On several GPUs or machines: torchrun --nproc-per-node 2 -m ldm train RECIPE.
+    An interrupted run goes on where it was saved when it is started again. \
+On several GPUs or machines: torchrun --nproc-per-node 2 -m ldm train RECIPE.
     """
     if args.recipe is None:
         for name in names():
@@ -73,8 +75,8 @@ def train(args: argparse.Namespace) -> None:
         return
     with interrupted(not args.no_save_on_interrupt) as came:
         ended = run.train(
-            recipe, _of_weights(), device=str(models.device_of(recipe.run.device)), allow_data_change=args.allow_data_change,
-            stop=lambda: came() is not None, say=lambda line: terminal.say(f"ldm: {printable(line)}"),
+            recipe, _of_weights(), device=str(models.device_of(recipe.run.device)),
+            allow_data_change=args.allow_data_change, stop=lambda: came() is not None, say=lambda line: terminal.say(f"ldm: {printable(line)}"),
         )  # fmt: skip
     if ended.rank == 0:
         _report(ended, recipe)
@@ -98,12 +100,12 @@ def _report(ended: run.Outcome, recipe: Recipe) -> None:
 
 @contextmanager
 def interrupted(save: bool) -> Iterator[Callable[[], int | None]]:
-    """A function that says which of SIGINT and SIGTERM has come; the second one, or any unless `save`, stops at once."""
+    """A function that says which of SIGINT and SIGTERM came; a second one, or any unless `save`, stops at once."""
     if not save or threading.current_thread() is not threading.main_thread():
         yield lambda: None
         return
     seen: list[int] = []
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {int(number): signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def note(number: int, frame: Any) -> None:
         if seen:
