@@ -121,7 +121,7 @@ def add_options(parser: Parser, command: str, groups: Mapping[str, Sequence[Any]
 
 
 def version() -> str:
-    """Of the installed package."""
+    """The version of the installed package."""
     try:
         return importlib.metadata.version("ldm")
     except importlib.metadata.PackageNotFoundError:

@@ -157,8 +157,8 @@ def add_merge(parser: argparse.ArgumentParser) -> None:
         help="what to write: .ckpt, .pt, .pth and .bin as torch does, anything else as .safetensors",
     )
     parser.add_argument("--method", choices=("weighted", "add-difference", "slerp"), default="weighted",
-                        help="weighted: (1 - alpha) A + alpha B; add-difference: A + alpha (B - C); slerp: along the arc "
-                        "from A to B (default: %(default)s)")  # fmt: skip
+                        help="weighted: (1 - alpha) A + alpha B; add-difference: A + alpha (B - C); slerp: along the "
+                        "arc from A to B (default: %(default)s)")  # fmt: skip
     parser.add_argument(
         "--alpha",
         type=arguments.number,
@@ -194,7 +194,8 @@ The recipe goes into the file's metadata.
     with terminal.writing("merging") as on_write:
         done = weights.merge(
             args.a, args.b, args.out, c=args.c, method=args.method, alpha=args.alpha, blocks=args.blocks,
-            dtype=args.dtype, prediction=args.prediction, partial=args.partial, overwrite=args.overwrite, on_write=on_write,
+            dtype=args.dtype, prediction=args.prediction, partial=args.partial, overwrite=args.overwrite,
+            on_write=on_write,
         )  # fmt: skip
     for line in done.lines():
         terminal.say(f"ldm: {printable(line)}")

@@ -76,7 +76,7 @@ def inspect(args: argparse.Namespace) -> None:
 
 
 def pattern(text: str | None) -> Callable[[str], bool] | None:
-    """What tells which names are meant: /a regular expression/ found in them, a glob, or without * ? [ a part of them."""
+    """Which names are meant: by /a regular expression/ found in them, a glob, or without * ? [ a part of them."""
     if text is None:
         return None
     if len(text) > 1 and text.startswith("/") and text.endswith("/"):

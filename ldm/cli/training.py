@@ -76,7 +76,8 @@ On several GPUs or machines: torchrun --nproc-per-node 2 -m ldm train RECIPE.
     with interrupted(not args.no_save_on_interrupt) as came:
         ended = run.train(
             recipe, _of_weights(), device=str(models.device_of(recipe.run.device)),
-            allow_data_change=args.allow_data_change, stop=lambda: came() is not None, say=lambda line: terminal.say(f"ldm: {printable(line)}"),
+            allow_data_change=args.allow_data_change, stop=lambda: came() is not None,
+            say=lambda line: terminal.say(f"ldm: {printable(line)}"),
         )  # fmt: skip
     if ended.rank == 0:
         _report(ended, recipe)
