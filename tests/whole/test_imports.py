@@ -59,7 +59,7 @@ COVERED = {
     "tests/weights/test_models.py": "weights: checkpoint | weights/names: blank",
     "tests/weights/test_models_save.py": "weights/names: metadata",
     "tests/weights/files/test_corpus.py": "weights/files: folders foreign source torchfiles zips",
-    "tests/weights/names/test_detect.py": "weights/names: family sizes",
+    "tests/weights/names/test_detect.py": "weights/names: sizes",
     "tests/weights/names/test_original.py": "weights/names: layout places",
     "tests/weights/tools/test_convert.py": "weights/folder: write | weights/tools: record routes",
     "tests/weights/tools/test_diff.py": "weights/tools: closeness matching verdict | ldm/cli: differing",
