@@ -369,6 +369,11 @@ def broadcast(value: Any, ranks: Ranks) -> Any:
     return held[0]
 
 
+def barrier(ranks: Ranks) -> None:
+    """Wait until all ranks have come here."""
+    all_agree(None, ranks)
+
+
 def all_agree(value: Any, ranks: Ranks) -> bool:
     """Whether JSON is the same on all ranks."""
     if ranks.world == 1:

@@ -25,7 +25,7 @@ from ldm.train.data.opening import require_path
 from ldm.train.loop import DTYPES, SILENT, Fitted, Watchers, accumulation, fit, require_same
 from ldm.train.modes import Trainee, freeze, trainee
 from ldm.train.optim import kind_of, last_rate
-from ldm.train.ranks import Ranks, all_agree, broadcast, gathered, ranks
+from ldm.train.ranks import Ranks, all_agree, barrier, broadcast, gathered, ranks
 from ldm.train.reading import to_toml
 from ldm.train.recipe import Method, Recipe
 from ldm.train.results import save_results
@@ -115,7 +115,7 @@ def _begin(recipe: Recipe, files: Files, place: Ranks, out: Path, say: Callable[
     if method.kind == "inversion" and model.text:
         require_word(method, model, examples)
     examples.encode(place.rank, place.world, now_and_then(say))
-    all_agree("here", place)
+    barrier(place)
     return _Begun(trainee(model, recipe, [files.load(path) for path in method.teachers]), examples.micro, examples)
 
 
@@ -216,7 +216,7 @@ def _run(
             validate(fitted.step, {name: value.to(place.device) for name, value in fitted.averaged.items()})
     if paths and place.rank == 0:
         paths += write_report(out, recipe)
-    all_agree("here", place)
+    barrier(place)
     bad = [] if examples is None else examples.bad
     return Outcome(fitted, tuple(paths), tuple(f"{each.id}: {each.why}" for each in bad), place.rank)
 

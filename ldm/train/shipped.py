@@ -101,13 +101,7 @@ def vae_trainee(run: Run, whole: float) -> Trainee:
 
 @torch.no_grad()
 def encode_scenes(
-    vae: VAE,
-    scenes: int,
-    cache: Path,
-    *,
-    device: str = "cpu",
-    dtype: torch.dtype = torch.float32,
-    on_batch: Callable[[int], None] = lambda done: None,
+    vae: VAE, scenes: int, cache: Path, *, device: str = "cpu", on_batch: Callable[[int], None] = lambda done: None
 ) -> tuple[Tensor, Tensor]:
     """Latent means [n, 4, 16, 16] float16, unscaled, and token ids [n, CAPTIONS, length] of scenes 0 to n - 1.
 
@@ -122,8 +116,7 @@ def encode_scenes(
     for first in range(0, scenes, 64):
         seeds = range(first, min(first + 64, scenes))
         pictures = torch.from_numpy(blocks.batch(seeds)[0]).permute(0, 3, 1, 2).float() / 127.5 - 1
-        with torch.autocast(device, dtype, enabled=dtype != torch.float32):
-            latents.append(vae.encode(pictures.to(device)).half().cpu())
+        latents.append(vae.encode(pictures.to(device)).half().cpu())
         captions = [caption for seed in seeds for caption in captions_of(seed, scenes)]
         ids.append(tokenize(captions, BLOCKS.text[0].length, BLOCKS.text[0].pad).view(len(seeds), CAPTIONS, -1).int())
         on_batch(len(latents) * 64)

@@ -15,7 +15,7 @@ from ldm.errors import ArgumentError
 from ldm.model import LatentDiffusion
 from ldm.pictures.write import save
 from ldm.train.data.opening import missing_prior
-from ldm.train.ranks import Ranks, all_agree
+from ldm.train.ranks import Ranks, barrier
 from ldm.train.recipe import Data, Start
 
 
@@ -80,11 +80,11 @@ def complete_prior(data: Data, load: Callable[[], LatentDiffusion], place: Ranks
     """
     unused = (seed for seed in count() if not prior_path(data, seed).exists())
     missing = list(islice(unused, missing_prior(data)))
-    all_agree("counted", place)  # before any of them makes one
+    barrier(place)  # all have counted before any of them makes one
     if mine := missing[place.rank :: place.world]:
         say(f"making {len(missing)} pictures of {data.prior_caption!r}")
         draw_prior(load().to(place.device), data, mine)
-    all_agree("here", place)
+    barrier(place)
 
 
 def prior_path(data: Data, seed: int) -> Path:
