@@ -105,21 +105,6 @@ def test_half_precision_stays_inside_the_network(model: LatentDiffusion) -> None
     assert not torch.equal(out, exact)
 
 
-def test_conditions_that_differ_in_kind_are_no_batch() -> None:
-    context = torch.zeros(1, 77, 64)
-    with pytest.raises(ArgumentError, match="all have y, or none"):
-        Cond.cat([Cond(context), Cond(context, y=torch.zeros(1, 8))])
-
-
-def test_conditions_of_one_kind_are_joined_in_order() -> None:
-    joined = Cond.cat(
-        [Cond(torch.zeros(1, 2, 3), y=torch.tensor([1])), Cond(torch.ones(2, 2, 3), y=torch.tensor([2, 3]))]
-    )
-    assert joined.context.shape == (3, 2, 3)
-    assert joined.y.tolist() == [1, 2, 3]
-    assert joined.concat is None
-
-
 def test_the_model_conditions_on_prompts(model: LatentDiffusion) -> None:
     cond = model.condition(["a cat", ""], size=(64, 64))
     assert cond.context.shape == (2, CLIP_L.length, 64)

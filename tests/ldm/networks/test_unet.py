@@ -22,13 +22,6 @@ def test_the_unet_gives_what_the_original_gives(name: str) -> None:
     assert relative(run_unet(name), golden("unet")[f"{name}/out"]) < TOLERANCE
 
 
-def test_sizes_are_embedded_as_in_the_original() -> None:
-    from ldm.conditioning.cond import size_embedding
-
-    file = golden("unet")
-    assert relative(size_embedding(file["sdxl/sizes"]), file["sdxl/size_embedding_original_crop_target"]) < TOLERANCE
-
-
 def test_timesteps_may_be_fractional() -> None:
     between = timestep_embedding(torch.tensor([10.5]), 32)
     assert torch.isfinite(between).all()
