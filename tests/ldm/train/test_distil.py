@@ -80,9 +80,9 @@ def test_the_loss_is_the_task_s_the_outputs_and_the_sum_of_the_features(model):
     asked = task.task.prepare(batch, draws)
     with torch.no_grad():
         ours, seen = by_hand(student.unet, asked.x, asked.t, asked.context, [2, 3], [1, 3])
-        theirs, shown = by_hand(model.unet, asked.x, asked.t, asked.context, [3, 5], [2, 5])
+        teachers, shown = by_hand(model.unet, asked.x, asked.t, asked.context, [3, 5], [2, 5])
         own = (ours - asked.target).square().mean(dim=(1, 2, 3))
-        output = (ours - theirs).square().mean(dim=(1, 2, 3))
+        output = (ours - teachers).square().mean(dim=(1, 2, 3))
         features = sum((a - b).square().mean(dim=(1, 2, 3)) for a, b in zip(seen, shown, strict=True))
     assert len(seen) == 5
     assert features.min() > 0
@@ -160,13 +160,13 @@ def test_a_student_learns_from_its_teacher_and_the_teacher_does_not_change(model
 
 def test_a_teacher_that_cannot_teach_is_refused(model):
     student = surgery.prune(model, "half")
-    for change, said in {
+    for change, message in {
         ("context_dim", 32): "its UNet has context_dim 32, the student's 64",
         ("in_channels", 9): "its UNet has in_channels 9, the student's 4",
         ("channel_mult", (1, 1)): r"its levels have widths \[32, 32\], the student's \[32, 64\]",
     }.items():
         other = UNet(replace(CONFIG.unet, **dict([change])))
-        with pytest.raises(ArgumentError, match=said):
+        with pytest.raises(ArgumentError, match=message):
             distil(student, model.unet, other)
     with pytest.raises(ArgumentError, match="shares parameters with the student"):
         distil(student, student.unet)

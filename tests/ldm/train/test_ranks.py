@@ -303,7 +303,7 @@ GONE = (
     "from "
     "the last state"
 )
-FAILURES = {  # how, codes of both, what is said
+FAILURES = {  # how, codes of both, what is on stderr
     "error": ([2, 2], r"ldm: error: rank 1 of 2: photos/x\.png: is corrupt; delete it"),
     "fault": ([1, 1], r"ldm: error: rank 1 of 2: ZeroDivisionError: what a pity; --debug shows where"),
     "memory": ([4, 4], r"ldm: error: rank 1 of 2: out of memory; use a smaller run\.micro, or run\.checkpointing"),
@@ -356,13 +356,13 @@ def test_a_run_that_was_suspended_goes_on(tmp_path):
 
 @pytest.mark.parametrize("how", FAILURES)
 def test_when_a_rank_fails_all_end_soon_and_say_once_why(how, failures):
-    processes, said, since = failures[how]
+    processes, errors, since = failures[how]
     codes, line = FAILURES[how]
     for process, code in zip(processes, codes, strict=True):
         process.join(0 if code is None else max(0.1, 60 - (time.monotonic() - since)))
     assert [process.exitcode for process in processes] == codes
-    told = "".join((said / str(rank)).read_text() for rank in range(2))
+    text = "".join((errors / str(rank)).read_text() for rank in range(2))
     if line is None:  # both raised what stopped them
-        assert len(re.findall(r"^KeyboardInterrupt$", told, re.MULTILINE)) == 2
+        assert len(re.findall(r"^KeyboardInterrupt$", text, re.MULTILINE)) == 2
     else:
-        assert re.fullmatch(line, told.strip()), told
+        assert re.fullmatch(line, text.strip()), text

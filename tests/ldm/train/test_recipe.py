@@ -333,7 +333,7 @@ def test_what_is_no_file_of_text_is_refused(kind: str, tmp_path: Path) -> None:
         path.write_bytes(b"#" * (2**20 + 1))
     elif kind == "binary":
         path.write_bytes(b"\xff\xfe")
-    said = {
+    message = {
         "missing": "does not exist",
         "directory": "is no file",
         "fifo": "is no file",
@@ -342,5 +342,5 @@ def test_what_is_no_file_of_text_is_refused(kind: str, tmp_path: Path) -> None:
     }[kind]
     with pytest.raises(FileError) as caught:
         load_recipe(path)
-    refused(caught.value, said)
+    refused(caught.value, message)
     assert caught.value.path == path

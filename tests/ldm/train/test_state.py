@@ -126,20 +126,20 @@ def test_whichever_call_fails_the_state_before_stays_and_the_new_one_is_whole_or
         faults.calls, faults.failing = [], k
         try:
             save_state(directory, step, tensors(0.5), FACTS, keep=2)
-            said = None
+            message = None
         except OutputError as error:
-            said = str(error)
+            message = str(error)
         calls, faults.failing = faults.calls, -1
         if len(calls) <= k:
             break
-        failed |= {calls[k]} if said else set()
-        assert said is None or os.strerror(code) in said
+        failed |= {calls[k]} if message else set()
+        assert message is None or os.strerror(code) in message
         found, warned = caught(lambda directory=directory: latest_state(directory))
         old, new = (
             found.step == 10 and same(found.open(), tensors(10)),
             found.step == step and same(found.open(), tensors(0.5)),
         )
-        assert new or (old and said)
+        assert new or (old and message)
         assert found.path.name == f"step-{found.step:06d}"
         assert not warned
         assert not list(directory.glob("*.tmp")) or calls[k] in (
@@ -150,7 +150,7 @@ def test_whichever_call_fails_the_state_before_stays_and_the_new_one_is_whole_or
         assert latest_state(directory).step == 20
         assert not list(directory.glob("*.tmp"))
         k += 1
-    assert said is None
+    assert message is None
     assert calls.count("write") > 5
     assert failed == set(CALLS)
 
@@ -226,8 +226,8 @@ def no_json(path: Path) -> None:
 
 
 def other_json(path: Path) -> None:
-    told = {"step": 10, "files": ["tensors.safetensors"]}
-    (path / "state.json").write_text(json.dumps(told | {"crc32": zlib.crc32(json.dumps(told).encode())}))
+    record = {"step": 10, "files": ["tensors.safetensors"]}
+    (path / "state.json").write_text(json.dumps(record | {"crc32": zlib.crc32(json.dumps(record).encode())}))
 
 
 def elsewhere(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Folders of pictures: what is found, what is said of it, what is left out, and what need not be read again."""
+"""Folders of pictures: their pictures and captions, what is left out, and what need not be read again."""
 
 from __future__ import annotations
 

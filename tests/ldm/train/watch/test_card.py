@@ -59,7 +59,7 @@ def test_a_section_of_a_recipe_that_follows_no_card_says_nothing_of_one() -> Non
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "said"),
+    ("optimizer", "words"),
     [
         (Optimizer(lr=1e-5), "1e-05, constant"),
         (
@@ -70,12 +70,12 @@ def test_a_section_of_a_recipe_that_follows_no_card_says_nothing_of_one() -> Non
         (Optimizer(lr_from="runs/before", schedule="cosine"), "the last of runs/before, cosine"),
     ],
 )
-def test_a_section_says_how_the_rate_goes(optimizer: Optimizer, said: str) -> None:
-    assert f"**Learning rate:** {said}" in training_section(Recipe("a", optimizer=optimizer))
+def test_a_section_says_how_the_rate_goes(optimizer: Optimizer, words: str) -> None:
+    assert f"**Learning rate:** {words}" in training_section(Recipe("a", optimizer=optimizer))
 
 
 @pytest.mark.parametrize(
-    ("method", "said"),
+    ("method", "words"),
     [
         (Method("lora", text=True, rank=4), "LoRA of UNet and text towers, rank 4"),
         (Method("full", targets="attn2"), "fine-tuning of UNet, where names match `attn2`"),
@@ -84,8 +84,8 @@ def test_a_section_says_how_the_rate_goes(optimizer: Optimizer, said: str) -> No
         (Method("vae"), "vae"),
     ],
 )
-def test_a_section_says_what_learns(method: Method, said: str) -> None:
-    assert f"- **Method:** {said}\n" in training_section(Recipe("a", method=method))
+def test_a_section_says_what_learns(method: Method, words: str) -> None:
+    assert f"- **Method:** {words}\n" in training_section(Recipe("a", method=method))
 
 
 def test_a_batch_that_is_not_the_cards_any_more_is_said_without_its_gpus() -> None:

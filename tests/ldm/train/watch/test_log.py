@@ -1,4 +1,4 @@
-"""The log of a run: what is in the files, what a resumed run keeps of them, and who else is told."""
+"""The log of a run: its files, what a resumed run keeps of them, and other writers."""
 
 import csv
 import io
@@ -141,7 +141,7 @@ def test_a_full_disk_is_an_error_that_says_how_to_go_on(tmp_path, file):
         log.write(record(1))
 
 
-# --- who else is told -------------------------------------------------------------------------------------------------
+# --- TensorBoard and W&B ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("package", "module"), [("tensorboard", "torch.utils.tensorboard"), ("wandb", "wandb")])
@@ -162,23 +162,23 @@ def test_neither_is_imported_unless_it_is_asked_for(tmp_path, monkeypatch):
 
 
 def test_tensorboard_gets_every_number_at_its_step(tmp_path, monkeypatch):
-    told = []
+    calls = []
 
     class SummaryWriter:
         def __init__(self, log_dir: str, purge_step: int):
-            told.append((log_dir, purge_step))
+            calls.append((log_dir, purge_step))
 
         def add_scalar(self, tag: str, value: float, step: int) -> None:
-            told.append((tag, value, step))
+            calls.append((tag, value, step))
 
         def close(self) -> None:
-            told.append("closed")
+            calls.append("closed")
 
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=SummaryWriter))
     with Log(tmp_path, 10, Watch(tensorboard=True), "run", done=4) as log:
         log.write({"step": 5, "loss": 0.5, "lr": math.nan} | BANDED)
         log.event({"step": 6, "event": "skipped"})
-    assert told == [
+    assert calls == [
         (str(tmp_path / "tensorboard"), 5),
         ("loss", 0.5, 5),
         *((f"band_{i}", 0.5 + i, 5) for i in range(BANDS - 1)),
@@ -187,19 +187,19 @@ def test_tensorboard_gets_every_number_at_its_step(tmp_path, monkeypatch):
 
 
 def test_wandb_gets_every_number_and_a_resumed_run_is_the_same_run(tmp_path, monkeypatch):
-    told, opened = [], []
+    calls, opened = [], []
 
     def init(**settings):
         opened.append(settings)
         return SimpleNamespace(
-            log=lambda values, step: told.append((step, values)), finish=lambda: told.append("finished")
+            log=lambda values, step: calls.append((step, values)), finish=lambda: calls.append("finished")
         )
 
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
     for done in (0, 1, 0):
         with Log(tmp_path, 10, Watch(wandb=True), "run", done=done) as log:
             log.write({"step": done + 1, "loss": 0.5})
-    assert told == [(1, {"loss": 0.5}), "finished", (2, {"loss": 0.5}), "finished", (1, {"loss": 0.5}), "finished"]
+    assert calls == [(1, {"loss": 0.5}), "finished", (2, {"loss": 0.5}), "finished", (1, {"loss": 0.5}), "finished"]
     first, resumed, another = (settings.pop("id") for settings in opened)
     assert first == resumed != another
     assert opened[0] == {"project": "ldm", "name": "run", "dir": str(tmp_path), "resume": "allow"}

@@ -1,4 +1,4 @@
-"""The report of a run: where its curves are drawn, what is said, and that the page holds everything itself."""
+"""The report of a run: where its curves are drawn, its words, and that the page holds everything itself."""
 
 from __future__ import annotations
 
@@ -209,20 +209,20 @@ def test_the_page_suits_a_phone_and_the_night(run):
 
 def test_what_people_wrote_is_shown_and_not_obeyed(run):
     text = (run / "report.html").read_text()
-    said = "".join(Page(text).words)
-    assert PROMPT in said
-    assert "loss: <nan>" in said
+    shown = "".join(Page(text).words)
+    assert PROMPT in shown
+    assert "loss: <nan>" in shown
     assert "<nan>" not in text
     assert "<b>red" not in text
 
 
 def test_the_page_tells_the_recipe_its_card_and_what_happened(run):
     words = Page((run / "report.html").read_text()).words
-    said = "\n".join(words)
+    shown = "\n".join(words)
     assert "Training" in words, "the card's section"
-    assert "the card of Sygil Diffusion" in said
+    assert "the card of Sygil Diffusion" in shown
     assert words[words.index("run.batch") + 1] == "8"
-    assert said.index("run.batch") < said.index("every key") < said.index("run.keep"), (
+    assert shown.index("run.batch") < shown.index("every key") < shown.index("run.keep"), (
         "what is usual is behind the fold"
     )
     assert words[words.index("120") + 1] == "skipped"

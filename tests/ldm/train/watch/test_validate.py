@@ -29,7 +29,7 @@ def held_out(n: int, start: int = 0, **more) -> Batch:
     )
 
 
-class Told(nn.Module):
+class Recorder(nn.Module):
     """A task whose loss is the timestep, and which remembers what it was asked."""
 
     def __init__(self):
@@ -44,11 +44,11 @@ class Told(nn.Module):
 
 
 def test_the_loss_is_a_mean_over_the_first_pictures_and_the_middles_of_equal_parts_of_the_schedule():
-    told = Told()
-    result = validation_loss(told, [held_out(2), held_out(2, 2), held_out(2, 4)], WATCH, 1000)
+    task = Recorder()
+    result = validation_loss(task, [held_out(2), held_out(2, 2), held_out(2, 4)], WATCH, 1000)
     assert result == {"validation_loss": 500.0, "validation_levels": [[250, 250.0], [750, 750.0]]}
-    assert [(n, t) for n, t, _ in told.asked] == [(2, 250), (2, 250), (2, 750), (2, 750), (1, 250), (1, 750)]
-    assert len({noise for *_, noise in told.asked}) == 6
+    assert [(n, t) for n, t, _ in task.asked] == [(2, 250), (2, 250), (2, 750), (2, 750), (1, 250), (1, 750)]
+    assert len({noise for *_, noise in task.asked}) == 6
 
 
 def test_noise_depends_on_picture_and_level_alone_not_on_batches_or_the_run():
@@ -59,23 +59,23 @@ def test_noise_depends_on_picture_and_level_alone_not_on_batches_or_the_run():
         ([held_out(3)], replace(WATCH, timesteps=6)),
         ([held_out(3)], replace(WATCH, seed=1)),
     ]:
-        told = Told()
-        validation_loss(told, batches, watch, 1000)
-        noises.append({noise for _, t, noise in told.asked if t in (250, 750)})
+        task = Recorder()
+        validation_loss(task, batches, watch, 1000)
+        noises.append({noise for _, t, noise in task.asked if t in (250, 750)})
     assert noises[0] == noises[1]
     assert noises[0] == noises[2]
     assert not noises[0] & noises[3]
 
 
 def test_a_task_without_levels_is_asked_once():
-    told = Told()
-    assert validation_loss(told, [held_out(1)], WATCH, 1)["validation_levels"] == [[0, 0.0]]
-    assert len(told.asked) == 1
+    task = Recorder()
+    assert validation_loss(task, [held_out(1)], WATCH, 1)["validation_levels"] == [[0, 0.0]]
+    assert len(task.asked) == 1
 
 
 @pytest.mark.parametrize(("batches", "pictures"), [([], 3), ([held_out(2)], 0)])
 def test_without_pictures_there_is_no_loss(batches, pictures):
-    assert validation_loss(Told(), batches, replace(WATCH, pictures=pictures), 1000) == {}
+    assert validation_loss(Recorder(), batches, replace(WATCH, pictures=pictures), 1000) == {}
 
 
 def test_the_tasks_are_validated_and_the_same_twice():
