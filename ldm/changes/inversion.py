@@ -17,8 +17,7 @@ from ldm.model import LatentDiffusion
 def new_token(model: LatentDiffusion, word: str, like: str, vectors: int = 1) -> dict[str, nn.Parameter]:
     """The parameters of a new word: {"word.768": [vectors, 768], ...}, one for each text tower, named by its width.
 
-    like     the text whose tokens it starts as, repeated until there are enough (Gal et al. 2022, section 3: "a
-             single-word coarse descriptor")
+    like     the text whose tokens it starts as, repeated ("single-word coarse descriptor": Gal et al. 2022, section 3)
     vectors  tokens that the word stands for
     They are float32, on the tower's device. Raises ArgumentError for a model without text towers, a word without
     letters, more vectors than a tower reads at once, and a `like` of no token or of more than there are vectors.

@@ -163,8 +163,7 @@ UNADAPTED = {adapted: unadapted for unadapted, adapted in ADAPTED.items()}
 def attach(model: LatentDiffusion, spec: Spec, seed: int = 0) -> dict[str, nn.Parameter]:
     """Give layers of `model`, in place, factors that learn a low-rank change; `up` begins as 0, so nothing changes yet.
 
-    seed  of `down`, uniform within 1 / sqrt(fan-in) (Hu et al. 2021: their code); each layer's draws depend on seed and
-          name alone
+    seed  of `down`, uniform within 1 / sqrt(fan-in) (Hu et al. 2021: their code); draws depend on the layer's name
     Returns the factors by name (unet.middle_block.1.proj_in.lora.down, .up, with DoRA .magnitude): float32, on their
     layer's device, parameters of the model that require gradients. The model's own parameters, their names and its
     state dict stay as they were, and are not frozen here. Raises ArgumentError for a model that has factors or is

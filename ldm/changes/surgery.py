@@ -76,10 +76,9 @@ def swap_conditioner(model: LatentDiffusion, vision: CLIPVision) -> LatentDiffus
         what = f"vision: a model of family {old.name} is told more than a context"
         raise ArgumentError(f"{what}; swap the conditioner of an SD 1 or SD 2 model", key="vision")
     if vision.config.projection != old.unet.context_dim:
-        what = (
-            f"vision: its embedding has {vision.config.projection} numbers, the UNet's context {old.unet.context_dim}"
-        )
-        raise ArgumentError(f"{what}; use a tower that fits", key="vision")
+        given, wanted = vision.config.projection, old.unet.context_dim
+        what = f"vision: its embedding has {given} numbers, the UNet's context {wanted}; use a tower that fits"
+        raise ArgumentError(what, key="vision")
     name = "sd-image-variations" if old.name == "sd1" else old.name
     config = replace(old, name=name, text=(), vision=vision.config, zero_empty=False)
     return _assembled(model, config, {f"vision.{name}": tensor for name, tensor in vision.state_dict().items()})
@@ -114,9 +113,8 @@ def ssd_1b(config: ModelConfig) -> ModelConfig:
     SSD-1B's config shows which depths are left, but not from which blocks they were made. For that: the README of
     furusu/SSD-1B-anime, whose author compared the attention weights of both models by cosine similarity. Of two blocks
     the first is kept; of ten the first, second, third and seventh. That the middle keeps its first ResBlock follows
-    from Segmind's distill_sdxl.py, which compares a teacher's middle with it. Where the ten blocks of output_blocks.2
-    come from is not known: they are as many as SDXL's, but, by the same README, not clearly similar; here they begin as
-    SDXL's.
+    from Segmind's distill_sdxl.py, which compares a teacher's middle with it. The ten blocks of output_blocks.2 are as
+    many as SDXL's but, by the same README, not clearly similar; here they begin as SDXL's.
     Raises ArgumentError for another UNet than SDXL base's.
     """
     unet = config.unet
@@ -131,14 +129,11 @@ def ssd_1b(config: ModelConfig) -> ModelConfig:
 def half(config: ModelConfig) -> ModelConfig:
     """About half of a UNet's parameters: the middle keeps one ResBlock, and the most numerous parts are halved.
 
-    SDXL     transformers of several blocks: every second block stays, as in DistilBERT (Sanh et al. 2019, section 3).
-             49 % of its parameters
-    SD 1, 2  several ResBlocks a level: half of them stay, the first going down; coming up the first and as many at the
-             end, so that a skip has the width that its block was trained with (BK-SDM: Kim et al. 2023, section 3.1).
-             60 %
+    SDXL     49 %: every second block of its transformers stays, as in DistilBERT (Sanh et al. 2019, section 3)
+    SD 1, 2  60 %: half of a level's ResBlocks stay, the first going down; coming up the first and as many at the end,
+             so that a skip has the width that its block was trained with (BK-SDM: Kim et al. 2023, section 3.1)
     others   the coarsest level gets the width of the one above it: whole attention heads go, and equally many channels
-             of each group of a GroupNorm; a ResBlock that no longer widens needs no convolution around it. 55 % of the
-             model that ships
+             of each group of a GroupNorm; the model that ships keeps 55 %
     Raises ArgumentError where a UNet has none of these.
     """
     unet = config.unet

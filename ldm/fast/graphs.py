@@ -22,9 +22,8 @@ Key = tuple[object, ...]
 class GraphedUNet(FastUNet):
     """`FastUNet` on a GPU. A shape that comes for the second time is captured, and replayed from then on.
 
-    Graphs read the parameters where they are: numbers that change in place are seen, and when a parameter has moved all
-    graphs are dropped. PyTorch's settings, and what modules hold besides parameters, stay those of the capture. For one
-    thread and one stream at a time.
+    Graphs read the parameters where they are: changes in place are seen, and when a parameter has moved all graphs are
+    dropped. PyTorch's settings, and attributes of modules, stay those of the capture. For one thread and stream.
     """
 
     ops: ModuleType = gpu
@@ -150,8 +149,7 @@ def _captured(
     y: Tensor | None,
     others: Sequence[torch.cuda.CUDAGraph],
 ) -> Graph:
-    """The call as a graph. It shares its memory with the others: none of them runs at the same time, or keeps more than
-    its output."""
+    """The call as a graph, which shares memory with the others: one runs at a time, and only its output is kept."""
     with torch.inference_mode(False):  # else they could be written in that mode only
         inputs = x.detach().clone(), t.detach().clone(), None if y is None else y.detach().clone()
         held = [(keys.clone(), values.clone()) for keys, values in keys_values]

@@ -1,7 +1,6 @@
 """The networks in fused operations on channels-last data: the same modules and parameters, another forward pass.
 
-Where somebody looks inside (a hook, another attention swapped in, a gradient) or has changed a part, the readable
-forward pass runs instead.
+The readable one runs where somebody looks inside (a hook, another `Attend`, a gradient) or has changed a part.
 """
 
 from __future__ import annotations

@@ -47,8 +47,7 @@ def sheet(images: Sequence[Image.Image], labels: Sequence[str] = (), columns: in
 def table(rows: Sequence[Sequence[Image.Image]], across: Sequence[str] = (), down: Sequence[str] = ()) -> Image.Image:
     """Pictures in rows and columns, with a header over every column and one left of every row.
 
-    across, down  the headers; none, or one for each column, or row. Long ones are broken into up to six lines, then end
-                  in dots
+    across, down  the headers; none, or one for each column, or row. Long ones are broken into six lines, or end in dots
     Pictures are scaled down where the table would have more than 16384 pixels along a side. Raises ArgumentError for no
     pictures, rows of different lengths, or headers that are not one for each.
     """

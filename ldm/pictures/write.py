@@ -29,8 +29,7 @@ def save(
 ) -> Path:
     """Write a PNG with `metadata` as text chunks; return its path. The same picture and metadata give the same bytes.
 
-    path       or several of one directory, from `numbered` or `spare`: the first that is free is taken, also among
-               processes
+    path       or several of one directory, from `numbered` or `spare`: the first free one, also among processes
     metadata   in Latin-1 as tEXt, other text as UTF-8 in iTXt; a character that UTF-8 has not becomes U+FFFD
     overwrite  replace the file that is there
     All or nothing: a temporary file in the same directory gets the name once it is complete and on the disk.
