@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import TypeVar
@@ -15,18 +16,19 @@ from ldm.config import VAEConfig, VisionConfig
 from ldm.networks.safety import SafetyChecker
 from ldm.networks.vae import VAE
 from ldm.networks.vision import CLIPVision
-from weights.checkpoint import require_dtype, vae_alone
+from weights.checkpoint import Parameters, require_dtype
 from weights.files.folders import COMPONENTS, Folder, add_component
 from weights.files.opened import Tensors, open_file
 from weights.folder.read import component, read_vae_config, read_vision_config
 from weights.models import fill
 from weights.names import original as names
-from weights.names.blank import built
+from weights.names.blank import built, shapes
 from weights.names.detect import lookup
+from weights.names.diffusers import in_diffusers_vae
 from weights.names.instead import instead
 from weights.names.layout import ALONE, Layout, Part
 from weights.names.metadata import CONFIG_KEY, from_json
-from weights.names.sizes import Shapes, read_vision, visible
+from weights.names.sizes import UNET, Shapes, read_vision, visible
 
 VISUAL = "cond_stage_model.model.visual."  # where the published image-variations checkpoints have their vision tower
 SAFETY = Layout((Part("", "", names.doubled_vision),), ALONE)
@@ -69,6 +71,21 @@ def load_vae(
                 )
                 raise file.error(f"is a VAE of {odd}, not for this model; use its own")
         return _filled(lambda: VAE(config), file, layout, device, dtype)
+
+
+def vae_alone(file: Tensors, config: VAEConfig) -> Parameters:
+    """The VAE that was published alone, under its original names or those of diffusers.
+
+    Raises FileError for what is none.
+    """
+    network = partial(shapes, VAE, config)
+    for prefix in () if f"{UNET}input_blocks.0.0.weight" in file else ("", "first_stage_model."):
+        if f"{prefix}encoder.down.0.block.0.conv1.weight" in file:
+            return Parameters(file=file, layout=Layout((Part("", prefix, names.vae),), ALONE), network=network)
+        if f"{prefix}encoder.down_blocks.0.resnets.0.conv1.weight" in file:
+            layout = Layout((Part("", prefix, in_diffusers_vae(config)),), ALONE)
+            return Parameters(file=file, layout=layout, network=network)
+    raise file.error(instead({key: file.shape(key) for key in file}, "a VAE"))
 
 
 def load_safety(
@@ -139,8 +156,8 @@ def _config(file: Tensors) -> VisionConfig:
     """Of a folder what its config.json says, of a file of ours what its metadata say, and otherwise ViT-L/14."""
     if isinstance(file, Folder):
         return read_vision_config(component(file.path, "", "CLIP"))
-    said = file.metadata.get(CONFIG_KEY)
-    return (said and from_json(said).vision) or VisionConfig()
+    described = file.metadata.get(CONFIG_KEY)
+    return (described and from_json(described).vision) or VisionConfig()
 
 
 def _open(path: str | PathLike[str], name: str) -> Tensors:

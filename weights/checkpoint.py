@@ -12,24 +12,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ldm.config import ModelConfig, VAEConfig
+from ldm.config import ModelConfig
 from ldm.errors import AmbiguousCheckpoint, ArgumentError
 from ldm.model import LatentDiffusion
-from ldm.networks.vae import VAE
-from weights.files.folders import Folder, open_folder
-from weights.files.opened import Tensors, is_folder, open_file
-from weights.folder.read import describe
+from weights.files.opened import Tensors, Weights, is_folder, open_file
 from weights.names import original as names
 from weights.names.blank import shapes
 from weights.names.detect import detect
-from weights.names.diffusers import in_diffusers_vae
 from weights.names.family import family_title
-from weights.names.instead import instead
-from weights.names.layout import ALONE, WHAT, Layout, Part, original, reason
+from weights.names.layout import WHAT, Layout, original, reason
 from weights.names.metadata import CONFIG_KEY
 from weights.names.places import Place, Shape, joined, short
 from weights.names.prediction import STATISTIC, Finding, Prediction, settle
-from weights.names.sizes import UNET
 
 NO_AVERAGE = "load it with {ema=False}"
 RAW = "the moving average was not asked for: ema=True loads it"
@@ -176,9 +170,11 @@ class Parameters:
             (self.misshapen, "of another shape", shown), (missing, "missing", map(short, missing[:3])), (self.unknown,
             "unknown", map(short, self.unknown[:3])),
         )  # fmt: skip
-        said = [f"{len(keys)} {what} ({', '.join(first)})" for keys, what, first in faults if keys]
-        if said:
-            raise self.file.error(f"tensors {', '.join(said)}", next(iter([*self.misshapen, *missing, *self.unknown])))
+        counts = [f"{len(keys)} {what} ({', '.join(first)})" for keys, what, first in faults if keys]
+        if counts:
+            raise self.file.error(
+                f"tensors {', '.join(counts)}", next(iter([*self.misshapen, *missing, *self.unknown]))
+            )
 
     def _require_average(self) -> None:
         if self.layout.averaged is None:
@@ -282,6 +278,8 @@ def open_any(path: str | PathLike[str], variant: str | None = None) -> Tensors:
     Raises FileError; ArgumentError for a variant of a file.
     """
     if is_folder(path):
+        from weights.files.folders import open_folder  # of which a single file needs nothing
+
         return open_folder(path, variant)
     if variant is not None:
         name = Path(path).name[-60:]
@@ -311,11 +309,13 @@ def recognise(
 
 def described(file: Tensors, config: ModelConfig | str | None = None) -> Checkpoint:
     """The same from headers alone: it predicts what its family does, whatever the file says of that."""
-    if isinstance(file, Folder):
-        known, layout = describe(file, config)
-    else:
+    if isinstance(file, Weights):
         there = {key: file.shape(key) for key in file}
         known, layout = detect(there, file.metadata, config, file.path), original(there)
+    else:
+        from weights.folder.read import describe
+
+        known, layout = describe(file, config)
     return _checkpoint(file, layout, Finding(known))
 
 
@@ -328,21 +328,6 @@ def config_of(path: str | PathLike[str]) -> ModelConfig:
 def _checkpoint(file: Tensors, layout: Layout, finding: Finding, ema: bool = False) -> Checkpoint:
     network = partial(shapes, LatentDiffusion, finding.config)
     return Checkpoint(file=file, layout=layout, network=network, ema=ema, finding=finding)
-
-
-def vae_alone(file: Tensors, config: VAEConfig) -> Parameters:
-    """The VAE that was published alone, under its original names or those of diffusers.
-
-    Raises FileError for what is none.
-    """
-    network = partial(shapes, VAE, config)
-    for prefix in () if f"{UNET}input_blocks.0.0.weight" in file else ("", "first_stage_model."):
-        if f"{prefix}encoder.down.0.block.0.conv1.weight" in file:
-            return Parameters(file=file, layout=Layout((Part("", prefix, names.vae),), ALONE), network=network)
-        if f"{prefix}encoder.down_blocks.0.resnets.0.conv1.weight" in file:
-            layout = Layout((Part("", prefix, in_diffusers_vae(config)),), ALONE)
-            return Parameters(file=file, layout=layout, network=network)
-    raise file.error(instead({key: file.shape(key) for key in file}, "a VAE"))
 
 
 def require_dtype(dtype: torch.dtype) -> None:

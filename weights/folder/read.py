@@ -12,7 +12,8 @@ from typing import Any
 from ldm.config import DepthConfig, ModelConfig, TextConfig, UNetConfig, VAEConfig, VisionConfig
 from ldm.errors import FileError
 from samplers.schedule import Schedule
-from weights.files.folders import Folder, read_json
+from weights.files.folders import read_json
+from weights.files.opened import Tensors
 from weights.names.detect import shown, without_unread
 from weights.names.family import family, named, require_family
 from weights.names.layout import Layout, bare, diffusers
@@ -41,7 +42,7 @@ SCHEDULERS = ("DDIM", "DDPM", "PNDM", "LMSDiscrete", "EulerDiscrete", "EulerAnce
               "LCM", "TCD")  # fmt: skip
 
 
-def describe(folder: Folder, config: ModelConfig | str | None) -> tuple[ModelConfig, Layout]:
+def describe(folder: Tensors, config: ModelConfig | str | None) -> tuple[ModelConfig, Layout]:
     """The config of the model in a folder, and the layout of its tensors.
 
     The folder's metadata get what its scheduler says of the training. `config` overrules as in `detect`. Raises
@@ -84,7 +85,7 @@ def describe(folder: Folder, config: ModelConfig | str | None) -> tuple[ModelCon
     return known, diffusers(known, folders)
 
 
-def _agreeing(folder: Folder, name: str, claimed: Config, there: Config | None) -> Any:
+def _agreeing(folder: Tensors, name: str, claimed: Config, there: Config | None) -> Any:
     """The config that was claimed, if the tensors show the same: nothing is built from its numbers alone."""
     shown = visible(claimed)
     if there != shown:
@@ -270,7 +271,7 @@ def _depth(fields: Fields, known: DepthConfig) -> DepthConfig:
     )
 
 
-def _schedule(folder: Folder, known: Schedule) -> Schedule:
+def _schedule(folder: Tensors, known: Schedule) -> Schedule:
     """The noise schedule of training, where the folder tells it; what is predicted goes to the folder's metadata."""
     path = folder.path / "scheduler" / "scheduler_config.json"
     if not path.exists():
@@ -386,12 +387,11 @@ def component(folder: Path, name: str, kind: str | tuple[str, ...]) -> Fields:
     No class is ever looked up.
     """
     fields = Fields(folder / name / "config.json", read_json(folder / name / "config.json"))
-    said = fields.values.get("_class_name")
-    if said is None:
+    named = fields.values.get("_class_name")
+    if named is None:
         architectures = fields.values.get("architectures")
-        said = architectures[0] if isinstance(architectures, list) and architectures else None
-    if said is not None and not (isinstance(said, str) and said.startswith(kind)):
-        raise fields.error(
-            "_class_name", f"is {str(said)[:40]}; this version knows {kind if isinstance(kind, str) else kind[0]}"
-        )
+        named = architectures[0] if isinstance(architectures, list) and architectures else None
+    if named is not None and not (isinstance(named, str) and named.startswith(kind)):
+        known = kind if isinstance(kind, str) else kind[0]
+        raise fields.error("_class_name", f"is {str(named)[:40]}; this version knows {known}")
     return fields

@@ -12,14 +12,8 @@ from ldm.conditioning import tokenizer
 from ldm.config import DepthConfig, ModelConfig, TextConfig, UNetConfig, VAEConfig, VisionConfig
 from ldm.errors import ArgumentError
 
-STEMS = {
-    "unet": "diffusion_pytorch_model",
-    "vae": "diffusion_pytorch_model",
-}  # of the weights' file name; "model" for all others
-_CLIP_MEAN, _CLIP_STD = (
-    [0.48145466, 0.4578275, 0.40821073],
-    [0.26862954, 0.26130258, 0.27577711],
-)  # of OpenAI's pictures
+STEMS = dict.fromkeys(("unet", "vae"), "diffusion_pytorch_model")  # of the file of weights; "model" for all others
+_CLIP_MEAN, _CLIP_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]  # OpenAI's pictures
 _SIZE_WIDTH = 256  # of an embedded size number: SDXL's `addition_time_embed_dim`
 
 
@@ -157,10 +151,10 @@ def _depths(unet: UNetConfig) -> dict[str, Any]:
             "transformer_layers_per_block": [depth or 1 for depth in down],
             "reverse_transformer_layers_per_block": [depth or 1 for depth in up],
         }
-    told = [depth for depth in down if depth is not None]
+    known = [depth for depth in down if depth is not None]
     return {
-        "transformer_layers_per_block": told[0]
-        if all(depth == told[0] for depth in told)
+        "transformer_layers_per_block": known[0]
+        if all(depth == known[0] for depth in known)
         else [depth or 1 for depth in down]
     }
 
@@ -313,7 +307,7 @@ def _betas(config: ModelConfig) -> dict[str, Any]:
 def _scheduler(config: ModelConfig) -> dict[str, Any]:
     """The sampler that the family's published folder has.
 
-    Others are made from these settings too: DDIM would clip if it were not told.
+    Others are made from these settings too: DDIM would clip without `clip_sample`.
     """
     common = {
         **_betas(config),

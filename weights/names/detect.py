@@ -11,7 +11,6 @@ from os import PathLike
 from ldm.config import ModelConfig, TextConfig, UNetConfig, VAEConfig, VisionConfig
 from ldm.errors import AmbiguousCheckpoint, ArgumentError, FileError
 from weights.names.family import family, family_title, named, require_family
-from weights.names.instead import instead
 from weights.names.layout import Layout, original
 from weights.names.metadata import CONFIG_KEY, from_json
 from weights.names.places import Shape
@@ -79,6 +78,8 @@ def detect(
     if isinstance(config, str):
         require_family(config)
     if f"{UNET}input_blocks.0.0.weight" not in shapes:
+        from weights.names.instead import instead  # of which a model needs nothing
+
         raise FileError(instead(shapes), path=path)
     there = shown(shapes, original(shapes))
     if isinstance(config, ModelConfig):

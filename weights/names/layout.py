@@ -69,14 +69,14 @@ ORIGINAL = (
     _POSITION_IDS,
     (r"model_ema\.(decay|num_updates)", "bookkeeping of the moving average"),
     (r"(cond_stage_model\.((transformer|model)\.)?|conditioner\.embedders\.\d\.(transformer|model)\.)logit_scale",
-    "temperature of CLIP's training loss"),
+     "temperature of CLIP's training loss"),
     (r"(cond_stage_model|conditioner\.embedders\.0)\.transformer\.text_projection\.weight", _CLIP_L_PROJECTION),
     (r"(first_stage_model\.)?loss\..+", "discriminator and perceptual loss of the VAE's training"),
     (r"first_stage_model\.model_ema\..+", "moving average of the VAE's training, which its weights already are"),
     (r"embedding_manager\..+", "leftover of textual inversion training"),
     (r"v_pred|ztsnr", "a mark of how the model was trained, read when its family is found out"),
     (r"model\.diffusion_model\.time_embedding\.cond_proj\.weight",
-    "guidance embedding of a consistency model, left by a merge; it is added only where one is given"),
+     "guidance embedding of a consistency model, left by a merge; it is added only where one is given"),
 )  # fmt: skip
 
 DEAD_TEXT = (
@@ -86,19 +86,17 @@ DEAD_TEXT = (
 )  # fmt: skip
 
 DEPTH_HEAD = (
-    (
-        r"depth_model\.model\.pretrained\.model\.(head|norm)\.(weight|bias)",
-        "ImageNet classifier of the depth network's backbone, which depth does not read",
-    ),
-)
+    (r"depth_model\.model\.pretrained\.model\.(head|norm)\.(weight|bias)",
+     "ImageNet classifier of the depth network's backbone, which depth does not read"),
+)  # fmt: skip
 
 FOLDER = (
     _POSITION_IDS,
     (r"text_encoder(_2)?/(text_model\.)?logit_scale", "temperature of CLIP's training loss"),
     (r"image_encoder/(text_model\..+|text_projection\.weight|logit_scale)",
-    "text half of CLIP, which image variations do not use"),
+     "text half of CLIP, which image variations do not use"),
     (r"text_encoder/text_projection\.weight",
-    "projection of the pooled text, which no family reads of its first tower"),
+     "projection of the pooled text, which no family reads of its first tower"),
     (r"vae/(loss|model_ema)\..+", "leftover of the VAE's training"),
     (r"safety_checker/.+", "safety checker, which is no part of the model"),
     (rf"{re.escape(LEFTOVERS)}/.+", "of the original file, and no picture is computed from it"),
@@ -108,7 +106,7 @@ ALONE = (  # of networks that come alone
     _POSITION_IDS,
     (r"(first_stage_model\.)?loss\..+", "discriminator and perceptual loss of the VAE's training"),
     (r"(first_stage_model\.)?model_ema\..+",
-    "moving average of the VAE's training, which its weights already are, or its bookkeeping"),
+     "moving average of the VAE's training, which its weights already are, or its bookkeeping"),
     (rf"{re.escape(LEFTOVERS)}/.+", "of the original file, and no picture is computed from it"),
 )  # fmt: skip
 

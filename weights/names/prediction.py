@@ -16,31 +16,20 @@ from ldm.networks.unet import UNet
 Prediction = Literal["eps", "v"]
 
 METADATA = "modelspec.prediction_type"
-SCHEDULER, ZERO_SNR = (
-    "scheduler_config.json",
-    "rescale_betas_zero_snr",
-)  # under these names a folder's metadata quote its scheduler
+SCHEDULER, ZERO_SNR = "scheduler_config.json", "rescale_betas_zero_snr"  # so a folder's metadata quote its scheduler
 V_MARK, ZERO_SNR_MARK = "v_pred", "ztsnr"  # keys of a single file
 SPELLINGS: dict[str, Prediction] = {
-    "eps": "eps",
-    "epsilon": "eps",
-    "v": "v",
-    "v_prediction": "v",
-    "v-prediction": "v",
-    "v_pred": "v",
-}
+    "eps": "eps", "epsilon": "eps", "v": "v", "v_prediction": "v", "v-prediction": "v", "v_pred": "v",
+}  # fmt: skip
 
-STATISTIC = (
-    "unet.output_blocks.11.1.transformer_blocks.0.norm1.bias"  # its standard deviation tells SD 2's two kinds apart
-)
+# The parameter whose standard deviation tells SD 2's two kinds apart.
+STATISTIC = "unet.output_blocks.11.1.transformer_blocks.0.norm1.bias"
 THRESHOLD, CLOSE = 0.09, (0.07, 0.11)  # above it: v; inside the band no word is taken for it
 EPS_OUTPUT, V_OUTPUT = -0.5, -1.0  # of `response`: above the first eps, below the second v
 
 _EDM = {
-    "edm_mean": "a Playground 2.5 model",
-    "edm_std": "a Playground 2.5 model",
-    "edm_vpred.sigma_max": "a CosXL model",
-    "edm_vpred.sigma_min": "a CosXL model",
+    **dict.fromkeys(("edm_mean", "edm_std"), "a Playground 2.5 model"),
+    **dict.fromkeys(("edm_vpred.sigma_max", "edm_vpred.sigma_min"), "a CosXL model"),
 }
 
 
@@ -105,17 +94,17 @@ def _predicting(
     if explicit:
         return Finding(config)
     claims = claims_of(keys, metadata, refuse)
-    said = set(claims.values())
-    if len(said) > 1:
+    claimed = set(claims.values())
+    if len(claimed) > 1:
         raise _clash(f"says both eps and v ({', '.join(f'{who}: {what}' for who, what in claims.items())})", refuse)
     deviation = deviation_of(config, statistic)
     if deviation is None:
-        return Finding(predicting(config, said.pop()) if said else config)
+        return Finding(predicting(config, claimed.pop()) if claimed else config)
     seen: Prediction | None = None if CLOSE[0] <= deviation <= CLOSE[1] else "v" if deviation > THRESHOLD else "eps"
-    if said and seen is not None and seen not in said:
+    if claimed and seen is not None and seen not in claimed:
         who, what = next(iter(claims.items()))
         raise _clash(f"{who} says {what}, its weights {seen} (norm1.bias std {deviation:.3f}, v > {THRESHOLD})", refuse)
-    settled = said.pop() if said else seen
+    settled = claimed.pop() if claimed else seen
     return Finding(config, deviation) if settled is None else Finding(predicting(config, settled))
 
 

@@ -10,9 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-CHUNK = (
-    2**20
-)  # numbers converted to float64 at once: ten such pieces are 80 MB, and a processor may keep some in its cache
+CHUNK = 2**20  # numbers converted to float64 at once: ten such pieces are 80 MB
 GLANCE = 4096  # numbers that are rounded first, since most tensors that differ differ there
 SHORT = (torch.float16, torch.bfloat16)  # what weights are rounded to
 # Times the largest singular value that rounding has on average: no random matrix of these sizes comes near twice that.

@@ -46,31 +46,15 @@ from weights.tools.routes import (
 )
 
 FILES = (".safetensors", *TORCH_FILES)  # what a target that is one file ends in; all others are folders
+# Whoever writes a name that ends so does not mean a folder.
 FOREIGN = (
-    ".gguf",
-    ".onnx",
-    ".h5",
-    ".hdf5",
-    ".npz",
-    ".npy",
-    ".pkl",
-    ".pb",
-    ".msgpack",
-    ".zip",
-    ".tar",
-    ".json",
-    ".txt",
-)  # whoever writes these does not mean a folder
+    ".gguf", ".onnx", ".h5", ".hdf5", ".npz", ".npy", ".pkl", ".pb", ".msgpack", ".zip", ".tar", ".json", ".txt",
+)  # fmt: skip
 MIN_SHARD = 2**20  # bytes
-LICENCE, SOURCE, SOURCE_HASH, WHICH = (
-    "modelspec.license",
-    "ldm.source",
-    "ldm.source_sha256",
-    "ldm.weights",
-)  # metadata that a conversion writes
-_STALE = re.compile(
-    r"format|modelspec\.hash_sha256|sshs_\w+|ldm\.(?!weights$)\w+"
-)  # metadata that speak of other bytes than the target's
+# Metadata that a conversion writes.
+LICENCE, SOURCE, SOURCE_HASH, WHICH = "modelspec.license", "ldm.source", "ldm.source_sha256", "ldm.weights"
+# Metadata that speak of other bytes than the target's.
+_STALE = re.compile(r"format|modelspec\.hash_sha256|sshs_\w+|ldm\.(?!weights$)\w+")
 _PARTS = (
     "unet|vae|scheduler|low_res_scheduler|feature_extractor|image_encoder|depth_estimator|safety_checker"
     "|text_encoder(_2)?|tokenizer(_2)?"
@@ -123,7 +107,7 @@ def convert(
             raise file.error("has nothing left to write: everything is dropped; drop less")
         require_space(dst, made.bytes)
         facts = {
-            **_told(file, licence, only),
+            **_carried(file, licence, only),
             **_facts(model, ema, only),
             SOURCE: file.path.resolve().name,
             SOURCE_HASH: sha256_of(file),
@@ -337,16 +321,16 @@ def _no_model(
 # --- metadata -------------------------------------------------------------------------------------------------------
 
 
-def _told(file: Tensors, licence: str | None, only: Only | None) -> dict[str, str]:
+def _carried(file: Tensors, licence: str | None, only: Only | None) -> dict[str, str]:
     """What the source says of itself that stays true; a folder says it in the file of its UNet."""
     metadata = file.files[0].metadata if isinstance(file, Folder) else file.metadata
-    told = {
+    carried = {
         key: value
         for key, value in metadata.items()
         if not _STALE.fullmatch(key) and (only in (None, "unet") or key not in (WHICH, METADATA))
     }
-    said = licence or told.get(LICENCE) or told.get("license")
-    return told | ({LICENCE: said} if said else {})
+    terms = licence or carried.get(LICENCE) or carried.get("license")
+    return carried | ({LICENCE: terms} if terms else {})
 
 
 def _facts(model: Checkpoint | None, ema: bool | None, only: Only | None) -> dict[str, str]:

@@ -21,21 +21,17 @@ from weights.tools.closeness import nearness, products, rank, ratio, rounding_er
 from weights.tools.matching import Side, by_keys, by_parameters, is_network
 from weights.tools.verdict import SAME, Compared, Facts, Rank, Verdict, Weight, judge, may_be_lora, relative
 
-QUICK_MATRICES, QUICK_VECTORS = (
-    6,
-    2,
-)  # tensors of a component that `quick` compares: matrices tell training, norms and biases tell a LoRA from it
-RANKED_MATRICES, RANKED_KERNELS = (
-    6,
-    2,
-)  # differences whose rank is found: each is a singular value decomposition, a second for the largest
-LARGEST_RANKED = 2**22  # numbers in such a matrix, if there are any as small; it holds every attention matrix of SDXL
+# Tensors of a component that `quick` compares: matrices show training, norms and biases tell a LoRA from it.
+QUICK_MATRICES, QUICK_VECTORS = 6, 2
+# Differences whose rank is found: each is a singular value decomposition, a second for the largest.
+RANKED_MATRICES, RANKED_KERNELS = 6, 2
+LARGEST_RANKED = 2**22  # numbers in such a matrix, if there are any as small; every attention matrix of SDXL is
 UNEXPLAINED = 4.0  # times the rounding of the stored types: a merge in float16 rounds at each of its three steps
 
 
 @dataclass(frozen=True)
 class Read:
-    """What `on_read` is told after each tensor."""
+    """How far the comparison is: what `on_read` gets after each tensor."""
 
     name: str
     done: int  # bytes of both files so far
@@ -134,7 +130,7 @@ def diff(
     quick    compare names, shapes and types of all, but the numbers of few tensors of each component, which
              `Difference.quick` names
     config   a ModelConfig or a family's name, for the structure of models that lack tensors
-    on_read  is told after each tensor
+    on_read  is called after each tensor
     Models, and VAEs and UNets alone, are compared by our parameters, so that layouts do not matter; everything else by
     the files' own keys. All numbers are read, one tensor of each file at a time, and compared in float64. Files of
     different kinds are a result. Raises FileError for files that cannot be read, ArgumentError for an unknown config.

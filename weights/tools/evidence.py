@@ -126,17 +126,17 @@ def tower_titles(towers: Sequence[TextConfig | None]) -> dict[str, str]:
 
 def sizes_of(unet: UNetConfig) -> str:
     """What tells families apart, in words."""
-    said = [
+    sizes = [
         f"{unet.model_channels} channels",
         f"{unet.in_channels} in",
         f"context {unet.context_dim}",
         "linear projections" if unet.linear_proj else "1x1-convolution projections",
     ]
     if unet.vector_dim is not None:
-        said += [f"vector {unet.vector_dim}", f"{unet.mid_depth or 0} transformer blocks in the middle"]
+        sizes += [f"vector {unet.vector_dim}", f"{unet.mid_depth or 0} transformer blocks in the middle"]
     if unet.noise_levels is not None:
-        said.append(f"{unet.noise_levels} noise levels")
-    return "UNet: " + ", ".join(said)
+        sizes.append(f"{unet.noise_levels} noise levels")
+    return "UNet: " + ", ".join(sizes)
 
 
 def vae_sizes(vae: VAEConfig) -> str:
@@ -216,8 +216,8 @@ def prediction(
     except FileError as fault:
         return PredictionFacts(None, tuple(evidence), None), config, fault.what
     if finding.doubt is not None:
-        said = f"norm1.bias std {finding.doubt:.3f} is in between: loading asks the network"
-        return PredictionFacts(None, tuple(evidence), said), finding.config, None
+        conflict = f"norm1.bias std {finding.doubt:.3f} is in between: loading asks the network"
+        return PredictionFacts(None, tuple(evidence), conflict), finding.config, None
     if explicit is not None:
         evidence.insert(0, f"{explicit}: {finding.config.prediction}")
     elif not evidence:

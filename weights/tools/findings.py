@@ -14,8 +14,8 @@ from ldm.config import FAMILIES, VAE_F4, VAE_F8, ModelConfig, VisionConfig
 from ldm.errors import FileError
 from ldm.model import LatentDiffusion
 from ldm.networks.safety import SafetyChecker
-from weights.alone import SAFETY
-from weights.checkpoint import Parameters, vae_alone
+from weights.alone import SAFETY, vae_alone
+from weights.checkpoint import Parameters
 from weights.files.folders import Folder, add_component
 from weights.files.opened import Tensors, Weights
 from weights.files.source import Spec

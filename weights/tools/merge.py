@@ -111,16 +111,16 @@ class Merged:
 
     def lines(self) -> list[str]:
         """The same for people."""
-        said = [f"{len(self.merged)} tensors merged"]
-        said += [f"{n} kept as in A: {why}" for why, n in Counter(self.kept.values()).items()]
+        lines = [f"{len(self.merged)} tensors merged"]
+        lines += [f"{n} kept as in A: {why}" for why, n in Counter(self.kept.values()).items()]
         if self.dropped:
-            said.append(f"{len(self.dropped)} of A's moving average dropped: they average other weights than these")
-        said += [
+            lines.append(f"{len(self.dropped)} of A's moving average dropped: they average other weights than these")
+        lines += [
             f"{len(keys)} of {model} unused: A has no place for them ({', '.join(map(short, keys[:3]))})"
             for model, keys in self.unused.items()
             if keys
         ]
-        return [*said, *self.notes]
+        return [*lines, *self.notes]
 
 
 def merge(
@@ -144,7 +144,7 @@ def merge(
     a           a single file in any container; b and c may also be diffusers folders
     method      weighted        (1 - alpha) A + alpha B
                 add-difference  A + alpha (B - C)
-                slerp           from A (0) to B (1) along the arc between them, tensor by tensor (`weights.blend.slerp`)
+                slerp           from A (0) to B (1) along the arc between them, tensor by tensor: see `slerp`
     alpha       0 to 1; for add-difference -2 to 2. 0 gives A's numbers bit by bit, 1 gives B's where A has the same
                 type
     blocks      other weights for some blocks: {"IN00": 0.2, "MID": 0.5, "TEXT": 0, "VAE": 0}, or one number for each
@@ -166,43 +166,32 @@ def merge(
         raise FileError(f"{what}: convert it first (ldm convert)", path=a)
     paths = {"A": a, "B": b} if c is None else {"A": a, "B": b, "C": c}
     with contextlib.ExitStack() as opened:
-        models = {
-            letter: _model(opened.enter_context(open_any(path)), config, prediction) for letter, path in paths.items()
-        }
-        first = models["A"]
+        files = {letter: opened.enter_context(open_any(path)) for letter, path in paths.items()}
+        models = {letter: _model(file, config, prediction) for letter, file in files.items()}
+        first, others = models["A"], {letter: model for letter, model in models.items() if letter != "A"}
         inpaints = agreeing(models, method)
-        weights = weights_of(blocks, first.config)
-        common, kept = _common(models, inpaints, partial)
-        alphas = {name: weights.get(block_of(name, first.config), alpha) for name in common}
+        by_block = weights_of(blocks, first.config)
+        common, kept = _common(first, others, inpaints, partial)
+        alphas = {name: by_block.get(block_of(name, first.config), alpha) for name in common}
 
         def merged(name: str) -> Tensor:
             return _merged([*models.values()], name, alphas[name], method, inpaints)
 
         tensors, dropped = _pending(first, common, kept, merged, dtype)
-        recipe: dict[str, Any] = {
-            "method": method,
-            "alpha": alpha,
-            **({"blocks": weights} if weights else {}),
-            "arithmetic": "float32",
-        }
-        recipe["sources"] = [_source(letter, model) for letter, model in models.items()]
+        recipe: dict[str, Any] = {"method": method, "alpha": alpha, **({"blocks": by_block} if by_block else {})}
+        sources = [_source(letter, model) for letter, model in models.items()]
+        recipe |= {"arithmetic": "float32", "sources": sources}
         if dropped:
             recipe["moving_average"] = "dropped: it averaged A's weights"
-        report = guarded([model.file for model in models.values()], on_write)
+        report = guarded(files.values(), on_write)
         path = write(tensors, out, _metadata(first, recipe), overwrite=overwrite, on_write=report)
-        used = {first.places[name].key for name in common}
-        unused = {letter: _unused(model, first) for letter, model in models.items() if letter != "A"}
-        notes = (
-            ["the 4 latent channels of the UNet's input got the difference, its other channels are A's"]
-            if inpaints
-            else []
-        )
-        notes += [
-            f"{letter} has a moving average, which was not used"
-            for letter, model in models.items()
-            if letter != "A" and model.averages
-        ]
-        return Merged(path, tuple(key for key in tensors if key in used), kept, tuple(dropped), unused, tuple(notes))
+        notes = [f"{letter} has a moving average, which was not used" for letter, one in others.items() if one.averages]
+        if inpaints:
+            what = "the 4 latent channels of the UNet's input got the difference, its other channels are A's"
+            notes = [what, *notes]
+        changed = {first.places[name].key for name in common}
+        unused = {letter: _unused(model, first) for letter, model in others.items()}
+        return Merged(path, tuple(key for key in tensors if key in changed), kept, dropped, unused, tuple(notes))
 
 
 # --- what is asked for ----------------------------------------------------------------------------------------------
@@ -291,13 +280,13 @@ def _networks(config: ModelConfig) -> tuple[object, ...]:
 # --- parameter by parameter -----------------------------------------------------------------------------------------
 
 
-def _common(models: Mapping[str, Checkpoint], inpaints: bool, partial: bool) -> tuple[list[str], dict[str, str]]:
+def _common(
+    a: Checkpoint, others: Mapping[str, Checkpoint], inpaints: bool, partial: bool
+) -> tuple[list[str], dict[str, str]]:
     """The parameters that are merged, and why other keys of A's parameters stay as they are.
 
     Raises FileError for missing and misshapen ones.
     """
-    a = models["A"]
-    others = {letter: model for letter, model in models.items() if letter != "A"}
     common: list[str] = []
     kept: dict[str, str] = {}
     for name, place in a.places.items():
@@ -348,7 +337,7 @@ def _pending(
     kept: dict[str, str],
     merged: Callable[[str], Tensor],
     dtype: torch.dtype | None,
-) -> tuple[dict[str, Pending], list[str]]:
+) -> tuple[dict[str, Pending], tuple[str, ...]]:
     """Every tensor of the result, and the keys of A that it has not. `kept` gets the keys that are no parameters."""
     changed = {a.places[name].key for name in common}
     dropped = set(a.averages.values())
@@ -365,7 +354,7 @@ def _pending(
             else functools.partial(a.file.read, key, mapped=False)
         )
         tensors[key] = Pending(stored, spec.shape, make)
-    return tensors, [key for key in a.file if key in dropped]
+    return tensors, tuple(key for key in a.file if key in dropped)
 
 
 def _unused(model: Checkpoint, a: Checkpoint) -> tuple[str, ...]:
@@ -374,7 +363,7 @@ def _unused(model: Checkpoint, a: Checkpoint) -> tuple[str, ...]:
     return tuple(key for key in model.file if key not in used and key not in model.ignored)
 
 
-# --- what is said about it ------------------------------------------------------------------------------------------
+# --- the record -----------------------------------------------------------------------------------------------------
 
 
 def _metadata(a: Checkpoint, recipe: Mapping[str, Any]) -> dict[str, str]:

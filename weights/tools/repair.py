@@ -61,26 +61,26 @@ def projections(tensors: Tensors, refuse: Refuse) -> Mended:
     """A doubled `.weight` of the text projection made single; one of two copies of the projection left out."""
     doubled = {key: key.removesuffix(".weight") for key in tensors if key.endswith("text_projection.weight.weight")}
     tensors = _moved(tensors, doubled, refuse)
-    said = [f"{short(key, 60)}: its doubled .weight made single" for key in doubled]
+    repaired = [f"{short(key, 60)}: its doubled .weight made single" for key in doubled]
     for key in [*tensors]:
         match = _PROJECTION.fullmatch(key)
         if match and match[1] in tensors:  # the matrix of a Linear layer beside OpenCLIP's x @ w
             _require_same(tensors[match[1]].make(), tensors[key].make().T, match[1], key, refuse)
             del tensors[key]
-            said.append(f"{short(key, 60)}: the same projection is there as text_projection, this copy left out")
-    return tensors, said, []
+            repaired.append(f"{short(key, 60)}: the same projection is there as text_projection, this copy left out")
+    return tensors, repaired, []
 
 
 def position_ids(tensors: Tensors, refuse: Refuse) -> Mended:
     """0, 1, 2, ... as int64 [1, n], n being the length of the position embedding beside it."""
-    tensors, said = dict(tensors), []
+    tensors, repaired = dict(tensors), []
     for key in [*tensors]:
         if match := _IDS.fullmatch(key):
             beside = tensors.get(f"{match[1]}position_embedding.weight")
             n = beside.shape[0] if beside and beside.shape else max(tensors[key].shape, default=0)
             if fault := _ids_fault(tensors[key], n):
                 tensors[key] = _counting(n)
-                said.append(f"{short(key, 60)} {fault}: now 0 to {n - 1} as int64")
+                repaired.append(f"{short(key, 60)} {fault}: now 0 to {n - 1} as int64")
         elif (
             (match := _WHERE_IDS_BELONG.fullmatch(key))
             and f"{match[1]}position_ids" not in tensors
@@ -88,8 +88,8 @@ def position_ids(tensors: Tensors, refuse: Refuse) -> Mended:
         ):
             n = tensors[key].shape[0]
             tensors[f"{match[1]}position_ids"] = _counting(n)
-            said.append(f"{short(match[1], 50)}position_ids is missing: 0 to {n - 1} as int64 put in")
-    return tensors, said, []
+            repaired.append(f"{short(match[1], 50)}position_ids is missing: 0 to {n - 1} as int64 put in")
+    return tensors, repaired, []
 
 
 def _ids_fault(entry: Pending, n: int) -> str | None:
@@ -139,13 +139,13 @@ def schedules(tensors: Tensors, refuse: Refuse) -> Mended:
         elif entry.dtype != torch.float32 or not stored.equal(exact.float()):
             tensors[key] = Pending(torch.float32, entry.shape, exact.float)
             mended[rounded] += 1
-    said = [
+    repaired = [
         f"{n} noise schedule buffers are {rounded}: computed anew in float64, stored as float32"
         for rounded, n in mended.items()
     ]
     return (
         tensors,
-        said,
+        repaired,
         [
             f"{n} noise schedule buffers are {rounded}, of a schedule that no published model has: left as they are"
             for rounded, n in odd.items()
@@ -267,8 +267,8 @@ def repair(
         }
         done = [f"{stray} stray bytes after the last tensor: left out"] if stray else []
         for mend in REPAIRS:
-            tensors, said, seen = mend(tensors, file.error)
-            done, notes = [*done, *said], [*notes, *seen]
+            tensors, repaired, seen = mend(tensors, file.error)
+            done, notes = [*done, *repaired], [*notes, *seen]
         if dry_run or not done:
             return Repaired(None, tuple(done), tuple(notes))
         metadata = {key: value for key, value in file.metadata.items() if key not in TAKEN} | {NOTE: "; ".join(done)}

@@ -15,7 +15,8 @@ from ldm.config import FAMILIES, ModelConfig, VAEConfig
 from ldm.errors import ArgumentError
 from ldm.model import LatentDiffusion
 from ldm.networks.vae import VAE
-from weights.checkpoint import AVERAGED, RAW, Checkpoint, Parameters, vae_alone
+from weights.alone import vae_alone
+from weights.checkpoint import AVERAGED, RAW, Checkpoint, Parameters
 from weights.files.folders import Folder
 from weights.files.opened import Tensors
 from weights.files.write import Pending, cast
