@@ -26,7 +26,7 @@ from benchmarks.models.panels import Panel, Row
 from ldm import LatentDiffusion, blocks, tasks
 from ldm.blocks import SHAPES, Scene, Solid
 from ldm.changes import lora
-from ldm.cli.files import file_hash
+from ldm.cli.metadata import file_hash
 from ldm.fast import optimize, pays
 from ldm.train import run
 from ldm.train.reading import load_recipe

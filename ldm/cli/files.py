@@ -1,8 +1,7 @@
-"""Files that a command is given: prompts read, weights looked at, and the hash that the metadata of pictures name."""
+"""Files that a command is given: prompts are read, weights are looked at."""
 
 from __future__ import annotations
 
-import hashlib
 import os
 import stat
 from pathlib import Path
@@ -48,19 +47,3 @@ def require_weights(option: str, path: str) -> None:
             )
         return
     weights.open_file(path).close()
-
-
-def file_hash(path: Path) -> str:
-    """The first 10 hexadecimal digits of a file's SHA-256, as other tools name models. A 4 GB file takes about 3 s.
-
-    Of a folder it is that of its files of weights, one after another.
-    """
-    digest = hashlib.sha256()
-    files = (
-        sorted(file for file in path.rglob("*") if file.suffix in (".safetensors", ".bin")) if path.is_dir() else [path]
-    )
-    for each in files:
-        with open(each, "rb") as file:
-            while block := file.read(2**20):
-                digest.update(block)
-    return digest.hexdigest()[:10]

@@ -21,7 +21,7 @@ from ldm.cli import metadata, terminal
 from ldm.cli.files import require_weights
 from ldm.conditioning.prompts import Embedding
 from ldm.errors import ArgumentError, DeviceError, MemoryLimit, printable
-from ldm.limits import tiles
+from ldm.limits import precision
 from ldm.model import LatentDiffusion
 from weights.models import embedded
 
@@ -176,7 +176,7 @@ def has_bfloat16() -> bool:
 def check_size(model: LatentDiffusion, size: tuple[int, int], batch: int, tile: int | None = None) -> None:
     """Raises MemoryLimit for pictures that cannot fit; `tile` as in `precision.decode`: strips need half as much."""
     width, height = size
-    config, copies = model.config.vae, 4 if tiles.side_for(tile, height, width) is None else 2
+    config, copies = model.config.vae, 4 if precision.side_for(tile, height, width) is None else 2
     widest = max(config.channel_mult[:2]) * config.channels  # of the decoder, at full resolution
     needed = copies * widest * width * height * batch * model.dtype.itemsize  # input, output and what is between
     free = free_memory(model.device)

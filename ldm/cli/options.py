@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from ldm.cli.arguments import number, scaled_file, whole
-from ldm.cli.files import file_hash
 from ldm.config import FAMILIES
 from ldm.model import MAX_NOISE_LEVEL, NOISE_LEVEL
 from ldm.networks.vision import PREPROCESSORS
@@ -43,8 +42,10 @@ class Option:
     flags: tuple[str, ...] = ()  # as it is typed; (): its name, with dashes
     key: str | None = None  # in the metadata of a picture; None: it is not there
     kept: bool = False  # in the metadata where it has its default, too
-    write: Callable[[Any], str] | None = None  # its value for the metadata, where that is not written as in Python
-    file: bool = False  # a file: the metadata have its name, and its hash
+    write: Callable[..., str] | None = None  # its value for the metadata, where that is not written as in Python
+    file: bool = (
+        False  # a file: the metadata have its name and its hash, or for each of several what `write` makes of it
+    )
     varies: bool = False  # with --grid-of
     needs: tuple[str, str] | None = None  # an option without which this one means nothing, and what is wrong then
     more: Mapping[str, Any] = field(default_factory=dict)  # for argparse
@@ -228,13 +229,14 @@ OPTIONS: dict[str, tuple[Option, ...]] = {  # {title of a group: its options, in
         Option("vae", None, None, "use this autoencoder instead of the checkpoint's", metavar="FILE", key="vae",
                file=True),
         Option("lora", scaled_file, [], "add a LoRA, style.safetensors:0.8 for example; may be given several times",
-               metavar="FILE[:SCALE]", key="loras", write=lambda loras: " ".join(
-                   f"{Path(path).name}:{scale:g}:{file_hash(Path(path))}" for path, scale in loras)),
+               metavar="FILE[:SCALE]", key="loras", file=True,
+               write=lambda lora, digest: f"{Path(lora[0]).name}:{lora[1]:g}:{digest(Path(lora[0]))}"),
         Option("allow_unmatched", None, False, "use a LoRA even where the model has no place for parts of it",
                needs=("lora", "says something of --lora, which is not given; leave it out")),
         Option("embedding", named_file, [], "a textual inversion, used in prompts by its name, else the file's; may be "
-               "given several times", WORDS, "[NAME=]FILE", key="embeddings", write=lambda files: " ".join(
-                   f"{name or Path(path).stem}={Path(path).name}:{file_hash(Path(path))}" for name, path in files)),
+               "given several times", WORDS, "[NAME=]FILE", key="embeddings", file=True,
+               write=lambda word, digest: f"{word[0] or Path(word[1]).stem}={Path(word[1]).name}:"
+                                          f"{digest(Path(word[1]))}"),
         Option("safety", None, None, "a safety checker: pictures that it flags are blacked, reported and marked",
                metavar="FILE", key="safety", file=True),
         Option("keep_flagged", None, False, "report and mark them only",

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import weights
-from ldm.cli import files, models, terminal
+from ldm.cli import metadata, models, terminal
 from ldm.errors import printable
 from ldm.train import run
 from ldm.train.reading import load_recipe, names, to_toml
@@ -129,5 +129,5 @@ def _of_weights() -> Files:
     return Files(
         load=weights.load, load_vae=weights.load_vae, load_vision=weights.load_vision, save=weights.save,
         convert=weights.convert, save_lora=weights.save_lora, save_embedding=weights.save_embedding,
-        embedded=embedded, digest=files.file_hash,
+        embedded=embedded, digest=metadata.file_hash,
     )  # fmt: skip

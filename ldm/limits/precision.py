@@ -10,9 +10,21 @@ from torch import Tensor
 
 from ldm.errors import MemoryLimit, NonFinite
 from ldm.limits import tiles
-from ldm.limits.recover import again, dtype_of, is_finite
+from ldm.limits.recover import again
 from ldm.model import LatentDiffusion
 from ldm.networks.vae import VAE
+
+WHOLE = 1024  # side of the largest square that is done in one piece unless asked otherwise
+
+
+def side_for(tile: int | None, height: int, width: int) -> int | None:
+    """The side of the tiles in which a picture of height x width pixels is done; None: in one piece.
+
+    tile  a side in pixels above which there are tiles; 0: never; None: 512 above 1024 x 1024
+    """
+    if tile is None:
+        return tiles.TILE if height * width > WHOLE**2 else None
+    return tile if 0 < tile**2 < height * width else None
 
 
 @torch.no_grad()
@@ -29,10 +41,10 @@ def decode(model: LatentDiffusion, latent: Tensor, *, tile: int | None = None) -
     height, width = (side * model.config.vae.factor for side in latent.shape[2:])
 
     def run(vae: VAE, side: int | None, rest: torch.device | None) -> Tensor:
-        z = latent.to(dtype_of(vae))
+        z = latent.to(vae.quant_conv.weight.dtype)
         return vae.decode(z) if side is None else tiles.decode(vae, z, side, rest)
 
-    return _surely(model.vae, run, tiles.side_for(tile, height, width), f"decode {width}x{height}")
+    return _surely(model.vae, run, side_for(tile, height, width), f"decode {width}x{height}")
 
 
 @torch.no_grad()
@@ -45,15 +57,15 @@ def encode(model: LatentDiffusion, image: Tensor, noise: Tensor | None = None, *
     height, width = image.shape[2:]
 
     def run(vae: VAE, side: int | None, rest: torch.device | None) -> Tensor:
-        x = image.to(dtype_of(vae))
+        x = image.to(vae.quant_conv.weight.dtype)
         return vae.moments(x) if side is None else tiles.moments(vae, x, side, rest)
 
-    moments = _surely(model.vae, run, tiles.side_for(tile, height, width), f"encode {width}x{height}")
+    moments = _surely(model.vae, run, side_for(tile, height, width), f"encode {width}x{height}")
     return model.vae.latent(moments, noise)
 
 
 def _require_finite(x: Tensor, what: str, remedy: str) -> None:
-    wrong = [i + 1 for i, each in enumerate(x) if not is_finite(each)]
+    wrong = [i + 1 for i, each in enumerate(x) if not torch.isfinite(each).all()]
     if wrong:
         raise NonFinite(f"{what}: NaN or infinity in number {wrong[0]} of {len(x)} before the VAE has seen it{remedy}")
 
@@ -78,7 +90,7 @@ def _surely(
             raise MemoryLimit(f"{short}, even in strips; use a smaller size or batch, or --offload") from None
 
     out = fitting(vae)
-    if is_finite(out):
+    if torch.isfinite(out).all():
         return out.float()
     out, _, wrong, how = again(vae, fitting, lambda how, where: f"VAE: cannot {doing} {how}, NaN or infinity {where}")
     warnings.warn(f"{wrong}; done again {how}", stacklevel=4)

@@ -20,19 +20,8 @@ from torch.nn import functional as F
 from ldm.networks.vae import VAE, Level, ResnetBlock
 
 TILE = 512  # side in pixels of the square that a strip is as large as
-WHOLE = 1024  # side of the largest square that is done in one piece unless asked otherwise
 
 Layer = Callable[[Tensor], Tensor]
-
-
-def side_for(tile: int | None, height: int, width: int) -> int | None:
-    """The side of the tiles in which a picture of height x width pixels is done; None: in one piece.
-
-    tile  a side in pixels above which there are tiles; 0: never; None: 512 above 1024 x 1024
-    """
-    if tile is None:
-        return TILE if height * width > WHOLE**2 else None
-    return tile if 0 < tile**2 < height * width else None
 
 
 def decode(vae: VAE, latent: Tensor, tile: int, rest: torch.device | None = None) -> Tensor:

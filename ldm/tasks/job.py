@@ -18,7 +18,6 @@ from ldm.denoiser import guided
 from ldm.errors import ArgumentError, NonFinite, require_known, require_number, require_whole
 from ldm.images import to_pil
 from ldm.limits import precision
-from ldm.limits.recover import is_finite
 from ldm.model import LatentDiffusion
 from samplers import DEFAULT_GRID, GRIDS, SAMPLERS, Guidance, Schedule, calls, cfg, finish, noised, seeded, start, tail
 from samplers.core import Denoiser, Noise, OnStep, Step, watched
@@ -203,7 +202,7 @@ class Job:
         steps, total = len(sigmas) - 1, self.sampling.calls(sigmas)
 
         def report(step: Step) -> None:
-            if not is_finite(step.x0):
+            if not step.x0.isfinite().all():
                 raise NonFinite(
                     f"step {step.index * steps // total + 1} of {steps} (sigma {step.sigma:.4g}): NaN or infinity; "
                     "use float32 or bfloat16, or check the weights"

@@ -20,7 +20,7 @@ import weights
 from benchmarks.models.seeded import weight
 from ldm import tasks
 from ldm.changes import lora
-from ldm.cli import COMMANDS, arguments, comparing, files, making, models
+from ldm.cli import COMMANDS, arguments, comparing, files, making, metadata, models
 from ldm.conditioning.prompts import Embedding
 from ldm.config import VisionConfig
 from ldm.errors import MemoryLimit
@@ -87,7 +87,7 @@ def test_another_autoencoder_takes_the_place_of_the_models(here, ldm):
     )
     assert same("outputs/00001.png", drawn(model))
     facts = read_metadata("outputs/00001.png")
-    assert (facts["vae"], facts["vae_hash"]) == ("vae.safetensors", files.file_hash(Path("vae.safetensors")))
+    assert (facts["vae"], facts["vae_hash"]) == ("vae.safetensors", metadata.file_hash(Path("vae.safetensors")))
 
 
 def test_loras_are_merged_at_their_scales_and_reported(here, ldm):
@@ -98,7 +98,7 @@ def test_loras_are_merged_at_their_scales_and_reported(here, ldm):
     changes = lora.Changes({PARAMETER: lora.LowRank(weight("down", (4, 32)), 3 * weight("up", (32, 4)), 4.0)})
     lora.merge(model, [(changes, 0.8), (changes, -0.3)])
     assert same("outputs/00001.png", drawn(model))
-    digest = files.file_hash(Path("style.safetensors"))
+    digest = metadata.file_hash(Path("style.safetensors"))
     assert (
         read_metadata("outputs/00001.png")["loras"] == f"style.safetensors:0.8:{digest} style.safetensors:-0.3:{digest}"
     )
@@ -137,7 +137,7 @@ def test_an_embedding_stands_for_its_word(here, ldm):
     assert (code, errors) == (0, [])
     words = [Embedding("zebra", {64: weight("word", (2, 64))}), Embedding("horse", {64: weight("other", (1, 64))})]
     assert same("outputs/00001.png", drawn(weights.load("tiny.safetensors"), "a zebra and a horse", embeddings=words))
-    zebra, other = (files.file_hash(Path(name)) for name in ("zebra.safetensors", "x=y.safetensors"))
+    zebra, other = (metadata.file_hash(Path(name)) for name in ("zebra.safetensors", "x=y.safetensors"))
     assert (
         read_metadata("outputs/00001.png")["embeddings"]
         == f"zebra=zebra.safetensors:{zebra} horse=x=y.safetensors:{other}"
@@ -310,7 +310,7 @@ def test_the_checker_of_a_file_judges_the_pictures(here, ldm):
         Path("safety/config.json").write_text(json.dumps({"projection_dim": 48, "vision_config": sizes}))
         assert ldm(f"txt2img 'a cat' {QUICK} --safety safety --out a.png --overwrite")[0] == 0
         assert read_metadata("a.png")["flagged"] == code
-        assert read_metadata("a.png")["safety_hash"] == files.file_hash(Path("safety/model.safetensors"))
+        assert read_metadata("a.png")["safety_hash"] == metadata.file_hash(Path("safety/model.safetensors"))
 
 
 # --- prompts from a file --------------------------------------------------------------------------------------------

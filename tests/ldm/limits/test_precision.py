@@ -276,3 +276,18 @@ def test_bfloat16_is_chosen_where_the_processor_multiplies_it(
     assert models.dtype_of("auto", torch.device("cpu")) == (torch.bfloat16 if has else torch.float32)
     assert models.dtype_of("float32", torch.device("cpu")) == torch.float32
     assert models.dtype_of("auto", torch.device("cuda")) == torch.float16
+
+
+@pytest.mark.parametrize(
+    ("tile", "size", "side"),
+    [
+        (None, (1024, 1024), None),
+        (None, (1024, 1032), 512),
+        (None, (512, 2048), None),
+        (0, (4096, 4096), None),
+        (256, (256, 256), None),
+        (256, (256, 264), 256),
+    ],
+)
+def test_tiles_begin_above_what_was_asked_for(tile: int | None, size: tuple[int, int], side: int | None) -> None:
+    assert precision.side_for(tile, *size) == side

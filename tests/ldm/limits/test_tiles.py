@@ -135,18 +135,3 @@ def test_a_layer_at_full_size_is_never_computed_at_once(monkeypatch: pytest.Monk
         tiles.decode(vae, normal("z", (1, 4, 12, 8)), 32)
     assert max(seen) <= 16 + 2  # 32 * 32 pixels of rows 64 pixels wide, and one more on either side
     assert len(seen) == 6 * len(vae.decoder.up[0].block)
-
-
-@pytest.mark.parametrize(
-    ("tile", "size", "side"),
-    [
-        (None, (1024, 1024), None),
-        (None, (1024, 1032), 512),
-        (None, (512, 2048), None),
-        (0, (4096, 4096), None),
-        (256, (256, 256), None),
-        (256, (256, 264), 256),
-    ],
-)
-def test_tiles_begin_above_what_was_asked_for(tile: int | None, size: tuple[int, int], side: int | None) -> None:
-    assert tiles.side_for(tile, *size) == side
