@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from benchmarks.models.golden import VISION_TINY, relative, tiny_safety
 from benchmarks.models.seeded import golden, normal
 from ldm.config import VisionConfig
-from ldm.errors import ArgumentError
+from ldm.errors import ArgumentError, NonFinite
 from ldm.networks.safety import SafetyChecker, flagged, safety_pixels
 from tests.made.manifests import manifest, shapes
 
@@ -138,6 +138,11 @@ def test_what_is_no_batch_of_pictures_is_refused() -> None:
         safety_pixels(torch.zeros(3, 8, 8))
     with pytest.raises(ArgumentError, match="no pictures to check"):
         safety_pixels([])
+
+
+def test_a_picture_that_is_not_finite_is_an_error_and_no_black_picture() -> None:
+    with pytest.raises(NonFinite, match="the decoded picture has NaN or infinity in it"):
+        safety_pixels(torch.full((1, 3, 8, 8), torch.nan))
 
 
 def test_flags_come_as_a_list_in_the_order_of_the_pictures() -> None:
