@@ -73,12 +73,12 @@ class Examples:
         self._parts = [subset(open_source(data, size, cache), sizes, run, held_out=data.held_out)]
         if (prior := open_prior(data, cache)) is not None:
             self._parts.append(subset(prior, sizes, run, weight=data.prior_weight))
-        self.bad = [bad for some in self._parts for bad in some.bad]  # pictures left out, in the order they were found
-        self._listed = sum(len(some.source.items) + len(some.source.bad) for some in self._parts)
+        self.bad = [bad for part in self._parts for bad in part.bad]  # pictures left out, in the order they were found
+        self._listed = sum(len(part.source.items) + len(part.source.bad) for part in self._parts)
         self._unreadable: set[tuple[int, int]] = set()  # part and item, known since they were asked for
         self._note([])
         takes_depth = "depth" in config.concat
-        self._depth = takes_depth and all(some.source.has_depth for some in self._parts)
+        self._depth = takes_depth and all(part.source.has_depth for part in self._parts)
         self._pixels = "masked_image" in config.concat or config.vision is not None or (takes_depth and not self._depth)
         self._latents = Latents(model.vae, cache) if data.cache_latents and cache else None
         self._texts = Texts(model.text, cache) if data.cache_text and cache else None
@@ -88,20 +88,20 @@ class Examples:
 
     def __len__(self) -> int:
         """Examples in one pass over the data, those included that fill up a bucket's last micro-batch."""
-        return sum(some.plan.micros for some in self._parts) * self.run.micro
+        return sum(part.plan.micros for part in self._parts) * self.run.micro
 
     @property
     def facts(self) -> dict[str, Any]:
         """What a run must find unchanged when it goes on, for JSON."""
         rows: list[str] = []
-        for some in self._parts:
-            for item, bucket in zip(some.source.items, some.buckets, strict=True):
+        for part in self._parts:
+            for item, bucket in zip(part.source.items, part.buckets, strict=True):
                 rows += [item.id, *item.captions, item.fingerprint, f"{bucket}"]
-        counts = Counter(f"{h}x{w}" for some in self._parts for h, w in some.buckets)
+        counts = Counter(f"{h}x{w}" for part in self._parts for h, w in part.buckets)
         return {
             "hash": digest(*rows),
             "pictures": len(self._parts[0].source.items),
-            "prior": sum(len(some.source.items) for some in self._parts[1:]),
+            "prior": sum(len(part.source.items) for part in self._parts[1:]),
             "held_out": len(self._parts[0].held),
             "buckets": dict(sorted(counts.items())),
         }
@@ -148,7 +148,7 @@ class Examples:
         FileError for too many unreadable pictures.
         """
         if (texts := self._texts) is not None:
-            items = [item for some in self._parts for item in some.source.items]
+            items = [item for part in self._parts for item in part.source.items]
             captions = list(dict.fromkeys(caption for item in items for caption in item.captions))
             if rank == 0:
                 texts.cache.keep([name for caption in captions for name in texts.names(caption)])
@@ -166,20 +166,20 @@ class Examples:
     def _wanted(self, latents: Latents) -> dict[str, tuple[int, int, Frame]]:
         """{name of a latent: part, item, frame} of every latent that is kept."""
         wanted = {}
-        for kind, some in enumerate(self._parts):
-            learnt = {i for group in some.groups.values() for i in group}
-            for i in sorted(learnt.union(some.held)):
+        for kind, part in enumerate(self._parts):
+            learnt = {i for group in part.groups.values() for i in group}
+            for i in sorted(learnt.union(part.held)):
                 for mirrored in (False, True) if self.data.flip and i in learnt else (False,):
-                    item = some.source.items[i]
-                    how = framing.frame(item.size, some.buckets[i], None, mirrored)
+                    item = part.source.items[i]
+                    how = framing.frame(item.size, part.buckets[i], None, mirrored)
                     wanted[latents.name(item, how)] = kind, i, how
         return wanted
 
     def _pictures(self, wanted: Mapping[str, tuple[int, int, Frame]], unread: Unread) -> Iterator[tuple[str, Tensor]]:
         """Pictures [3, H, W] in turn, decoded in threads a few ahead; unreadable ones are added to `unread`."""
         submit, rows = self._pool.submit, iter(wanted.items())
-        while some := [(name, submit(self._framed, *where), where) for name, where in islice(rows, 4 * AHEAD)]:
-            for name, image, (kind, i, _) in some:
+        while ahead := [(name, submit(self._framed, *where), where) for name, where in islice(rows, 4 * AHEAD)]:
+            for name, image, (kind, i, _) in ahead:
                 try:
                     yield name, image.result()
                 except FileError as error:
@@ -203,10 +203,10 @@ class Examples:
         kind, place = number % len(self._parts), number // len(self._parts)
         rows: list[Example] = []
         unreadable: Unread = []
-        some = self._parts[kind]
-        items = some.plan.items(place)
-        size = some.buckets[items[0]]
-        group = some.groups[size]
+        part = self._parts[kind]
+        items = part.plan.items(place)
+        size = part.buckets[items[0]]
+        group = part.groups[size]
         for j, item in enumerate(items):
             for i in _from(group, item):
                 try:
@@ -221,14 +221,14 @@ class Examples:
 
     def _example(self, kind: int, i: int, index: int) -> Example:
         """Item i as example `index`, with its draws; below 0 nothing is drawn. Raises FileError."""
-        some, data, seed = self._parts[kind], self.data, self.run.seed
-        item, drawn = some.source.items[i], index >= 0
+        part, data, seed = self._parts[kind], self.data, self.run.seed
+        item, drawn = part.source.items[i], index >= 0
         if (kind, i) in self._unreadable:
             raise FileError("could not be read before", path=item.id)
         at_random = drawn and data.crop == "random"
         place = (fraction(seed, index, "top"), fraction(seed, index, "left")) if at_random else None
         mirrored = drawn and data.flip and fraction(seed, index, "mirror") < 0.5
-        how = framing.frame(item.size, some.buckets[i], place, mirrored)
+        how = framing.frame(item.size, part.buckets[i], place, mirrored)
         caption = item.captions[int(fraction(seed, index, "caption of several") * len(item.captions)) if drawn else 0]
         tensors: dict[str, Tensor] = {}
         if self._latents is not None:
@@ -238,7 +238,7 @@ class Examples:
         if self._texts is not None:
             tensors["context"], tensors["pooled"] = self._texts.get(caption)
         if self._depth:
-            tensors["depth"] = from_pil(framing.framed(some.source.depth(i), how)).mean(dim=1)
+            tensors["depth"] = from_pil(framing.framed(part.source.depth(i), how)).mean(dim=1)
         return Example(index, caption, framing.sizes(item.size, how), tensors)
 
     def _framed(self, kind: int, i: int, how: Frame) -> Tensor:
