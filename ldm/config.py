@@ -13,7 +13,7 @@ from samplers.schedule import Schedule
 class UNetConfig:
     """The denoising network. Levels are resolutions; level 0 is the finest. Defaults: SD 1."""
 
-    in_channels: int = 4  # latent channels, plus those of what is concatenated (mask, depth, low-resolution image)
+    in_channels: int = 4  # latent channels, plus those of concatenated inputs (mask, depth, low-resolution image)
     out_channels: int = 4  # channels of the prediction: the latent's
     model_channels: int = 320  # width of level 0, and of the sinusoidal time embedding
     channel_mult: tuple[int, ...] = (1, 2, 4, 4)  # width of each level, in units of model_channels

@@ -20,7 +20,7 @@ class ImageWarning(UserWarning):
 
 
 def to_pil(images: Tensor) -> list[Image.Image]:
-    """[b, 3, H, W] in [-1, 1] -> RGB pictures; what lies outside is clipped, and levels are rounded to the nearest.
+    """[b, 3, H, W] in [-1, 1] -> RGB pictures; values outside are clipped, and levels are rounded to the nearest.
 
     Raises NonFinite for NaN or infinity, which would otherwise come out black, and ArgumentError for another shape.
     """

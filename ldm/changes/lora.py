@@ -68,7 +68,7 @@ class Generalised:
 
 @dataclass(frozen=True, eq=False)
 class Full:
-    """A difference of the weight's own shape: what was trained without factors, such as norms and biases."""
+    """A difference of the weight's own shape: the change of layers trained without factors, such as norms."""
 
     diff: Tensor
 

@@ -130,7 +130,7 @@ class Adapted(nn.Module):
         return F.linear(x, weight.flatten(1), bias)
 
     def lift(self, h: Tensor, up: Tensor) -> Tensor:
-        """r channels to as many as the layer gives."""
+        """From r channels to those of the layer's output."""
         return F.linear(h, up.flatten(1))
 
 
@@ -313,7 +313,7 @@ def _unheard(config: ModelConfig) -> tuple[str, ...]:
 
 
 def _nearest(wanted: str, names: Iterable[str]) -> list[str]:
-    """The two pieces of names, as long as what was wanted in dotted parts, that are most like it."""
+    """The two pieces of names, of as many dotted parts as the wanted one, that are most like it."""
     n = wanted.count(".") + 1
     pieces = {
         ".".join(parts[i : i + n]) for parts in (name.split(".") for name in names) for i in range(len(parts) - n + 1)

@@ -1,4 +1,4 @@
-"""Models cut from models: more inputs, another conditioner, fewer blocks; what is kept is kept bit by bit."""
+"""Models cut from models: more inputs, another conditioner, fewer blocks; parts that stay are the same bit by bit."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ PLANS: Mapping[str, Callable[[ModelConfig], ModelConfig]] = {"ssd-1b": ssd_1b, "
 
 
 def kept_channels(large: int, small: int, groups: int = GROUPS) -> Tensor:
-    """Which of `large` channels a layer of `small` begins with: the first of each group, as many of every one."""
+    """Which of `large` channels a layer of `small` begins with: the first of each group, of each the same number."""
     return (torch.arange(groups)[:, None] * (large // groups) + torch.arange(small // groups)).flatten()
 
 
@@ -200,7 +200,7 @@ def _source(name: str, large: UNetConfig, small: UNetConfig) -> str:
 
 
 def _kept(name: str, tensor: Tensor, shape: tuple[int, ...], large: UNetConfig, small: UNetConfig) -> Tensor:
-    """A copy of what is kept of a parameter: all of it, or where a level is narrower some of its rows and columns."""
+    """A copy of a parameter, or where the small UNet's level is narrower of some of its rows and columns."""
     tensor = tensor.detach().clone(memory_format=torch.contiguous_format)
     for axis, (before, after) in enumerate(zip(tensor.shape, shape, strict=True)):
         if before != after:
@@ -220,7 +220,7 @@ def _kept_places(name: str, axis: int, before: int, after: int, large: UNetConfi
     joined = re.fullmatch(
         r"output_blocks\.(\d+)\.0\.(in_layers\.0\.(weight|bias)|in_layers\.2\.weight|skip_connection\.weight)", name
     )
-    if joined and (axis == 1 or ".in_layers.0." in name):  # of what comes up, and of the skip behind it
+    if joined and (axis == 1 or ".in_layers.0." in name):  # channels that come up, and those of the skip after them
         (up, skip), (new_up, new_skip) = _joined(large)[int(joined[1])], _joined(small)[int(joined[1])]
         return torch.cat([kept_channels(up, new_up), up + kept_channels(skip, new_skip)])
     return kept_channels(before, after)

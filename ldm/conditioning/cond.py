@@ -42,7 +42,7 @@ class Sizes:
     original: tuple[int, int] | None = (
         None  # before the picture was scaled; small ones were blurred. None: the size made
     )
-    crop: tuple[int, int] = (0, 0)  # top and left of what was cut out; 0, 0 keeps things in the middle
+    crop: tuple[int, int] = (0, 0)  # top and left of the part that was cut out; 0, 0 keeps objects in the middle
     target: tuple[int, int] | None = None  # what it was cut to. None: the size made
     aesthetic: float = 6.0  # score of its beauty, for the refiner
     negative_aesthetic: float = 2.5  # the same for what guidance steers away from

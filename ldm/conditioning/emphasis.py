@@ -89,7 +89,7 @@ def _pairs(marks: Sequence[re.Match[str]]) -> tuple[dict[int, tuple[int, float]]
             if not open_[wanted]:
                 alone.append(i)
                 continue
-            while marks[stack[-1]][0] != wanted:  # what is still open inside has no partner
+            while marks[stack[-1]][0] != wanted:  # a bracket that is still open inside has no partner
                 alone.append(stack.pop())
                 open_[marks[alone[-1]][0]] -= 1
             open_[wanted] -= 1

@@ -109,7 +109,7 @@ def _as_word(name: str) -> str:
 def _layout(sections: Sequence[Sequence[_Unit]], room: int, limit: int | None = None) -> list[Sequence[_Unit]]:
     """Pieces of at most `room` tokens. A full one ends after the last comma among its last 20 tokens, if there is one.
 
-    limit  as many pieces will be read: the last of them ends where it is full, as no piece continues it
+    limit  the number of pieces that will be read: the last ends where it is full, as no piece continues it
     """
     chunks: list[Sequence[_Unit]] = []
     for section in sections:

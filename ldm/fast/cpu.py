@@ -102,7 +102,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
 def _run(name: str, tensors: Sequence[Tensor | None], *numbers: float) -> None:
     """Call a function with where the tensors lie, as contiguous ones, and the numbers.
 
-    Raises TypeError for what is not float32 in the CPU's memory, and MemoryError.
+    Raises TypeError for tensors that are not float32 in the CPU's memory, and MemoryError.
     """
     held = [None if tensor is None else tensor.contiguous() for tensor in tensors]
     for tensor in held:

@@ -44,7 +44,7 @@ def lay_out(network: nn.Module) -> None:
 
 
 def norm(x: Tensor, norm: nn.GroupNorm, silu: bool = False, unit: float = 1.0) -> Tensor:
-    """As `plain.norm`; with a unit, x and the result are so many times their values."""
+    """As `plain.norm`; x and the result are `unit` times their values."""
     return kernels().group_norm(x, norm.weight, norm.bias, norm.num_groups, norm.eps, silu=silu, unit=unit)
 
 

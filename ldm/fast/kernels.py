@@ -25,7 +25,7 @@ def group_norm(
 ) -> Tensor:
     """GroupNorm of x [b, ..., c], contiguous, then SiLU if asked.
 
-    unit  x is this many times its value, and so is what is returned: unit * silu(group_norm(x / unit))
+    unit  x is this many times its value, and so is the result: unit * silu(group_norm(x / unit))
 
     In three launches: the mean and the sum of squared deviations of every channel over a part of the positions; their
     union over a group, as a factor and a summand per channel; x times the one plus the other. How a picture is divided

@@ -252,7 +252,7 @@ def runs(network: nn.Module, x: Tensor, *others: Tensor | None) -> bool:
 
 
 def _readable(module: nn.Module) -> bool:
-    """Whether a module does what is written in its file."""
+    """Whether a module computes what its file says."""
     if isinstance(module, Fast):
         return True
     if type(module) not in PARTS or module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):

@@ -87,7 +87,7 @@ def _carried(value: Tensor, device: torch.device) -> Tensor:
 
 
 def _moved(value: Any, device: torch.device) -> Any:
-    """Tensors, and those inside tuples and dicts, on the device: what was made for a resting network comes with it."""
+    """Tensors, and those inside tuples and dicts, on the device: inputs made where a network rests come with it."""
     if isinstance(value, Tensor):
         return value.to(device)
     if isinstance(value, tuple):

@@ -146,7 +146,7 @@ class UNet(nn.Module):
     def forward(self, x: Tensor, t: Tensor, context: Tensor, y: Tensor | None = None) -> Tensor:
         """Predict eps or v, whichever the weights were trained for.
 
-        x        [b, in_channels, h, w], what is concatenated included
+        x        [b, in_channels, h, w]: the noisy latent and the inputs concatenated to it
         t        [b] timesteps, fractional ones allowed
         context  [b, n, context_dim]
         y        [b, vector_dim], or [b] integer noise levels; None where the family has no such input

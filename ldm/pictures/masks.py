@@ -1,4 +1,4 @@
-"""Masks: from pictures to what is repainted, as pictures of 0 and 255 and as tensors of 0 and 1."""
+"""Masks of the part to repaint: from pictures, as pictures of 0 and 255, and as tensors of 0 and 1."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def paste_back(painted: Image.Image, init: Image.Image, mask: Image.Image) -> Im
 
 
 def to_tensor(mask: Image.Image) -> Tensor:
-    """Mode L -> [1, 1, H, W] float32 of 0 and 1; 1 is what is repainted."""
+    """Mode L -> [1, 1, H, W] float32 of 0 and 1; 1 is repainted."""
     return (from_pil(mask.convert("RGB"))[:, :1] >= 0).float()
 
 
@@ -74,7 +74,7 @@ def cells(mask: Tensor, factor: int, *, any_pixel: bool) -> Tensor:
 
 
 def extended(image: Image.Image, sides: dict[str, int]) -> tuple[Image.Image, Image.Image]:
-    """A larger picture whose new sides repeat the border, with the mask of what is new.
+    """A larger picture whose new sides repeat the border, with the mask of the new part.
 
     sides  pixels to add at left, right, top, bottom
     Raises ArgumentError for another side, a number below 0, or nothing to add.
@@ -91,7 +91,7 @@ def extended(image: Image.Image, sides: dict[str, int]) -> tuple[Image.Image, Im
 
 
 def padded(image: Image.Image, left: int, right: int, top: int, bottom: int) -> Image.Image:
-    """The picture with its border repeated outwards by so many pixels."""
+    """The picture with its border repeated outwards by these numbers of pixels."""
     pixels = F.pad(from_pil(image), (left, right, top, bottom), mode="replicate")
     return to_pil(pixels)[0]
 

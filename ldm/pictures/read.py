@@ -79,7 +79,7 @@ def opened(file: BinaryIO, path: str | PathLike[str], formats: tuple[str, ...] =
 
 @contextlib.contextmanager
 def _file(path: str | PathLike[str]) -> Iterator[BinaryIO]:
-    """A regular file, opened without waiting for what is no file. Raises FileError."""
+    """A regular file, opened without waiting, as for a pipe. Raises FileError."""
     path = Path(path)
     try:
         _require_readable(os.stat(path), path)
