@@ -43,6 +43,8 @@ class Log:
             write_text(out / "log.jsonl", "".join(_line(record) for record in lines))
             write_text(out / "log.csv", _csv([COLUMNS, *(_row(record) for record in lines if "event" not in record)]))
             self._files = [_appended(out / name) for name in ("log.jsonl", "log.csv")]  # closed by __exit__
+        except OutputError:  # names the file, and why
+            raise
         except OSError as error:
             what = f"the log cannot be written ({error.strerror}); free space, or choose another directory"
             raise OutputError(what, path=out) from error

@@ -123,6 +123,9 @@ def test_a_line_that_no_run_wrote_is_named(tmp_path):
 
 
 def test_a_log_that_cannot_be_written_says_so(tmp_path):
+    (tmp_path / "run" / "log.csv").mkdir(parents=True)
+    with pytest.raises(OutputError, match=r"log\.csv: could not be written: \w.+; free space, or choose another"):
+        Log(tmp_path / "run", 10, Watch(), "run")
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match=r"the log cannot be written \(.+\); free space, or choose another directory"):
         Log(tmp_path / "file", 10, Watch(), "run")
