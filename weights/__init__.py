@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from weights.files.opened import Weights as Weights
     from weights.files.opened import open_file as open_file
     from weights.models import load as load
-    from weights.models import original_state as original_state
-    from weights.models import save as save
     from weights.names.layout import LEFTOVERS as LEFTOVERS
     from weights.tools.convert import convert as convert
     from weights.tools.diff import Difference as Difference
@@ -35,6 +33,8 @@ if TYPE_CHECKING:
     from weights.tools.record import Conversion as Conversion
     from weights.tools.repair import Repaired as Repaired
     from weights.tools.repair import repair as repair
+    from weights.tools.save import original_state as original_state
+    from weights.tools.save import save as save
 
 _HOME = {  # name -> the module that it is in; the same as above
     name: f"weights.{module}"
@@ -48,7 +48,7 @@ _HOME = {  # name -> the module that it is in; the same as above
         "checkpoint": "config_of",
         "files.opened": "Weights open_file",
         "alone": "load_safety load_vae load_vision",
-        "models": "load original_state save",
+        "models": "load",
         "names.layout": "LEFTOVERS",
         "tools.convert": "convert",
         "tools.diff": "Difference diff",
@@ -56,6 +56,7 @@ _HOME = {  # name -> the module that it is in; the same as above
         "tools.merge": "Merged merge",
         "tools.record": "Conversion",
         "tools.repair": "Repaired repair",
+        "tools.save": "original_state save",
     }.items()
     for name in names.split()
 }

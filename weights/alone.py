@@ -21,7 +21,7 @@ from weights.files.folders import COMPONENTS, Folder, add_component
 from weights.files.opened import Tensors, open_file
 from weights.folder.read import component, read_vae_config, read_vision_config
 from weights.models import fill
-from weights.names import original as names
+from weights.names import places as names
 from weights.names.blank import built, shapes
 from weights.names.detect import lookup
 from weights.names.diffusers import in_diffusers_vae
@@ -41,6 +41,21 @@ IN_CLIP = Layout(
     (*ALONE, (r"text_model\..+|text_projection\.weight|logit_scale", "text half of CLIP, or its temperature")),
 )
 Network = TypeVar("Network", bound=nn.Module)
+
+
+def vae_alone(file: Tensors, config: VAEConfig) -> Parameters:
+    """The VAE that was published alone, under its original names or those of diffusers.
+
+    Raises FileError for what is none.
+    """
+    network = partial(shapes, VAE, config)
+    for prefix in () if f"{UNET}input_blocks.0.0.weight" in file else ("", "first_stage_model."):
+        if f"{prefix}encoder.down.0.block.0.conv1.weight" in file:
+            return Parameters(file=file, layout=Layout((Part("", prefix, names.vae),), ALONE), network=network)
+        if f"{prefix}encoder.down_blocks.0.resnets.0.conv1.weight" in file:
+            layout = Layout((Part("", prefix, in_diffusers_vae(config)),), ALONE)
+            return Parameters(file=file, layout=layout, network=network)
+    raise file.error(instead({key: file.shape(key) for key in file}, "a VAE"))
 
 
 def load_vae(

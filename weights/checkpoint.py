@@ -16,7 +16,7 @@ from ldm.config import ModelConfig
 from ldm.errors import AmbiguousCheckpoint, ArgumentError
 from ldm.model import LatentDiffusion
 from weights.files.opened import Tensors, Weights, is_folder, open_file
-from weights.names import original as names
+from weights.names import places as names
 from weights.names.blank import shapes
 from weights.names.detect import detect
 from weights.names.family import family_title

@@ -25,7 +25,7 @@ from tests.made.checkpoints import (
 )
 from weights import load
 from weights.checkpoint import AVERAGED, RAW
-from weights.names import original as names
+from weights.names import places as names
 from weights.names.detect import detect
 from weights.names.metadata import CONFIG_KEY, from_json, to_json
 

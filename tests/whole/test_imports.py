@@ -55,10 +55,10 @@ COVERED = {
     "tests/weights/adapters/test_resize.py": "weights/adapters: rank",
     "tests/weights/adapters/test_write.py": "weights/adapters: kohya peft",
     "tests/weights/test_models.py": "weights: checkpoint | weights/names: blank",
-    "tests/weights/test_models_save.py": "weights/names: metadata",
+    "tests/weights/tools/test_save.py": "weights/names: metadata",
     "tests/weights/files/test_corpus.py": "weights/files: folders foreign source torchfiles zips",
     "tests/weights/names/test_detect.py": "weights/names: sizes",
-    "tests/weights/names/test_original.py": "weights/names: layout places",
+    "tests/weights/names/test_places.py": "weights/names: folders layout",
     "tests/weights/tools/test_convert.py": "weights/folder: write | weights/tools: record routes",
     "tests/weights/tools/test_diff.py": "weights/tools: closeness matching verdict | ldm/cli: differing",
     "tests/weights/tools/test_inspect.py": "weights/tools: adapters evidence findings | weights/names: instead"

@@ -16,7 +16,8 @@ from weights.files.folders import read_json
 from weights.files.opened import Tensors
 from weights.names.detect import shown, without_unread
 from weights.names.family import family, named, require_family
-from weights.names.layout import Layout, bare, diffusers
+from weights.names.folders import bare, diffusers
+from weights.names.layout import Layout
 from weights.names.prediction import SCHEDULER, ZERO_SNR
 from weights.names.sizes import Config, visible, visible_unet
 

@@ -10,8 +10,7 @@ from ldm.networks.dpt import DPT
 from ldm.networks.unet import UNet
 from ldm.networks.vae import VAE
 from weights.names.blank import shapes
-from weights.names.original import Places
-from weights.names.places import How, Place
+from weights.names.places import How, Place, Places
 
 # --- diffusers ------------------------------------------------------------------------------------------------------
 

@@ -7,10 +7,8 @@ from collections.abc import Container, Iterable
 from dataclasses import dataclass
 
 from ldm.config import ModelConfig
-from weights.names import diffusers as diffusers_names
-from weights.names import original as names
-from weights.names.original import Places
-from weights.names.places import Place
+from weights.names import places as names
+from weights.names.places import Place, Places
 
 LEFTOVERS = (
     "original_only.safetensors"  # in a converted folder: what its networks have no place for of the original file
@@ -55,7 +53,7 @@ _BUFFERS = (
     "|sqrt_recip_alphas_cumprod|sqrt_recipm1_alphas_cumprod|posterior_variance|posterior_log_variance_clipped"
     "|posterior_mean_coef1|posterior_mean_coef2"
 )
-_POSITION_IDS = (
+POSITION_IDS = (
     r"(.+[./])?embeddings\.position_ids",
     "0 to 76 by definition; stored as integers, as floats, or damaged by merging, under many spellings",
 )
@@ -66,7 +64,7 @@ ORIGINAL = (
     (r"denoiser\.(log_)?sigmas", "noise schedule: computed anew in float64"),
     (rf"low_scale_model\.({_BUFFERS})", "noise schedule of the x4 upscaler's input: computed anew"),
     (r"lvlb_weights|logvar", "weights of a training loss"),
-    _POSITION_IDS,
+    POSITION_IDS,
     (r"model_ema\.(decay|num_updates)", "bookkeeping of the moving average"),
     (r"(cond_stage_model\.((transformer|model)\.)?|conditioner\.embedders\.\d\.(transformer|model)\.)logit_scale",
      "temperature of CLIP's training loss"),
@@ -90,20 +88,8 @@ DEPTH_HEAD = (
      "ImageNet classifier of the depth network's backbone, which depth does not read"),
 )  # fmt: skip
 
-FOLDER = (
-    _POSITION_IDS,
-    (r"text_encoder(_2)?/(text_model\.)?logit_scale", "temperature of CLIP's training loss"),
-    (r"image_encoder/(text_model\..+|text_projection\.weight|logit_scale)",
-     "text half of CLIP, which image variations do not use"),
-    (r"text_encoder/text_projection\.weight",
-     "projection of the pooled text, which no family reads of its first tower"),
-    (r"vae/(loss|model_ema)\..+", "leftover of the VAE's training"),
-    (r"safety_checker/.+", "safety checker, which is no part of the model"),
-    (rf"{re.escape(LEFTOVERS)}/.+", "of the original file, and no picture is computed from it"),
-)  # fmt: skip
-
 ALONE = (  # of networks that come alone
-    _POSITION_IDS,
+    POSITION_IDS,
     (r"(first_stage_model\.)?loss\..+", "discriminator and perceptual loss of the VAE's training"),
     (r"(first_stage_model\.)?model_ema\..+",
      "moving average of the VAE's training, which its weights already are, or its bookkeeping"),
@@ -145,25 +131,6 @@ def _towers(keys: Container[str], prefix: str, vision: bool) -> list[tuple[str, 
         return [(theirs, names.hugging_face)]
     theirs = f"{prefix}model."
     return [(theirs, names.openclip)] if theirs + _OPENCLIP in keys and not vision else []
-
-
-def bare(folders: Container[str]) -> Layout:
-    """The layout of those components of a diffusers folder whose names are the same in every model."""
-    towers = [name for name in ("text_encoder", "text_encoder_2") if name in folders]  # the refiner has only the second
-    parts = [Part(f"text.{i}.", f"{name}/", names.hugging_face) for i, name in enumerate(towers)]
-    return Layout((*parts, Part("vision.", "image_encoder/", names.hugging_face_vision)), FOLDER)
-
-
-def diffusers(config: ModelConfig, folders: Container[str]) -> Layout:
-    """The layout of a diffusers folder with these components."""
-    parts = [
-        Part("unet.", "unet/", diffusers_names.in_diffusers_unet(config.unet)),
-        Part("vae.", "vae/", diffusers_names.in_diffusers_vae(config.vae)),
-    ]
-    parts += bare(folders).parts
-    if config.depth is not None:
-        parts.append(Part("depth.", "depth_estimator/", diffusers_names.in_transformers_dpt(config.depth)))
-    return Layout(tuple(parts), FOLDER)
 
 
 def published(config: ModelConfig) -> Layout:

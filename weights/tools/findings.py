@@ -23,10 +23,11 @@ from weights.folder.read import describe
 from weights.names.blank import shapes as shapes_of
 from weights.names.detect import detect, like_file, shown
 from weights.names.family import family, title_of
+from weights.names.folders import FOLDER, bare
 from weights.names.instead import What, instead, kind_of
-from weights.names.layout import ALONE, FOLDER, Layout, bare, original
+from weights.names.layout import ALONE, Layout, original
 from weights.names.metadata import CONFIG_KEY
-from weights.names.original import hugging_face
+from weights.names.places import hugging_face
 from weights.names.sizes import (
     UNET,
     Shapes,

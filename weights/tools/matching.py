@@ -20,12 +20,13 @@ from weights.checkpoint import Parameters, network_of, read
 from weights.files.folders import Folder
 from weights.files.opened import Tensors, Weights
 from weights.names import blank
-from weights.names import original as names
+from weights.names import places as names
 from weights.names.detect import Shown, shown, unread
 from weights.names.diffusers import in_diffusers_unet, in_diffusers_vae
 from weights.names.family import REFUSED, UNKNOWN, family, family_title, title_of
+from weights.names.folders import bare, diffusers
 from weights.names.instead import kind_of
-from weights.names.layout import ALONE, Layout, Part, bare, diffusers, original, reason
+from weights.names.layout import ALONE, Layout, Part, original, reason
 from weights.names.places import Place, Shape
 from weights.names.sizes import UNET, Shapes, read_diffusers_unet, read_diffusers_vae, read_unet, read_vae
 

@@ -22,6 +22,7 @@ from weights.files.opened import Tensors
 from weights.files.write import Pending, cast
 from weights.folder.read import component, read_vae_config
 from weights.folder.write import STEMS, as_in_folders, folder_files, towers, vae_alone_json
+from weights.names import folders
 from weights.names import layout as layouts
 from weights.names.blank import shapes
 from weights.names.diffusers import in_diffusers_vae
@@ -258,7 +259,7 @@ def to_folder(model: Checkpoint, wish: Wish) -> Route:
     model.require_prediction("a folder has to say")
     config, is_folder = as_in_folders(model.config), isinstance(model.file, Folder)
     wanted = shapes(LatentDiffusion, config)
-    moves = renamed(model, wanted, layouts.diffusers(config, components(config)), wish.dtype)
+    moves = renamed(model, wanted, folders.diffusers(config, components(config)), wish.dtype)
     unread = [name for name in model.wanted if name not in wanted]  # of SD 2's text tower
     rest = renamed(model, unread, layouts.published(model.config), wish.dtype)
     dropped: dict[str, str] = {}
@@ -308,7 +309,7 @@ def network_alone(model: Checkpoint, wish: Wish, only: Only, to_file: bool) -> R
     """One kind of network. It has its own bare names; two text towers keep what tells them apart."""
     prefix = ONLY[only]
     config = model.config if to_file else as_in_folders(model.config)
-    target = layouts.published(config) if to_file else layouts.diffusers(config, components(config))
+    target = layouts.published(config) if to_file else folders.diffusers(config, components(config))
     wanted = [name for name in shapes(LatentDiffusion, config) if name.startswith(prefix)]
     if not wanted:
         raise model.file.error(f"has no {layouts.WHAT[prefix]}: a model of family {config.name} has none")

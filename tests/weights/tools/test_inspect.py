@@ -39,7 +39,7 @@ from weights import Report, inspect
 from weights.files.hashes import Published
 from weights.files.source import Source
 from weights.names.instead import instead, kind_of
-from weights.names.original import doubled_vision
+from weights.names.places import doubled_vision
 
 # tensors and parameters of the published networks, as FACTS.md states them; position_ids count as a tensor and not as
 # parameters
