@@ -88,21 +88,6 @@ def load_vae(
         return _filled(lambda: VAE(config), file, layout, device, dtype)
 
 
-def vae_alone(file: Tensors, config: VAEConfig) -> Parameters:
-    """The VAE that was published alone, under its original names or those of diffusers.
-
-    Raises FileError for what is none.
-    """
-    network = partial(shapes, VAE, config)
-    for prefix in () if f"{UNET}input_blocks.0.0.weight" in file else ("", "first_stage_model."):
-        if f"{prefix}encoder.down.0.block.0.conv1.weight" in file:
-            return Parameters(file=file, layout=Layout((Part("", prefix, names.vae),), ALONE), network=network)
-        if f"{prefix}encoder.down_blocks.0.resnets.0.conv1.weight" in file:
-            layout = Layout((Part("", prefix, in_diffusers_vae(config)),), ALONE)
-            return Parameters(file=file, layout=layout, network=network)
-    raise file.error(instead({key: file.shape(key) for key in file}, "a VAE"))
-
-
 def load_safety(
     path: str | PathLike[str], *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> SafetyChecker:
