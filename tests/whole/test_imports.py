@@ -43,7 +43,7 @@ COVERED = {
     "tests/ldm/blocks/test_scenes.py": "ldm/blocks: __init__",
     "tests/ldm/cli/test_cli.py": "ldm: __main__ | ldm/cli: listing models terminal",
     "tests/ldm/cli/test_making.py": "ldm/cli: animating image text",
-    "tests/ldm/cli/test_options.py": "ldm/cli: comparing files settings",
+    "tests/ldm/cli/test_options.py": "ldm/cli: files settings",
     "tests/ldm/fast/test_choice.py": "ldm/fast: __init__ plain",
     "tests/ldm/networks/test_unet.py": "ldm/networks: attention",
     "tests/ldm/tasks/test_inpaint.py": "ldm/pictures: masks",
