@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from os import PathLike
 
-from ldm.config import FAMILIES, SD2, SDXL, ModelConfig, UNetConfig
+from ldm.config import FAMILIES, SD2, ModelConfig, UNetConfig
 from ldm.errors import ArgumentError, FileError
 from weights.names.sizes import visible_unet
 
@@ -37,12 +37,16 @@ RELATIVES = (  # of a UNet that is of no family: the first that fits
     Relative("unclip", "an unCLIP model", lambda unet, keys: unet.vector_dim and _is_unclip(unet, keys)),
     Relative(
         "koala", "a KOALA or otherwise distilled SDXL model",
-        lambda unet, _: unet.vector_dim and len(unet.channel_mult) == 3 and depths(unet) != depths(SDXL),
+        lambda unet, _: unet.vector_dim and len(unet.channel_mult) == 3 and not _has_depths_of_a_family(unet),
     ),
     Relative("ip2p", "an InstructPix2Pix-like model (8 input channels)", lambda unet, keys: unet.in_channels == 8),
 )  # fmt: skip
 UNKNOWN = "unknown"
 REFUSED = {one.name: one.title for one in RELATIVES} | {UNKNOWN: "a latent diffusion model of an unknown family"}
+
+
+def _has_depths_of_a_family(unet: UNetConfig) -> bool:
+    return any(depths(one.unet) == depths(unet) for one in FAMILIES.values())
 
 
 def _is_unclip(unet: UNetConfig, keys: Iterable[str]) -> bool:

@@ -14,10 +14,12 @@ from safetensors.torch import save_file
 import weights
 from ldm.__main__ import main
 from ldm.changes.lora import Changes, LowRank
-from ldm.config import FAMILIES
+from ldm.config import FAMILIES, SDXL, SSD1B, UNetConfig
 from ldm.errors import FileError
 from tests.made.families import build, tiny
 from weights.adapters.read import read_lora
+from weights.names.family import family as recognised
+from weights.names.sizes import visible_unet
 
 SIZES = tiny("sd1")
 CUBES = replace(
@@ -124,3 +126,16 @@ def test_a_file_of_another_width_is_of_the_family_with_its_structure(path: Path,
     state = weights.original_state(build(wide))
     save_file({key: value.contiguous() for key, value in state.items()}, tmp_path / "wide.safetensors")
     assert weights.inspect(tmp_path / "wide.safetensors").family == "cubes"
+
+
+def test_a_unet_has_the_inputs_of_its_family_and_its_structure():
+    for inputs, name in ((4, "ssd-1b"), (9, "sdxl-inpainting"), (5, "unknown"), (8, "ip2p")):
+        assert family_of(replace(SSD1B, in_channels=inputs)) == name
+    for inputs, name in ((4, "cubes"), (9, "sd1-inpainting"), (8, "ip2p"), (5, "unknown")):
+        assert family_of(replace(CUBES.unet, in_channels=inputs)) == name
+    assert family_of(replace(SDXL, down_depth=((0, 0), (1, 1), (2, 2)))) == "vega"
+    assert family_of(replace(SDXL, mid_depth=1)) == "koala"
+
+
+def family_of(unet: UNetConfig) -> str:
+    return recognised(visible_unet(unet), False, ())
