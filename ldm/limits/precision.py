@@ -31,7 +31,7 @@ def side_for(tile: int | None, height: int, width: int) -> int | None:
 def decode(model: LatentDiffusion, latent: Tensor, *, tile: int | None = None) -> Tensor:
     """Scaled latents [b, c, h, w] -> pictures [b, 3, H, W] float32, about in [-1, 1], finite.
 
-    tile  side in pixels above which it works in strips as large as tile x tile; 0: never; None: by `tiles.side_for`
+    tile  side in pixels above which it works in strips as large as tile x tile; 0: never; None: by `side_for`
     The VAE computes in the type of its weights, under autocast too. Where it overflows in half precision it computes
     again in bfloat16, then in float32, with a warning; the model stays as it is. Where the GPU's memory does not
     suffice it computes again in strips that rest in the CPU's, with a warning.
