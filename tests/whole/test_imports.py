@@ -58,7 +58,7 @@ COVERED = {
     "tests/weights/adapters/test_write.py": "weights/adapters: kohya peft",
     "tests/weights/test_models.py": "weights: checkpoint | weights/names: blank layout",
     "tests/weights/tools/test_save.py": "weights/names: metadata",
-    "tests/weights/files/test_corpus.py": "weights/files: folders foreign source torchfiles zips",
+    "tests/weights/files/test_corpus.py": "weights/files: folders foreign refused source torchfiles zips",
     "tests/weights/names/test_detect.py": "weights/names: sizes",
     "tests/weights/names/test_places.py": "weights/names: folders layout",
     "tests/weights/tools/test_convert.py": "weights/folder: write | weights/tools: record routes",

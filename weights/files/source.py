@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
-import errno
 import math
 import mmap
 import os
@@ -36,11 +34,16 @@ class Source:
 
     def __init__(self, path: str | PathLike[str]):
         self.path = Path(path)
-        self._require_regular(self._stat())
-        try:  # O_NONBLOCK: a FIFO that took the file's place since would otherwise block for ever
+        if "\0" in str(path):
+            raise self.error("is no file name: it has a NUL character in it; check the name")
+        try:
+            self._require_regular(os.stat(self.path))
+            # O_NONBLOCK: a FIFO that took the file's place since would otherwise block for ever
             descriptor = os.open(self.path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
         except OSError as error:
-            raise self._refusal(error) from None
+            from weights.files.refused import unreadable
+
+            raise self.error(unreadable(self.path, error)) from None
         self._file = os.fdopen(descriptor, "rb", buffering=0)
         status = os.fstat(descriptor)
         self._require_regular(status)
@@ -147,38 +150,11 @@ class Source:
         except OSError as error:
             raise self.error(f"cannot be read: {error.strerror}; check the disk") from None
 
-    def _stat(self) -> os.stat_result:
-        if "\0" in str(self.path):
-            raise self.error("is no file name: it has a NUL character in it; check the name")
-        try:
-            return os.stat(self.path)
-        except OSError as error:
-            raise self._refusal(error) from None
-
-    def _refusal(self, error: OSError) -> FileError:
-        if error.errno == errno.ELOOP:
-            return self.error("is a loop of links; link it to the real file")
-        if error.errno in (errno.EACCES, errno.EPERM):
-            return self.error("may not be read (permission denied); change its permissions")
-        if error.errno in (errno.ENOENT, errno.ENOTDIR) and self.path.is_symlink():
-            return self.error(f"is a link to {os.readlink(self.path)}, which does not exist; download the file again")
-        if error.errno in (errno.ENOENT, errno.ENOTDIR):
-            near = nearest(self.path)
-            return self.error(
-                f"does not exist; near it: {', '.join(near)}" if near else "does not exist; check the path"
-            )
-        return self.error(f"cannot be opened: {error.strerror}; check the path")
-
     def _require_regular(self, status: os.stat_result) -> None:
-        if stat.S_ISDIR(status.st_mode):
-            if (self.path / "model_index.json").exists():
-                raise self.error("is a diffusers folder, not a file; use weights.load, which reads it as a whole")
-            raise self.error("is a directory; name the .safetensors or .ckpt file in it")
         if not stat.S_ISREG(status.st_mode):
-            kinds = {stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket"}
-            kinds |= dict.fromkeys((stat.S_IFCHR, stat.S_IFBLK), "a device")
-            kind = kinds.get(stat.S_IFMT(status.st_mode), "not a regular file")
-            raise self.error(f"is {kind}, not a file of weights; name a .safetensors or .ckpt file")
+            from weights.files.refused import irregular
+
+            raise self.error(irregular(self.path, status.st_mode))
 
 
 def _is_cached(descriptor: int, size: int) -> bool:
@@ -214,15 +190,6 @@ def _mounts() -> str:
         return Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return ""
-
-
-def nearest(path: Path, count: int = 3) -> list[str]:
-    """Names in the same directory that resemble `path`'s, the most similar first."""
-    try:
-        names = [entry.name for entry in os.scandir(path.parent)]
-    except OSError:
-        return []
-    return difflib.get_close_matches(path.name, names[:10_000], n=count, cutoff=0.5)
 
 
 # --- the tensors in it ------------------------------------------------------------------------------------------------

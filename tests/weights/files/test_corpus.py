@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-import weights.files.foreign  # noqa: F401 (our own readers, which are imported when they are needed)
+import weights.files.foreign
+import weights.files.refused  # noqa: F401 (our own readers, which are imported when they are needed)
 from ldm.errors import FileError
 from tests.made.corpus import REFUSALS
 from tests.made.corpus_pickles import LIVE
