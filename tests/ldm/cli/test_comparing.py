@@ -12,7 +12,7 @@ import pytest
 import weights
 from ldm.cli import COMMANDS, arguments, comparing
 from ldm.pictures.read import open_image, read_metadata
-from tests.ldm.cli.test_options import QUICK, drawn, same
+from tests.made.commands import QUICK, drawn, same
 
 
 def test_a_comparison_makes_every_combination_and_a_sheet(here, ldm):

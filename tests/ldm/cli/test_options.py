@@ -16,7 +16,6 @@ from safetensors.torch import save_file
 
 import weights
 from benchmarks.models.seeded import weight
-from ldm import tasks
 from ldm.changes import lora
 from ldm.cli import arguments, files, making, metadata, models
 from ldm.conditioning.prompts import Embedding
@@ -27,21 +26,11 @@ from ldm.fast.compiler import CannotCompile
 from ldm.limits import precision
 from ldm.networks.safety import SafetyChecker
 from ldm.pictures.read import open_image, read_metadata
+from tests.made.commands import QUICK, drawn, same
 from tests.made.compilers import compiled_only
 from tests.made.families import build, tiny
 
-QUICK = "--ckpt tiny.safetensors --steps 2 --seed 7 --dtype float32 --no-fast"
-OPTIONS = {"seeds": [7], "steps": 2, "weighting": True}
 PARAMETER = "unet.input_blocks.1.1.transformer_blocks.0.attn2.to_q.weight"
-
-
-def drawn(model, prompt: str = "a cat", **options) -> Image.Image:
-    """The picture of the Python function."""
-    return tasks.txt2img(model, prompt, **OPTIONS | options)[0]
-
-
-def same(path: str, image: Image.Image) -> bool:
-    return np.array_equal(open_image(path), image)
 
 
 # --- other weights --------------------------------------------------------------------------------------------------
