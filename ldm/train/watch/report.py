@@ -101,11 +101,8 @@ def charts(records: Sequence[Record], theme: Theme) -> list[Chart]:
         made.append(Chart("Validation loss", note, (curve,)))
     rate = Curve(x, [record.get("lr") for record in lines], theme.accent, 2.2, last=True)
     made.append(Chart("Learning rate", "of the first group of parameters", (rate,), zero=True))
-    norm, note = (
-        curves("grad_norm"),
-        f"before clipping; {mean}" if window == 1 else "before clipping, smoothed likewise",
-    )
-    made.append(Chart("Norm of the gradient", note, norm, log=_wide(norm)))
+    note = f"before clipping; {mean}" if window == 1 else "before clipping, smoothed likewise"
+    made.append(Chart("Norm of the gradient", note, curves("grad_norm"), log=_wide(curves("grad_norm"))))
     made.append(Chart("Speed", "examples per second", curves("examples_per_second"), zero=True))
     return [chart for chart in made if any(y is not None for curve in chart.curves for y in curve.y)]
 
