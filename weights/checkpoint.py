@@ -40,9 +40,7 @@ class Parameters:
 
     file: Tensors
     layout: Layout
-    network: Callable[
-        [], Mapping[str, Shape]
-    ]  # our parameters and their shapes; called once, since building SDXL takes a second
+    network: Callable[[], Mapping[str, Shape]]  # its parameters with their shapes; it takes a second to build SDXL
     ema: bool = False  # use the moving average of the weights in the place of the raw ones
 
     @cached_property
@@ -163,30 +161,25 @@ class Parameters:
         if self.ema:
             self._require_average()
         missing = [key for keys in self.missing.values() for key in keys]
-        shown = [
-            f"{short(key)} {list(has)} instead of {list(wants)}" for key, (wants, has) in [*self.misshapen.items()][:3]
-        ]
-        faults = (
-            (self.misshapen, "of another shape", shown), (missing, "missing", map(short, missing[:3])), (self.unknown,
-            "unknown", map(short, self.unknown[:3])),
-        )  # fmt: skip
-        counts = [f"{len(keys)} {what} ({', '.join(first)})" for keys, what, first in faults if keys]
-        if counts:
-            raise self.file.error(
-                f"tensors {', '.join(counts)}", next(iter([*self.misshapen, *missing, *self.unknown]))
-            )
+        faults = {
+            "of another shape": [
+                f"{short(key)} {list(has)} instead of {list(wants)}" for key, (wants, has) in self.misshapen.items()
+            ],
+            "missing": [short(key) for key in missing],
+            "unknown": [short(key) for key in self.unknown],
+        }
+        if any(faults.values()):
+            counts = [f"{len(keys)} {what} ({', '.join(keys[:3])})" for what, keys in faults.items() if keys]
+            raise self.file.error(f"tensors {', '.join(counts)}", [*self.misshapen, *missing, *self.unknown][0])
 
     def _require_average(self) -> None:
         if self.layout.averaged is None:
             raise self.file.error("has no moving average: this layout never holds one", remedy=NO_AVERAGE)
         n, of = len(self.averages), len(self.averaged)
         if n == 0:
-            leftover = "model_ema.decay" in self.file
-            why = (
-                "only its decay and num_updates: the average is already in the weights"
-                if leftover
-                else "no model_ema.* at all"
-            )
+            why = "no model_ema.* at all"
+            if "model_ema.decay" in self.file:
+                why = "only its decay and num_updates: the average is already in the weights"
             raise self.file.error(f"has no moving average ({why})", remedy=NO_AVERAGE)
         if n < of:
             first = next(key for name, key in self.averaged.items() if name not in self.averages)
