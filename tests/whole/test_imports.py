@@ -263,6 +263,12 @@ def test_there_is_no_circle():
         ("samplers/ddim.py", "from samplers.euler import euler", test_a_solver_imports_core_and_nothing_else_of_ours),
         ("ldm/model.py", "from ldm.disk import _x", test_no_file_imports_an_underscored_name_of_another),
         ("samplers/core.py", "import samplers.ddim", test_there_is_no_circle),
+        (
+            "ldm/train/data/batch.py",
+            "def f(): ...",
+            test_every_file_with_a_public_function_has_a_test_of_its_name_or_is_listed_with_one,
+        ),
+        ("tests/ldm/test_disk.py", "from tests.ldm.test_denoiser import x", test_no_test_file_imports_another),
     ],
 )
 def test_a_line_against_the_rules_is_found(file, line, test, monkeypatch):
