@@ -21,8 +21,8 @@ from weights.files.folders import COMPONENTS, Folder, add_component
 from weights.files.opened import Tensors, open_file
 from weights.folder.read import component, read_vae_config, read_vision_config
 from weights.models import fill
+from weights.names import blank
 from weights.names import places as names
-from weights.names.blank import built, shapes
 from weights.names.detect import lookup
 from weights.names.diffusers import in_diffusers_vae
 from weights.names.instead import instead
@@ -48,7 +48,7 @@ def vae_alone(file: Tensors, config: VAEConfig) -> Parameters:
 
     Raises FileError for what is none.
     """
-    network = partial(shapes, VAE, config)
+    network = partial(blank.shapes, VAE, config)
     for prefix in () if f"{UNET}input_blocks.0.0.weight" in file else ("", "first_stage_model."):
         if f"{prefix}encoder.down.0.block.0.conv1.weight" in file:
             return Parameters(file=file, layout=Layout((Part("", prefix, names.vae),), ALONE), network=network)
@@ -78,12 +78,9 @@ def load_vae(
         if isinstance(file, Folder) and (file.path / "config.json").exists():
             stored = read_vae_config(component(file.path, "", "AutoencoderKL"), config)
             if stored != config:
-                same_sizes = replace(stored, scale=config.scale) == config
-                odd = (
-                    f"another scale ({stored.scale})"
-                    if same_sizes
-                    else f"other sizes ({stored.channels}, {stored.channel_mult})"
-                )
+                odd = f"other sizes ({stored.channels}, {stored.channel_mult})"
+                if replace(stored, scale=config.scale) == config:
+                    odd = f"another scale ({stored.scale})"
                 raise file.error(f"is a VAE of {odd}, not for this model; use its own")
         return _filled(lambda: VAE(config), file, layout, device, dtype)
 
@@ -179,6 +176,6 @@ def _filled(
     make: Callable[[], Network], file: Tensors, layout: Layout, device: torch.device | str, dtype: torch.dtype
 ) -> Network:
     """The network that `make` builds, with the tensors of a file."""
-    network = built(make)
+    network = blank.built(make)
     fill(network, file, layout, torch.device(device), dtype)
     return network

@@ -54,28 +54,18 @@ MADE_FOR = "beside the model that it was made for"
 KINDS = (  # a file is of the first kind that fits
     Kind("model", rf"^{re.escape(UNET)}input_blocks\.0\.0\.weight$", "a whole model", "give it as the model"),
     Kind("lora", r"^lora_|\.lora_|_lora\.|hada_w|lokr_w", "a LoRA", f"use it with --lora, {MADE_FOR}", "{}"),
-    Kind(
-        "transformer",
-        r"(double|joint)_blocks\.",
-        "a Flux or SD 3 transformer",
-        "use a Stable Diffusion checkpoint, which has a UNet",
-    ),
+    Kind("transformer", r"(double|joint)_blocks\.", "a Flux or SD 3 transformer",
+         "use a Stable Diffusion checkpoint, which has a UNet"),
     Kind("controlnet", r"^(control_model\.|controlnet_)", "a ControlNet", "load the model that it steers"),
     Kind("vae", vae_key, "a VAE alone", "use it with --vae (weights.load_vae), beside a complete checkpoint"),
-    Kind(
-        "unet", _diffusers_unet, "a diffusers UNet alone", "name the folder that unet/, vae/ and text_encoder/ are in"
-    ),
-    Kind(
-        "unet",
-        r"^(diffusion_model\.)?input_blocks\.0\.0\.weight$",
-        "a bare UNet",
-        "use a complete checkpoint",
-        f"no {UNET} in its names",
-    ),
+    Kind("unet", _diffusers_unet, "a diffusers UNet alone",
+         "name the folder that unet/, vae/ and text_encoder/ are in"),
+    Kind("unet", r"^(diffusion_model\.)?input_blocks\.0\.0\.weight$", "a bare UNet", "use a complete checkpoint",
+         f"no {UNET} in its names"),
     Kind("safety checker", "^special_care_embeds", "a safety checker", "use it with --safety"),
     Kind("text tower", r"text_model\.encoder\.layers\.0\.", "a text tower alone", "use a complete checkpoint"),
     Kind("embedding", _embedding, "a textual-inversion embedding", f"use it with --embedding, {MADE_FOR}", "{}"),
-)
+)  # fmt: skip
 
 
 def kind_of(shapes: Shapes) -> Kind | None:
