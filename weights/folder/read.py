@@ -14,9 +14,9 @@ from ldm.errors import FileError
 from samplers.schedule import Schedule
 from weights.files.folders import read_json
 from weights.files.opened import Tensors
-from weights.names.detect import shown, without_unread
+from weights.names.detect import without_unread
 from weights.names.family import family, named, require_family
-from weights.names.folders import bare, diffusers
+from weights.names.folders import diffusers, shown_in_folder
 from weights.names.layout import Layout
 from weights.names.prediction import SCHEDULER, ZERO_SNR
 from weights.names.sizes import Config, visible, visible_unet
@@ -55,7 +55,7 @@ def describe(folder: Tensors, config: ModelConfig | str | None) -> tuple[ModelCo
     shapes = {key: folder.shape(key) for key in folder}
     folders = {key.split("/")[0] for key in shapes}
     towers = [name for name in ("text_encoder", "text_encoder_2") if name in folders]
-    there = shown(shapes, bare(folders), folder=True)
+    there = shown_in_folder(shapes)
     if isinstance(config, ModelConfig):
         known = without_unread(config, there.text)
         return known, diffusers(known, folders)

@@ -19,8 +19,6 @@ from weights.names.sizes import (
     Config,
     Lookup,
     Shapes,
-    read_diffusers_unet,
-    read_diffusers_vae,
     read_text,
     read_unet,
     read_vae,
@@ -39,16 +37,15 @@ class Shown:
     vision: VisionConfig | None
 
 
-def shown(shapes: Shapes, layout: Layout, *, folder: bool = False) -> Shown:
-    """What the tensors of a single file, or of a diffusers folder, show.
-
-    `layout` says where its text and vision towers are.
-    """
+def shown(shapes: Shapes, layout: Layout, unet: UNetConfig | None, vae: VAEConfig | None) -> Shown:
+    """The networks that tensors of these shapes show: text and vision towers are where `layout` says."""
     text = tuple(read_text(lookup(layout, shapes, part.ours)) for part in layout.parts if part.ours.startswith("text."))
-    vision = read_vision(lookup(layout, shapes, "vision."))
-    if folder:
-        return Shown(read_diffusers_unet(shapes, "unet/"), read_diffusers_vae(shapes, "vae/"), text, vision)
-    return Shown(read_unet(shapes), read_vae(shapes), text, vision)
+    return Shown(unet, vae, text, read_vision(lookup(layout, shapes, "vision.")))
+
+
+def shown_in_file(shapes: Shapes, layout: Layout) -> Shown:
+    """The same of a single file."""
+    return shown(shapes, layout, read_unet(shapes), read_vae(shapes))
 
 
 def lookup(layout: Layout, shapes: Shapes, network: str) -> Lookup:
@@ -81,7 +78,7 @@ def detect(
         from weights.names.instead import instead  # of which a model needs nothing
 
         raise FileError(instead(shapes), path=path)
-    there = shown(shapes, original(shapes))
+    there = shown_in_file(shapes, original(shapes))
     if isinstance(config, ModelConfig):
         return without_unread(config, there.text)
     if config is None and CONFIG_KEY in metadata:

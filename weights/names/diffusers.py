@@ -1,4 +1,4 @@
-"""The names of diffusers, and of transformers for the depth network, for the parameters that `ldm` names."""
+"""The names of diffusers, and of transformers for the depth network, for our parameters; what sizes they show."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from ldm.networks.unet import UNet
 from ldm.networks.vae import VAE
 from weights.names.blank import shapes
 from weights.names.places import How, Place, Places
+from weights.names.sizes import NO_NETWORK, Shapes, count, unet_of, vae_of
 
 # --- diffusers ------------------------------------------------------------------------------------------------------
 
@@ -190,3 +191,36 @@ def dpt_names(config: DepthConfig) -> dict[str, tuple[str, ...]]:
         )
 
     return {key: renamed(key) for key in shapes(DPT, config)}
+
+
+# --- sizes ------------------------------------------------------------------------------------------------------------
+
+
+def read_diffusers_unet(shapes: Shapes, prefix: str) -> UNetConfig | None:
+    """The visible sizes of the UNet under `prefix` with diffusers' names; None when its tensors do not make one."""
+
+    def depth(block: str, i: int) -> int:
+        return count(shapes, f"{prefix}{block}.attentions.{i}.transformer_blocks.{{}}.norm1.weight")
+
+    try:
+        levels = range(count(shapes, f"{prefix}down_blocks.{{}}.resnets.0.conv1.weight"))
+        blocks = range(count(shapes, f"{prefix}down_blocks.0.resnets.{{}}.conv1.weight"))
+        key = "attentions.0.transformer_blocks.0.attn1.to_k.weight"
+        return unet_of(
+            shapes,
+            prefix,
+            ends=("conv_in.weight", "conv_out.weight"),
+            given=("add_embedding.linear_1.weight", "class_embedding.weight"),
+            widths=[shapes[f"{prefix}down_blocks.{level}.resnets.0.conv1.weight"][0] for level in levels],
+            keys=[shapes.get(f"{prefix}down_blocks.{level}.{key}") for level in levels],
+            down=[[depth(f"down_blocks.{level}", i) for i in blocks] for level in levels],
+            up=[[depth(f"up_blocks.{level}", i) for i in range(len(blocks) + 1)] for level in levels],
+            mid=depth("mid_block", 0),
+        )
+    except NO_NETWORK:
+        return None
+
+
+def read_diffusers_vae(shapes: Shapes, prefix: str) -> VAEConfig | None:
+    """The visible sizes of the VAE under `prefix` with diffusers' names; None when its tensors do not make one."""
+    return vae_of(shapes, prefix, "encoder.down_blocks.{}.resnets.{}.conv1.weight")

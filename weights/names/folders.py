@@ -7,8 +7,16 @@ from collections.abc import Container
 
 from ldm.config import ModelConfig
 from weights.names import places as names
-from weights.names.diffusers import in_diffusers_unet, in_diffusers_vae, in_transformers_dpt
+from weights.names.detect import Shown, shown
+from weights.names.diffusers import (
+    in_diffusers_unet,
+    in_diffusers_vae,
+    in_transformers_dpt,
+    read_diffusers_unet,
+    read_diffusers_vae,
+)
 from weights.names.layout import LEFTOVERS, POSITION_IDS, Layout, Part
+from weights.names.sizes import Shapes
 
 FOLDER = (
     POSITION_IDS,
@@ -40,3 +48,9 @@ def diffusers(config: ModelConfig, folders: Container[str]) -> Layout:
     if config.depth is not None:
         parts.append(Part("depth.", "depth_estimator/", in_transformers_dpt(config.depth)))
     return Layout(tuple(parts), FOLDER)
+
+
+def shown_in_folder(shapes: Shapes) -> Shown:
+    """The networks that the tensors of a folder show."""
+    unet, vae = read_diffusers_unet(shapes, "unet/"), read_diffusers_vae(shapes, "vae/")
+    return shown(shapes, bare({key.split("/")[0] for key in shapes}), unet, vae)

@@ -6,7 +6,6 @@ import re
 from collections.abc import Container, Iterable
 from dataclasses import dataclass
 
-from ldm.config import ModelConfig
 from weights.names import places as names
 from weights.names.places import Place, Places
 
@@ -131,21 +130,3 @@ def _towers(keys: Container[str], prefix: str, vision: bool) -> list[tuple[str, 
         return [(theirs, names.hugging_face)]
     theirs = f"{prefix}model."
     return [(theirs, names.openclip)] if theirs + _OPENCLIP in keys and not vision else []
-
-
-def published(config: ModelConfig) -> Layout:
-    """The layout in which models of this make were published: where `save` puts their parameters."""
-    parts = [Part("unet.", "model.diffusion_model."), Part("vae.", "first_stage_model.")]
-    last = len(config.text) - 1
-    for i in range(len(config.text)):
-        prefix = f"conditioner.embedders.{i}." if config.unet.vector_dim is not None else "cond_stage_model."
-        openclip = config.unet.linear_proj and i == last  # SD 1 and the first tower of SDXL have OpenAI's CLIP
-        parts.append(
-            Part(f"text.{i}.", f"{prefix}model.", names.openclip)
-            if openclip
-            else Part(f"text.{i}.", f"{prefix}transformer.")
-        )
-    if config.vision is not None:
-        parts.append(Part("vision.", "cond_stage_model.model.visual.", names.openai_vision))
-    parts.append(Part("depth.", "depth_model.model."))
-    return Layout(tuple(parts), ())

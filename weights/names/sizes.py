@@ -16,7 +16,7 @@ Lookup = Callable[
 ]  # our name inside a network -> the shape it would have here; None: it is not in the file
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
-_NO_NETWORK = (KeyError, IndexError, ValueError, TypeError, ZeroDivisionError)  # what tensors of something else lead to
+NO_NETWORK = (KeyError, IndexError, ValueError, TypeError, ZeroDivisionError)  # what tensors of something else lead to
 
 
 def visible(config: Config) -> Config:
@@ -43,7 +43,7 @@ def read_unet(shapes: Shapes, prefix: str = UNET) -> UNetConfig | None:
     """The visible sizes of the UNet under `prefix`; None when its tensors do not make one."""
 
     def depth(block: str) -> int:
-        return _count(shapes, f"{prefix}{block}.1.transformer_blocks.{{}}.norm1.weight")
+        return count(shapes, f"{prefix}{block}.1.transformer_blocks.{{}}.norm1.weight")
 
     down: list[list[int]] = [[]]
     widths: list[int] = []
@@ -63,7 +63,7 @@ def read_unet(shapes: Shapes, prefix: str = UNET) -> UNetConfig | None:
             rf"{re.escape(prefix)}input_blocks\.{1 + i * (blocks + 1)}\.1\..+\.attn1\.to_k\.weight"
             for i in range(len(down))
         ]
-        return _unet(
+        return unet_of(
             shapes,
             prefix,
             ends=("input_blocks.0.0.weight", "out.2.weight"),
@@ -74,36 +74,11 @@ def read_unet(shapes: Shapes, prefix: str = UNET) -> UNetConfig | None:
             up=[ups[i : i + blocks + 1] for i in range(0, len(ups), blocks + 1)],
             mid=depth("middle_block"),
         )
-    except _NO_NETWORK:
+    except NO_NETWORK:
         return None
 
 
-def read_diffusers_unet(shapes: Shapes, prefix: str) -> UNetConfig | None:
-    """The visible sizes of the UNet under `prefix` with diffusers' names; None when its tensors do not make one."""
-
-    def depth(block: str, i: int) -> int:
-        return _count(shapes, f"{prefix}{block}.attentions.{i}.transformer_blocks.{{}}.norm1.weight")
-
-    try:
-        levels = range(_count(shapes, f"{prefix}down_blocks.{{}}.resnets.0.conv1.weight"))
-        blocks = range(_count(shapes, f"{prefix}down_blocks.0.resnets.{{}}.conv1.weight"))
-        key = "attentions.0.transformer_blocks.0.attn1.to_k.weight"
-        return _unet(
-            shapes,
-            prefix,
-            ends=("conv_in.weight", "conv_out.weight"),
-            given=("add_embedding.linear_1.weight", "class_embedding.weight"),
-            widths=[shapes[f"{prefix}down_blocks.{level}.resnets.0.conv1.weight"][0] for level in levels],
-            keys=[shapes.get(f"{prefix}down_blocks.{level}.{key}") for level in levels],
-            down=[[depth(f"down_blocks.{level}", i) for i in blocks] for level in levels],
-            up=[[depth(f"up_blocks.{level}", i) for i in range(len(blocks) + 1)] for level in levels],
-            mid=depth("mid_block", 0),
-        )
-    except _NO_NETWORK:
-        return None
-
-
-def _unet(
+def unet_of(
     shapes: Shapes,
     prefix: str,
     *,
@@ -148,27 +123,22 @@ def _unet(
 
 def read_vae(shapes: Shapes, prefix: str = VAE) -> VAEConfig | None:
     """The visible sizes of the VAE under `prefix`; None when its tensors do not make one."""
-    return _vae(shapes, prefix, "encoder.down.{}.block.{}.conv1.weight")
+    return vae_of(shapes, prefix, "encoder.down.{}.block.{}.conv1.weight")
 
 
-def read_diffusers_vae(shapes: Shapes, prefix: str) -> VAEConfig | None:
-    """The visible sizes of the VAE under `prefix` with diffusers' names; None when its tensors do not make one."""
-    return _vae(shapes, prefix, "encoder.down_blocks.{}.resnets.{}.conv1.weight")
-
-
-def _vae(shapes: Shapes, prefix: str, block: str) -> VAEConfig | None:
+def vae_of(shapes: Shapes, prefix: str, block: str) -> VAEConfig | None:
     """`block` names the first convolution of a ResBlock of a level: the level, then the block in it."""
     try:
         channels = shapes[f"{prefix}encoder.conv_in.weight"][0]
-        levels = range(_count(shapes, prefix + block.format("{}", 0)))
+        levels = range(count(shapes, prefix + block.format("{}", 0)))
         return VAEConfig(
             channels=channels,
             channel_mult=tuple(shapes[prefix + block.format(i, 0)][0] // channels for i in levels),
-            num_res_blocks=_count(shapes, prefix + block.format(0, "{}")),
+            num_res_blocks=count(shapes, prefix + block.format(0, "{}")),
             z_channels=shapes[f"{prefix}decoder.conv_in.weight"][1],
             scale=1.0,
         )
-    except _NO_NETWORK:
+    except NO_NETWORK:
         return None
 
 
@@ -189,7 +159,7 @@ def read_text(shape: Lookup) -> TextConfig | None:
             projection=projection[0] if projection else None,
             pad=0,
         )
-    except _NO_NETWORK:
+    except NO_NETWORK:
         return None
 
 
@@ -209,7 +179,7 @@ def read_vision(shape: Lookup) -> VisionConfig | None:
             activation="gelu",
             projection=there("visual_projection.weight")[0],
         )
-    except _NO_NETWORK:
+    except NO_NETWORK:
         return None
 
 
@@ -232,7 +202,7 @@ def _layers(shape: Lookup, model: str) -> int:
     return n
 
 
-def _count(shapes: Shapes, pattern: str) -> int:
+def count(shapes: Shapes, pattern: str) -> int:
     """How many of `pattern` with 0, 1, 2, ... in it there are in a row."""
     n = 0
     while pattern.format(n) in shapes:

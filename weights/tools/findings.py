@@ -21,9 +21,10 @@ from weights.files.opened import Tensors, Weights
 from weights.files.source import Spec
 from weights.folder.read import describe
 from weights.names.blank import shapes as shapes_of
-from weights.names.detect import detect, like_file, shown
+from weights.names.detect import detect, like_file, shown_in_file
+from weights.names.diffusers import read_diffusers_unet, read_diffusers_vae
 from weights.names.family import family, title_of
-from weights.names.folders import FOLDER, bare
+from weights.names.folders import FOLDER, bare, shown_in_folder
 from weights.names.instead import What, instead, kind_of
 from weights.names.layout import ALONE, Layout, original
 from weights.names.metadata import CONFIG_KEY
@@ -31,8 +32,6 @@ from weights.names.places import hugging_face
 from weights.names.sizes import (
     UNET,
     Shapes,
-    read_diffusers_unet,
-    read_diffusers_vae,
     read_text,
     read_unet,
     read_vae,
@@ -97,7 +96,7 @@ def describe_contents(file: Tensors, config: ModelConfig | str | None, stack: co
 def _single(file: Tensors, shapes: Shapes, config: ModelConfig | str | None) -> Findings:
     """A model in one file."""
     layout = original(shapes)
-    there = shown(shapes, layout)
+    there = shown_in_file(shapes, layout)
     name = family(there.unet, there.vision is not None, shapes)
     known, refused = None, None
     try:
@@ -124,7 +123,7 @@ def _folder(folder: Folder, shapes: Shapes, config: ModelConfig | str | None, st
     """A model in a diffusers folder."""
     folders = {key.split("/")[0] for key in shapes}
     layout = bare(folders)
-    there = shown(shapes, layout, folder=True)
+    there = shown_in_folder(shapes)
     marks = ("cc_projection.",) if (folder.path / "cc_projection").is_dir() else ()
     name = family(there.unet, "image_encoder" in folders, marks)
     known, refused = None, None

@@ -21,14 +21,14 @@ from weights.files.folders import Folder
 from weights.files.opened import Tensors, Weights
 from weights.names import blank
 from weights.names import places as names
-from weights.names.detect import Shown, shown, unread
-from weights.names.diffusers import in_diffusers_unet, in_diffusers_vae
+from weights.names.detect import Shown, shown_in_file, unread
+from weights.names.diffusers import in_diffusers_unet, in_diffusers_vae, read_diffusers_unet, read_diffusers_vae
 from weights.names.family import REFUSED, UNKNOWN, family, family_title, title_of
-from weights.names.folders import bare, diffusers
+from weights.names.folders import bare, diffusers, shown_in_folder
 from weights.names.instead import kind_of
 from weights.names.layout import ALONE, Layout, Part, original, reason
 from weights.names.places import Place, Shape
-from weights.names.sizes import UNET, Shapes, read_diffusers_unet, read_diffusers_vae, read_unet, read_vae
+from weights.names.sizes import UNET, Shapes, read_unet, read_vae
 
 AVERAGE = "moving average of the weights"
 UNREAD = "part of a text tower after the last block that is read"
@@ -139,7 +139,7 @@ def _model(shapes: Shapes, is_folder: bool, known: ModelConfig | None) -> _Netwo
     """The networks of a whole model; None: without a `config` that is `known` its structure cannot be told."""
     folders = {key.split("/")[0] for key in shapes} if is_folder else set()
     layout = bare(folders) if is_folder else original(shapes)
-    there = shown(shapes, layout, folder=is_folder)
+    there = shown_in_folder(shapes) if is_folder else shown_in_file(shapes, layout)
     depth = DepthConfig() if known is None else known.depth
     if known is not None:
         sizes: Shown | ModelConfig = known

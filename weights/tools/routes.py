@@ -29,6 +29,7 @@ from weights.names.diffusers import in_diffusers_vae
 from weights.names.layout import ALONE, LEFTOVERS, Layout, Part
 from weights.names.places import Place, Shape, joined
 from weights.names.prediction import V_MARK, ZERO_SNR_MARK, marks
+from weights.tools.save import published
 
 KEPT, BACK, MADE = "kept beside the networks, in which it has no place", f"put back from {LEFTOVERS}", "synthesised"
 ONLY = {
@@ -214,7 +215,7 @@ def file_to_file(model: Checkpoint, wish: Wish) -> Route:
 
 def folder_to_file(model: Checkpoint, wish: Wish) -> Route:
     """The names of the published file, with what the folder keeps of it put back."""
-    target = layouts.published(model.config)
+    target = published(model.config)
     moves = renamed(model, model.wanted, target, wish.dtype)
     dropped: dict[str, str] = {}
     for key, why in model.ignored.items():
@@ -261,7 +262,7 @@ def to_folder(model: Checkpoint, wish: Wish) -> Route:
     wanted = shapes(LatentDiffusion, config)
     moves = renamed(model, wanted, folders.diffusers(config, components(config)), wish.dtype)
     unread = [name for name in model.wanted if name not in wanted]  # of SD 2's text tower
-    rest = renamed(model, unread, layouts.published(model.config), wish.dtype)
+    rest = renamed(model, unread, published(model.config), wish.dtype)
     dropped: dict[str, str] = {}
     left: dict[str, Move] = {}
     if wish.prune:
@@ -309,7 +310,7 @@ def network_alone(model: Checkpoint, wish: Wish, only: Only, to_file: bool) -> R
     """One kind of network. It has its own bare names; two text towers keep what tells them apart."""
     prefix = ONLY[only]
     config = model.config if to_file else as_in_folders(model.config)
-    target = layouts.published(config) if to_file else folders.diffusers(config, components(config))
+    target = published(config) if to_file else folders.diffusers(config, components(config))
     wanted = [name for name in shapes(LatentDiffusion, config) if name.startswith(prefix)]
     if not wanted:
         raise model.file.error(f"has no {layouts.WHAT[prefix]}: a model of family {config.name} has none")

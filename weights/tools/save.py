@@ -9,12 +9,31 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ldm.config import ModelConfig
 from ldm.model import LatentDiffusion
 from weights.files.write import pending, write
-from weights.names.layout import published
+from weights.names.layout import Layout, Part
 from weights.names.metadata import CONFIG_KEY, to_json
-from weights.names.places import Place, joined
+from weights.names.places import Place, joined, openai_vision, openclip
 from weights.names.prediction import marks
+
+
+def published(config: ModelConfig) -> Layout:
+    """The layout in which models of this make were published: where `save` puts their parameters."""
+    parts = [Part("unet.", "model.diffusion_model."), Part("vae.", "first_stage_model.")]
+    last = len(config.text) - 1
+    for i in range(len(config.text)):
+        prefix = f"conditioner.embedders.{i}." if config.unet.vector_dim is not None else "cond_stage_model."
+        by_openclip = config.unet.linear_proj and i == last  # SD 1 and the first tower of SDXL have OpenAI's CLIP
+        parts.append(
+            Part(f"text.{i}.", f"{prefix}model.", openclip)
+            if by_openclip
+            else Part(f"text.{i}.", f"{prefix}transformer.")
+        )
+    if config.vision is not None:
+        parts.append(Part("vision.", "cond_stage_model.model.visual.", openai_vision))
+    parts.append(Part("depth.", "depth_model.model."))
+    return Layout(tuple(parts), ())
 
 
 def original_state(model: LatentDiffusion) -> dict[str, Tensor]:

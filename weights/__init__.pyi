@@ -1,0 +1,30 @@
+"""Where each public name of this package is: for type checkers, and for `__init__.py`, which imports it when asked."""
+
+from weights.adapters.embedding import load_embedding as load_embedding
+from weights.adapters.embedding import save_embedding as save_embedding
+from weights.adapters.extract import extract_lora as extract_lora
+from weights.adapters.merge import merge_lora as merge_lora
+from weights.adapters.read import load_lora as load_lora
+from weights.adapters.resize import convert_lora as convert_lora
+from weights.adapters.resize import resize_lora as resize_lora
+from weights.adapters.write import save_lora as save_lora
+from weights.alone import load_safety as load_safety
+from weights.alone import load_vae as load_vae
+from weights.alone import load_vision as load_vision
+from weights.checkpoint import config_of as config_of
+from weights.files.opened import Weights as Weights
+from weights.files.opened import open_file as open_file
+from weights.models import load as load
+from weights.names.layout import LEFTOVERS as LEFTOVERS
+from weights.tools.convert import convert as convert
+from weights.tools.diff import Difference as Difference
+from weights.tools.diff import diff as diff
+from weights.tools.inspect import Report as Report
+from weights.tools.inspect import inspect as inspect
+from weights.tools.merge import Merged as Merged
+from weights.tools.merge import merge as merge
+from weights.tools.record import Conversion as Conversion
+from weights.tools.repair import Repaired as Repaired
+from weights.tools.repair import repair as repair
+from weights.tools.save import original_state as original_state
+from weights.tools.save import save as save
