@@ -8,10 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from samplers.adams import lms, plms
-from samplers.core import Denoiser, Noise, OnStep, Sampler, Sigmas, Step, watched
+from samplers.core import Denoiser, Noise, OnStep, Sampler, Sigmas, Step, calls_of, watched
 from samplers.ddim import ddim, ddpm, lcm
 from samplers.dpmpp import dpmpp_2m, dpmpp_2m_sde, dpmpp_2s_ancestral, dpmpp_3m_sde, dpmpp_sde
 from samplers.euler import dpm_2, dpm_2_ancestral, euler, euler_ancestral, heun
@@ -44,14 +42,8 @@ DEFAULT_GRID: dict[str, str] = _DefaultGrid(dict.fromkeys(SAMPLERS, "karras") | 
 
 
 def calls(name: str, sigmas: Sigmas, **options: Any) -> int:
-    """Network calls that SAMPLERS[name] makes on this grid, counted by running it on a single number.
-
-    options  its own keywords, such as eta. Raises KeyError for an unknown name, and what the sampler raises
-    """
-    seen: list[Step] = []
-    denoise = watched(lambda x, sigma: x * 0, seen.append, 0)
-    SAMPLERS[name](denoise, torch.zeros(1, 1, 1, 1), sigmas, noise=lambda shape: torch.zeros(*shape), **options)
-    return len(seen)
+    """Network calls that SAMPLERS[name] makes on this grid; options are its own keywords. Raises KeyError."""
+    return calls_of(SAMPLERS[name], sigmas, **options)
 
 
 __all__ = [

@@ -6,8 +6,9 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import count, pairwise
-from typing import Protocol
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 Sigmas = Sequence[float]  # noise levels, one more than steps
@@ -64,6 +65,17 @@ def watched(denoise: Denoiser, on_step: OnStep, total: int) -> Denoiser:
 
 
 # --- the parts of a solver ------------------------------------------------------------------------------------------
+
+
+def calls_of(sampler: Sampler, sigmas: Sigmas, **options: Any) -> int:
+    """Network calls that a sampler makes on this grid, counted by running it on a single number.
+
+    options  its own keywords, such as eta. Raises what the sampler raises
+    """
+    seen: list[Step] = []
+    denoise = watched(lambda x, sigma: x * 0, seen.append, 0)
+    sampler(denoise, torch.zeros(1, 1, 1, 1), sigmas, noise=lambda shape: torch.zeros(*shape), **options)
+    return len(seen)
 
 
 def pairs(sigmas: Sigmas) -> list[tuple[float, float]]:

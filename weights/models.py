@@ -15,7 +15,7 @@ from weights.checkpoint import Parameters, open_any, recognise, require_dtype
 from weights.files.opened import Tensors
 from weights.names.blank import built
 from weights.names.layout import Layout
-from weights.names.prediction import Prediction, require_prediction, settle_by_output
+from weights.names.prediction import Prediction, require_prediction
 
 EMBEDDED = Path(__file__).parent / "embedded"
 
@@ -49,7 +49,10 @@ def load(
         model = built(lambda: LatentDiffusion(checkpoint.config))
         wait()
         fill(model, file, checkpoint.layout, torch.device(device), dtype, ema)
-        model.config = settle_by_output(checkpoint.finding, model.unet, file.error)
+        if checkpoint.finding.doubt is not None:
+            from weights.names.probe import settle_by_output  # which few files need
+
+            model.config = settle_by_output(checkpoint.finding, model.unet, file.error)
         return model
 
 

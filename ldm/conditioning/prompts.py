@@ -22,6 +22,7 @@ from ldm.networks.modules import Modules
 COMMA = 267  # the id of a comma that ends a word
 BACKTRACK = 20  # tokens at the end of a piece in which a comma ends it early, as in A1111's web UI
 MAX_CHUNKS = 1000  # pieces of one prompt
+MARKED = re.compile(r"[()\[\]\\]|BREAK")  # what a prompt has that does not weigh the same all over
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +83,8 @@ def _room(towers: Modules[CLIPText]) -> int:
 
 def _units(prompt: str, weighting: bool, embeddings: Sequence[Embedding]) -> tuple[list[list[_Unit]], list[Fault]]:
     """The units of each section, and the faults of the brackets."""
-    sections, faults = parse_marks(prompt) if weighting else ([[(readable(prompt), 1.0)]], [])
+    text = readable(prompt)
+    sections, faults = parse_marks(prompt) if weighting and MARKED.search(text) else ([[(text, 1.0)]], [])
     units = [[unit for text, weight in part for unit in _text_units(text, weight, embeddings)] for part in sections]
     return units, faults
 

@@ -19,8 +19,8 @@ from ldm.errors import ArgumentError, NonFinite, require_known, require_number, 
 from ldm.images import to_pil
 from ldm.limits import precision
 from ldm.model import LatentDiffusion
-from samplers import DEFAULT_GRID, GRIDS, SAMPLERS, Guidance, Schedule, calls, cfg, finish, noised, seeded, start, tail
-from samplers.core import Denoiser, Noise, OnStep, Step, watched
+from samplers import DEFAULT_GRID, GRIDS, SAMPLERS, Guidance, Schedule, cfg, finish, noised, seeded, start, tail
+from samplers.core import Denoiser, Noise, OnStep, Step, calls_of, watched
 
 MAX_CFG = 100.0
 
@@ -89,7 +89,7 @@ class Sampling:
 
     def calls(self, sigmas: Sequence[float]) -> int:
         """Network calls that the sampler makes on this grid."""
-        return calls(self.sampler, sigmas, **self.options)
+        return calls_of(SAMPLERS[self.sampler], sigmas, **self.options)
 
 
 # --- checks ---------------------------------------------------------------------------------------------------------

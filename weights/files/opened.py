@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shlex
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -19,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ldm.errors import FileError
-from weights.files.source import CHUNK, MAX_RANK, MAX_TENSORS, Contents, Record, Source, Spec, contiguous
+from weights.files.source import MAX_RANK, MAX_TENSORS, Contents, Record, Source, Spec, contiguous
 
 MAX_HEADER = 100_000_000  # bytes of a safetensors header; the format's own limit
 MAX_HEADER_PARTS = 1_000_000  # commas and brackets in it: what its parsed form may cost
@@ -127,32 +124,13 @@ class Weights(Tensors):
     def read_ahead(self) -> Iterator[Callable[[], None]]:
         """As `Tensors.read_ahead`; several threads check."""
         self.source.prefetch()
-        records = {
-            id(spec.record): (spec.record, key)
-            for key, spec in self.specs.items()
-            if spec.record.crc is not None and not spec.record.verified
-        }
-        in_order = sorted(records.values(), key=lambda found: found[0].start)
-        turns = iter(in_order)
+        if any(spec.record.crc is not None for spec in self.specs.values()):
+            from weights.files.checks import checking  # which torch files have
 
-        def check() -> None:
-            room = bytearray(CHUNK)
-            for record, key in turns:  # each thread takes the next that none has taken
-                self._verify(key, record, partial(self.source.crc32, record.start, record.size, room))
-
-        helpers = min(4, os.cpu_count() or 1) - 1 if in_order else 0
-        with ThreadPoolExecutor(max(helpers, 1)) as pool:
-            checks = [pool.submit(check) for _ in range(helpers)]
-
-            def wait() -> None:
-                check()
-                for helped in checks:
-                    helped.result()
-
-            try:
+            with checking(self) as wait:
                 yield wait
-            finally:
-                in_order.clear()  # ends every turn
+        else:
+            yield lambda: None
 
     def stored(self, key: str, mapped: bool, rows: slice | None = None) -> Tensor:
         """As `Tensors.stored`. Of rows only their bytes are read, unless the tensor is spread over its record."""
@@ -164,10 +142,10 @@ class Weights(Tensors):
         record, whole = spec.record, spec.whole
         if record.start % spec.dtype.itemsize == 0 and (mapped or not whole):
             flat = self.source.mapped(record.start, record.size, spec.dtype)
-            self._verify(key, record, lambda: self.source.crc32(record.start, record.size))
+            self.verify(key, record, lambda: self.source.crc32(record.start, record.size))
         else:
             buffer = self.source.copied(record.start, record.size)
-            self._verify(key, record, lambda: zlib.crc32(buffer.numpy().data))
+            self.verify(key, record, lambda: zlib.crc32(buffer.numpy().data))
             flat = buffer.view(spec.dtype)
         if whole:
             return flat.view(spec.shape)
@@ -179,14 +157,15 @@ class Weights(Tensors):
             return self.stored(key, mapped)[first:last].clone()
         record, row = spec.record, spec.record.size // spec.shape[0]
         start, count = record.start + first * row, (last - first) * row
-        self._verify(key, record, lambda: self.source.crc32(record.start, record.size))
+        self.verify(key, record, lambda: self.source.crc32(record.start, record.size))
         if mapped and start % spec.dtype.itemsize == 0:
             flat = self.source.mapped(start, count, spec.dtype)
         else:
             flat = self.source.copied(start, count).view(spec.dtype)
         return flat.view(last - first, *spec.shape[1:])
 
-    def _verify(self, key: str, record: Record, checksum: Callable[[], int]) -> None:
+    def verify(self, key: str, record: Record, checksum: Callable[[], int]) -> None:
+        """Compare a record's checksum, once. Raises FileError."""
         if record.crc is None or record.verified:
             return
         if checksum() != record.crc:

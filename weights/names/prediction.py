@@ -6,12 +6,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from ldm.config import ModelConfig
 from ldm.errors import AmbiguousCheckpoint, ArgumentError, FileError
-from ldm.networks.unet import UNet
 
 Prediction = Literal["eps", "v"]
 
@@ -25,7 +23,6 @@ SPELLINGS: dict[str, Prediction] = {
 # The parameter whose standard deviation tells SD 2's two kinds apart.
 STATISTIC = "unet.output_blocks.11.1.transformer_blocks.0.norm1.bias"
 THRESHOLD, CLOSE = 0.09, (0.07, 0.11)  # above it: v; inside the band no word is taken for it
-EPS_OUTPUT, V_OUTPUT = -0.5, -1.0  # of `response`: above the first eps, below the second v
 
 _EDM = {
     **dict.fromkeys(("edm_mean", "edm_std"), "a Playground 2.5 model"),
@@ -96,46 +93,16 @@ def _predicting(
     claims = claims_of(keys, metadata, refuse)
     claimed = set(claims.values())
     if len(claimed) > 1:
-        raise _clash(f"says both eps and v ({', '.join(f'{who}: {what}' for who, what in claims.items())})", refuse)
+        raise clash(f"says both eps and v ({', '.join(f'{who}: {what}' for who, what in claims.items())})", refuse)
     deviation = deviation_of(config, statistic)
     if deviation is None:
         return Finding(predicting(config, claimed.pop()) if claimed else config)
     seen: Prediction | None = None if CLOSE[0] <= deviation <= CLOSE[1] else "v" if deviation > THRESHOLD else "eps"
     if claimed and seen is not None and seen not in claimed:
         who, what = next(iter(claims.items()))
-        raise _clash(f"{who} says {what}, its weights {seen} (norm1.bias std {deviation:.3f}, v > {THRESHOLD})", refuse)
+        raise clash(f"{who} says {what}, its weights {seen} (norm1.bias std {deviation:.3f}, v > {THRESHOLD})", refuse)
     settled = claimed.pop() if claimed else seen
     return Finding(config, deviation) if settled is None else Finding(predicting(config, settled))
-
-
-def settle_by_output(finding: Finding, unet: UNet, refuse: Callable[[str], FileError]) -> ModelConfig:
-    """The config, once the network itself has been asked.
-
-    Raises AmbiguousCheckpoint when its answer is no clear one either.
-    """
-    if finding.doubt is None:
-        return finding.config
-    answer = response(unet)
-    if answer < V_OUTPUT:
-        return predicting(finding.config, "v")
-    if answer > EPS_OUTPUT:
-        return predicting(finding.config, "eps")
-    raise _clash(
-        f"may predict eps or v (norm1.bias std {finding.doubt:.3f}, test output {answer:.2f}: both in between)", refuse
-    )
-
-
-@torch.no_grad()
-def response(unet: UNet) -> float:
-    """Mean of what the network adds to a constant 0.5 at the last timestep.
-
-    About 0 if it predicts eps, which is nearly x there; below -1 if v.
-    """
-    like = unet.time_embed[0].weight
-    x = torch.full((1, unet.config.in_channels, 8, 8), 0.5, dtype=like.dtype, device=like.device)
-    context = torch.full((1, 2, unet.config.context_dim), 0.5, dtype=like.dtype, device=like.device)
-    out = unet(x, torch.full((1,), 999.0, device=like.device), context)
-    return (out.float() - x.float()).mean().item()
 
 
 def predicting(config: ModelConfig, prediction: Prediction, *, named: bool = True) -> ModelConfig:
@@ -176,6 +143,7 @@ def deviation_of(config: ModelConfig, statistic: Callable[[], Tensor | None]) ->
     return None if tensor is None else tensor.double().std(correction=0).item()
 
 
-def _clash(what: str, refuse: Callable[[str], FileError]) -> AmbiguousCheckpoint:
+def clash(what: str, refuse: Callable[[str], FileError]) -> AmbiguousCheckpoint:
+    """The error of a model that may predict eps or v."""
     fault = refuse(what)
     return AmbiguousCheckpoint(f"{what}: pass prediction='eps' or 'v'", path=fault.path, key="prediction")

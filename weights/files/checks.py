@@ -1,0 +1,46 @@
+"""The checksums of a torch file, compared on several threads while something else is done."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+
+from weights.files.opened import Weights
+from weights.files.source import CHUNK
+
+
+@contextmanager
+def checking(file: Weights) -> Iterator[Callable[[], None]]:
+    """Compare every checksum that has not been.
+
+    Gives the function that waits for it, which raises FileError where one is wrong.
+    """
+    records = {
+        id(spec.record): (spec.record, key)
+        for key, spec in file.specs.items()
+        if spec.record.crc is not None and not spec.record.verified
+    }
+    in_order = sorted(records.values(), key=lambda found: found[0].start)
+    turns = iter(in_order)
+
+    def check() -> None:
+        room = bytearray(CHUNK)
+        for record, key in turns:  # each thread takes the next that none has taken
+            file.verify(key, record, partial(file.source.crc32, record.start, record.size, room))
+
+    helpers = min(4, os.cpu_count() or 1) - 1 if in_order else 0
+    with ThreadPoolExecutor(max(helpers, 1)) as pool:
+        checks = [pool.submit(check) for _ in range(helpers)]
+
+        def wait() -> None:
+            check()
+            for helped in checks:
+                helped.result()
+
+        try:
+            yield wait
+        finally:
+            in_order.clear()  # ends every turn
