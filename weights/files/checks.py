@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 
-from weights.files.opened import Weights
-from weights.files.source import CHUNK
+from weights.files.source import CHUNK, Record, Source, Spec
+
+Verify = Callable[[str, Record, Callable[[], int]], None]  # compare a record's checksum; the key is for the error
 
 
 @contextmanager
-def checking(file: Weights) -> Iterator[Callable[[], None]]:
+def checking(source: Source, specs: Mapping[str, Spec], verify: Verify) -> Iterator[Callable[[], None]]:
     """Compare every checksum that has not been.
 
     Gives the function that waits for it, which raises FileError where one is wrong.
     """
     records = {
         id(spec.record): (spec.record, key)
-        for key, spec in file.specs.items()
+        for key, spec in specs.items()
         if spec.record.crc is not None and not spec.record.verified
     }
     in_order = sorted(records.values(), key=lambda found: found[0].start)
@@ -29,7 +30,7 @@ def checking(file: Weights) -> Iterator[Callable[[], None]]:
     def check() -> None:
         room = bytearray(CHUNK)
         for record, key in turns:  # each thread takes the next that none has taken
-            file.verify(key, record, partial(file.source.crc32, record.start, record.size, room))
+            verify(key, record, partial(source.crc32, record.start, record.size, room))
 
     helpers = min(4, os.cpu_count() or 1) - 1 if in_order else 0
     with ThreadPoolExecutor(max(helpers, 1)) as pool:

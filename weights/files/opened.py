@@ -127,7 +127,7 @@ class Weights(Tensors):
         if any(spec.record.crc is not None for spec in self.specs.values()):
             from weights.files.checks import checking  # which torch files have
 
-            with checking(self) as wait:
+            with checking(self.source, self.specs, self._verify) as wait:
                 yield wait
         else:
             yield lambda: None
@@ -142,10 +142,10 @@ class Weights(Tensors):
         record, whole = spec.record, spec.whole
         if record.start % spec.dtype.itemsize == 0 and (mapped or not whole):
             flat = self.source.mapped(record.start, record.size, spec.dtype)
-            self.verify(key, record, lambda: self.source.crc32(record.start, record.size))
+            self._verify(key, record, lambda: self.source.crc32(record.start, record.size))
         else:
             buffer = self.source.copied(record.start, record.size)
-            self.verify(key, record, lambda: zlib.crc32(buffer.numpy().data))
+            self._verify(key, record, lambda: zlib.crc32(buffer.numpy().data))
             flat = buffer.view(spec.dtype)
         if whole:
             return flat.view(spec.shape)
@@ -157,15 +157,14 @@ class Weights(Tensors):
             return self.stored(key, mapped)[first:last].clone()
         record, row = spec.record, spec.record.size // spec.shape[0]
         start, count = record.start + first * row, (last - first) * row
-        self.verify(key, record, lambda: self.source.crc32(record.start, record.size))
+        self._verify(key, record, lambda: self.source.crc32(record.start, record.size))
         if mapped and start % spec.dtype.itemsize == 0:
             flat = self.source.mapped(start, count, spec.dtype)
         else:
             flat = self.source.copied(start, count).view(spec.dtype)
         return flat.view(last - first, *spec.shape[1:])
 
-    def verify(self, key: str, record: Record, checksum: Callable[[], int]) -> None:
-        """Compare a record's checksum, once. Raises FileError."""
+    def _verify(self, key: str, record: Record, checksum: Callable[[], int]) -> None:
         if record.crc is None or record.verified:
             return
         if checksum() != record.crc:

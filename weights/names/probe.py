@@ -15,10 +15,12 @@ EPS_OUTPUT, V_OUTPUT = -0.5, -1.0  # of `response`: above the first eps, below t
 
 
 def settle_by_output(finding: Finding, unet: UNet, refuse: Callable[[str], FileError]) -> ModelConfig:
-    """The config of a finding in doubt, once the network itself has been asked.
+    """The config; of a finding in doubt, once the network itself has been asked.
 
     Raises AmbiguousCheckpoint when its answer is no clear one either.
     """
+    if finding.doubt is None:
+        return finding.config
     answer = response(unet)
     if answer < V_OUTPUT:
         return predicting(finding.config, "v")

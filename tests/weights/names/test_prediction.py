@@ -14,7 +14,8 @@ from ldm.errors import AmbiguousCheckpoint, ArgumentError, FileError
 from ldm.networks.unet import UNet
 from tests.made.checkpoints import save_safetensors
 from weights import load, save
-from weights.names.prediction import METADATA, SCHEDULER, STATISTIC, Finding, response, settle, settle_by_output
+from weights.names.prediction import METADATA, SCHEDULER, STATISTIC, Finding, settle
+from weights.names.probe import response, settle_by_output
 
 P = "model.diffusion_model."
 
