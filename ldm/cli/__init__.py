@@ -37,18 +37,18 @@ COMMANDS: dict[str, Command] = {
   ldm outpaint "a red cube on top of a blue sphere" --init outputs/00001.png --extend left=32 --extend right=32
   ldm outpaint "a wide beach" --init beach.jpg --extend right=256 --feather 16 --ckpt 512-inpainting-ema.safetensors""",
         "PROMPT --init IMAGE --extend SIDE=PIXELS [options]"),
-    "depth2img": Command("draw other things in the shapes of a picture", "image", """
+    "depth2img": Command("draw other things in the shapes of a picture (needs a depth model)", "image", """
   ldm depth2img "a robot in a workshop" --init portrait.jpg --strength 0.9 --ckpt 512-depth-ema.safetensors
   ldm depth2img "a marble hall" --init hall.png --depth hall-depth.png --ckpt 512-depth-ema.safetensors""",
         "PROMPT --init IMAGE [options]"),
-    "upscale": Command("make a picture four times as wide and high", "image", """
+    "upscale": Command("make a picture four times as wide and high (needs an x4 upscaler)", "image", """
   ldm upscale "a white cat" --init small.png --noise-level 20 --ckpt x4-upscaler-ema.safetensors
   ldm upscale "" --init large.jpg --window 128 --ckpt x4-upscaler-ema.safetensors""",
         "PROMPT --init IMAGE [options]"),
-    "variations": Command("draw pictures like another one", "image", """
+    "variations": Command("draw pictures like another one (needs an Image Variations model)", "image", """
   ldm variations --init painting.jpg --n 4 --sheet --ckpt sd-clip-vit-l14-img-embed_ema_only.ckpt""",
         "--init IMAGE [options]"),
-    "hires": Command("draw large: small, enlarged, redrawn", "text", """
+    "hires": Command("draw a large picture: draw it small, enlarge it, redraw it", "text", """
   ldm hires "a red cube on top of a blue sphere" --scale 2x
   ldm hires "a lighthouse in a storm" --scale 1.5x --enlarge latent --strength 0.7\
  --ckpt v1-5-pruned-emaonly.safetensors""",
@@ -66,7 +66,7 @@ COMMANDS: dict[str, Command] = {
   ldm diff v1-5-pruned-emaonly.ckpt v1-5-pruned-emaonly.safetensors
   ldm diff v1-5-pruned-emaonly.safetensors dreamshaper_8.safetensors --quick
   ldm diff v1-5-pruned-emaonly.safetensors mix.safetensors --third dreamshaper_8.safetensors"""),
-    "convert": Command("weights in another container, layout or type of numbers", "converting", """
+    "convert": Command("write weights in another container, layout or type of numbers", "converting", """
   ldm convert v1-5-pruned.ckpt v1-5.safetensors
   ldm convert sd_xl_base_1.0.safetensors sdxl/ --dtype fp16 --shard-size 2GB
   ldm convert my-finetune/ my-finetune.safetensors --manifest where-it-went.json
@@ -87,14 +87,14 @@ COMMANDS: dict[str, Command] = {
   ldm repair merged.safetensors
   ldm repair old.ckpt --dry-run
   ldm repair old.ckpt --out sound.safetensors"""),
-    "prune": Command("take blocks out of a model, for a student to begin with", "pruning", """
+    "prune": Command("take blocks out of a model: a smaller one, to be trained by distillation", "pruning", """
   ldm prune sd_xl_base_1.0.safetensors student.safetensors --plan ssd-1b
   ldm prune v1-5-pruned.safetensors small.safetensors --plan half --dtype fp32"""),
-    "train": Command("train a model, LoRA, word or autoencoder", "training", """
+    "train": Command("train a model, a LoRA, a new word or an autoencoder", "training", """
   ldm train
   ldm train sygil --show
   ldm train sygil --set data.path=photos --set model.start=v1-5-pruned.safetensors --out runs/photos
   ldm train my-lora.toml --set optimizer.lr=2e-4"""),
-    "samplers": Command("list samplers and grids", "listing", """
+    "samplers": Command("list the samplers and their grids of noise levels", "listing", """
   ldm samplers --steps 10"""),
 }  # fmt: skip

@@ -66,7 +66,10 @@ def _parsers(commands: Mapping[str, Command]) -> tuple[Parser, dict[str, Parser]
     """The parser of the whole line, and one for each command, which has no options yet."""
     shape = argparse.RawDescriptionHelpFormatter
     listed = "\n".join(f"  {name:13}{command.help}" for name, command in commands.items())
-    start = 'start with:\n  ldm txt2img "a red cube on top of a blue sphere"'
+    start = (
+        'start with:\n  ldm txt2img "a red cube on top of a blue sphere"\n\n'
+        "The model that ships draws unless --ckpt names another one; pictures go to outputs/ unless --out says where."
+    )
     overview = Parser(
         prog="ldm", usage="ldm COMMAND ... [options]", formatter_class=shape, allow_abbrev=False,
         description="Latent diffusion: pictures from text, and from other pictures, with the Stable Diffusion family."

@@ -84,7 +84,7 @@ def test_every_file_that_is_named_exists(page: str) -> None:
                 assert word in MADE or any(place.exists() for place in places), word
 
 
-MADE = {"lora.toml", "-m", "runs/photos"}  # files that a command makes, or that the page shows
+MADE = {"lora.toml", "-m", "runs/photos", "outputs/00001.png"}  # files that a command makes, or that the page shows
 
 
 @pytest.mark.parametrize("page", PAGES)
