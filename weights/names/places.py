@@ -1,4 +1,4 @@
-"""Where our parameters lie in a file: what a place is, and the names of the original code and of CLIP (also folders')."""
+"""Where our parameters lie in a file: what a place is, and the names of the original code and of CLIP."""
 
 from __future__ import annotations
 
