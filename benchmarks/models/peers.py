@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from benchmarks.models.published import original_name
 from benchmarks.models.seeded import weight
 from ldm.config import ModelConfig, TextConfig, UNetConfig, VAEConfig
-from ldm.disk import replacing_directory
 from ldm.model import LatentDiffusion
+from ldm.targets import replacing_directory
 from weights.files.write import Pending, write
 from weights.folder.write import STEMS, folder_files, towers
 from weights.names.blank import built, shapes

@@ -10,8 +10,8 @@ import weights
 from ldm.changes import surgery
 from ldm.cli import arguments, terminal
 from ldm.cli.files import require_weights
-from ldm.disk import require_writable
 from ldm.errors import printable
+from ldm.targets import require_writable
 
 
 def add_prune(parser: argparse.ArgumentParser) -> None:

@@ -13,8 +13,9 @@ from pathlib import Path
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from ldm.disk import replacing, write_all, write_new
+from ldm.disk import write_all, write_new
 from ldm.errors import ArgumentError
+from ldm.targets import replacing
 
 ANIMATIONS = ("webp", "gif")
 MAX_FPS = 50.0  # of an animation: viewers slow down a GIF that asks for more

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from ldm.conditioning.prompts import Embedding, is_read
-from ldm.disk import write_text
 from ldm.errors import ArgumentError, FileError
 from ldm.model import LatentDiffusion
+from ldm.targets import write_text
 from ldm.train import shipped
 from ldm.train.checkpointing import checkpoint_blocks
 from ldm.train.data.batch import Batch

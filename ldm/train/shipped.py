@@ -18,10 +18,10 @@ from torch.nn import functional as F
 from ldm import blocks
 from ldm.conditioning.tokenizer import tokenize
 from ldm.config import ModelConfig, TextConfig, UNetConfig, VAEConfig
-from ldm.disk import write_whole
 from ldm.fast import fast_group_norms
 from ldm.model import LatentDiffusion
 from ldm.networks.vae import VAE
+from ldm.targets import write_whole
 from ldm.train.data.batch import Batch
 from ldm.train.data.cache import weights_digest
 from ldm.train.data.scenes import CAPTIONS, captions_of

@@ -10,10 +10,10 @@ from typing import Any
 
 from ldm import tasks
 from ldm.changes import surgery
-from ldm.disk import write_text
 from ldm.errors import ArgumentError
 from ldm.model import LatentDiffusion
 from ldm.pictures.write import save
+from ldm.targets import write_text
 from ldm.train.data.opening import missing_prior
 from ldm.train.ranks import Ranks, barrier
 from ldm.train.recipe import Data, Start

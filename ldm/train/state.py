@@ -19,8 +19,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from ldm.disk import output_errors, require_space, sync_directory, write_all, write_text
+from ldm.disk import output_errors, sync_directory, write_all
 from ldm.errors import ArgumentError, OutputError
+from ldm.targets import require_space, write_text
 
 TENSORS, FACTS, LATEST, LOCK = "tensors.safetensors", "state.json", "LATEST", "run.lock"
 # after a write that failed

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from ldm.disk import replacing, replacing_directory, require_writable, write_all, write_new, write_text
+from ldm.disk import write_all, write_new
 from ldm.errors import OutputError
+from ldm.targets import replacing, replacing_directory, require_writable, write_text
 
 
 def test_a_text_replaces_the_old_one_and_its_directory_is_made(tmp_path: Path) -> None:

@@ -26,9 +26,8 @@ MAY_IMPORT = {
 # own floor or above.
 FLOORS = {
     "samplers": "core schedule | grids guidance noise ddim euler adams dpmpp unipc",
-    "ldm": "errors | config disk images swap | networks pictures | conditioning | model | fast limits changes | "
-    "denoiser | tasks"
-    " | look | blocks recipes | train | cli | __main__",
+    "ldm": "errors | config disk images swap | targets | networks pictures | conditioning | model | "
+    "fast limits changes | denoiser | tasks | look | blocks recipes | train | cli | __main__",
     "ldm.train": "recipe losses draws state checkpointing | reading ranks data | tasks optim start | watch | "
     "loop distil | modes | results shipped | run",
     "weights": "names files | folder | checkpoint | models adapters | alone | tools",
@@ -38,6 +37,7 @@ MAX_FILES = 20  # in a folder
 
 # Source files without a test file of their name, under the test file that covers them.
 COVERED = {
+    "tests/ldm/test_disk.py": "ldm: targets",
     "tests/samplers/test_solvers.py": "samplers: adams ddim dpmpp euler | benchmarks/models: mixture",
     "tests/samplers/test_order.py": "samplers: unipc",
     "tests/samplers/test_behaviour.py": "samplers: __init__ core",

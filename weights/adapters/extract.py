@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ldm.changes.lora import LowRank, Shape
 from ldm.config import ModelConfig
-from ldm.disk import require_writable
 from ldm.errors import AmbiguousCheckpoint
+from ldm.targets import require_writable
 from weights.adapters import names as lora_names
 from weights.adapters.kohya import difference_key, kohya_names, network_facts
 from weights.adapters.rank import Kept, Rule, energy, factored, require_rank, rule

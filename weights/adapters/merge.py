@@ -16,8 +16,8 @@ from torch import Tensor
 
 from ldm.changes.lora import Change, Changes, delta
 from ldm.config import ModelConfig
-from ldm.disk import require_writable
 from ldm.errors import ArgumentError, FileError
+from ldm.targets import require_writable
 from weights.adapters import names as lora_names
 from weights.adapters.read import read_lora
 from weights.adapters.write import HASHES

@@ -11,8 +11,8 @@ import torch
 
 from ldm.changes.lora import Change, Decomposed, Full, LowRank, delta, plain
 from ldm.config import ModelConfig
-from ldm.disk import require_writable
 from ldm.errors import FileError
+from ldm.targets import require_writable
 from weights.adapters import names as lora_names
 from weights.adapters.kohya import network_facts
 from weights.adapters.names import Dialect

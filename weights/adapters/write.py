@@ -12,8 +12,9 @@ import torch
 
 from ldm.changes.lora import Change, Changes, require_fit
 from ldm.config import ModelConfig
-from ldm.disk import replacing, replacing_directory, require_writable, write_all
+from ldm.disk import write_all
 from ldm.errors import ArgumentError
+from ldm.targets import replacing, replacing_directory, require_writable
 from weights.adapters import names as lora_names
 from weights.adapters.kohya import kohya_tensors, network_facts
 from weights.adapters.names import ALPHA_KEY, TOWERS, Dialect

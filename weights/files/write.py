@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm.disk import replacing, require_space, write_all
+from ldm.disk import write_all
 from ldm.errors import ArgumentError, OutputError
+from ldm.targets import replacing, require_space
 from weights.files.opened import DTYPES, Tensors
 from weights.files.rebuild import STORAGES
 from weights.files.source import contiguous

@@ -12,8 +12,9 @@ from pathlib import Path
 import torch
 
 from ldm.config import ModelConfig
-from ldm.disk import replacing, replacing_directory, require_space, require_writable, write_all
+from ldm.disk import write_all
 from ldm.errors import ArgumentError, FileError, OutputError
+from ldm.targets import replacing, replacing_directory, require_space, require_writable
 from weights.checkpoint import Checkpoint, open_any, recognise, require_dtype
 from weights.files.folders import COMPONENTS, MAX_JSON, Folder, add_component, read_json
 from weights.files.hashes import sha256_of

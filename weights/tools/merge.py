@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from ldm.config import ModelConfig
-from ldm.disk import require_writable
 from ldm.errors import ArgumentError, FileError
+from ldm.targets import require_writable
 from weights.checkpoint import Checkpoint, open_any, recognise, require_dtype
 from weights.files.hashes import sha256_of
 from weights.files.opened import Tensors, is_folder

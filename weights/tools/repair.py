@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from ldm.config import FAMILIES
-from ldm.disk import require_writable
 from ldm.errors import FileError
+from ldm.targets import require_writable
 from samplers.schedule import Schedule
 from weights.files import torchfiles
 from weights.files.opened import Weights, kind_of, read_header

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from ldm.disk import write_whole
+from ldm.targets import write_whole
 from ldm.train.data.source import digest
 
 

@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from ldm.disk import write_text
 from ldm.errors import FileError
 from ldm.images import to_rgb
 from ldm.pictures.read import opened
+from ldm.targets import write_text
 from ldm.train.data.source import Bad, Item, digest
 
 # nanoseconds after which a file's date can be trusted: a second change within one tick of the clock keeps the date

@@ -13,8 +13,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
-from ldm.disk import write_text
 from ldm.errors import ArgumentError, FileError, OutputError, printable
+from ldm.targets import write_text
 from ldm.train.recipe import Watch
 
 BANDS = 10  # equal parts of the noise schedule, the least noisy first

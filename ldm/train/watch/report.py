@@ -13,9 +13,9 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
-from ldm.disk import write_text
 from ldm.pictures.read import open_image
 from ldm.pictures.write import save
+from ldm.targets import write_text
 from ldm.train.recipe import Recipe
 from ldm.train.watch.card import training_section
 from ldm.train.watch.chart import DARK, LIGHT, Chart, Curve, Theme, blend, draw, font, smoothed
