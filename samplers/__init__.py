@@ -13,7 +13,8 @@ from samplers.core import Denoiser, Noise, OnStep, Sampler, Sigmas, Step, calls_
 from samplers.ddim import ddim, ddpm, lcm
 from samplers.dpmpp import dpmpp_2m, dpmpp_2m_sde, dpmpp_2s_ancestral, dpmpp_3m_sde, dpmpp_sde
 from samplers.euler import dpm_2, dpm_2_ancestral, euler, euler_ancestral, heun
-from samplers.grids import AYS_SD1, AYS_SDXL, GRIDS, Grid, karras
+from samplers.fitted import AYS_SD1, AYS_SDXL
+from samplers.grids import GRIDS, Grid, karras
 from samplers.guidance import Combine, Guidance, cfg, keep_known
 from samplers.noise import seeded
 from samplers.schedule import Schedule, finish, noised, start, tail

@@ -89,6 +89,22 @@ class Schedule:
         return math.sqrt(math.expm1(low + (t - i) * (high - low)))
 
 
+def checked(schedule: Schedule, steps: int) -> int:
+    """`steps`, if it can be honoured."""
+    if isinstance(steps, bool) or not hasattr(steps, "__index__") or steps < 1:
+        raise ValueError(f"steps is {steps!r}: give a whole number from 1 to {schedule.steps}")
+    if steps > schedule.steps:
+        raise ValueError(
+            f"{steps} steps: give at most {schedule.steps} (the model has {schedule.steps} training steps)"
+        )
+    return int(steps)
+
+
+def at(schedule: Schedule, timesteps: Sequence[float]) -> list[float]:
+    """The sigmas of descending timesteps, then 0."""
+    return [schedule.sigma(float(t)) for t in timesteps] + [0.0]
+
+
 def start(noise: Tensor, sigmas: Sequence[float]) -> Tensor:
     """Pure noise [b, c, h, w] as x at level sigmas[0]: scaled to the variance 1 + sigma^2 of a noised unit latent."""
     return noise * math.sqrt(1 + sigmas[0] ** 2)

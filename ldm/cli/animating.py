@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image
 
 import ldm.tasks as tasks
 from ldm.cli import metadata, models, settings, terminal
 from ldm.cli.making import common, save
 from ldm.cli.place import Place
 from ldm.errors import ArgumentError, printable, require_whole
-from ldm.pictures import write
+from ldm.pictures import animations, write
 
 MAX_FRAMES = 10_000
 
@@ -20,7 +24,7 @@ def interpolate(args: argparse.Namespace) -> None:
     settings.checked(args)
     prompts = settings.prompts_of(args)
     require_whole("frames", args.frames, 2, MAX_FRAMES)
-    write.require_fps(args.fps)
+    animations.require_fps(args.fps)
     seeds = settings.checked_seeds(args.seeds, "seeds") if args.seeds else [settings.random_seed(1)]
     _require_stations(len(prompts), len(seeds))
     width, height = settings.size(args)
@@ -49,7 +53,7 @@ def interpolate(args: argparse.Namespace) -> None:
         save(frame, flag, facts | {"frame": f"{number} of {args.frames}"}, args, place)
         for number, (frame, flag) in enumerate(zip(frames, loaded.judged(frames), strict=True), 1)
     ]
-    terminal.show(printable(str(place.save_animation(written, args.animation, args.fps))))
+    terminal.show(printable(str(_save_animation(written, place, args.animation, args.fps))))
 
 
 def _require_stations(prompts: int, seeds: int) -> None:
@@ -61,3 +65,13 @@ def _require_stations(prompts: int, seeds: int) -> None:
         )
     if not {prompts, seeds} <= {1, stations}:
         raise ArgumentError(f"--seeds: {seeds} with {prompts} prompts; give one, or {prompts}")
+
+
+def _save_animation(frames: Sequence[Image.Image], place: Place, kind: str, fps: float) -> Path:
+    """The frames as an animation, beside what was saved."""
+    if place.is_file:
+        names = write.spare(place.path.with_name(f"{place.path.stem}-animation.{kind}"))
+    else:
+        names = write.numbered(place.path, "-animation", kind)
+    path = next(names) if place.overwrite else names
+    return animations.save_animation(frames, path, kind=kind, fps=fps, overwrite=place.overwrite)

@@ -13,9 +13,9 @@ from ldm.cli.arguments import number, scaled_file, whole
 from ldm.config import FAMILIES
 from ldm.model import MAX_NOISE_LEVEL, NOISE_LEVEL
 from ldm.networks.vision import PREPROCESSORS
-from ldm.pictures.write import ANIMATIONS
+from ldm.pictures.animations import ANIMATIONS
+from ldm.tasks.hires import ENLARGERS
 from ldm.tasks.job import Sampling
-from ldm.tasks.text import ENLARGERS
 
 ALL = "txt2img hires img2img inpaint outpaint depth2img upscale variations interpolate"
 WORDS = ALL.replace(" variations", "")  # that read a prompt

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import os
 import shutil
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,15 +76,6 @@ class Place:
                 picture, next(itertools.islice(names, 0 if suffix else self.saved - 1, None)), facts, overwrite=True
             )
         return write.save(picture, names, facts)
-
-    def save_animation(self, frames: Sequence[Image.Image], kind: str, fps: float) -> Path:
-        """The frames as an animation, beside what was saved."""
-        if not self.is_file:
-            return write.save_animation(frames, write.numbered(self.path, "-animation", kind), kind=kind, fps=fps)
-        names = write.spare(self.path.with_name(f"{self.path.stem}-animation.{kind}"))
-        return write.save_animation(
-            frames, next(names) if self.overwrite else names, kind=kind, fps=fps, overwrite=self.overwrite
-        )
 
     def previewing(self, model: LatentDiffusion, every: int | None, sampling: Sampling, watch: OnStep) -> OnStep:
         """`watch`, and after every few steps the current x0 of the batch in a file, the same all through the run."""

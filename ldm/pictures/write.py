@@ -6,7 +6,7 @@ import io
 import itertools
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from os import PathLike
 from pathlib import Path
 
@@ -14,11 +14,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from ldm.disk import write_all, write_new
-from ldm.errors import ArgumentError
 from ldm.targets import replacing
-
-ANIMATIONS = ("webp", "gif")
-MAX_FPS = 50.0  # of an animation: viewers slow down a GIF that asks for more
 
 
 def save(
@@ -36,48 +32,7 @@ def save(
     All or nothing: a temporary file in the same directory gets the name once it is complete and on the disk.
     Raises OutputError, also where the path exists and `overwrite` is false.
     """
-    return _write(_png(image, metadata or {}), path, overwrite)
-
-
-def save_animation(
-    frames: Sequence[Image.Image],
-    path: str | PathLike[str] | Iterable[Path],
-    *,
-    kind: str = "webp",
-    fps: float = 8,
-    overwrite: bool = False,
-) -> Path:
-    """Write pictures of one size as an animation that repeats for ever; return its path. The rest is as for `save`.
-
-    kind  webp, or gif: 256 colours a picture, and times in hundredths of a second
-    fps   pictures a second, above 0 to 50
-    Raises ArgumentError for another kind or speed, and for pictures of different sizes, or none.
-    """
-    if kind not in ANIMATIONS:
-        raise ArgumentError(f"animation: {kind[:20]!r} is unknown; use {' or '.join(ANIMATIONS)}", key="animation")
-    require_fps(fps)
-    if len({frame.size for frame in frames}) != 1:
-        sizes = sorted({frame.size for frame in frames}) or "none"
-        raise ArgumentError(f"an animation is made of pictures of one size; these have {sizes}")
-    buffer, time = io.BytesIO(), 1000 / fps
-    if kind == "gif":
-        frames, time = [frame.quantize(256) for frame in frames], max(20, round(time / 10) * 10)
-    frames[0].save(
-        buffer,
-        kind,
-        save_all=True,
-        append_images=frames[1:],
-        duration=round(time),
-        loop=0,
-        **{"quality": 90} if kind == "webp" else {},
-    )
-    return _write(buffer.getvalue(), path, overwrite)
-
-
-def require_fps(fps: float) -> None:
-    """Raises ArgumentError for a speed that no animation has."""
-    if not 0 < fps <= MAX_FPS:
-        raise ArgumentError(f"fps: {fps:g}; give more than 0 and at most {MAX_FPS:g} pictures a second", key="fps")
+    return write_data(_png(image, metadata or {}), path, overwrite)
 
 
 def numbered(directory: Path, suffix: str = "", ending: str = "png") -> Iterator[Path]:
@@ -105,7 +60,7 @@ def _png(image: Image.Image, metadata: Mapping[str, str]) -> bytes:
     return buffer.getvalue()
 
 
-def _write(data: bytes, path: str | PathLike[str] | Iterable[Path], overwrite: bool) -> Path:
+def write_data(data: bytes, path: str | PathLike[str] | Iterable[Path], overwrite: bool) -> Path:
     """The bytes under the first name that is free, complete or not at all."""
     names = iter([Path(path)] if isinstance(path, str | PathLike) else path)
     if not overwrite:

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from samplers import AYS_SD1, AYS_SDXL, GRIDS, Schedule
-from samplers.grids import beta_quantile
+from samplers.fitted import beta_quantile
 
 GOLDEN = load_file(Path(__file__).parents[1] / "golden" / "samplers.safetensors")
 TIMESTEPS = json.loads((Path(__file__).parents[1] / "golden" / "samplers_timesteps.json").read_text())

@@ -25,7 +25,7 @@ MAY_IMPORT = {
 # Rooms by floor, lowest first: a room, a file or a folder, imports from lower floors and from itself, never from its
 # own floor or above.
 FLOORS = {
-    "samplers": "core schedule | grids guidance noise ddim euler adams dpmpp unipc",
+    "samplers": "core schedule | fitted | grids guidance noise ddim euler adams dpmpp unipc",
     "ldm": "errors | config disk images swap | targets | networks pictures | conditioning | model | "
     "fast limits changes | denoiser | tasks | look | blocks recipes | train | cli | __main__",
     "ldm.train": "recipe losses draws state checkpointing | reading ranks data | tasks optim start | watch | "
@@ -39,6 +39,7 @@ MAX_FILES = 20  # in a folder
 COVERED = {
     "tests/ldm/test_disk.py": "ldm: targets",
     "tests/samplers/test_solvers.py": "samplers: adams ddim dpmpp euler | benchmarks/models: mixture",
+    "tests/samplers/test_grids.py": "samplers: fitted",
     "tests/samplers/test_order.py": "samplers: unipc",
     "tests/samplers/test_behaviour.py": "samplers: __init__ core",
     "tests/ldm/blocks/test_scenes.py": "ldm/blocks: __init__",
@@ -47,6 +48,8 @@ COVERED = {
     "tests/ldm/cli/test_options.py": "ldm/cli: files settings | ldm/fast: __init__",
     "tests/ldm/fast/test_choice.py": "ldm/fast: plain",
     "tests/ldm/networks/test_unet.py": "ldm/networks: attention",
+    "tests/ldm/pictures/test_write.py": "ldm/pictures: animations",
+    "tests/ldm/tasks/test_text.py": "ldm/tasks: hires",
     "tests/ldm/tasks/test_inpaint.py": "ldm/pictures: masks",
     "tests/ldm/train/data/test_examples.py": "ldm/train/data: opening plan",
     "tests/ldm/train/data/test_folder.py": "ldm/train/data: captions decode scenes source",

@@ -15,8 +15,9 @@ from PIL import Image, PngImagePlugin
 from ldm import images
 from ldm.errors import ArgumentError, OutputError
 from ldm.pictures import write
+from ldm.pictures.animations import save_animation
 from ldm.pictures.read import open_image, read_metadata
-from ldm.pictures.write import numbered, save, save_animation
+from ldm.pictures.write import numbered, save
 from tests.made.pictures import color
 
 
