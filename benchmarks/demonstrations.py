@@ -38,16 +38,10 @@ COLUMNS = 8  # pictures beside each other
 MARGIN = 4  # pixels of a hole around what it hides
 QUICK = ("run.steps=1", "run.batch=2", "run.micro=1")  # a run that only shows that it runs
 FILES = Files(
-    load=weights.load,
-    load_vae=weights.load_vae,
-    load_vision=weights.load_vision,
-    save=weights.save,
-    convert=weights.convert,
-    save_lora=weights.save_lora,
-    save_embedding=weights.save_embedding,
-    embedded=embedded,
+    load=weights.load, load_vae=weights.load_vae, load_vision=weights.load_vision, save=weights.save,
+    convert=weights.convert, save_lora=weights.save_lora, save_embedding=weights.save_embedding, embedded=embedded,
     digest=file_hash,
-)
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -110,14 +104,9 @@ def train(name: str, how: How, sets: Sequence[str] = (), into: str | None = None
     out.mkdir(parents=True, exist_ok=True)
     with stopwatch(out / "cost.json"):
         ended = run.train(recipe, FILES, device="cpu", say=lambda line: print(line, flush=True))
-    cost = json.loads((out / "cost.json").read_text())
-    return out, {
-        "updates": recipe.run.steps,
-        "batch": recipe.run.batch,
-        "lr": recipe.optimizer.lr,
-        "core_minutes": round(cost["cpu_seconds"] / 60, 1),
-        "skipped": ended.fitted.skipped,
-    }
+    minutes = round(json.loads((out / "cost.json").read_text())["cpu_seconds"] / 60, 1)
+    cost = {"updates": recipe.run.steps, "batch": recipe.run.batch, "lr": recipe.optimizer.lr}
+    return out, {**cost, "core_minutes": minutes, "skipped": ended.fitted.skipped}
 
 
 def prior_pictures(name: str, how: How) -> int:
@@ -232,8 +221,7 @@ def bind_sks(how: How) -> Result:
     batch = f"run.batch={load_recipe(kept / 'recipe.toml').run.micro}"
     none = [f"data.path={data}", "data.prior=", "data.prior_caption=", "data.prior_pictures=0", batch]
     alone, cost_alone = train("dreambooth", how, none, into="dreambooth-alone")
-    few = max(1, how.pictures // 2)
-    colors = [*blocks.COLORS]
+    few, colors = max(1, how.pictures // 2), [*blocks.COLORS]
     asked = {
         "sks": [Scene((Solid("cone", subjects.SKS),))] * few,
         "sks_elsewhere": subjects.cone_pairs(few, seed=1),
@@ -253,8 +241,7 @@ def bind_sks(how: How) -> Result:
     for when, path in paths.items():
         model = how.model(path)
         drawn = Drawn.by(how, model, asked, subjects.read)
-        any_cones = how.draw(model, [Scene((Solid("cone", ""),))] * few)
-        as_sks = marks(any_cones, asked["sks"], subjects.read)
+        as_sks = marks(how.draw(model, [Scene((Solid("cone", ""),))] * few), asked["sks"], subjects.read)
         figures[when] = drawn.figures() | {"any_cone_is_sks": score(as_sks)}
         rows.append(drawn.row(when.replace("_", " "), columns))
     return figures, Panel("DreamBooth: sks is one particular cone", rows)
@@ -332,15 +319,8 @@ def beside_start(how: How, others: dict[str, Path]) -> tuple[dict[str, Any], lis
 
 
 DEMONSTRATIONS: dict[str, Callable[[How], Result]] = {
-    "lora": teach_magenta,
-    "dreambooth": bind_sks,
-    "inpainting": fill_holes,
-    "v": predict_v,
-    "distill": shrink,
-}
-
-
-# --- results ----------------------------------------------------------------------------------------------------------
+    "lora": teach_magenta, "dreambooth": bind_sks, "inpainting": fill_holes, "v": predict_v, "distill": shrink,
+}  # fmt: skip
 
 
 def report(name: str, how: How, out: Path) -> dict[str, Any]:
@@ -350,8 +330,7 @@ def report(name: str, how: How, out: Path) -> dict[str, Any]:
     panels.draw(panel).save(how.runs / f"{name}.png")
     out.mkdir(parents=True, exist_ok=True)
     file = out / "demonstrations.json"
-    found = json.loads(file.read_text()) if file.exists() else {}
-    found[name] = figures
+    found = (json.loads(file.read_text()) if file.exists() else {}) | {name: figures}
     file.write_text(json.dumps({key: found[key] for key in DEMONSTRATIONS if key in found}, indent=1) + "\n")
     drawn = [path for key in DEMONSTRATIONS if (path := how.runs / f"{key}.png").exists()]
     panels.stacked([Image.open(path) for path in drawn]).save(out / "demonstrations.png")
@@ -374,10 +353,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     start, sets = (args.model or embedded()).resolve(), tuple(args.set)
     how = How(start, args.runs, args.pictures, sets=sets)
     if args.quick:
-        runs_apart = args.runs.with_name(f"{args.runs.name}-quick")
-        how = How(start, runs_apart, pictures=1, steps=2, sets=(*sets, *QUICK))
-    figures = report(args.name, how, args.out or (how.runs if args.quick else RESULTS))
-    print(json.dumps(figures, indent=1))
+        how = How(start, args.runs.with_name(f"{args.runs.name}-quick"), pictures=1, steps=2, sets=(*sets, *QUICK))
+    print(json.dumps(report(args.name, how, args.out or (how.runs if args.quick else RESULTS)), indent=1))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -162,12 +163,10 @@ def measure(forms: dict[str, Path], rows: Rows, sides: Sequence[str], repeats: i
     """Every row, its sides in turn, each run in a process of its own."""
     found = []
     for row, what in rows.items():
-        path = forms[row.split(" ")[0]]
+        paths = [str(forms[row.split(" ")[0]]), str(forms["folder"])]
         runs: dict[str, list[dict[str, float]]] = {side: [] for side in what if side in sides}
-        for _ in range(repeats):
-            for side in runs:
-                options = ["--one", side, row, str(path), str(forms["folder"]), *(["--cold"] if cold else [])]
-                runs[side].append(_in_a_process(options))
+        for _, side in product(range(repeats), list(runs)):
+            runs[side].append(_in_a_process(["--one", side, row, *paths, *["--cold"] * cold]))
         for side, taken in runs.items():
             values = {name: statistics.median(run[name] for run in taken) for name in taken[0]}
             spread = max(run["read"] for run in taken) - min(run["read"] for run in taken)
@@ -189,10 +188,8 @@ def lines_of(rows: Sequence[dict[str, Any]]) -> list[str]:
     times = {(row["row"], row["side"], row["cold"]): row["read"] for row in rows}
     lines = [f"{'':18}{'':12}{'returned':>10}{'all read':>10}{'spread':>8}{'peak':>9}  against"]
     for row in rows:
-        against = []
-        if row["side"] == "ldm":
-            keys = [(row["row"], side, row["cold"]) for side in LIMITS]
-            against = [_against(row, key[1], times[key]) for key in keys if key in times]
+        keys = [(row["row"], side, row["cold"]) for side in LIMITS] if row["side"] == "ldm" else []
+        against = [_against(row, key[1], times[key]) for key in keys if key in times]
         state = "cold" if row["cold"] else "warm"
         figures = f"{row['returned']:9.2f}s{row['read']:9.2f}s{row['spread']:7.2f}s{row['peak'] / 1e9:6.2f} GB"
         lines.append(f"{row['row']:18}{row['side']:7}{state:5}{figures}  {', '.join(against)}")
@@ -230,12 +227,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="ldm-load-") as directory:
         forms = prepare(Path(directory), args.family, DTYPES[args.dtype], args.tiny)
         sides = ("raw", "ldm") if args.tiny else ("raw", "ldm", "diffusers")
-        loads, conversions = (
-            {row: table[row] for row in args.row or table if row in table} for table in (LOADS, CONVERSIONS)
-        )
-        measured = measure(forms, loads, sides, args.repeats, cold=True)
-        measured += [] if args.cold else measure(forms, loads, sides, args.repeats, cold=False)
-        measured += measure(forms, conversions, sides, args.repeats, cold=True)
+        measured = []
+        for table, cold in ((LOADS, True), (LOADS, False), (CONVERSIONS, True)):
+            if cold or not args.cold:
+                chosen = {row: table[row] for row in args.row or table if row in table}
+                measured += measure(forms, chosen, sides, args.repeats, cold)
     print("\n".join(lines_of(measured)))
     if args.out:
         here = machine(packages=("safetensors", "diffusers", "transformers"))

@@ -180,9 +180,6 @@ def family_rows() -> Iterator[Row]:
                 yield compared(family, name, ours, theirs)
 
 
-# --- the command ------------------------------------------------------------------------------------------------------
-
-
 def show(row: Row) -> None:
     """Print one line of the table."""
     line = f"{row.kind:19}  {row.name:48}  {row.max:9.1e}  {row.rms:9.1e}  {'ok ' if row.ok else 'FAR'}  {row.exact}"

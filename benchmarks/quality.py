@@ -24,14 +24,10 @@ from ldm.blocks import COLORS, SHAPES, Placed, Scene
 if TYPE_CHECKING:  # the scorer alone needs no torch
     from ldm import LatentDiffusion
 
-CHROMA = (
-    0.15  # max - min of RGB in [0, 1] from which on a pixel belongs to a solid; floor, wall and shadow stay below 0.07
-)
+CHROMA = 0.15  # max - min of RGB in [0, 1] from which on a pixel is of a solid; floor, wall, shadow stay below 0.07
 SPECK = 20  # pixels, after erosion: fewer are an edge or a speck, not a solid
 SEAM = 30  # pixels, after two erosions, that a solid between others keeps
-MISFIT = (
-    0.20  # cost of the best fit from which on a shape is none of the four: true ones stay below 0.18 even when blurred
-)
+MISFIT = 0.20  # cost of the best fit from which on a shape is none of the four; blurred true ones stay below 0.18
 GRID = 30  # samples along one side of a template
 PAD = 0.12  # a template reaches this much of its box beyond the box
 HIDDEN = 0.1  # of the part of a shape that something else must hide, against the same part being wrong
@@ -76,7 +72,7 @@ class Reading:
 
 def _hue(rgb: ndarray) -> ndarray:
     """The hue in degrees of rgb [..., 3]."""
-    r, g, b = rgb[..., 0], rgb[..., 1], rgb[..., 2]
+    r, g, b = np.moveaxis(rgb, -1, 0)
     return np.rad2deg(np.arctan2(np.sqrt(3.0) * (g - b), 2 * r - g - b))
 
 
@@ -289,10 +285,7 @@ def read(picture: ndarray, colors: Colors = COLORS) -> Reading:
     regions = _regions(rgb, colors)
     solids = []
     for k, (color, mask) in enumerate(regions):
-        others = np.zeros_like(mask)
-        for j, (_, other) in enumerate(regions):
-            if j != k:
-                others |= other
+        others = np.any([np.zeros_like(mask), *(other for j, (_, other) in enumerate(regions) if j != k)], axis=0)
         solids.append(_fit(rgb, color, mask, others, colors))
     return Reading(tuple(solids))
 
@@ -342,11 +335,8 @@ def pictures_of(
         made = txt2img(model, list(prompts[part]), seeds=list(seeds[part]), width=128, height=128, **settings)
         pictures += [np.asarray(picture.convert("RGB")) for picture in made]
         if sys.stderr.isatty():
-            print(
-                f"\r{len(pictures)}/{len(prompts)} pictures",
-                end="\n" if len(pictures) == len(prompts) else "",
-                file=sys.stderr,
-            )
+            end = "\n" if len(pictures) == len(prompts) else ""
+            print(f"\r{len(pictures)}/{len(prompts)} pictures", end=end, file=sys.stderr)
     return pictures
 
 
@@ -409,11 +399,10 @@ def report(args: argparse.Namespace) -> dict[str, Any]:
     pictures = pictures_of(model, captions, range(args.seed, args.seed + args.n), settings, args.batch)
     seconds = time.perf_counter() - begun
     results = [*map(right, pictures, scenes)]
-    by_relation = {
-        relation: _rates([r for r, s in zip(results, scenes, strict=True) if s.relations[0] == relation])["all"]
-        for relation in blocks.RELATIONS
-        if any(s.relations[0] == relation for s in scenes)
+    of = {
+        each: [r for r, s in zip(results, scenes, strict=True) if s.relations[0] == each] for each in blocks.RELATIONS
     }
+    by_relation = {relation: _rates(found)["all"] for relation, found in of.items() if found}
     wish = blocks.canonical(SHOWCASE)
     show = pictures_of(model, [wish] * args.showcase, range(args.seed, args.seed + args.showcase), settings, args.batch)
     shown = [right(picture, SHOWCASE) for picture in show]
@@ -422,37 +411,24 @@ def report(args: argparse.Namespace) -> dict[str, Any]:
     args.out.mkdir(parents=True, exist_ok=True)
     sheet(pictures, captions, [r["all"] for r in results]).save(args.out / "quality.png")
     sheet(show, [wish] * len(show), [r["all"] for r in shown], columns=4).save(args.out / "showcase.png")
-    kind = "canonical captions of held-out combinations of two solids"
+    vae = {"psnr_db_mean": round(float(np.mean(values)), 2), "psnr_db_lowest": round(min(values), 2)}
     on_gpu = model.device.type == "cuda"
+    device = torch.cuda.get_device_name() if on_gpu else platform.processor() or platform.machine()
+    here = {"device": device, "threads": torch.get_num_threads(), "torch": torch.__version__}
+    made = []
+    for k, (caption, result, picture) in enumerate(zip(captions, results, pictures, strict=True)):
+        solids = [asdict(found) for found in read(picture).solids]
+        made.append({"prompt": caption, "seed": args.seed + k, **result, "read": solids})
+    kind = "canonical captions of held-out combinations of two solids"
     figures = {
         "model": Path(args.ckpt).name if args.ckpt else "the model that ships",
-        "prompts": {"n": args.n, "kind": kind, "seed": args.seed},
-        "settings": settings,
-        "right": _rates(results),
-        "right_by_relation": by_relation,
+        "prompts": {"n": args.n, "kind": kind, "seed": args.seed}, "settings": settings,
+        "right": _rates(results), "right_by_relation": by_relation,
         "showcase": {"prompt": wish, "n": args.showcase, "right": _rates(shown)},
-        "vae": {
-            "psnr_db_mean": round(float(np.mean(values)), 2),
-            "psnr_db_lowest": round(min(values), 2),
-            "right_after_decoding": _rates([*map(right, decoded, scenes)]),
-        },
-        "seconds_per_picture": round(seconds / args.n, 3),
-        "machine": {
-            "device": torch.cuda.get_device_name() if on_gpu else platform.processor() or platform.machine(),
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
-        "pictures": [
-            {
-                "prompt": caption,
-                "seed": args.seed + k,
-                **results[k],
-                "read": [asdict(found) for found in read(pictures[k]).solids],
-            }
-            for k, caption in enumerate(captions)
-        ],
-    }
+        "vae": {**vae, "right_after_decoding": _rates([*map(right, decoded, scenes)])},
+        "seconds_per_picture": round(seconds / args.n, 3), "machine": {**here, "python": platform.python_version()},
+        "pictures": made,
+    }  # fmt: skip
     (args.out / "quality.json").write_text(json.dumps(figures, indent=1) + "\n")
     return figures
 

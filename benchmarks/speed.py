@@ -45,13 +45,11 @@ def plan(args: argparse.Namespace, family: str) -> list[Cell]:
 
 def measure(args: argparse.Namespace, keep: command.Keep) -> dict[str, Any]:
     """All figures; `keep` gets them whenever there are more."""
-    found: dict[str, Any] = {"stages": STAGES, "peak": peak(args.device, DTYPES[args.dtype])}
-    found |= {"sides": [], "rows": [], "growth": []}
+    reached = peak(args.device, DTYPES[args.dtype])
+    found: dict[str, Any] = {"stages": STAGES, "peak": reached, "sides": [], "rows": [], "growth": []}
     best = found["peak"]["best"]
-    print(
-        f"this machine was seen to reach {best / 1e9:.4g} GFLOP/s: a floor is a cell's FLOPs at that rate", flush=True
-    )
-    print(HEAD)
+    seen = f"this machine was seen to reach {best / 1e9:.4g} GFLOP/s: a floor is a cell's FLOPs at that rate"
+    print(f"{seen}\n{HEAD}", flush=True)
     with tempfile.TemporaryDirectory() as passing:
         cache = args.cache or Path(passing)
         cache.mkdir(parents=True, exist_ok=True)
@@ -70,8 +68,6 @@ def measure(args: argparse.Namespace, keep: command.Keep) -> dict[str, Any]:
     show_growth(found["growth"])
     return found
 
-
-# --- what is printed --------------------------------------------------------------------------------------------------
 
 HEAD = f"{'':38}{'side':15} {'median (p10 to p90), s':34} {'ratio':>6} {'x floor':>8} "
 HEAD += f"{'first, s':>9} {'peak, GB':>9}  {'mean error':>10}"
@@ -112,18 +108,13 @@ def show_growth(found: Iterable[Mapping[str, Any]]) -> None:
         print(f"{line}{each['times']:.2f} times the time for {each['flops']:.2f} times the FLOPs")
 
 
-# --- the command ------------------------------------------------------------------------------------------------------
-
-
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line, checked. Exits with status 2 where it cannot be honoured."""
     parser = argparse.ArgumentParser(description=__doc__)
     stages = "; ".join(f"{name}: {what}" for name, what in STAGES.items())
     samplers = " or ".join(GRID)
-    quick = (
-        "a short list of cells: a picture in 2 steps and decoding at half the size, steps at both, text; 2 repeats; "
-    )
-    quick += "all sides but diffusers-best"
+    quick = "a short list of cells: a picture in 2 steps and decoding at half the size, steps at both, text; "
+    quick += "2 repeats; all sides but diffusers-best"
     parser.add_argument("--model", nargs="+", choices=MODELS, help="seeded weights of these (default: sd1)")
     parser.add_argument("--stage", nargs="+", choices=STAGES, help=f"{stages} (default: all)")
     parser.add_argument("--batch", nargs="+", type=int, help="pictures made at once (default: 1)")

@@ -8,7 +8,7 @@ import math
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Literal
@@ -60,26 +60,11 @@ LIMITS = {
 PROCESS, KEPT = 1.2e9, 6.5e9
 COPIES = 4  # of what is trained: itself, its gradient, AdamW's two averages
 
-MEASURED = [
-    "seconds",
-    "repeats",
-    "first",
-    "peak",
-    "between",
-    "device_peak",
-    "load",
-    "trained",
-    "losses",
-    "grad_norms",
-    "error",
-    "ratio",
-    "memory",
-    "why",
-]
+MEASURED = (
+    "seconds", "repeats", "first", "peak", "between", "device_peak", "load", "trained", "losses", "grad_norms", "error",
+    "ratio", "memory", "why",
+)  # fmt: skip
 Found = dict[str, Row]  # side -> {"load", "updates"}, or "why" or "failed" with a reason
-
-
-# --- the sides --------------------------------------------------------------------------------------------------------
 
 
 def measured(jobs: Mapping[str, Job], repeats: int) -> tuple[Found, str]:
@@ -128,9 +113,6 @@ def fitting(jobs: Mapping[str, Job]) -> tuple[bool, dict[str, str]]:
     return machine.fitting(own, shared, device)
 
 
-# --- rows -------------------------------------------------------------------------------------------------------------
-
-
 def rows_of(name: str, job: Job, found: Found, how: str) -> Iterator[Row]:
     """One row for each side.
 
@@ -156,15 +138,13 @@ def rows_of(name: str, job: Job, found: Found, how: str) -> Iterator[Row]:
 def _figures(entry: Row) -> Row:
     load, updates = entry["load"], entry["updates"]
     first, *rest = updates
-    return {
-        **spread([each["seconds"] for each in rest]),
-        "first": first["seconds"],
-        **{name: rest[-1][name] for name in ("peak", "between", "device_peak")},
-        "trained": load["trained"],
-        "load": {name: load[name] for name in ("seconds", "between", "peak")},
-        "losses": [_finite(each["loss"]) for each in updates],
-        "grad_norms": [_finite(each["grad_norm"]) for each in updates],
+    found = spread([each["seconds"] for each in rest]) | {"first": first["seconds"], "trained": load["trained"]}
+    found |= {name: rest[-1][name] for name in ("peak", "between", "device_peak")}
+    found |= {
+        name: [_finite(each[one]) for each in updates]
+        for name, one in (("losses", "loss"), ("grad_norms", "grad_norm"))
     }
+    return found | {"load": {name: load[name] for name in ("seconds", "between", "peak")}}
 
 
 def most(row: Row) -> float:
@@ -196,17 +176,14 @@ def compared(found: Found, dtype: str) -> Row:
     return {"status": "void", "why": "no update with a finite loss and gradient", "error": None}
 
 
-# --- what is printed --------------------------------------------------------------------------------------------------
-
 HEAD = f"{'':34}{'side':11}{'median (p10 to p90), s':32}{'ratio':>6}{'first, s':>10}{'peak, GB':>10}{'ratio':>7}"
 HEAD += f"{'between, GB':>13}  loss, gradient off by"
 
 
 def show(row: Row) -> None:
     """Print one line of the table."""
-    line = f"{row['case']}, {row['size']}, {'' if row['checkpointing'] else 'no '}checkpointing".ljust(34) + row[
-        "side"
-    ].ljust(11)
+    line = f"{row['case']}, {row['size']}, {'' if row['checkpointing'] else 'no '}checkpointing".ljust(34)
+    line += f"{row['side']:11}"
     if row["seconds"]:
         times = row["seconds"]
         line += f"{times['median']:.4g} ({times['p10']:.4g} to {times['p90']:.4g})".ljust(32)
@@ -216,9 +193,6 @@ def show(row: Row) -> None:
         line += f"{row['between'] / 1e9:13.2f}  "
         line += f"{row['error']['loss']:.0e}, {row['error']['grad_norm']:.0e}  " if row["error"] else ""
     print(f"{line}{row['status']}{': ' + row['why'] if row['why'] else ''}", flush=True)
-
-
-# --- the command ------------------------------------------------------------------------------------------------------
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -250,25 +224,12 @@ def measure(args: argparse.Namespace, keep: command.Keep) -> list[Row]:
                 write_folder(config_of(case.family, tiny=args.tiny), folder, torch.float32)
             size = args.size or cells.config_of(case.family, tiny=args.tiny).size
             for checkpointing in {"both": (False, True), "on": (True,), "off": (False,)}[args.checkpointing]:
-                jobs = {
-                    side: Job(
-                        side,
-                        case.family,
-                        args.tiny,
-                        case.method,
-                        checkpointing,
-                        size,
-                        args.batch,
-                        case.rate,
-                        str(folder),
-                        args.dtype,
-                        args.device,
-                        args.threads,
-                    )
-                    for side in args.side
-                }
-                found, how = measured(jobs, args.repeats)
-                for row in rows_of(name, jobs[args.side[0]], found, how):
+                job = Job(
+                    "", case.family, args.tiny, case.method, checkpointing, size, args.batch, case.rate, str(folder),
+                    args.dtype, args.device, args.threads,
+                )  # fmt: skip
+                found, how = measured({side: replace(job, side=side) for side in args.side}, args.repeats)
+                for row in rows_of(name, job, found, how):
                     show(row)
                     rows.append(row)
                 keep({"rows": rows})
