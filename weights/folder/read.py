@@ -22,25 +22,26 @@ from weights.names.prediction import SCHEDULER, ZERO_SNR
 from weights.names.sizes import Config, visible, visible_unet
 
 # Settings of which the published models have one value; another would need another network.
-UNET_FIXED = {"act_fn": "silu", "norm_num_groups": 32, "norm_eps": 1e-5, "center_input_sample": False,
-              "flip_sin_to_cos": True, "freq_shift": 0,
-              "downsample_padding": 1, "mid_block_scale_factor": 1, "resnet_time_scale_shift": "default",
-              "dual_cross_attention": False,
-              "encoder_hid_dim": None, "encoder_hid_dim_type": None, "time_embedding_type": "positional",
-              "time_embedding_act_fn": None,
-              "timestep_post_act": None, "time_cond_proj_dim": None, "conv_in_kernel": 3, "conv_out_kernel": 3,
-              "attention_type": "default",
-              "class_embed_type": None, "class_embeddings_concat": False, "cross_attention_norm": None,
-              "resnet_skip_time_act": False,
-              "resnet_out_scale_factor": 1.0}  # fmt: skip
+UNET_FIXED = {
+    "act_fn": "silu", "norm_num_groups": 32, "norm_eps": 1e-5, "center_input_sample": False, "flip_sin_to_cos": True,
+    "freq_shift": 0, "downsample_padding": 1, "mid_block_scale_factor": 1, "resnet_time_scale_shift": "default",
+    "dual_cross_attention": False, "encoder_hid_dim": None, "encoder_hid_dim_type": None,
+    "time_embedding_type": "positional", "time_embedding_act_fn": None, "timestep_post_act": None,
+    "time_cond_proj_dim": None, "conv_in_kernel": 3, "conv_out_kernel": 3, "attention_type": "default",
+    "class_embed_type": None, "class_embeddings_concat": False, "cross_attention_norm": None,
+    "resnet_skip_time_act": False, "resnet_out_scale_factor": 1.0,
+}  # fmt: skip
 VAE_FIXED = {"in_channels": 3, "out_channels": 3, "act_fn": "silu", "norm_num_groups": 32, "shift_factor": None,
-             "latents_mean": None,
-             "use_quant_conv": True, "use_post_quant_conv": True, "mid_block_add_attention": True}  # fmt: skip
+             "latents_mean": None, "use_quant_conv": True, "use_post_quant_conv": True,
+             "mid_block_add_attention": True}  # fmt: skip
+DEPTH_FIXED = {
+    "is_hybrid": True, "readout_type": "project", "use_batch_norm_in_fusion_residual": False, "add_projection": False,
+    "qkv_bias": True,
+}  # fmt: skip
 MAX_CELLS = 4096  # of a latent along one side
 SCHEDULERS = ("DDIM", "DDPM", "PNDM", "LMSDiscrete", "EulerDiscrete", "EulerAncestralDiscrete", "HeunDiscrete",
-              "DPMSolverMultistep", "DPMSolverSinglestep",
-              "DPMSolverSDE", "KDPM2Discrete", "KDPM2AncestralDiscrete", "DEISMultistep", "UniPCMultistep", "SASolver",
-              "LCM", "TCD")  # fmt: skip
+              "DPMSolverMultistep", "DPMSolverSinglestep", "DPMSolverSDE", "KDPM2Discrete", "KDPM2AncestralDiscrete",
+              "DEISMultistep", "UniPCMultistep", "SASolver", "LCM", "TCD")  # fmt: skip
 
 
 def describe(folder: Tensors, config: ModelConfig | str | None) -> tuple[ModelConfig, Layout]:
@@ -124,16 +125,13 @@ def _unet(fields: Fields) -> UNetConfig:
             raise fields.error(field, f"has {len(each)} entries for a level of {n} blocks")
         return tuple(fields.count(field, one, MAX_LAYERS) for one in each)
 
-    down_depth = tuple(
-        per_block("transformer_layers_per_block", depth, blocks, there)
-        for depth, there in zip(depths, down, strict=True)
-    )
-    up_depth = tuple(
-        per_block("reverse_transformer_layers_per_block", depth, blocks + 1, there)
-        for depth, there in zip(ups, up, strict=True)
-    )
+    def by_level(field: str, depths: list[Any], n: int, attends: list[bool]) -> tuple[tuple[int, ...], ...]:
+        return tuple(per_block(field, depth, n, there) for depth, there in zip(depths, attends, strict=True))
+
+    down_depth = by_level("transformer_layers_per_block", depths, blocks, down)
+    up_depth = by_level("reverse_transformer_layers_per_block", ups, blocks + 1, up)
     heads, head_dim = _heads(fields, widths)
-    cross_only = tuple(bool(cross) for cross in fields.listed("only_cross_attention", False, levels))
+    cross_only = tuple(map(bool, fields.listed("only_cross_attention", False, levels)))
     vector = fields.values.get("addition_embed_type")
     if vector is not None:
         fields.one_of("addition_embed_type", None, ("text_time",))
@@ -169,10 +167,7 @@ def _attends(fields: Fields, field: str, cross: str, plain: str, levels: int, de
 
 
 def _heads(fields: Fields, widths: list[int]) -> tuple[int | None, int | None]:
-    """(heads, None) or (None, width of a head).
-
-    What diffusers calls attention_head_dim is the number of heads, as its own code says.
-    """
+    """(heads, None) or (None, width of a head). diffusers' attention_head_dim is the number of heads, as they say."""
     field = "num_attention_heads" if fields.values.get("num_attention_heads") is not None else "attention_head_dim"
     heads = [fields.count(field, n) for n in fields.listed(field, 8, len(widths))]
     if any(width % n for width, n in zip(widths, heads, strict=True)):
@@ -241,21 +236,11 @@ def read_vision_config(fields: Fields) -> VisionConfig:
 
 def _depth(fields: Fields, known: DepthConfig) -> DepthConfig:
     """The depth network: a hybrid, whose transformer is read at the last two of its hooks."""
-    fields.require(
-        {
-            "is_hybrid": True,
-            "readout_type": "project",
-            "use_batch_norm_in_fusion_residual": False,
-            "add_projection": False,
-            "qkv_bias": True,
-        }
-    )
+    fields.require(DEPTH_FIXED)
     resnet = fields.inner("backbone_config")
     resnet.require({"layer_type": "bottleneck", "num_groups": 32})
-    width, layers = (
-        fields.whole("hidden_size", known.width),
-        fields.whole("num_hidden_layers", known.layers, MAX_LAYERS),
-    )
+    width = fields.whole("hidden_size", known.width)
+    layers = fields.whole("num_hidden_layers", known.layers, MAX_LAYERS)
     hooks = fields.listed("backbone_out_indices", [0, 0, *known.hooks], 4)[2:]
     if any(type(hook) is not int for hook in hooks) or not 0 <= hooks[0] < hooks[1] < layers:
         raise fields.error("backbone_out_indices", f"ends in {hooks}, not in two rising numbers below {layers}")
@@ -283,10 +268,8 @@ def _schedule(folder: Tensors, known: Schedule) -> Schedule:
         raise fields.error("_class_name", f"is {str(name)[:40]}, a schedule that this version does not know")
     fields.require({"trained_betas": None})
     fields.one_of("beta_schedule", "scaled_linear", ("scaled_linear",))
-    start, end = (
-        fields.number("beta_start", known.start, 1e-9, 0.999),
-        fields.number("beta_end", known.end, 1e-9, 0.999),
-    )
+    start = fields.number("beta_start", known.start, 1e-9, 0.999)
+    end = fields.number("beta_end", known.end, 1e-9, 0.999)
     if start > end:
         raise fields.error("beta_start", f"is {start}, above beta_end {end}")
     prediction = fields.values.get("prediction_type")
@@ -383,10 +366,7 @@ class Fields:
 
 
 def component(folder: Path, name: str, kind: str | tuple[str, ...]) -> Fields:
-    """The config.json of a component, whose class must have a name that begins with `kind`.
-
-    No class is ever looked up.
-    """
+    """The config.json of a component. Its class, which is never looked up, must have a name that begins with `kind`."""
     fields = Fields(folder / name / "config.json", read_json(folder / name / "config.json"))
     named = fields.values.get("_class_name")
     if named is None:

@@ -50,11 +50,8 @@ def prefixes(tensors: Tensors, refuse: Refuse) -> Mended:
         if match := _BARE.fullmatch(key):
             renamed[key] = f"{match[1]}text_model.{match[2]}"
             count[match[1]] += 1
-    return (
-        _moved(tensors, renamed, refuse),
-        [f"{n} names under {prefix} lack text_model.: put in" for prefix, n in count.items()],
-        [],
-    )
+    repaired = [f"{n} names under {prefix} lack text_model.: put in" for prefix, n in count.items()]
+    return _moved(tensors, renamed, refuse), repaired, []
 
 
 def projections(tensors: Tensors, refuse: Refuse) -> Mended:
@@ -116,48 +113,29 @@ def schedules(tensors: Tensors, refuse: Refuse) -> Mended:
         if name not in tables[0] or not entry.dtype.is_floating_point or entry.shape != tables[0][name].shape:
             continue
         stored = entry.make()
-        rounding = next(
-            (dtype for dtype in (torch.bfloat16, torch.float16) if stored.equal(stored.to(dtype).to(stored.dtype))),
-            entry.dtype,
-        )
+        exactly = (d for d in (torch.bfloat16, torch.float16) if stored.equal(stored.to(d).to(stored.dtype)))
+        rounding = next(exactly, entry.dtype)
         if rounding not in _ROUNDED:
             continue
         relative, absolute = _ROUNDED[rounding]
-        exact = next(
-            (
-                table[name]
-                for table in tables
-                if ((stored.double() - table[name]).abs() <= relative * table[name].abs() + absolute).all()
-            ),
-            None,
-        )
-        rounded = (
-            f"rounded to {str(rounding).removeprefix('torch.')}" if rounding != torch.float64 else "stored as float64"
-        )
+        found = [table[name] for table in tables]
+        near = (t for t in found if ((stored.double() - t).abs() <= relative * t.abs() + absolute).all())
+        exact = next(near, None)
+        narrow = rounding != torch.float64
+        rounded = f"rounded to {str(rounding).removeprefix('torch.')}" if narrow else "stored as float64"
         if exact is None:
             odd[rounded] += 1
         elif entry.dtype != torch.float32 or not stored.equal(exact.float()):
             tensors[key] = Pending(torch.float32, entry.shape, exact.float)
             mended[rounded] += 1
-    repaired = [
-        f"{n} noise schedule buffers are {rounded}: computed anew in float64, stored as float32"
-        for rounded, n in mended.items()
-    ]
-    return (
-        tensors,
-        repaired,
-        [
-            f"{n} noise schedule buffers are {rounded}, of a schedule that no published model has: left as they are"
-            for rounded, n in odd.items()
-        ],
-    )
+    buffers, anew = "noise schedule buffers are", "computed anew in float64, stored as float32"
+    repaired = [f"{n} {buffers} {rounded}: {anew}" for rounded, n in mended.items()]
+    left = "of a schedule that no published model has: left as they are"
+    return tensors, repaired, [f"{n} {buffers} {rounded}, {left}" for rounded, n in odd.items()]
 
 
 def _buffers(schedule: Schedule) -> dict[str, Tensor]:
-    """What the original code stores of a schedule, in float64.
-
-    beta_t, the products of alpha_t, and q(x_{t-1} | x_t, x_0) (Ho et al. 2020, eq. 4, 6, 7).
-    """
+    """A schedule in float64: beta_t, products of alpha_t, q(x_{t-1} | x_t, x_0) (Ho et al. 2020, eq. 4, 6, 7)."""
     betas = torch.linspace(schedule.start**0.5, schedule.end**0.5, schedule.steps, dtype=torch.float64).numpy() ** 2
     product = np.cumprod(1 - betas)
     before = np.append(1.0, product[:-1])
@@ -187,14 +165,9 @@ def kernels(tensors: Tensors, refuse: Refuse) -> Mended:
         if _KERNEL.fullmatch(key) and len(entry.shape) == 2:
             tensors[key] = Pending(entry.dtype, (*entry.shape, 1, 1), partial(_as_kernel, entry))
             count[entry.shape] += 1
-    return (
-        tensors,
-        [
-            f"{n} matrices {list(shape)} of the VAE's attention: now 1x1 convolutions [{shape[0]}, {shape[1]}, 1, 1]"
-            for shape, n in count.items()
-        ],
-        [],
-    )
+    convolutions = "of the VAE's attention: now 1x1 convolutions"
+    repaired = [f"{n} matrices [{a}, {b}] {convolutions} [{a}, {b}, 1, 1]" for (a, b), n in count.items()]
+    return tensors, repaired, []
 
 
 def _as_kernel(matrix: Pending) -> Tensor:
@@ -205,10 +178,7 @@ REPAIRS: tuple[Callable[[Tensors, Refuse], Mended], ...] = (prefixes, projection
 
 
 def _moved(tensors: Tensors, renamed: dict[str, str], refuse: Refuse) -> Tensors:
-    """The tensors under their new names, in the same order.
-
-    Where a name is taken the numbers must be the same, and one copy is left out.
-    """
+    """The tensors renamed, in the same order. Where a name is taken the numbers must be the same; one copy stays."""
     for old, new in renamed.items():
         if new in tensors and not _IDS.fullmatch(new):  # which are known, whatever both say
             _require_same(tensors[new].make(), tensors[old].make(), new, old, refuse)
@@ -238,13 +208,9 @@ class Repaired:
 
 
 def repair(
-    path: str | PathLike[str],
-    out: str | PathLike[str] | None = None,
-    *,
-    dry_run: bool = False,
-    overwrite: bool = False,
-    on_write: OnWrite | None = None,
-) -> Repaired:
+    path: str | PathLike[str], out: str | PathLike[str] | None = None, *, dry_run: bool = False,
+    overwrite: bool = False, on_write: OnWrite | None = None,
+) -> Repaired:  # fmt: skip
     """Repair a file of weights and write it anew; where nothing is wrong nothing is written.
 
     path     .safetensors, or what torch.save wrote, whatever its extension
@@ -262,9 +228,9 @@ def repair(
         require_writable(out, overwrite)
     file, stray, notes = _open(path)
     with file:
-        tensors: Tensors = {
-            key: Pending(spec.dtype, spec.shape, _reading(file, key)) for key, spec in file.specs.items()
-        }
+        tensors: Tensors = {}
+        for key, spec in file.specs.items():
+            tensors[key] = Pending(spec.dtype, spec.shape, partial(file.read, key, mapped=False))
         done = [f"{stray} stray bytes after the last tensor: left out"] if stray else []
         for mend in REPAIRS:
             tensors, repaired, seen = mend(tensors, file.error)
@@ -272,13 +238,8 @@ def repair(
         if dry_run or not done:
             return Repaired(None, tuple(done), tuple(notes))
         metadata = {key: value for key, value in file.metadata.items() if key not in TAKEN} | {NOTE: "; ".join(done)}
-        written = write(
-            tensors,
-            _beside(file) if out is None else out,
-            metadata,
-            overwrite=overwrite,
-            on_write=guarded([file], on_write),
-        )
+        target, report = _beside(file) if out is None else out, guarded([file], on_write)
+        written = write(tensors, target, metadata, overwrite=overwrite, on_write=report)
         return Repaired(written, tuple(done), tuple(notes))
 
 
@@ -306,15 +267,6 @@ def _open(path: str | PathLike[str]) -> tuple[Weights, int, list[str]]:
 
 
 def _beside(file: Weights) -> Path:
-    suffix = (
-        ".safetensors"
-        if file.kind == "safetensors"
-        else file.path.suffix
-        if file.path.suffix in TORCH_FILES
-        else ".ckpt"
-    )
+    suffix = file.path.suffix if file.path.suffix in TORCH_FILES else ".ckpt"
+    suffix = ".safetensors" if file.kind == "safetensors" else suffix
     return file.path.with_name(f"{file.path.stem}-repaired{suffix}")
-
-
-def _reading(file: Weights, key: str) -> Callable[[], Tensor]:
-    return lambda: file.read(key, mapped=False)
