@@ -101,22 +101,12 @@ class Difference:
         return self.verdict.kind in SAME
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON.
-
-        Infinite numbers are None there; `different` are flat: name, component, shape, a, b, largest, relative.
-        """
+        """Plain values for JSON: None for infinite numbers, and `different` flat, with the names below."""
         flat = [
-            {
-                "name": one.name,
-                "component": one.component,
-                "shape": one.shape,
-                "a": one.dtypes[0],
-                "b": one.dtypes[1],
-                "largest": one.near.largest,
-                "relative": one.near.relative,
-            }
+            {"name": one.name, "component": one.component, "shape": one.shape, "a": one.dtypes[0], "b": one.dtypes[1],
+             "largest": one.near.largest, "relative": one.near.relative}
             for one in self.different
-        ]
+        ]  # fmt: skip
         return {"same": self.same, **_plain(asdict(self) | {"different": flat})}
 
 
@@ -225,10 +215,8 @@ def _between(sides: list[Side], name: str) -> bool:
     """Is this a tensor of a network that all three have, so that B's can lie between A's and C's?"""
     entries = [side.entries.get(name) for side in sides]
     shapes = {entry and entry.shape for entry in entries}
-    return len(shapes) == 1 and all(
-        entry is not None and entry.dtype.is_floating_point and (is_network(entry.component) or not sides[0].ours)
-        for entry in entries
-    )
+    networks = all(entry and (is_network(entry.component) or not sides[0].ours) for entry in entries)
+    return len(shapes) == 1 and networks and all(entry and entry.dtype.is_floating_point for entry in entries)
 
 
 class _Reading:
@@ -307,24 +295,14 @@ def _components(facts: Facts) -> Iterator[Component]:
         relations = Counter(one.near.relation for one in there)
         dtypes = dict(Counter(_types(*one.dtypes) for one in there))
         largest = max((one.near.largest for one in there), default=0.0)
-        yield Component(
-            component,
-            facts.shared.get(component, 0),
-            relations["equal"],
-            relations["rounded"],
-            relations["different"],
-            largest,
-            relative(there),
-            dtypes,
-        )
+        shared, equal = facts.shared.get(component, 0), relations["equal"]
+        rounded, different = relations["rounded"], relations["different"]
+        yield Component(component, shared, equal, rounded, different, largest, relative(there), dtypes)
 
 
 def _order(component: str) -> tuple[int, str]:
     known = ("unet", "vae", "text.0", "text.1", "vision", "depth", "ema", "other")
     return known.index(component) if component in known else len(known), component
-
-
-# --- words ----------------------------------------------------------------------------------------------------------
 
 
 def _input(side: Side) -> Input:

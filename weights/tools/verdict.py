@@ -35,13 +35,9 @@ SAME: tuple[Kind, ...] = ("identical", "converted")  # no number differs, and no
 RENAMED = " under other names"
 
 _TITLES = {
-    "unet": "UNet",
-    "vae": "VAE",
-    "vision": "image encoder",
-    "depth": "depth network",
-    "ema": "moving average",
+    "unet": "UNet", "vae": "VAE", "vision": "image encoder", "depth": "depth network", "ema": "moving average",
     "other": "tensors",
-}
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -197,32 +193,25 @@ def _copy(facts: Facts) -> Verdict | None:
     lost = [sorted(one.components - other.components) for one, other in ((facts.a, facts.b), (facts.b, facts.a))]
     missing = [facts.missing(0), facts.missing(1)]
     reshaped = [name for name, entry in facts.reshaped.items() if entry.component in facts.common]
-    forward = _forward(facts)
+    forward, evidence = _forward(facts), tuple(_evidence(facts))
     if reshaped or all(missing) or all(lost):
-        what = [f"A alone has {_besides(facts, 0)}"] * bool(facts.only[0]) + [
-            f"B alone has {_besides(facts, 1)}"
-        ] * bool(facts.only[1])
-        return Verdict(
-            "overlapping", f"What A and B both have is the same{_how(facts, True)}.", (*what, *_evidence(facts))
-        )
+        what = [f"{'AB'[side]} alone has {_besides(facts, side)}" for side in (0, 1) if facts.only[side]]
+        text = f"What A and B both have is the same{_how(facts, True)}."
+        return Verdict("overlapping", text, (*what, *evidence))
     if any(lost):
         whole, part = ("A", "B") if lost[0] else ("B", "A")
         own = ", ".join(title(component) for component in sorted(facts.common))
-        return Verdict(
-            "part",
-            f"{part} is a part of {whole}: its {own}{_how(facts, part == 'B').removesuffix(RENAMED)}.",
-            tuple(_evidence(facts)),
-        )
+        text = f"{part} is a part of {whole}: its {own}{_how(facts, part == 'B').removesuffix(RENAMED)}."
+        return Verdict("part", text, evidence)
     if any(missing):
         whole, part = ("A", "B") if missing[0] else ("B", "A")
         rest = f"the rest is the same{_how(facts, part == 'B')}"
         text = f"{part} is a part of {whole}: {max(missing)} tensors are missing, {rest}."
-        return Verdict("overlapping", text, tuple(_evidence(facts)))
+        return Verdict("overlapping", text, evidence)
     near = [one for one in facts.compared if one.near.relation == "different" and one.component in facts.common]
     if near:
         text = f"B is A up to rounding{_how(facts, True)}: {len(near)} tensors differ in the last place"
-        text += f"{_coverage(facts, True)}."
-        return Verdict("rounded", text, tuple(_evidence(facts)))
+        return Verdict("rounded", f"{text}{_coverage(facts, True)}.", evidence)
     if _rounding(facts):
         kind: Kind = "rounded"
     elif any(entry.component == "ema" or not entry.reason for side in facts.only for entry in side.values()):
@@ -234,15 +223,13 @@ def _copy(facts: Facts) -> Verdict | None:
     else:
         kind = "pruned" if facts.only[0] or facts.only[1] else "identical"
     if kind == "identical":
-        return Verdict(
-            kind, f"A and B hold the same {sum(facts.shared.values())} tensors, bit by bit.", tuple(_evidence(facts))
-        )
+        return Verdict(kind, f"A and B hold the same {sum(facts.shared.values())} tensors, bit by bit.", evidence)
     subject, other = ("B", "A") if forward else ("A", "B")
     exactly = "" if kind == "rounded" else ", bit by bit,"
     text = f"{subject} is {other}{exactly}{_how(facts, forward)}{_coverage(facts, forward)}.".replace(
         ",,", ","
     ).replace(",.", ".")
-    return Verdict(kind, text, tuple(_evidence(facts)))
+    return Verdict(kind, text, evidence)
 
 
 def _averaged(facts: Facts) -> Verdict | None:
@@ -250,11 +237,8 @@ def _averaged(facts: Facts) -> Verdict | None:
     if facts.averaged is None:
         return None
     whose, other = ("A", "B") if facts.averaged == "a" else ("B", "A")
-    return Verdict(
-        "averaged",
-        f"{other} is {whose} with the moving average as its weights{_beside(facts, 'unet')}.",
-        tuple(_evidence(facts)),
-    )
+    text = f"{other} is {whose} with the moving average as its weights{_beside(facts, 'unet')}."
+    return Verdict("averaged", text, tuple(_evidence(facts)))
 
 
 def _merge(facts: Facts) -> Verdict | None:
@@ -262,11 +246,8 @@ def _merge(facts: Facts) -> Verdict | None:
     main = next((one for one in facts.weights if one.component == facts.main), None)
     if main is None or not main.fits or main.weight is None or all(one.component != facts.main for one in facts.moved):
         return None
-    others = [
-        f"{title(one.component)} {one.weight:.4g}"
-        for one in facts.weights
-        if one is not main and one.fits and one.weight is not None and one.weight != main.weight
-    ]
+    fitting = ((one, one.weight) for one in facts.weights if one is not main and one.fits)
+    others = [f"{title(one.component)} {w:.4g}" for one, w in fitting if w is not None and w != main.weight]
     beside = f" ({', '.join(others)})" if others else ""
     odd = [one.component for one in facts.weights if not one.fits]
     apart = f"; not so its {', '.join(map(title, odd))}" if odd else ""
@@ -284,15 +265,8 @@ def _lora(facts: Facts) -> Verdict | None:
     text = f"B is A with a LoRA of rank about {highest} merged into {len(changed)} weights of its {where}"
     text += f"{_beside(facts, *{one.component for one in changed})}."
     kernels = sum(len(one.shape) > 2 and math.prod(one.shape[2:]) > 1 for one in changed)
-    return Verdict(
-        "lora",
-        text,
-        (
-            "no norm and no bias moved"
-            + (f", {kernels} convolutions did" if kernels else ", and no convolution wider than 1x1"),
-            *_evidence(facts),
-        ),
-    )
+    wide = f"{kernels} convolutions did" if kernels else "and no convolution wider than 1x1"
+    return Verdict("lora", text, (f"no norm and no bias moved, {wide}", *_evidence(facts)))
 
 
 def _swapped(facts: Facts) -> Verdict | None:
@@ -392,11 +366,8 @@ def _besides(facts: Facts, side: int) -> str:
         not entry.reason and not is_network(entry.component) and entry.component != "ema" for entry in entries
     )
     words = [f"{count} tensors of the {title(component)}" for component, count in networks.items()]
-    words += (
-        [f"the moving average ({ema} tensors)"] * bool(ema)
-        + [_counted(known, "leftover")] * bool(known)
-        + [_counted(unknown, "unknown tensor")] * bool(unknown)
-    )
+    words += [f"the moving average ({ema} tensors)"] * bool(ema)
+    words += [_counted(n, what) for n, what in ((known, "leftover"), (unknown, "unknown tensor")) if n]
     return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
@@ -408,13 +379,9 @@ def _beside(facts: Facts, *but: str | None) -> str:
     }
     for component in sorted({one.component for one in facts.moved} - {*but}):
         far = relative(facts.inside(component))
-        words += (
-            f", with the {title(component)} of C"
-            if component in of_c
-            else f", with another {title(component)}"
-            if far > TRAINED_FROM
-            else f", with its {title(component)} changed by {percent(far)}"
-        )
+        name = title(component)
+        moved = f"another {name}" if far > TRAINED_FROM else f"its {name} changed by {percent(far)}"
+        words += f", with the {name} of C" if component in of_c else f", with {moved}"
     return words
 
 
