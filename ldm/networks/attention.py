@@ -22,9 +22,8 @@ class CrossAttention(nn.Module):
     def __init__(self, dim: int, context_dim: int, heads: int):
         super().__init__()
         self.heads = heads
-        self.to_q = nn.Linear(dim, dim, bias=False)
-        self.to_k = nn.Linear(context_dim, dim, bias=False)
-        self.to_v = nn.Linear(context_dim, dim, bias=False)
+        widths = (dim, context_dim, context_dim)
+        self.to_q, self.to_k, self.to_v = (nn.Linear(width, dim, bias=False) for width in widths)
         self.to_out = Layers(nn.Linear(dim, dim), nn.Dropout(0.0))
         self.attend: nn.Module = Attend()
 

@@ -46,8 +46,7 @@ class MLP(nn.Module):
 
     def __init__(self, width: int, hidden: int, activation: str):
         super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
+        self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
         self.activation = ACTIVATIONS[activation]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -80,8 +79,7 @@ class TextEmbeddings(nn.Module):
     def forward(self, ids: Tensor, given: Given | None = None) -> Tensor:
         x = self.token_embedding(ids)
         if given is not None:
-            rows, places, vectors = given
-            x = x.index_put((rows, places), vectors.to(x))
+            x = x.index_put(given[:2], given[2].to(x))
         return x + self.position_embedding.weight[: ids.shape[1]]
 
 

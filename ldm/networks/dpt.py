@@ -15,9 +15,6 @@ from ldm.networks.modules import Modules
 MULTIPLE = 32  # of height and width: the coarsest map has H/32 x W/32 cells
 
 
-# --- the ResNet -----------------------------------------------------------------------------------------------------
-
-
 def pad_same(x: Tensor, kernel: int, stride: int) -> Tensor:
     """Zeros with which windows give size / stride cells, an odd one right and below. The stride divides the size."""
     whole = max(kernel - stride, 0)
@@ -42,8 +39,7 @@ class ConvNorm(nn.Module):
 
     def __init__(self, channels: int, out_channels: int, kernel: int, stride: int):
         super().__init__()
-        self.conv = StdConv(channels, out_channels, kernel, stride)
-        self.norm = nn.GroupNorm(32, out_channels)
+        self.conv, self.norm = StdConv(channels, out_channels, kernel, stride), nn.GroupNorm(32, out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(self.conv(x))
@@ -99,17 +95,13 @@ class ResNet(nn.Module):
         return maps
 
 
-# --- the transformer ------------------------------------------------------------------------------------------------
-
-
 class Attention(nn.Module):
     """Multi-head self-attention, q, k and v from one matrix."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = rearrange(self.qkv(x), "b n (part h d) -> part b h n d", part=3, h=self.heads)
@@ -204,9 +196,6 @@ class Pretrained(nn.Module):
         return [first, second, self.act_postprocess3(read[0], height), self.act_postprocess4(read[1], height)]
 
 
-# --- the fusion -----------------------------------------------------------------------------------------------------
-
-
 class ResidualConvUnit(nn.Module):
     """Two convolutions around which x is added."""
 
@@ -229,12 +218,8 @@ class Fusion(nn.Module):
     def forward(self, x: Tensor, finer: Tensor | None = None) -> Tensor:
         if finer is not None:
             x = x + self.resConfUnit1(finer)
-        return self.out_conv(double(self.resConfUnit2(x)))
-
-
-def double(x: Tensor) -> Tensor:
-    """Twice the size, corners kept: as trained."""
-    return F.interpolate(x, scale_factor=2.0, mode="bilinear", align_corners=True)
+        x = F.interpolate(self.resConfUnit2(x), scale_factor=2.0, mode="bilinear", align_corners=True)  # as trained
+        return self.out_conv(x)
 
 
 class Scratch(nn.Module):
@@ -268,8 +253,7 @@ class DPT(nn.Module):
     def __init__(self, config: DepthConfig):
         super().__init__()
         self.config = config
-        self.pretrained = Pretrained(config)
-        self.scratch = Scratch(config)
+        self.pretrained, self.scratch = Pretrained(config), Scratch(config)
 
     def forward(self, x: Tensor) -> Tensor:
         """[b, 3, H, W] in [-1, 1], from `depth_input` -> relative inverse depth [b, H, W], at least 0, near is large.
@@ -280,9 +264,6 @@ class DPT(nn.Module):
             what = f"a picture of {x.shape[3]}x{x.shape[2]} for the depth network"
             raise ArgumentError(f"{what}: both must be multiples of {MULTIPLE}; see depth_input")
         return self.scratch(self.pretrained(x)).squeeze(1)
-
-
-# --- pictures in, depth out -----------------------------------------------------------------------------------------
 
 
 def depth_input(image: Tensor, side: int = 384) -> Tensor:

@@ -167,36 +167,22 @@ class UNet(nn.Module):
 
     def describe(self) -> str:
         """The table of blocks: name, layers, resolution, channels, transformer depth, and the name in diffusers."""
+        n, levels = self.config.num_res_blocks, range(len(self.config.channel_mult))
+        down, up = [(1, "conv_in")], list[tuple[int, str]]()  # downsampling factor and diffusers name of every block
+        for level in levels:
+            down += [(2**level, f"down_blocks.{level}.resnets.{i}") for i in range(n)]
+            down += [(2 ** (level + 1), f"down_blocks.{level}.downsamplers.0")] * (level < levels[-1])
+            up += [(2 ** levels[-1 - level], f"up_blocks.{level}.resnets.{i}") for i in range(n + 1)]
         rows = [["block", "layers", "resolution", "channels", "depth", "diffusers"]]
-        for i, (block, place) in enumerate(zip(self.input_blocks, _down_places(self.config), strict=True)):
+        for i, (block, place) in enumerate(zip(self.input_blocks, down, strict=True)):
             rows.append(_row(f"input_blocks.{i}", block, *place))
         rows.append(_row("middle_block", self.middle_block, self.config.factor, "mid_block"))
-        for i, (block, place) in enumerate(zip(self.output_blocks, _up_places(self.config), strict=True)):
+        for i, (block, place) in enumerate(zip(self.output_blocks, up, strict=True)):
             rows.append(_row(f"output_blocks.{i}", block, *place))
         columns = [max(map(len, column)) for column in zip(*rows, strict=True)]
         return "\n".join(
             "  ".join(cell.ljust(n) for cell, n in zip(row, columns, strict=True)).rstrip() for row in rows
         )
-
-
-def _down_places(config: UNetConfig) -> list[tuple[int, str]]:
-    """Downsampling factor and diffusers name of every input block."""
-    places = [(1, "conv_in")]
-    for level in range(len(config.channel_mult)):
-        places += [(2**level, f"down_blocks.{level}.resnets.{i}") for i in range(config.num_res_blocks)]
-        if level < len(config.channel_mult) - 1:
-            places.append((2 ** (level + 1), f"down_blocks.{level}.downsamplers.0"))
-    return places
-
-
-def _up_places(config: UNetConfig) -> list[tuple[int, str]]:
-    """Downsampling factor and diffusers name of every output block."""
-    levels = range(len(config.channel_mult))
-    return [
-        (2**level, f"up_blocks.{up}.resnets.{i}")
-        for up, level in enumerate(reversed(levels))
-        for i in range(config.num_res_blocks + 1)
-    ]
 
 
 def _row(name: str, block: Block, factor: int, diffusers: str) -> list[str]:

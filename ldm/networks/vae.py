@@ -20,10 +20,8 @@ class ResnetBlock(nn.Module):
 
     def __init__(self, channels: int, out_channels: int):
         super().__init__()
-        self.norm1 = _norm(channels)
-        self.conv1 = nn.Conv2d(channels, out_channels, 3, padding=1)
-        self.norm2 = _norm(out_channels)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.norm1, self.conv1 = _norm(channels), nn.Conv2d(channels, out_channels, 3, padding=1)
+        self.norm2, self.conv2 = _norm(out_channels), nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.nin_shortcut = nn.Identity() if channels == out_channels else nn.Conv2d(channels, out_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -80,11 +78,9 @@ class Level(nn.Module):
         self.downsample, self.upsample = ways
 
     def forward(self, x: Tensor) -> Tensor:
-        for block in self.block:
-            x = block(x)
-        if self.downsample is not None:
-            x = self.downsample(x)
-        return x if self.upsample is None else self.upsample(x)
+        for layer in (*self.block, self.downsample, self.upsample):
+            x = x if layer is None else layer(x)
+        return x
 
 
 class Middle(nn.Module):
@@ -92,8 +88,7 @@ class Middle(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.block_1 = ResnetBlock(channels, channels)
-        self.attn_1 = AttnBlock(channels)
+        self.block_1, self.attn_1 = ResnetBlock(channels, channels), AttnBlock(channels)
         self.block_2 = ResnetBlock(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -105,15 +100,14 @@ class Encoder(nn.Module):
 
     def __init__(self, config: VAEConfig):
         super().__init__()
-        widths = [config.channels * m for m in config.channel_mult]
-        inner = [config.channels, *widths]
+        inner = [config.channels * m for m in (1, *config.channel_mult)]
         self.conv_in = nn.Conv2d(3, config.channels, 3, padding=1)
         self.down = Modules(
-            Level(inner[i], width, config.num_res_blocks, down=i < len(widths) - 1) for i, width in enumerate(widths)
+            Level(inner[i], inner[i + 1], config.num_res_blocks, down=i < len(inner) - 2) for i in range(len(inner) - 1)
         )
-        self.mid = Middle(widths[-1])
-        self.norm_out = _norm(widths[-1])
-        self.conv_out = nn.Conv2d(widths[-1], 2 * config.z_channels, 3, padding=1)
+        self.mid = Middle(inner[-1])
+        self.norm_out = _norm(inner[-1])
+        self.conv_out = nn.Conv2d(inner[-1], 2 * config.z_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)
@@ -150,8 +144,7 @@ class VAE(nn.Module):
     def __init__(self, config: VAEConfig):
         super().__init__()
         self.config = config
-        self.encoder = Encoder(config)
-        self.decoder = Decoder(config)
+        self.encoder, self.decoder = Encoder(config), Decoder(config)
         self.quant_conv = nn.Conv2d(2 * config.z_channels, 2 * config.z_channels, 1)
         self.post_quant_conv = nn.Conv2d(config.z_channels, config.z_channels, 1)
 
