@@ -65,19 +65,13 @@ def _chosen(device: torch.device, dtype: torch.dtype) -> tuple[ModuleType, Modul
     if device.type == "cuda":
         what = "fast: no Triton, or a GPU before Ampere; plain PyTorch instead, which is slower; install triton"
         warnings.warn(what, stacklevel=3)
-        return plain, plain, FastUNet
-    ops = _on_cpu(dtype) if device.type == "cpu" else plain
-    return ops, ops, FastUNet
-
-
-def _on_cpu(dtype: torch.dtype) -> ModuleType:
-    keep_freed()
-    if dtype != torch.float32:
-        return plain
-    if why := cpu.missing():
-        warnings.warn(f"fast: {why}; plain PyTorch instead, which is slower; install g++ or set CXX", stacklevel=4)
-        return plain
-    return cpu
+    elif device.type == "cpu":
+        keep_freed()
+        if dtype == torch.float32:
+            if (why := cpu.missing()) is None:
+                return cpu, cpu, FastUNet
+            warnings.warn(f"fast: {why}; plain PyTorch instead, which is slower; install g++ or set CXX", stacklevel=3)
+    return plain, plain, FastUNet
 
 
 @functools.cache

@@ -43,7 +43,8 @@ def _made(name: str, *extra: str) -> ctypes.CDLL | CannotCompile:
     try:
         made_from = source.read_bytes(), command, _first_line([*compiler, "--version"]), _processor()
         key = hashlib.sha256(repr(made_from).encode()).hexdigest()[:16]
-        kept = _cache() / f"{source.stem}-{key}.so"
+        caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        kept = Path(os.environ.get("LDM_CACHE") or Path(caches) / "ldm") / f"{source.stem}-{key}.so"
         if not kept.exists():
             _compile([*command, str(source)], kept)
     except CannotCompile as fault:
@@ -70,12 +71,6 @@ def _compile(command: list[str], kept: Path) -> None:
             made.replace(kept)
     except subprocess.TimeoutExpired as error:
         raise CannotCompile(f"{Path(command[0]).name}: {error}") from None
-
-
-def _cache() -> Path:
-    if kept := os.environ.get("LDM_CACHE"):
-        return Path(kept)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ldm"
 
 
 def _first_line(command: list[str]) -> str:

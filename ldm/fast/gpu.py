@@ -5,8 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from types import ModuleType
 
 import torch
@@ -76,8 +75,14 @@ def geglu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 def convolved(x: Tensor, conv: nn.Conv2d, bias: Tensor | None, add: Tensor | None = None) -> Tensor:
     """`conv` with another bias: the bias and `add`, if there is one, are added in one pass over cuDNN's output."""
-    with _measured():
+    before, cudnn.benchmark = (
+        cudnn.benchmark,
+        True,
+    )  # in the way measured to be quickest for a shape; cuDNN remembers it
+    try:
         y = F.conv2d(x.permute(0, 3, 1, 2), conv.weight, bias if add is None else None, conv.stride, conv.padding)
+    finally:
+        cudnn.benchmark = before
     y = y.permute(0, 2, 3, 1).contiguous()
     return y if add is None else kernels().plus(y, bias, add.contiguous())
 
@@ -85,16 +90,6 @@ def convolved(x: Tensor, conv: nn.Conv2d, bias: Tensor | None, add: Tensor | Non
 def enlarged(x: Tensor, size: tuple[int, int]) -> Tensor:
     """[b, h, w, c] at another height and width, by its nearest values."""
     return F.interpolate(x.permute(0, 3, 1, 2), size=size, mode="nearest").permute(0, 2, 3, 1)
-
-
-@contextmanager
-def _measured() -> Iterator[None]:
-    """Convolutions in the way that cuDNN has measured to be quickest for their shape; cuDNN remembers it."""
-    before, cudnn.benchmark = cudnn.benchmark, True
-    try:
-        yield
-    finally:
-        cudnn.benchmark = before
 
 
 BACKENDS: dict[SDPBackend, Callable[[cuda.SDPAParams], bool]] = {

@@ -37,8 +37,7 @@ class _GroupNorm(torch.autograd.Function):
         count = c // groups * h * w
         p = -rstd.square() * (gain * normed).sum(-1, keepdim=True) / count
         q = -rstd * (gain * total).sum(-1, keepdim=True) / count - p * mean
-        spread = (t.expand(b, groups, c // groups).reshape(b, c, 1, 1).to(x.dtype) for t in (rstd * gain, p, q))
-        a, p, q = spread
+        a, p, q = (t.expand(b, groups, c // groups).reshape(b, c, 1, 1).to(x.dtype) for t in (rstd * gain, p, q))
         dx = torch.addcmul(q, p, x).addcmul_(a, dy)
         return dx, normed.sum(0).flatten().to(weight.dtype), total.sum(0).flatten().to(weight.dtype), None, None
 

@@ -17,9 +17,6 @@ PROGRAMS = 1024  # per picture that sum up parts of a norm: several for every mu
 CHUNK = 1024  # parts of one group that are joined at once
 
 
-# --- GroupNorm ------------------------------------------------------------------------------------------------------
-
-
 def group_norm(
     x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, *, silu: bool, unit: float = 1.0
 ) -> Tensor:
@@ -147,9 +144,6 @@ def _affine(
     tl.store(y + at, h * unit, mask=inside)
 
 
-# --- LayerNorm ------------------------------------------------------------------------------------------------------
-
-
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """F.layer_norm(x, [c], weight, bias, eps) of x [..., c], contiguous."""
     assert x.is_contiguous()
@@ -178,9 +172,6 @@ def _layer_norm(
     scale = 1 / tl.sqrt(tl.sum(d * d, 1) / c + eps)
     a, k = _wide(tl.load(weight + col, mask=col < c, other=0.0)), _wide(tl.load(bias + col, mask=col < c, other=0.0))
     tl.store(y + at, d * scale[:, None] * a[None, :] + k[None, :], mask=inside)
-
-
-# --- element by element ---------------------------------------------------------------------------------------------
 
 
 def gated(x: Tensor) -> Tensor:

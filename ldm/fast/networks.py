@@ -145,9 +145,6 @@ def _channels_first(x: Tensor) -> Tensor:
     return x.permute(0, 3, 1, 2).contiguous()
 
 
-# --- the parts of the UNet ------------------------------------------------------------------------------------------
-
-
 def _res_block(ops: ModuleType, block: unet.ResBlock, x: Tensor, emb: Tensor) -> Tensor:
     """The block for x [b, h, w, c] and emb [b, e] after its SiLU."""
     norm1, _, conv1 = block.in_layers
@@ -199,9 +196,6 @@ def _repeated(x: Tensor, batch: int) -> Tensor:
     return x if len(x) == batch else torch.cat([x] * (batch // len(x)))
 
 
-# --- the parts of the VAE -------------------------------------------------------------------------------------------
-
-
 def _resnet_block(ops: ModuleType, block: vae.ResnetBlock, x: Tensor) -> Tensor:  # x [b, h, w, c]
     h = ops.conv(ops.norm(x, block.norm1, silu=True), block.conv1)
     return ops.conv(ops.norm(h, block.norm2, silu=True), block.conv2, add=_shortcut(ops, block.nin_shortcut, x))
@@ -221,9 +215,6 @@ def _shortcut(ops: ModuleType, to: nn.Module, x: Tensor) -> Tensor:
     return ops.linear(x, to.weight.flatten(1), to.bias) if isinstance(to, nn.Conv2d) else x
 
 
-# --- when -----------------------------------------------------------------------------------------------------------
-
-
 OURS = [kind for file in (attention, unet, vae) for kind in vars(file).values() if isinstance(kind, type)]
 PARTS = {
     nn.Conv2d, nn.Linear, nn.GroupNorm, nn.LayerNorm, nn.SiLU, nn.Dropout, nn.Identity, nn.Embedding,
@@ -236,15 +227,13 @@ def runs(network: nn.Module, x: Tensor, *others: Tensor | None) -> bool:
     given = [tensor for tensor in (x, *others) if tensor is not None]
     if len(x) == 0 or any(len(tensor) != len(x) for tensor in given):
         return False
-    if network.made_for not in (None, (x.device.type, x.dtype)):
+    if network.made_for not in (None, (x.device.type, x.dtype)) or torch.is_autocast_enabled(x.device.type):
         return False
-    if torch.jit.is_tracing() or torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
+    if torch.jit.is_tracing() or torch.compiler.is_compiling() or nn.modules.module._has_any_global_hook():
         return False
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*given, *network.parameters())):
         return False
     if any(type(tensor) is not Tensor or forward_ad.unpack_dual(tensor).tangent is not None for tensor in given):
-        return False
-    if nn.modules.module._has_any_global_hook():
         return False
     modules = [*network.modules()]
     shortcuts = {module._modules.get(name) for module in modules for name in ("skip_connection", "nin_shortcut")}

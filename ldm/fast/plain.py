@@ -25,9 +25,7 @@ def layer_norm(x: Tensor, norm: nn.LayerNorm) -> Tensor:
 def conv(x: Tensor, conv: nn.Conv2d, add: Tensor | None = None) -> Tensor:
     """A convolution of [b, h, w, c], plus `add`: [b, o] for every position (time embedding), or [b, h, w, o]."""
     y = conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).contiguous()
-    if add is None:
-        return y
-    return y + (add[:, None, None] if add.ndim == 2 else add)
+    return y if add is None else y + (add[:, None, None] if add.ndim == 2 else add)
 
 
 def conv_up(x: Tensor, conv: nn.Conv2d, size: tuple[int, int]) -> Tensor:
