@@ -37,9 +37,8 @@ def new_token(model: LatentDiffusion, word: str, like: str, vectors: int = 1) ->
         what = f"like: {like[:60]!r} is {len(ids)} tokens, the new word has {vectors}"
         raise ArgumentError(f"{what}: give one to {vectors} tokens, or more vectors", key="like")
     ids = [ids[i % len(ids)] for i in range(vectors)]
-    tables = {width: tower.text_model.embeddings.token_embedding.weight for width, tower in towers.items()}
-    start = {width: table.detach()[ids].to(torch.float32, copy=True) for width, table in tables.items()}
-    parameters = {f"{word}.{width}": nn.Parameter(vectors) for width, vectors in start.items()}
+    start = {width: tower.text_model.embeddings.token_embedding.weight.detach()[ids] for width, tower in towers.items()}
+    parameters = {f"{word}.{width}": nn.Parameter(tokens.to(torch.float32)) for width, tokens in start.items()}
     as_embedding(word, parameters)
     return parameters
 

@@ -122,9 +122,6 @@ def plain(change: Change) -> Plain:
     return change.inner if isinstance(change, Decomposed) else change
 
 
-# --- one change and one weight --------------------------------------------------------------------------------------
-
-
 def require_fit(change: Change, shape: Shape) -> None:
     """Raise ArgumentError, with both shapes, unless the factors fit together and change a weight of `shape`."""
     if isinstance(change, Decomposed):
@@ -266,9 +263,6 @@ def _trimmed(shape: Shape) -> Shape:
     return shape
 
 
-# --- many changes and a model ---------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Merged:
     """What `merge` did."""
@@ -303,19 +297,14 @@ def merge(model: LatentDiffusion, loras: Sequence[tuple[Changes, float]]) -> Mer
             if scale != 0:
                 wanted.setdefault(name, []).append((change, float(scale)))
     for name, terms in wanted.items():
-        module, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(module), leaf, _changed(parameters[name], terms))
+        (module, _, leaf), old = name.rpartition("."), parameters[name]
+        weight = old.detach().float()
+        total = sum((scale * _delta(change, weight) for change, scale in terms), torch.zeros_like(weight))
+        changed = nn.Parameter((weight + total).to(old.dtype), requires_grad=old.requires_grad)
+        setattr(model.get_submodule(module), leaf, changed)
     return Merged(tuple(wanted), tuple(f"{changes.name} at {scale:g}: {changes.report()}" for changes, scale in loras))
 
 
 def apply(model: LatentDiffusion, changes: Changes, scale: float = 1.0) -> None:
     """`merge` of one LoRA."""
     merge(model, [(changes, scale)])
-
-
-def _changed(old: nn.Parameter, terms: Sequence[tuple[Change, float]]) -> nn.Parameter:
-    weight = old.detach().float()
-    total = torch.zeros_like(weight)
-    for change, scale in terms:
-        total += scale * _delta(change, weight)
-    return nn.Parameter((weight + total).to(old.dtype), requires_grad=old.requires_grad)

@@ -58,9 +58,6 @@ class Spec:
             raise ArgumentError("neither the UNet nor the text towers are to learn: set unet or text", key="unet")
 
 
-# --- layers ---------------------------------------------------------------------------------------------------------
-
-
 class Factors(nn.Module):
     """A layer's change: up @ down times alpha / r (Hu et al. 2021, section 4.1), float32. No state dict holds them."""
 
@@ -157,9 +154,6 @@ ADAPTED: dict[type, type] = {nn.Linear: AdaptedLinear, TokenProjection: AdaptedP
 UNADAPTED = {adapted: unadapted for unadapted, adapted in ADAPTED.items()}
 
 
-# --- a model --------------------------------------------------------------------------------------------------------
-
-
 def attach(model: LatentDiffusion, spec: Spec, seed: int = 0) -> dict[str, nn.Parameter]:
     """Give layers of `model`, in place, factors that learn a low-rank change; `up` begins as 0, so nothing changes yet.
 
@@ -175,7 +169,9 @@ def attach(model: LatentDiffusion, spec: Spec, seed: int = 0) -> dict[str, nn.Pa
         r, alpha = (spec.conv_rank, spec.conv_alpha) if kernel else (spec.rank, spec.alpha)
         out, *rest = layer.weight.shape
         bound = 1 / math.sqrt(math.prod(rest))
-        down = torch.empty(r, *rest).uniform_(-bound, bound, generator=_generator(seed, name))
+        digest = blake2b(f"{seed}/{name}".encode(), digest_size=4).digest()  # torch's CPU generator uses 32 bits
+        generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+        down = torch.empty(r, *rest).uniform_(-bound, bound, generator=generator)
         change = LowRank(down, torch.zeros(out, r, *(1 for _ in rest[1:])), alpha)
         changes[f"{name}.weight"] = Decomposed(change, lengths(layer.weight.detach())) if spec.dora else change
     return load_into(model, Changes(changes))
@@ -257,9 +253,6 @@ def _factors(change: Change, weight: Tensor) -> Factors:
     return DecomposedFactors(factors, own(change.magnitude, len(weight), 1))
 
 
-# --- which layers ---------------------------------------------------------------------------------------------------
-
-
 def _layers(model: LatentDiffusion) -> dict[str, Trainable]:
     """The layers that can have factors, by name."""
     return {
@@ -319,8 +312,3 @@ def _nearest(wanted: str, names: Iterable[str]) -> list[str]:
         ".".join(parts[i : i + n]) for parts in (name.split(".") for name in names) for i in range(len(parts) - n + 1)
     }
     return difflib.get_close_matches(wanted, sorted(pieces), n=2, cutoff=0)
-
-
-def _generator(seed: int, name: str) -> torch.Generator:
-    digest = blake2b(f"{seed}/{name}".encode(), digest_size=4).digest()  # torch's CPU generator uses 32 bits
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little"))

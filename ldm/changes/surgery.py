@@ -29,9 +29,6 @@ def _assembled(model: LatentDiffusion, config: ModelConfig, changed: Mapping[str
     return made.eval().requires_grad_(False)
 
 
-# --- inputs ---------------------------------------------------------------------------------------------------------
-
-
 def widen(model: LatentDiffusion, concat: tuple[str, ...]) -> LatentDiffusion:
     """The model with room at its UNet's input for `concat` beside the latent; its predictions do not change.
 
@@ -61,9 +58,6 @@ def widen(model: LatentDiffusion, concat: tuple[str, ...]) -> LatentDiffusion:
     return _assembled(model, config, {"unet.input_blocks.0.0.weight": wide})
 
 
-# --- the conditioner ------------------------------------------------------------------------------------------------
-
-
 def swap_conditioner(model: LatentDiffusion, vision: CLIPVision) -> LatentDiffusion:
     """The model with a vision tower in place of its text towers: its context is then one token, the image embedding.
 
@@ -82,9 +76,6 @@ def swap_conditioner(model: LatentDiffusion, vision: CLIPVision) -> LatentDiffus
     name = "sd-image-variations" if old.name == "sd1" else old.name
     config = replace(old, name=name, text=(), vision=vision.config, zero_empty=False)
     return _assembled(model, config, {f"vision.{name}": tensor for name, tensor in vision.state_dict().items()})
-
-
-# --- fewer blocks ---------------------------------------------------------------------------------------------------
 
 
 def prune(model: LatentDiffusion, plan: str) -> LatentDiffusion:
@@ -171,13 +162,6 @@ def _kept_ups(large: int, small: int) -> list[int]:
     return [0, *range(large + 1 - small, large + 1)]
 
 
-def _kept_layers(large: int, small: int) -> list[int]:
-    """Which blocks of a transformer are kept: SSD-1B's of ten, otherwise every second, or all."""
-    if (large, small) == (10, 4):
-        return [0, 1, 2, 6]
-    return [*range(large)] if large == small else [*range(0, large, 2)]
-
-
 def _source(name: str, large: UNetConfig, small: UNetConfig) -> str:
     """The parameter of the large UNet that one of the small UNet begins as."""
     part, *rest = name.split(".")
@@ -195,7 +179,8 @@ def _source(name: str, large: UNetConfig, small: UNetConfig) -> str:
             before, after = depths[0][level][kept], depths[1][level][i]
     if "transformer_blocks" in rest:
         place = rest.index("transformer_blocks") + 1
-        rest[place] = str(_kept_layers(before, after)[int(rest[place])])
+        every = range(0, before, 1 if before == after else 2)  # all are kept, or every second, or SSD-1B's of ten
+        rest[place] = str(((0, 1, 2, 6) if (before, after) == (10, 4) else every)[int(rest[place])])
     return ".".join([part, *rest])
 
 

@@ -18,9 +18,6 @@ from ldm.networks.modules import M
 from ldm.networks.unet import UNet
 from ldm.swap import exchange
 
-# --- calls of the UNet ----------------------------------------------------------------------------------------------
-
-
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor | None]  # x, t, context and y, as `UNet.forward` takes them
 
 
@@ -101,9 +98,6 @@ def _lessen(recovery: Recovery, size: int, side: str) -> None:
     recovery.most = (size + 1) // 2
 
 
-# --- types that overflow later --------------------------------------------------------------------------------------
-
-
 class AttendInFloat32(nn.Module):
     """Another attention, computed in float32 whatever comes in: the products of q and k are what overflows first."""
 
@@ -145,14 +139,11 @@ def wider(network: M) -> Iterator[tuple[str, M]]:
 
 def converted(network: M, dtype: torch.dtype) -> M:
     """A copy with its weights in another type."""
-    tensors = [*network.parameters(), *network.buffers()]
-    return _copied(
-        network, {id(t): _like(t, t.detach().to(dtype) if t.is_floating_point() else t.detach()) for t in tensors}
-    )
-
-
-def _like(old: Tensor, data: Tensor) -> Tensor:
-    return nn.Parameter(data, requires_grad=False) if isinstance(old, nn.Parameter) else data
+    new: dict[int, Tensor] = {}
+    for t in (*network.parameters(), *network.buffers()):
+        data = t.detach().to(dtype) if t.is_floating_point() else t.detach()
+        new[id(t)] = nn.Parameter(data, requires_grad=False) if isinstance(t, nn.Parameter) else data
+    return _copied(network, new)
 
 
 def _copied(network: M, tensors: Mapping[int, Tensor]) -> M:
@@ -162,9 +153,6 @@ def _copied(network: M, tensors: Mapping[int, Tensor]) -> M:
     """
     shared = {id(module.attend): module.attend for module in network.modules() if isinstance(module, CrossAttention)}
     return copy.deepcopy(network, {**tensors, **shared})
-
-
-# --- where it begins ------------------------------------------------------------------------------------------------
 
 
 class _Found(Exception):
@@ -204,9 +192,6 @@ def blame(network: nn.Module, run: Callable[[], object]) -> str:
     where = f"first at {module}" if module else "after its last module"
     more = f" and {len(weights) - 1} more" if len(weights) > 1 else ""
     return f"{where}; weights not finite: {weights[0]}{more}" if weights else where
-
-
-# --- again, wider ---------------------------------------------------------------------------------------------------
 
 
 def again(network: M, run: Callable[[M], Tensor], message: Callable[[str, str], str]) -> tuple[Tensor, M, str, str]:

@@ -115,17 +115,15 @@ def _block(block: ResnetBlock, x: Strips) -> Strips:
 
 def _normed(norm: nn.GroupNorm, strips: Strips) -> Layer:
     """The norm with the mean and variance of all strips, as a function of rows; in float32, as inside of torch."""
-    counts, means, variances = [], [], []
+    counts, moments = [], []
     for strip in strips.rows:
         groups = strip.to(strips.device).float().unflatten(1, (norm.num_groups, -1)).flatten(2)
-        variance, mean = torch.var_mean(groups, dim=2, correction=0)
         counts.append(groups.shape[2])
-        means.append(mean)
-        variances.append(variance)
+        moments.append(torch.stack(torch.var_mean(groups, dim=2, correction=0)))
     share = torch.tensor(counts, device=strips.device).div(sum(counts))[:, None, None]
-    each = torch.stack(means)
-    mean = (share * each).sum(0)  # [b, g]
-    variance = (share * (torch.stack(variances) + (each - mean).square())).sum(0)
+    variances, means = torch.stack(moments, dim=1)
+    mean = (share * means).sum(0)  # [b, g]
+    variance = (share * (variances + (means - mean).square())).sum(0)
     repeat = norm.num_channels // norm.num_groups
     mean, scale = (
         s.repeat_interleave(repeat, dim=1)[:, :, None, None] for s in (mean, torch.rsqrt(variance + norm.eps))
