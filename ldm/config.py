@@ -208,8 +208,7 @@ _sd1 = ModelConfig("sd1", title="an SD 1 model")
 _sd2 = ModelConfig("sd2-base", unet=SD2, text=(OPENCLIP_H,), title="an SD 2 model")
 _sdxl = ModelConfig(
     "sdxl-base", unet=SDXL, vae=VAE_SDXL, text=(replace(CLIP_L, skip=1, norm=False), OPENCLIP_BIGG),
-    size=1024, zero_empty=True,
-    title="an SDXL base model",
+    size=1024, zero_empty=True, title="an SDXL base model",
 )  # fmt: skip
 
 
@@ -229,22 +228,12 @@ FAMILIES: dict[str, ModelConfig] = {
         replace(_sd2, name="sd2-v", prediction="v", size=768, base="sd2-base"),
         _inpainting(_sd2, "sd2-inpainting", "an SD 2 inpainting model"),
         replace(
-            _sd2,
-            name="sd2-depth",
-            unet=replace(SD2, in_channels=5),
-            depth=DepthConfig(),
-            concat=("depth",),
+            _sd2, name="sd2-depth", unet=replace(SD2, in_channels=5), depth=DepthConfig(), concat=("depth",),
             title="an SD 2 depth model",
         ),
         replace(
-            _sd2,
-            name="x4-upscaler",
-            unet=X4,
-            vae=VAE_F4,
-            prediction="v",
-            schedule=Schedule(0.0001, 0.02),
-            concat=("low_res",),
-            title="an SD x4 upscaler",
+            _sd2, name="x4-upscaler", unet=X4, vae=VAE_F4, prediction="v", schedule=Schedule(0.0001, 0.02),
+            concat=("low_res",), title="an SD x4 upscaler",
         ),
         _sdxl,
         _inpainting(_sdxl, "sdxl-inpainting", "an SDXL inpainting model"),
@@ -253,4 +242,4 @@ FAMILIES: dict[str, ModelConfig] = {
         ),
         replace(_sdxl, name="ssd-1b", unet=SSD1B, title="an SSD-1B model"),
     )
-}
+}  # fmt: skip

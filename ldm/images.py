@@ -47,8 +47,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16-bit grey, which Pillow's own conversion clips to white
         image = Image.fromarray(((np.asarray(image).astype(np.int64).clip(0, 65535) + 128) // 257).astype(np.uint8))
-    alpha = None
-    colour = image
+    alpha, colour = None, image
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         alpha, colour = rgba.getchannel("A"), image.getchannel(0) if image.mode == "LA" else rgba.convert("RGB")
@@ -69,8 +68,7 @@ def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
             converted = ImageCms.profileToProfile(image, given, srgb, outputMode="RGB")
             return converted or image  # only a picture converted in place comes back as None
         except (ImageCms.PyCMSError, OSError):
-            what = f"a colour profile that does not suit its {image.mode} picture was left out"
-            warnings.warn(what, ImageWarning, stacklevel=4)
+            warnings.warn(f"a colour profile that does not suit its {image.mode} picture was left out", ImageWarning, 4)
     return image.convert("RGB")
 
 

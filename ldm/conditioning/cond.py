@@ -39,9 +39,7 @@ class Cond:
 class Sizes:
     """SDXL's conditioning besides text (Podell et al. 2023, sections 2.2 and 2.5). Pixels, heights before widths."""
 
-    original: tuple[int, int] | None = (
-        None  # before the picture was scaled; small ones were blurred. None: the size made
-    )
+    original: tuple[int, int] | None = None  # before it was scaled; small ones were blurred. None: the size made
     crop: tuple[int, int] = (0, 0)  # top and left of the part that was cut out; 0, 0 keeps objects in the middle
     target: tuple[int, int] | None = None  # what it was cut to. None: the size made
     aesthetic: float = 6.0  # score of its beauty, for the refiner
@@ -63,10 +61,8 @@ class Sizes:
     def numbers(self, size: tuple[int, int], count: int) -> tuple[float, ...]:
         """SDXL's 6 numbers (original, crop, target) or its refiner's 5 (original, crop, aesthetic), for this size."""
         first = (*(self.original or size), *self.crop)
-        if count == 6:
-            return (*first, *(self.target or size))
-        if count == 5:
-            return (*first, self.aesthetic)
+        if count in (5, 6):
+            return (*first, *(self.target or size)) if count == 6 else (*first, self.aesthetic)
         raise ArgumentError(f"this model's conditioning vector has room for {count} sizes; SDXL has 6, its refiner 5")
 
 

@@ -49,9 +49,6 @@ class Embedding:
         return len(next(iter(self.vectors.values())))
 
 
-# --- pieces ---------------------------------------------------------------------------------------------------------
-
-
 class _Unit(NamedTuple):
     """A token or an embedding, neither of which is cut in two."""
 

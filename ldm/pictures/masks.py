@@ -68,9 +68,7 @@ def cells(mask: Tensor, factor: int, *, any_pixel: bool) -> Tensor:
     any_pixel  a cell is repainted if one of its pixels is, so that nothing of it shows through. Otherwise its first
                pixel decides (nearest), as in the original inpainting script
     """
-    if any_pixel:
-        return F.max_pool2d(mask, factor)
-    return F.interpolate(mask, scale_factor=1 / factor, mode="nearest")
+    return F.max_pool2d(mask, factor) if any_pixel else F.interpolate(mask, scale_factor=1 / factor, mode="nearest")
 
 
 def extended(image: Image.Image, sides: dict[str, int]) -> tuple[Image.Image, Image.Image]:
@@ -87,16 +85,11 @@ def extended(image: Image.Image, sides: dict[str, int]) -> tuple[Image.Image, Im
     left, right, top, bottom = (sides.get(side, 0) for side in SIDES)
     if not (left or right or top or bottom):
         raise ArgumentError("extend: nothing to add; give left=128, for example", key="extend")
-    return padded(image, left, right, top, bottom), _around(image.size, left, right, top, bottom)
+    mask = Image.new("L", (image.width + left + right, image.height + top + bottom), 255)
+    mask.paste(0, (left, top, left + image.width, top + image.height))
+    return padded(image, left, right, top, bottom), mask
 
 
 def padded(image: Image.Image, left: int, right: int, top: int, bottom: int) -> Image.Image:
     """The picture with its border repeated outwards by these numbers of pixels."""
-    pixels = F.pad(from_pil(image), (left, right, top, bottom), mode="replicate")
-    return to_pil(pixels)[0]
-
-
-def _around(size: tuple[int, int], left: int, right: int, top: int, bottom: int) -> Image.Image:
-    mask = Image.new("L", (size[0] + left + right, size[1] + top + bottom), 255)
-    mask.paste(0, (left, top, left + size[0], top + size[1]))
-    return mask
+    return to_pil(F.pad(from_pil(image), (left, right, top, bottom), mode="replicate"))[0]

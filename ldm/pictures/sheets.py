@@ -66,20 +66,18 @@ def table(rows: Sequence[Sequence[Image.Image]], across: Sequence[str] = (), dow
     heads = [_broken(label, font, max(width, MIN_HEADER)) for label in across]
     sides = [_broken(label, font, max(width // 2, MIN_HEADER)) for label in down]
     line = _line(font)
-    wide = max([width, *(font.getlength(text) for lines in heads for text in lines)])
+    wide = math.ceil(max([width, *(font.getlength(text) for lines in heads for text in lines)]))
     high = max([height, *(line * len(lines) for lines in sides)])
     left = math.ceil(max((font.getlength(text) for lines in sides for text in lines), default=-GAP)) + GAP
     top = max((line * len(lines) for lines in heads), default=-GAP) + GAP
-    wide = math.ceil(wide)
     out = Image.new("RGB", (left + GAP + len(rows[0]) * (wide + GAP), top + GAP + len(rows) * (high + GAP)), "white")
     draw = ImageDraw.Draw(out)
     for i, lines in enumerate(heads):
         x = left + GAP + i * (wide + GAP) + wide / 2
         for k, text in enumerate(lines):
             draw.text((x, top - (len(lines) - k) * line), text, fill="black", font=font, anchor="ma")
-    for j, row in enumerate(rows):
+    for j, (row, lines) in enumerate(zip(rows, sides or [[]] * len(rows), strict=True)):
         y = top + GAP + j * (high + GAP)
-        lines = sides[j] if sides else []
         for k, text in enumerate(lines):
             draw.text((left, y + (high - len(lines) * line) / 2 + k * line), text, fill="black", font=font, anchor="ra")
         for i, image in enumerate(row):

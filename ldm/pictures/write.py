@@ -52,10 +52,8 @@ def spare(path: Path) -> Iterator[Path]:
 
 def _png(image: Image.Image, metadata: Mapping[str, str]) -> bytes:
     info, buffer = PngInfo(), io.BytesIO()
-    for key, value in metadata.items():
-        info.add_text(
-            key, value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        )  # iTXt by itself where Latin-1 does not do
+    for key, value in metadata.items():  # Pillow makes it iTXt where Latin-1 does not do
+        info.add_text(key, value.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
     image.save(buffer, "PNG", pnginfo=info)
     return buffer.getvalue()
 
