@@ -9,14 +9,11 @@ import importlib.metadata
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 from ldm.cli import Command
 from ldm.cli.terminal import EXIT_CODES
 from ldm.errors import ArgumentError
-
-if TYPE_CHECKING:
-    import torch
 
 
 class Parser(argparse.ArgumentParser):
@@ -150,26 +147,7 @@ def number(text: str) -> float:
         raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a number") from None
 
 
-def stored_type(text: str) -> torch.dtype:
-    """fp16 or float16 -> torch.float16: what numbers are stored as."""
-    import torch  # 'ldm --help' does without
-
-    types = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-    types |= {str(dtype).removeprefix("torch."): dtype for dtype in types.values()}
-    if text not in types:
-        raise argparse.ArgumentTypeError(f"{text[:40]!r} is unknown; use fp32, fp16 or bf16")
-    return types[text]
-
-
 def scaled_file(text: str) -> tuple[str, float]:
     """style.safetensors:0.8 -> ("style.safetensors", 0.8); without a number at its end the scale is 1."""
     match = re.fullmatch(r"(.+):([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)", text, re.DOTALL)
     return (match[1], float(match[2])) if match else (text, 1.0)
-
-
-def shown_bytes(count: int) -> str:
-    """2134567890 -> "2.13 GB", in powers of a thousand as disks are sold."""
-    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if count >= size:
-            return f"{count / size:.2f} {unit}"
-    return f"{count} bytes"

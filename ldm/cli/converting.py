@@ -8,8 +8,7 @@ from collections import Counter
 from pathlib import Path
 
 import weights
-from ldm.cli import arguments, terminal
-from ldm.config import FAMILIES
+from ldm.cli import arguments, files, terminal
 from ldm.errors import printable
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -17,6 +16,8 @@ _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**
 
 def add_convert(parser: argparse.ArgumentParser) -> None:
     """The arguments of `ldm convert`."""
+    from ldm.config import FAMILIES  # 'ldm merge' and 'ldm repair' do without
+
     parser.add_argument("src", metavar="SRC", help=".safetensors, .ckpt, .pt or .bin, or a diffusers folder")
     parser.add_argument(
         "dst", metavar="DST", help="a name that ends in .safetensors, .ckpt, .pt or .bin, or else a folder to be made"
@@ -24,7 +25,7 @@ def add_convert(parser: argparse.ArgumentParser) -> None:
     numbers = parser.add_argument_group("numbers")
     numbers.add_argument(
         "--dtype",
-        type=arguments.stored_type,
+        type=files.stored_type,
         metavar="TYPE",
         help="fp32, fp16 or bf16 (default: as they are, bit by bit)",
     )
@@ -74,14 +75,14 @@ def add_convert(parser: argparse.ArgumentParser) -> None:
 def convert(args: argparse.Namespace) -> None:
     """Convert weights between .safetensors, .ckpt and diffusers folders. \
 Without --dtype every number stays what it was, bit by bit."""
-    with terminal.writing(Path(args.dst).name) as on_write:
+    with files.writing(Path(args.dst).name) as on_write:
         made = weights.convert(
             args.src, args.dst, dtype=args.dtype, ema=args.ema, prune=args.prune, only=args.only, drop=args.drop,
             shard_size=args.shard_size, config=args.config, prediction=args.prediction, variant=args.variant,
             licence=args.licence, manifest=args.manifest, overwrite=args.overwrite, on_write=on_write,
         )  # fmt: skip
     family = f" of a model of family {made.config.name}" if made.config else ""
-    terminal.show(f"{printable(str(made.path))}: {made.tensors} tensors{family}, {arguments.shown_bytes(made.bytes)}")
+    terminal.show(f"{printable(str(made.path))}: {made.tensors} tensors{family}, {files.shown_bytes(made.bytes)}")
     for path in made.route.files:
         if path.endswith(weights.LEFTOVERS):
             why = "the folder's networks have no place for them, the way back needs them"
@@ -117,7 +118,7 @@ damaged or missing
     position_ids, noise schedules in float16, attention of the VAE stored as matrices. \
 Everything else is copied bit by bit.
     """
-    with terminal.writing("repairing") as on_write:
+    with files.writing("repairing") as on_write:
         done = weights.repair(args.file, args.out, dry_run=args.dry_run, overwrite=args.overwrite, on_write=on_write)
     for line in done.lines():
         terminal.say(f"ldm: {printable(line)}")
@@ -171,7 +172,7 @@ def add_merge(parser: argparse.ArgumentParser) -> None:
                         "TEXT, VAE; or as many numbers as the UNet has blocks (SD 1 and 2: 25)")  # fmt: skip
     parser.add_argument(
         "--dtype",
-        type=arguments.stored_type,
+        type=files.stored_type,
         metavar="TYPE",
         help="fp32, fp16 or bf16, for what is merged (default: as in A); the arithmetic is in fp32",
     )
@@ -191,7 +192,7 @@ def merge(args: argparse.Namespace) -> None:
     position_ids, schedules and other bookkeeping are A's; A's moving average is left out. \
 The recipe goes into the file's metadata.
     """
-    with terminal.writing("merging") as on_write:
+    with files.writing("merging") as on_write:
         done = weights.merge(
             args.a, args.b, args.out, c=args.c, method=args.method, alpha=args.alpha, blocks=args.blocks,
             dtype=args.dtype, prediction=args.prediction, partial=args.partial, overwrite=args.overwrite,

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import weights
-from ldm.cli import terminal
+from ldm.cli import files, terminal
 from ldm.cli.files import require_weights
 from ldm.errors import printable
 
@@ -53,7 +53,7 @@ the container, the layout and leftovers that nothing reads
     for option, path in (("A", args.a), ("B", args.b), ("--third", args.third)):
         if path is not None:
             require_weights(option, path)
-    with terminal.writing("diff") as on_read:
+    with files.writing("diff") as on_read:
         found = weights.diff(args.a, args.b, third=args.third, quick=args.quick, config=args.config, on_read=on_read)
     report = found.as_dict()
     if args.json:

@@ -1,13 +1,21 @@
-"""Files that a command is given: prompts are read, weights are looked at."""
+"""Files of prompts and of weights that a command is given or writes: what is in them, their types, sizes, progress."""
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import os
 import stat
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import weights
+from ldm.cli import terminal
 from ldm.errors import ArgumentError, FileError, printable
+
+if TYPE_CHECKING:
+    import torch
 
 MAX_PROMPTS = 16 * 2**20  # bytes of a file of prompts
 
@@ -47,3 +55,34 @@ def require_weights(option: str, path: str) -> None:
             )
         return
     weights.open_file(path).close()
+
+
+def stored_type(text: str) -> torch.dtype:
+    """fp16 or float16 -> torch.float16: what numbers are stored as."""
+    import torch  # 'ldm COMMAND --help' does without
+
+    types = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+    types |= {str(dtype).removeprefix("torch."): dtype for dtype in types.values()}
+    if text not in types:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is unknown; use fp32, fp16 or bf16")
+    return types[text]
+
+
+def shown_bytes(count: int) -> str:
+    """2134567890 -> "2.13 GB", in powers of a thousand as disks are sold."""
+    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if count >= size:
+            return f"{count / size:.2f} {unit}"
+    return f"{count} bytes"
+
+
+@contextlib.contextmanager
+def writing(title: str) -> Iterator[Callable[[Any], None]]:
+    """An `on_write` that moves a bar of bytes, if there is a terminal to see it."""
+    with terminal.bar_of(title, unit="B", unit_scale=True) as bar:
+
+        def on_write(written: Any) -> None:
+            bar.total = written.total
+            bar.update(written.done - bar.n)
+
+        yield on_write if bar is not None else lambda written: None

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import weights
-from ldm.cli import arguments, terminal
+from ldm.cli import files, terminal
 from ldm.errors import ArgumentError, LdmError, printable
 
 NETWORKS = {  # groups of tensors that have a line of their own
@@ -53,7 +53,7 @@ def inspect(args: argparse.Namespace) -> None:
     codes = []  # of files that could not be read: they do not keep the others from being reported
     for i, path in enumerate(args.files or [None]):
         try:
-            with terminal.writing("reading") as on_hash:
+            with files.writing("reading") as on_hash:
                 report = weights.inspect(path, hash=args.hash, config=args.config, on_hash=on_hash)
         except ArgumentError:
             raise
@@ -164,7 +164,7 @@ def _file(report: Any) -> Iterator[str]:
         if note
     ]
     yield ", ".join(
-        [f"{report.kind}{count}", arguments.shown_bytes(report.bytes), _number(len(report.tensors), "tensor"), *notes]
+        [f"{report.kind}{count}", files.shown_bytes(report.bytes), _number(len(report.tensors), "tensor"), *notes]
     )
     for file in report.files:
         where = f"{file.name}: " if len(report.files) > 1 else ""

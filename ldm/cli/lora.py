@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import weights
-from ldm.cli import arguments, terminal
+from ldm.cli import arguments, files, terminal
 from ldm.errors import printable
 
 FORMATS = ("kohya", "diffusers", "peft")
@@ -40,7 +40,7 @@ def add_lora(parser: argparse.ArgumentParser) -> None:
     )
     extract.add_argument(
         "--dtype",
-        type=arguments.stored_type,
+        type=files.stored_type,
         default="fp16",
         metavar="TYPE",
         help="of the factors: fp32, fp16 or bf16 (default: %(default)s)",
@@ -57,7 +57,7 @@ def add_lora(parser: argparse.ArgumentParser) -> None:
     )
     merge.add_argument(
         "--dtype",
-        type=arguments.stored_type,
+        type=files.stored_type,
         metavar="TYPE",
         help="of the networks: fp32, fp16 or bf16 (default: as they are)",
     )
@@ -88,7 +88,7 @@ def add_lora(parser: argparse.ArgumentParser) -> None:
         family.add_argument("--ckpt", metavar="FILE", help="a model that it is for, where it is of no published size")
         action.add_argument(
             "--dtype",
-            type=arguments.stored_type,
+            type=files.stored_type,
             metavar="TYPE",
             help="of the factors: fp32, fp16 or bf16 (default: as they are)",
         )
@@ -142,7 +142,7 @@ or write it in another tool's names."""
 
 
 def _extract(args: argparse.Namespace) -> None:
-    with terminal.writing("extracting") as on_write:
+    with files.writing("extracting") as on_write:
         made = weights.extract_lora(
             args.base, args.tuned, args.out, rank=args.rank, variance=args.variance, max_rank=args.max_rank,
             conv_rank=args.conv_rank, text=args.text, full_rest=args.full_rest, dtype=args.dtype,
@@ -154,7 +154,7 @@ def _extract(args: argparse.Namespace) -> None:
     for kept, what in ((True, "kept as full differences"), (False, "not in the LoRA, which cannot carry them")):
         rest = [one for one in made.rest if one.kept == kept]
         if rest:
-            size = arguments.shown_bytes(sum(one.size for one in rest))
+            size = files.shown_bytes(sum(one.size for one in rest))
             terminal.show(f"{len(rest)} parameters ({size}) {what}: {_first([one.parameter for one in rest])}")
     if made.unpaired:
         what = "parameters are in one of the two alone and were left out"
@@ -163,7 +163,7 @@ def _extract(args: argparse.Namespace) -> None:
 
 
 def _merge(args: argparse.Namespace) -> None:
-    with terminal.writing("merging") as on_write:
+    with files.writing("merging") as on_write:
         made = weights.merge_lora(
             args.checkpoint, args.loras, args.out, dtype=args.dtype, overwrite=args.overwrite, on_write=on_write
         )
@@ -175,7 +175,7 @@ def _merge(args: argparse.Namespace) -> None:
 
 
 def _resize(args: argparse.Namespace) -> None:
-    with terminal.writing("resizing") as on_write:
+    with files.writing("resizing") as on_write:
         made = weights.resize_lora(
             args.lora, args.out, rank=args.rank, variance=args.variance, max_rank=args.max_rank, to=args.to,
             model_config=_config(args), dtype=args.dtype, overwrite=args.overwrite, on_write=on_write,
@@ -188,7 +188,7 @@ def _resize(args: argparse.Namespace) -> None:
 
 
 def _convert(args: argparse.Namespace) -> None:
-    with terminal.writing("converting") as on_write:
+    with files.writing("converting") as on_write:
         made = weights.convert_lora(
             args.lora, args.out, args.to, _config(args), as_lora=args.as_lora, dtype=args.dtype,
             overwrite=args.overwrite, on_write=on_write,

@@ -8,7 +8,7 @@ import torch
 
 import weights
 from ldm.changes import surgery
-from ldm.cli import arguments, terminal
+from ldm.cli import files, terminal
 from ldm.cli.files import require_weights
 from ldm.errors import printable
 from ldm.targets import require_writable
@@ -27,7 +27,7 @@ def add_prune(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--dtype",
-        type=arguments.stored_type,
+        type=files.stored_type,
         default=torch.float16,
         metavar="TYPE",
         help="fp16, bf16 or fp32 (default: fp16)",

@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ldm.errors import LdmError, MemoryLimit, OutputError, printable
@@ -41,7 +41,7 @@ def show(text: str) -> None:
 @contextlib.contextmanager
 def progress(title: str) -> Iterator[OnStep]:
     """An `on_step` that moves a bar, if there is a terminal to see it."""
-    with _bar(title, unit="call") as bar:
+    with bar_of(title, unit="call") as bar:
 
         def on_step(step: Step) -> None:
             bar.total = step.total
@@ -51,19 +51,7 @@ def progress(title: str) -> Iterator[OnStep]:
 
 
 @contextlib.contextmanager
-def writing(title: str) -> Iterator[Callable[[Any], None]]:
-    """An `on_write` that moves a bar of bytes, if there is a terminal to see it."""
-    with _bar(title, unit="B", unit_scale=True) as bar:
-
-        def on_write(written: Any) -> None:
-            bar.total = written.total
-            bar.update(written.done - bar.n)
-
-        yield on_write if bar is not None else lambda written: None
-
-
-@contextlib.contextmanager
-def _bar(title: str, **how: Any) -> Iterator[Any]:
+def bar_of(title: str, **how: Any) -> Iterator[Any]:
     """A bar of tqdm; None without a terminal."""
     if sys.stderr is None or not sys.stderr.isatty():
         yield None

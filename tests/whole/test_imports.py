@@ -49,7 +49,7 @@ COVERED = {
     "tests/ldm/fast/test_choice.py": "ldm/fast: plain",
     "tests/ldm/networks/test_unet.py": "ldm/networks: attention",
     "tests/ldm/pictures/test_write.py": "ldm/pictures: animations",
-    "tests/ldm/tasks/test_text.py": "ldm/tasks: hires",
+    "tests/ldm/tasks/test_text.py": "ldm/tasks: hires refine",
     "tests/ldm/tasks/test_inpaint.py": "ldm/pictures: masks",
     "tests/ldm/train/data/test_examples.py": "ldm/train/data: opening plan",
     "tests/ldm/train/data/test_folder.py": "ldm/train/data: captions decode scenes source",
