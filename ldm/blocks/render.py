@@ -156,9 +156,8 @@ def layout(scene: Scene, rng: np.random.Generator) -> list[Placed]:
             base[:, 2] -= 0.35 * unit  # a tall pile stands nearer and so lower in the picture
         base[ground, 2] += rng.uniform(-0.07, 0.07, ground.sum())
     turns = np.deg2rad(rng.uniform(24.0, 48.0, len(base)))
-    return [
-        Placed(solid.shape, solid.color, base[i], scales[i], float(turns[i])) for i, solid in enumerate(scene.solids)
-    ]
+    places = zip(scene.solids, base, scales, turns.tolist(), strict=True)
+    return [Placed(solid.shape, solid.color, at, scale, turn) for solid, at, scale, turn in places]
 
 
 Build = Callable[[Scene, np.random.Generator], list[Placed]]
@@ -251,9 +250,8 @@ def _shaded(solid: Placed, points: ndarray, light: ndarray) -> ndarray:
     if solid.shape == "cylinder":
         near, far = _roots(lx * lx + lz * lz, px * lx + pz * lz, px * px + pz * pz - r * r)
         return ((np.maximum(low, near) <= np.minimum(high, far)) & (high > 0)).astype(np.float32)
-    base = (px + low * lx) ** 2 + (
-        pz + low * lz
-    ) ** 2 <= r * r  # cone: through its base, or in and out through its side
+    # cone: through its base, or in and out through its side
+    base = (px + low * lx) ** 2 + (pz + low * lz) ** 2 <= r * r
     k = (r / h) ** 2
     g = h - py
     near, far = _roots(lx * lx + lz * lz - k * ly * ly, px * lx + pz * lz + k * g * ly, px * px + pz * pz - k * g * g)
@@ -290,9 +288,8 @@ def paint(placed: Sequence[Placed], light: ndarray, size: int = 128, colors: Map
             toward = sum(n * np.float32(v) for n, v in zip(normal, _local(light, turn), strict=True))
             shine = sum(n * np.float32(v) for n, v in zip(normal, _local(halfway, turn), strict=True))
         value = np.ones((*t.shape, 4), np.float32)
-        value[..., :3] = (_AMBIENT + _DIFFUSE * np.maximum(toward, 0))[..., None] * np.array(
-            colors[solid.color], np.float32
-        )
+        color = np.array(colors[solid.color], np.float32)
+        value[..., :3] = (_AMBIENT + _DIFFUSE * np.maximum(toward, 0))[..., None] * color
         if solid.shape != "cube":
             shine = np.clip(shine, 0, 1) ** 2
             shine = shine * shine

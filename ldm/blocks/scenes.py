@@ -12,15 +12,9 @@ RGB = tuple[float, float, float]
 
 SHAPES = ("cube", "sphere", "cylinder", "cone")
 COLORS = {  # RGB in [0, 1], spread over the hue circle so that shading, which keeps the hue, cannot confuse two of them
-    "red": (0.86, 0.12, 0.12),
-    "green": (0.14, 0.62, 0.20),
-    "blue": (0.14, 0.28, 0.88),
-    "yellow": (0.96, 0.85, 0.12),
-    "purple": (0.52, 0.16, 0.78),
-    "cyan": (0.14, 0.80, 0.86),
-    "orange": (0.98, 0.50, 0.08),
-    "pink": (0.98, 0.46, 0.74),
-}
+    "red": (0.86, 0.12, 0.12), "green": (0.14, 0.62, 0.20), "blue": (0.14, 0.28, 0.88), "yellow": (0.96, 0.85, 0.12),
+    "purple": (0.52, 0.16, 0.78), "cyan": (0.14, 0.80, 0.86), "orange": (0.98, 0.50, 0.08), "pink": (0.98, 0.46, 0.74),
+}  # fmt: skip
 SIZES = {"small": 0.74, "large": 1.0}
 RELATIONS = ("on top of", "to the left of", "to the right of", "in front of", "behind")
 INVERSE = {
@@ -63,15 +57,9 @@ class Scene:
 def _pair_held_out(a: Solid, relation: str, b: Solid) -> bool:
     if relation in ("to the right of", "behind"):  # the same picture as the inverse relation with a and b exchanged
         a, relation, b = b, INVERSE[relation], a
-    colors = list(COLORS)
-    number = (
-        3 * colors.index(a.color)
-        + 5 * SHAPES.index(a.shape)
-        + 4 * RELATIONS.index(relation)
-        + 7 * colors.index(b.color)
-        + 2 * SHAPES.index(b.shape)
-    )
-    return number % 13 == 3  # "a red cube on top of a blue sphere" is 16
+    color, shape = list(COLORS).index, SHAPES.index
+    of_pair = 3 * color(a.color) + 5 * shape(a.shape) + 7 * color(b.color) + 2 * shape(b.shape)
+    return (of_pair + 4 * RELATIONS.index(relation)) % 13 == 3  # "a red cube on top of a blue sphere" is 16
 
 
 def held_out(scene: Scene) -> bool:
@@ -139,12 +127,9 @@ def _named(solid: Solid, size: str = "") -> str:
 def canonical(scene: Scene) -> str:
     """The plain caption, without sizes: "a red cube on top of a blue sphere, and a green cone to the left of them"."""
     names = [_named(solid) for solid in scene.solids]
-    text = names[0]
-    if len(names) > 1:
-        text += f" {scene.relations[0]} {names[1]}"
-    if len(names) > 2:
-        text += f", and {names[2]} {scene.relations[1]} them"
-    return text
+    pair = f" {scene.relations[0]} {names[1]}" if len(names) > 1 else ""
+    third = f", and {names[2]} {scene.relations[1]} them" if len(names) > 2 else ""
+    return names[0] + pair + third
 
 
 def caption(scene: Scene, seed: int) -> str:

@@ -73,9 +73,8 @@ def blend(colours: Sequence[str], n: int) -> list[str]:
     for i in range(n):
         place = i / max(1, n - 1) * (len(path) - 1)
         k = min(int(place), len(path) - 2)
-        made.append(
-            "#" + "".join(f"{round(a + (b - a) * (place - k)):02x}" for a, b in zip(path[k], path[k + 1], strict=True))
-        )
+        parts = [round(a + (b - a) * (place - k)) for a, b in zip(path[k], path[k + 1], strict=True)]
+        made.append("#" + "".join(f"{part:02x}" for part in parts))
     return made
 
 
@@ -86,12 +85,10 @@ def smoothed(values: Sequence[float | None], weights: Sequence[float], window: i
         value, weight = (0.0, 0.0) if value is None or weight <= 0 else (value, weight)
         sums.append(sums[-1] + value * weight)
         totals.append(totals[-1] + weight)
-    made: list[float | None] = []
-    for i in range(len(values)):
-        low, high = max(0, i - (window - 1) // 2), min(len(values), i + window // 2 + 1)
-        total = totals[high] - totals[low]
-        made.append((sums[high] - sums[low]) / total if total > 0 else None)
-    return made
+    n = len(values)
+    spans = [(max(0, i - (window - 1) // 2), min(n, i + window // 2 + 1)) for i in range(n)]
+    means = [(sums[high] - sums[low], totals[high] - totals[low]) for low, high in spans]
+    return [total / weight if weight > 0 else None for total, weight in means]
 
 
 def ticks(low: float, high: float, about: int) -> list[float]:
@@ -143,8 +140,13 @@ def draw(chart: Chart, size: tuple[int, int], theme: Theme, scale: int = 2) -> I
 
     text(16, 26, chart.title, theme.ink, 17, "ls")
     text(16, 45, chart.note, theme.faint, 12.5, "ls")
-    if chart.ramp is not None:
-        _draw_ramp(pen, chart.ramp, [curve.colour for curve in chart.curves], theme, unit, width)
+    if chart.ramp is not None:  # swatches of the curves' colours between the names of the first and the last
+        x = width - 16 - font(12.5 * unit).getlength(chart.ramp[1]) / unit
+        text(x, 26, chart.ramp[1], theme.faint, 12.5, "ls")
+        for curve in reversed(chart.curves):
+            x -= 9
+            pen.rectangle(((x - 5) * unit, 17 * unit, (x + 4) * unit - 1, 26 * unit), curve.colour)
+        text(x - 11, 26, chart.ramp[0], theme.faint, 12.5, "rs")
 
     low, high = _range(chart)
     steps = [x for curve in chart.curves for x in curve.x]
@@ -182,19 +184,6 @@ def draw(chart: Chart, size: tuple[int, int], theme: Theme, scale: int = 2) -> I
             x, y = place(ends[-1][0], min(max(ends[-1][1], low), high))
             text(x + (10 if curve.dots else 7), y, label(float(f"{ends[-1][1]:.3g}")), curve.colour, 12.5, "lm")
     return picture.resize((width * scale, height * scale), Image.Resampling.BOX)
-
-
-def _draw_ramp(
-    pen: ImageDraw.ImageDraw, names: tuple[str, str], colours: Sequence[str], theme: Theme, unit: int, width: int
-) -> None:
-    """Swatches of the curves' colours between the names of the first and the last, at the top right."""
-    small = font(12.5 * unit)
-    x = width - 16 - small.getlength(names[1]) / unit
-    pen.text((x * unit, 26 * unit), names[1], theme.faint, small, "ls")
-    for colour in reversed(colours):
-        x -= 9
-        pen.rectangle(((x - 5) * unit, 17 * unit, (x + 4) * unit - 1, 26 * unit), colour)
-    pen.text(((x - 11) * unit, 26 * unit), names[0], theme.faint, small, "rs")
 
 
 def _range(chart: Chart) -> tuple[float, float]:

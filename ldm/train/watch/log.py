@@ -9,13 +9,13 @@ import math
 import sys
 import uuid
 from collections.abc import Callable, Iterable, Mapping
+from importlib import import_module
 from pathlib import Path
-from types import TracebackType
-from typing import Any, TextIO
+from typing import Any
 
-from ldm.errors import ArgumentError, FileError, OutputError, printable
+from ldm.errors import FileError, OutputError, printable
 from ldm.targets import write_text
-from ldm.train.recipe import Watch
+from ldm.train.recipe import Watch, wrong_key
 
 BANDS = 10  # equal parts of the noise schedule, the least noisy first
 VALUES = ("loss", "lr", "grad_norm", "examples_per_second", "skipped", "seconds", "validation_loss")
@@ -42,7 +42,8 @@ class Log:
             lines = [record for record in read_log(out) if record["step"] <= done] if done else []
             write_text(out / "log.jsonl", "".join(_line(record) for record in lines))
             write_text(out / "log.csv", _csv([COLUMNS, *(_row(record) for record in lines if "event" not in record)]))
-            self._files = [_appended(out / name) for name in ("log.jsonl", "log.csv")]  # closed by __exit__
+            names = ("log.jsonl", "log.csv")
+            self._files = [(out / file).open("a", encoding="utf-8") for file in names]  # closed by __exit__
         except OutputError:  # names the file, and why
             raise
         except OSError as error:
@@ -82,9 +83,7 @@ class Log:
     def __enter__(self) -> Log:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         for file in self._files:
             file.close()
         for _, end in self._writers:
@@ -100,10 +99,6 @@ class Log:
         except OSError as error:
             what = f"could not be written ({error.strerror}); free space and start again: the run is resumed"
             raise OutputError(what, path=file.name) from error
-
-
-def _appended(path: Path) -> TextIO:
-    return open(path, "a", encoding="utf-8")
 
 
 def read_log(out: Path) -> list[dict[str, Any]]:
@@ -172,22 +167,17 @@ def _bar(name: str, steps: int, done: int) -> Any:
 
 def writers(watch: Watch) -> list[tuple[Any, Callable[..., Writer]]]:
     """The modules that `watch` asks for, each with its opening function. Raises ArgumentError for one not installed."""
-    asked = [("tensorboard", _tensorboard)] * watch.tensorboard + [("wandb", _wandb)] * watch.wandb
-    return [(_installed(package), start) for package, start in asked]
+    asked = [("torch.utils.tensorboard", _tensorboard)] * watch.tensorboard + [("wandb", _wandb)] * watch.wandb
+    return [(_installed(module), start) for module, start in asked]
 
 
-def _installed(package: str) -> Any:
+def _installed(module: str) -> Any:
     try:
-        if package == "tensorboard":
-            from torch.utils import tensorboard
-
-            return tensorboard
-        import wandb
-
-        return wandb
+        return import_module(module)
     except ImportError:
+        package = module.rpartition(".")[2]
         what = f"it is not installed; 'pip install {package}', or set watch.{package} = false"
-        raise ArgumentError(f"{package}: {what}", key=package) from None
+        raise wrong_key(package, what) from None
 
 
 def _tensorboard(module: Any, out: Path, name: str, done: int) -> Writer:

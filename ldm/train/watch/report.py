@@ -130,11 +130,8 @@ def _wide(curves: Sequence[Curve]) -> bool:
 def facts(records: Sequence[Record], recipe: Recipe) -> list[tuple[str, str]]:
     """The numbers of a run: name and value."""
     lines = [record for record in records if "event" not in record and "loss" in record]
-    rows = [
-        ("method", recipe.method.kind),
-        ("updates", f"{records[-1]['step'] if records else 0:,} of {recipe.run.steps:,}"),
-        ("batch", str(recipe.run.batch)),
-    ]
+    updates = f"{records[-1]['step'] if records else 0:,} of {recipe.run.steps:,}"
+    rows = [("method", recipe.method.kind), ("updates", updates), ("batch", str(recipe.run.batch))]
     ends = [y for y in _smooth(lines, "loss") if y is not None]
     if ends:
         rows.append(("loss at the end", f"{ends[-1]:.3g}"))
@@ -152,9 +149,7 @@ def duration(seconds: float) -> str:
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600:,} h {whole % 3600 // 60} min"
+    return f"{whole // 60} min {whole % 60} s" if whole < 3600 else f"{whole // 3600:,} h {whole % 3600 // 60} min"
 
 
 # --- as a picture -----------------------------------------------------------------------------------------------------
@@ -266,18 +261,14 @@ def _wrapped(text: str, width: float, pixels: float, most: int) -> list[str]:
 # --- as a page --------------------------------------------------------------------------------------------------------
 
 STYLE = """
-:root {
-  color-scheme: light dark;
-  --paper: #fff; --panel: #f8fafc; --ink: #111827; --faint: #64748b; --grid: #e2e8f0; --accent: #c2410c
-}
+:root { color-scheme: light dark;
+  --paper: #fff; --panel: #f8fafc; --ink: #111827; --faint: #64748b; --grid: #e2e8f0; --accent: #c2410c }
 @media (prefers-color-scheme: dark) {
   :root { --paper: #0b1120; --panel: #131c2e; --ink: #f1f5f9; --faint: #94a3b8; --grid: #26334a; --accent: #fb923c }
 }
-* { box-sizing: border-box }
-body {
-  margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.5 system-ui, sans-serif; overflow-wrap: anywhere
-}
-main { max-width: 1360px; margin: 0 auto; padding: 28px 16px 64px }
+* { box-sizing: border-box } main { max-width: 1360px; margin: 0 auto; padding: 28px 16px 64px }
+body { margin: 0; background: var(--paper); color: var(--ink);
+  font: 16px/1.5 system-ui, sans-serif; overflow-wrap: anywhere }
 h1 { margin: 0; font-size: 2rem; line-height: 1.2 } h2 { margin: 44px 0 14px; font-size: 1.25rem }
 p { margin: 8px 0; max-width: 75ch } .faint, th, figcaption { color: var(--faint) }
 dl { display: flex; flex-wrap: wrap; gap: 14px 36px; margin: 22px 0 }

@@ -43,19 +43,15 @@ def validation_loss(task: Task, batches: Iterable[Batch], watch: Watch, steps: i
         if not batch.index:
             break
         for k, t in enumerate(levels):
-            index = [
-                -1 - (seen + i) * steps - t for i in range(len(batch.index))
-            ]  # below 0: training draws none of these
-            draws = Draws(watch.seed, index)
+            # below 0: training draws none of these
+            draws = Draws(watch.seed, [-1 - (seen + i) * steps - t for i in range(len(batch.index))])
             sums[k] += task.at(batch, draws, torch.full((len(batch.index),), t)).each.double().sum().item()
         seen += len(batch.index)
     if not seen:
         return {}
     means = [total / seen for total in sums]
-    return {
-        "validation_loss": sum(means) / len(means),
-        "validation_levels": [[t, mean] for t, mean in zip(levels, means, strict=True)],
-    }
+    each = [[t, mean] for t, mean in zip(levels, means, strict=True)]
+    return {"validation_loss": sum(means) / len(means), "validation_levels": each}
 
 
 def _first(batch: Batch, n: int) -> Batch:
@@ -77,8 +73,7 @@ def validation_pictures(
     """
     kinds = model.config.concat
     seeds = range(watch.seed, watch.seed + (len(watch.prompts) if model.vision is None else VARIATIONS))
-    job: dict[str, Any] = {"seeds": seeds, "batch": 1, "steps": watch.steps, "cfg": watch.cfg, "sampler": "dpmpp_2m"}
-    job |= sampling
+    job = {"seeds": seeds, "batch": 1, "steps": watch.steps, "cfg": watch.cfg, "sampler": "dpmpp_2m", **sampling}
     if not seeds:
         return []
     square: dict[str, Any] = dict.fromkeys(("height", "width"), size or model.config.size)
@@ -99,9 +94,8 @@ def first_batch(model: LatentDiffusion, held_out: Iterable[Batch]) -> Batch:
     """The batch whose first picture such a model starts from. Raises ArgumentError where nothing is held out."""
     batch = next(iter(held_out), None)
     if batch is None:
-        what = f"a model of family {model.config.name} needs a picture"
-        remedy = "set data.held_out above 0, or leave watch.prompts out"
-        raise ArgumentError(f"validation: {what}; {remedy}", key="held_out")
+        what = f"validation: a model of family {model.config.name} needs a picture"
+        raise ArgumentError(f"{what}; set data.held_out above 0, or leave watch.prompts out", key="held_out")
     return batch
 
 
