@@ -20,9 +20,9 @@ from ldm.train.data.batch import Batch
 from ldm.train.draws import Draws
 from ldm.train.optim import ema_decay, factor, load_state_tensors, optimizer, state_tensors
 from ldm.train.ranks import Ranks, mean, put, sharded, share, whole
-from ldm.train.recipe import Optimizer, Recipe, Run
+from ldm.train.recipe import Optimizer, Recipe, Run, wrong_key
 from ldm.train.state import State, save_state
-from ldm.train.tasks import Loss
+from ldm.train.tasks import Loss, places
 from ldm.train.watch.log import BANDS, Record
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -70,7 +70,7 @@ def accumulation(run: Run, world: int) -> int:
     at_once = run.micro * world
     if run.batch % at_once:
         what = f"{run.batch} examples cannot be shared evenly by {world} ranks with {run.micro} at once"
-        raise ArgumentError(f"run.batch: {what}; give a multiple of {at_once}", key="run.batch")
+        raise wrong_key("run.batch", f"{what}; give a multiple of {at_once}")
     return run.batch // at_once
 
 
@@ -99,11 +99,10 @@ def fit(
     Raises ArgumentError when the state is of another run, NonFinite after PATIENCE such updates in a row, with the last
     good state kept.
     """
-    run, settings = recipe.run, recipe.optimizer
-    device = torch.device(ranks.device)
-    places = _places(task, parameters)
+    run, settings, device = recipe.run, recipe.optimizer, torch.device(ranks.device)
+    places_in_task = places(task, parameters)
     network = share(task, run.parallel, ranks)
-    parameters = {name: task.get_parameter(place) for name, place in places.items()}
+    parameters = {name: task.get_parameter(place) for name, place in places_in_task.items()}
     averaged = {name: p.detach().clone() for name, p in parameters.items()} if run.ema else {}
     adam = optimizer(parameters, settings)
     scaler = torch.amp.GradScaler(device.type, enabled=run.dtype == "float16")
@@ -149,10 +148,9 @@ def fit(
             kept.skipped, in_a_row = kept.skipped + 1, in_a_row + 1
             watchers.event({"event": "skipped", "step": kept.step + 1, "loss": value, "grad_norm": norm_now})
             if in_a_row == PATIENCE:
-                what = (
-                    f"the loss or its gradient was NaN or infinite {PATIENCE} times in a row, at step {kept.step} last"
-                )
-                raise NonFinite(f"training: {what}; the state of step {kept.saved} is kept: lower optimizer.lr")
+                what = f"training: the loss or its gradient was NaN or infinite {PATIENCE} times in a row"
+                remedy = f"the state of step {kept.saved} is kept: lower optimizer.lr"
+                raise NonFinite(f"{what}, at step {kept.step} last; {remedy}")
         scaler.update()
         kept.step += 1
         stopped = wants_stop > 0
@@ -164,8 +162,7 @@ def fit(
             save()
         if recipe.watch.every and kept.step % recipe.watch.every == 0 and kept.step < run.steps:
             watchers.validate(kept.step, averaged or {name: p.detach() for name, p in parameters.items()})
-    best = averaged or {name: p.detach() for name, p in parameters.items()}
-    ended = {name: whole(best[name]) for name in parameters}
+    ended = {name: whole(value) for name, value in (averaged or parameters).items()}
     return Fitted(kept.step, ended, kept.skipped, stopped and kept.step < run.steps)
 
 
@@ -207,9 +204,8 @@ def require_same(then: Mapping[str, Any], now: Mapping[str, Any], out: Path) -> 
     old, new = _flat(then), _flat(json.loads(json.dumps(dict(now))))
     for key in sorted({*old, *new}):
         if old.get(key) != new.get(key):
-            values = f"{str(old.get(key))[:30]}, not {str(new.get(key))[:30]}"
-            what = f"holds a run with another {key} ({values}); use another run.out"
-            raise ArgumentError(f"{str(out)[-60:]}: {what}", key=key)
+            what = f"another {key} ({str(old.get(key))[:30]}, not {str(new.get(key))[:30]})"
+            raise ArgumentError(f"{str(out)[-60:]}: holds a run with {what}; use another run.out", key=key)
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -232,12 +228,6 @@ def _synchronised(network: nn.Module, last: bool) -> Iterator[None]:
         yield
 
 
-def _places(task: nn.Module, parameters: Mapping[str, nn.Parameter]) -> dict[str, str]:
-    """{name: name in the task}, since sharding puts other objects under these names."""
-    found = {id(p): place for place, p in task.named_parameters()}
-    return {name: found[id(p)] for name, p in parameters.items()}
-
-
 @torch.no_grad()
 def _restore(
     tensors: Mapping[str, Tensor],
@@ -245,10 +235,9 @@ def _restore(
     averaged: Mapping[str, Tensor],
     adam: torch.optim.Optimizer,
 ) -> None:
-    """Put a state back."""
-    for prefix, places in (("raw/", parameters), ("ema/", averaged)):
-        for name, place in places.items():
-            put(place, tensors[prefix + name])
+    for prefix, values in (("raw/", parameters), ("ema/", averaged)):
+        for name, value in values.items():
+            put(value, tensors[prefix + name])
     remembered = {key.removeprefix("adam/"): tensors[key] for key in tensors if key.startswith("adam/")}
     load_state_tensors(adam, parameters, remembered)
 

@@ -15,12 +15,11 @@ from ldm.changes import surgery
 from ldm.changes.inversion import as_embedding, new_token
 from ldm.changes.lora_layers import DecomposedFactors, Spec, attach
 from ldm.conditioning.prompts import Embedding
-from ldm.errors import ArgumentError
 from ldm.model import LatentDiffusion
 from ldm.train.distil import Distil
-from ldm.train.ranks import like
-from ldm.train.recipe import Method, Objective, Recipe
-from ldm.train.tasks import Autoencoding, Diffusion, Task
+from ldm.train.ranks import put
+from ldm.train.recipe import Method, Objective, Recipe, wrong_key
+from ldm.train.tasks import Autoencoding, Diffusion, Task, places
 
 
 @dataclass(frozen=True)
@@ -29,17 +28,15 @@ class Trainee:
 
     model: LatentDiffusion  # the one that is saved and draws the validation pictures; with teachers, the student
     task: Task
-    places: Mapping[
-        str, str
-    ]  # parameters that change: {name in the model, or in what was added to it: name in the task}
+    # parameters that change: {name in the model, or in what was added to it: name in the task}
+    places: Mapping[str, str]
     embeddings: tuple[Embedding, ...] = ()  # words that are learnt, for prompts
     frozen: tuple[nn.Module, ...] = ()  # networks beside the model that do not change: teachers
 
     @classmethod
     def of(cls, model: LatentDiffusion, task: Task, parameters: Mapping[str, nn.Parameter], **more: Any) -> Trainee:
         """A trainee with these parameters, which the task holds."""
-        found = {id(p): place for place, p in task.named_parameters()}
-        return cls(model, task, {name: found[id(p)] for name, p in parameters.items()}, **more)
+        return cls(model, task, places(task, parameters), **more)
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -49,19 +46,14 @@ class Trainee:
     @contextmanager
     def wearing(self, values: Mapping[str, Tensor]) -> Iterator[None]:
         """While this is open the parameters have these values, such as averaged ones, whole or shared among ranks."""
-        parameters = self.parameters
-        before = {name: p.detach().clone() for name, p in parameters.items()}
-        _put(parameters, values)
+        before = {name: p.detach().clone() for name, p in self.parameters.items()}
+        for name, p in self.parameters.items():
+            put(p, values[name])
         try:
             yield
         finally:
-            _put(parameters, before)
-
-
-@torch.no_grad()
-def _put(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> None:
-    for name, p in parameters.items():
-        p.copy_(values[name] if hasattr(values[name], "full_tensor") else like(p, values[name]))
+            for name, p in self.parameters.items():
+                put(p, before[name])
 
 
 def full(model: LatentDiffusion, recipe: Recipe, teachers: Sequence[LatentDiffusion]) -> Trainee:
@@ -95,8 +87,8 @@ def inversion(model: LatentDiffusion, recipe: Recipe, teachers: Sequence[LatentD
 def vae(model: LatentDiffusion, recipe: Recipe, teachers: Sequence[LatentDiffusion]) -> Trainee:
     """The autoencoder."""
     named = {f"vae.{name}": p for name, p in model.vae.named_parameters()}
-    parameters = _targeted(named, recipe.method.targets)
-    return Trainee.of(model, Autoencoding(model.vae, recipe.objective.kl_weight), parameters)
+    task = Autoencoding(model.vae, recipe.objective.kl_weight)
+    return Trainee.of(model, task, _targeted(named, recipe.method.targets))
 
 
 def distill(model: LatentDiffusion, recipe: Recipe, teachers: Sequence[LatentDiffusion]) -> Trainee:
@@ -107,8 +99,7 @@ def distill(model: LatentDiffusion, recipe: Recipe, teachers: Sequence[LatentDif
     for teacher in teachers:
         if teacher.config.prediction != student.config.prediction:
             what = f"one predicts {teacher.config.prediction}, the student {student.config.prediction}"
-            remedy = "give teachers that predict the same"
-            raise ArgumentError(f"method.teachers: {what}; {remedy}", key="method.teachers")
+            raise wrong_key("method.teachers", f"{what}; give teachers that predict the same")
     unets = [teacher.unet for teacher in teachers] or [model.unet]
     own = Diffusion(student, recipe.objective, batch=run.batch)
     weights = {"output_weight": m.output_weight, "feature_weight": m.feature_weight}
@@ -125,7 +116,7 @@ def trainee(model: LatentDiffusion, recipe: Recipe, teachers: Sequence[LatentDif
     """What the recipe's method trains of a model; all the rest is frozen. Raises ArgumentError."""
     if recipe.objective.whole_hole != Objective.whole_hole and not {"mask", "masked_image"} & set(model.config.concat):
         what = f"family {model.config.name} is told of no holes; leave it out, or widen the model"
-        raise ArgumentError(f"objective.whole_hole: {what}", key="objective.whole_hole")
+        raise wrong_key("objective.whole_hole", what)
     model.requires_grad_(False)
     return freeze(KINDS[recipe.method.kind](model, recipe, teachers), recipe)
 
@@ -178,5 +169,5 @@ def _targeted(named: Mapping[str, nn.Parameter], targets: str) -> dict[str, nn.P
     found = {name: p for name, p in named.items() if re.search(targets, name)}
     if not found:
         what = f"{targets[:60]!r} is found in no parameter's name; leave it out for all of them"
-        raise ArgumentError(f"method.targets: {what}", key="method.targets")
+        raise wrong_key("method.targets", what)
     return found

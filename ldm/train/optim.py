@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ldm.errors import ArgumentError, FileError
+from ldm.errors import FileError
 from ldm.train.ranks import like, whole
-from ldm.train.recipe import Optimizer
+from ldm.train.recipe import Optimizer, wrong_key
 
 
 def factor(settings: Optimizer, steps: int, step: int) -> float:
@@ -39,7 +39,7 @@ def last_rate(directory: Path) -> float:
 
     A last line that was cut short, as a run that was killed may leave, is passed over.
     """
-    path = Path(directory) / "log.jsonl"
+    path = directory / "log.jsonl"
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError as error:
@@ -73,10 +73,9 @@ def optimizer(parameters: Mapping[str, nn.Parameter], settings: Optimizer) -> to
         parts[next((i for i, pattern in enumerate(patterns) if pattern.search(name)), -1)].append(parameter)
     for group, part in zip(settings.groups, parts[:-1], strict=True):
         if not part:
-            what = (
-                f"'{group.match}' is in the name of no parameter left for it; names look like {next(iter(parameters))}"
-            )
-            raise ArgumentError(f"optimizer.groups: {what}", key="optimizer.groups")
+            example = next(iter(parameters))
+            what = f"'{group.match}' is in the name of no parameter left for it; names look like {example}"
+            raise wrong_key("optimizer.groups", what)
     rates = [*(group.lr for group in settings.groups), settings.lr]
     groups = [{"params": part, "lr": rate, "initial_lr": rate} for part, rate in zip(parts, rates, strict=True) if part]
     options = {"betas": settings.betas, "eps": settings.eps, "weight_decay": settings.weight_decay}
@@ -87,8 +86,7 @@ def _pattern(expression: str) -> re.Pattern[str]:
     try:
         return re.compile(expression)
     except re.error as error:
-        what = f"'{expression}' is no regular expression ({error})"
-        raise ArgumentError(f"optimizer.groups: {what}", key="optimizer.groups") from None
+        raise wrong_key("optimizer.groups", f"'{expression}' is no regular expression ({error})") from None
 
 
 def kind_of(kind: str) -> Callable[..., torch.optim.Optimizer]:
@@ -99,7 +97,7 @@ def kind_of(kind: str) -> Callable[..., torch.optim.Optimizer]:
         import bitsandbytes
     except ImportError:
         what = "adamw8bit needs bitsandbytes, which is not installed; pip install bitsandbytes, or take adamw"
-        raise ArgumentError(f"optimizer.kind: {what}", key="optimizer.kind") from None
+        raise wrong_key("optimizer.kind", what) from None
     return bitsandbytes.optim.AdamW8bit
 
 

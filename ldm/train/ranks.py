@@ -66,7 +66,12 @@ def ranks(device: str, *, timeout: float = 30.0, join: float = 600.0) -> Iterato
             raise DeviceError(f"rank {rank} of {world}: {found}; start as many ranks as there are devices")
         device = f"cuda:{local}"
         torch.cuda.set_device(local)
-    store = _meet(rank, world, join)
+    try:
+        store = next(iter(dist.rendezvous("env://", rank, world, timeout=timedelta(seconds=join))))[0]
+    except dist.DistError:
+        late = f"to {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} within {join:.0f} s"
+        remedy = "start all of them, with the same address"
+        raise LdmError(f"rank {rank} of {world}: not all ranks came {late}; {remedy}") from None
     pulse = _Pulse(dist.PrefixStore("ldm", store.clone()), rank, world, timeout)
     pulse.start(join)
     try:
@@ -94,16 +99,6 @@ def _environment() -> tuple[int, int, int]:
         what = f"says rank {rank} of {world} (RANK, WORLD_SIZE)"
         raise ArgumentError(f"the environment {what}; start with torchrun, or unset WORLD_SIZE")
     return rank, world, local
-
-
-def _meet(rank: int, world: int, join: float) -> dist.Store:
-    """The store that all ranks reach."""
-    try:
-        return next(iter(dist.rendezvous("env://", rank, world, timeout=timedelta(seconds=join))))[0]
-    except dist.DistError:
-        late = f"to {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} within {join:.0f} s"
-        remedy = "start all of them, with the same address"
-        raise LdmError(f"rank {rank} of {world}: not all ranks came {late}; {remedy}") from None
 
 
 class _Pulse:
@@ -294,9 +289,8 @@ def share(task: nn.Module, how: Literal["ddp", "fsdp"], ranks: Ranks) -> nn.Modu
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh(torch.device(ranks.device).type, (ranks.world,))
-    for module in [module for module in task.modules() if isinstance(module, BLOCKS)]:
+    for module in [*(module for module in task.modules() if isinstance(module, BLOCKS)), task]:
         fully_shard(module, mesh=mesh)
-    fully_shard(task, mesh=mesh)
     return task
 
 
@@ -316,20 +310,20 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def like(place: Tensor, tensor: Tensor) -> Tensor:
-    """This rank's part, in its own type, of a whole tensor, the same on all ranks, that is laid out as `place` is."""
+    """This rank's part, in its own type, of a tensor, whole or shared already, that is laid out as `place` is."""
     tensor = tensor.to(place.device)
     if not dist.is_initialized():
         return tensor
     from torch.distributed.tensor import DTensor, distribute_tensor
 
-    if not isinstance(place, DTensor):
+    if not isinstance(place, DTensor) or isinstance(tensor, DTensor):
         return tensor
     return distribute_tensor(tensor, place.device_mesh, place.placements, src_data_rank=None)
 
 
 @torch.no_grad()
 def put(place: Tensor, tensor: Tensor) -> None:
-    """Copy a whole tensor, the same on all ranks, into a parameter that may be shared among them."""
+    """Copy a tensor, whole and the same on all ranks or shared already, into a parameter that they may share."""
     place.copy_(like(place, tensor))
 
 

@@ -9,14 +9,13 @@ import stat
 import tomllib
 from collections.abc import Sequence
 from dataclasses import MISSING, fields, is_dataclass, replace
-from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from ldm.config import FAMILIES
 from ldm.errors import ArgumentError, FileError, require_known, require_number, require_whole
-from ldm.train.recipe import Data, Pattern, Range, Recipe, keys, marks
+from ldm.train.recipe import Data, Pattern, Range, Recipe, keys, marks, wrong_key
 
 MAX_BYTES = 2**20  # of a recipe
 
@@ -39,8 +38,8 @@ READ = [  # keys (a regular expression), and what another key must be for anyone
 
 def names() -> list[str]:
     """The recipes that ship."""
-    files = [file.name for file in resources.files("ldm.recipes").iterdir()]
-    return sorted(name.removesuffix(".toml") for name in files if name.endswith(".toml"))
+    files = (Path(file.name) for file in resources.files("ldm.recipes").iterdir())
+    return sorted(file.stem for file in files if file.suffix == ".toml")
 
 
 def load_recipe(name: str | os.PathLike[str], sets: Sequence[str] = ()) -> Recipe:
@@ -80,7 +79,7 @@ def _read(name: str) -> tuple[dict[str, Any], str]:
     else:
         near = difflib.get_close_matches(name, names(), n=1)
         remedy = f"{f'{near[0]}? ' if near else ''}'ldm train' lists those that ship, or give a .toml file"
-        raise ArgumentError(f"recipe: {name[:30]!r} is unknown; {remedy}", key="recipe")
+        raise wrong_key("recipe", f"{name[:30]!r} is unknown; {remedy}")
     return {"name": Path(name).stem} | table, ""
 
 
@@ -108,7 +107,7 @@ def _table(kind: Any, given: Any, place: str) -> Any:
     """A dataclass from a table. `place` is its key, empty for the whole recipe."""
     if not isinstance(given, dict):
         raise ArgumentError(f"{place}: {given!r} is no table of keys; write [{place}] and its keys below", key=place)
-    kinds, dot = _kinds(kind), place and f"{place}."
+    kinds, dot = get_type_hints(kind, include_extras=True), place and f"{place}."
     for name in given:
         require_known(f"[{place}]" if place else "recipe", name, kinds)
     for field in fields(kind):
@@ -137,16 +136,15 @@ def _value(kind: Any, given: Any, key: str) -> Any:
         return _table(kind, given, key)
     elif not isinstance(given, kind):
         wanted = "true or false" if kind is bool else "a string, in quotes"
-        raise ArgumentError(f"{key}: {str(given)[:40]!r}; give {wanted}", key=key)
+        raise wrong_key(key, f"{str(given)[:40]!r}; give {wanted}")
     return given
 
 
 def _tuple(kinds: tuple[Any, ...], given: Any, key: str) -> tuple[Any, ...]:
     endless = kinds[-1] is Ellipsis
     if not isinstance(given, list) or (not endless and len(given) != len(kinds)):
-        length = "" if endless else f" of {len(kinds)}"
-        wanted = f"give a list{length}, in brackets and with commas"
-        raise ArgumentError(f"{key}: {str(given)[:40]!r}; {wanted}", key=key)
+        wanted = f"give a list{'' if endless else f' of {len(kinds)}'}, in brackets and with commas"
+        raise wrong_key(key, f"{str(given)[:40]!r}; {wanted}")
     return tuple(_value(kinds[0] if endless else kinds[i], each, f"{key}[{i}]") for i, each in enumerate(given))
 
 
@@ -154,15 +152,8 @@ def _pattern(given: str, key: str) -> str:
     try:
         re.compile(given)
     except (re.error, RecursionError, OverflowError) as error:
-        what = f"{given[:40]!r} is no regular expression ({str(error)[:60]}); correct it"
-        raise ArgumentError(f"{key}: {what}", key=key) from None
+        raise wrong_key(key, f"{given[:40]!r} is no regular expression ({str(error)[:60]}); correct it") from None
     return given
-
-
-@cache
-def _kinds(kind: Any) -> dict[str, Any]:
-    """A dataclass's fields and their types, with their marks."""
-    return get_type_hints(kind, include_extras=True)
 
 
 # --- from the command line ------------------------------------------------------------------------------------------
@@ -180,9 +171,8 @@ def _changed(recipe: Recipe, text: str) -> Recipe:
         raise ArgumentError(f"--set {key}: has no value; give {key}=VALUE", key=key)
     value = _value(known[key], _parsed(given, known[key]), key)
     section, _, name = key.rpartition(".")
-    if not section:
-        return replace(recipe, **{name: value})
-    return replace(recipe, **{section: replace(getattr(recipe, section), **{name: value})})
+    changed = replace(getattr(recipe, section), **{name: value}) if section else value
+    return replace(recipe, **{section or name: changed})
 
 
 def _parsed(text: str, kind: Any) -> Any:
@@ -203,7 +193,7 @@ def _require_consistent(recipe: Recipe) -> None:
     """Raises ArgumentError for values that are allowed alone and not together, as far as the recipe alone shows it."""
     if not re.fullmatch(r"\w[\w .+-]{0,99}", recipe.name):
         remedy = "give letters, digits, spaces and . + - _, for a directory is named so"
-        raise ArgumentError(f"name: {recipe.name[:40]!r}; {remedy}", key="name")
+        raise wrong_key("name", f"{recipe.name[:40]!r}; {remedy}")
     if recipe.model.family:
         require_known("model.family", recipe.model.family, [*FAMILIES, "blocks"])
     _require_read(recipe)
@@ -216,8 +206,7 @@ def _conflicts(recipe: Recipe) -> list[tuple[object, str]]:
     """Everything that does not go together: whether this recipe has it, and the key with what to do about it."""
     model, data, objective, method, run = recipe.model, recipe.data, recipe.objective, recipe.method, recipe.run
     kind, prior = method.kind, data.prior_pictures
-    word = kind == "inversion"
-    tunes = kind in ("full", "lora")
+    word, tunes = kind == "inversion", kind in ("full", "lora")
     possible: dict[str, tuple[str, ...]] = {"lora": ("kohya", "diffusers"), "inversion": ()}
     formats = possible.get(kind, ("original", "diffusers"))
     wrong = next((each for each in run.formats if each not in formats), "")
@@ -242,16 +231,14 @@ def _conflicts(recipe: Recipe) -> list[tuple[object, str]]:
         (word and not method.token_from, "method.token_from: is missing; give the word that the new one starts as"),
         (word and objective.caption_dropout,
          "objective.caption_dropout: what has no caption teaches the new word nothing; set it to 0"),
-        (word and prior,
-         "data.prior_pictures: what is not called by the new word teaches it nothing; set it to 0"),
+        (word and prior, "data.prior_pictures: what is not called by the new word teaches it nothing; set it to 0"),
         (kind == "distill" and not method.plan,
          "method.plan: is missing; give the blocks that the student keeps, such as ssd-1b or half"),
         (0 < objective.min_snr < objective.least_snr, f"objective.least_snr: {limits}; give less"),
         (word and run.parallel == "fsdp", "run.parallel: a new word is not shared among ranks; set it to ddp"),
         (kind == "distill" and run.compile,
          "run.compile: what a compiled student sees inside cannot be compared with its teacher's; set it to false"),
-        (data.prior and not prior,
-         "data.prior_pictures: is 0 though data.prior is given; give how many, such as 100"),
+        (data.prior and not prior, "data.prior_pictures: is 0 though data.prior is given; give how many, such as 100"),
         (prior and not data.prior,
          "data.prior: is missing; give the directory of the class's pictures, which may be empty"),
         (prior and not data.prior_caption,
@@ -262,8 +249,7 @@ def _conflicts(recipe: Recipe) -> list[tuple[object, str]]:
          "data.prior_weight: is read where data.prior_pictures is above 0; leave it out"),
         (prior and run.batch // run.micro % 2,
          f"run.batch: {run.batch} is no even multiple of {micros}: every other micro-batch is of the prior's pictures"),
-        (wrong,
-         f"run.formats: {wrong} is no format of a result of {kind}; give {' or '.join(formats) or 'none'}"),
+        (wrong, f"run.formats: {wrong} is no format of a result of {kind}; give {' or '.join(formats) or 'none'}"),
     ]  # fmt: skip
 
 
@@ -275,7 +261,7 @@ def _require_read(recipe: Recipe) -> None:
             if re.fullmatch(pattern, key) and values[chooser] not in choices:
                 readers = " or ".join(_written(choice) for choice in choices)
                 what = f"is read where {chooser} is {readers}, not {_written(values[chooser])}; leave it out"
-                raise ArgumentError(f"{key}: {what}", key=key)
+                raise wrong_key(key, what)
 
 
 # --- from values to TOML --------------------------------------------------------------------------------------------

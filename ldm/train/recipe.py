@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, is_dataclass
 from functools import cache
+from operator import attrgetter
 from typing import Annotated, Any, Literal, get_args, get_type_hints
+
+from ldm.errors import ArgumentError
 
 
 @dataclass(frozen=True)
@@ -54,8 +57,7 @@ class Start:
 class Data:
     """[data]: pictures and their captions."""
 
-    # pictures with captions; webdataset tar files; rendered by `ldm.blocks`
-    source: Literal["folder", "shards", "scenes"] = "folder"
+    source: Literal["folder", "shards", "scenes"] = "folder"  # files; webdataset tar files; rendered by `ldm.blocks`
     path: FreePath = ""  # directory, or pattern of tar files: "shards/{000..099}.tar", "shards/*.tar"
     caption: str = ""  # of every picture, instead of its own (DreamBooth's instance prompt)
     scenes: Count = 16_000  # how many, where they are rendered
@@ -210,8 +212,7 @@ class Recipe:
 
     def flat(self) -> dict[str, Any]:
         """{"run.batch": 8, ...} for every key of every section."""
-        places = [key.split(".") for key in keys() if "." in key]
-        return {f"{section}.{key}": getattr(getattr(self, section), key) for section, key in places}
+        return {key: attrgetter(key)(self) for key in keys() if "." in key}
 
     def fixed(self) -> dict[str, Any]:
         """`flat` without the keys that are `Free`: the values that a run must find unchanged to go on."""
@@ -235,3 +236,8 @@ def keys() -> dict[str, Any]:
 def marks(kind: Any) -> tuple[Any, ...]:
     """`Range`, `Pattern` and `Free` of a type."""
     return getattr(kind, "__metadata__", ())
+
+
+def wrong_key(key: str, what: str) -> ArgumentError:
+    """The error of a key: `what` says what is wrong, and what to do."""
+    return ArgumentError(f"{key}: {what}", key=key)

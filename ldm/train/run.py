@@ -27,7 +27,7 @@ from ldm.train.modes import Trainee, freeze, trainee
 from ldm.train.optim import kind_of, last_rate
 from ldm.train.ranks import Ranks, all_agree, barrier, broadcast, gathered, ranks
 from ldm.train.reading import to_toml
-from ldm.train.recipe import Method, Recipe
+from ldm.train.recipe import Method, Recipe, wrong_key
 from ldm.train.results import save_results
 from ldm.train.start import Files, begin, complete_prior
 from ldm.train.state import State, latest_state, only_run
@@ -84,11 +84,9 @@ def require_named(recipe: Recipe) -> None:
     writers(recipe.watch)
     model = recipe.model
     named = [("model.start", model.start), ("model.vae", model.vae), ("model.vision", model.vision)]
-    named += [("method.teachers", path) for path in recipe.method.teachers]
-    for key, path in named:
+    for key, path in [*named, *(("method.teachers", path) for path in recipe.method.teachers)]:
         if path and not Path(path).exists():
-            what = f"{path[-80:]} does not exist; give a file of weights or a diffusers folder"
-            raise ArgumentError(f"{key}: {what}", key=key)
+            raise wrong_key(key, f"{path[-80:]} does not exist; give a file of weights or a diffusers folder")
     if not recipe.method.kind.startswith("shipped"):
         require_path(recipe.data)
 
@@ -128,8 +126,7 @@ def _begin_shipped(recipe: Recipe, files: Files, place: Ranks, out: Path, say: C
         say(f"encoding {recipe.data.scenes} pictures")
         made = shipped.diffusion_trainee(run, vae, recipe.data.scenes, cache, device=place.device)
     else:
-        what = "is missing; run 'ldm train blocks-vae' first and give its model.safetensors"
-        raise ArgumentError(f"model.vae: {what}", key="model.vae")
+        raise wrong_key("model.vae", "is missing; run 'ldm train blocks-vae' first and give its model.safetensors")
     return _Begun(freeze(made, recipe), numbered(run.micro), None)
 
 
@@ -139,8 +136,7 @@ def require_word(method: Method, model: LatentDiffusion, examples: Examples) -> 
     word = Embedding(method.token, {width: torch.zeros(method.vectors, width) for width in widths})
     if without := examples.without(lambda caption: is_read(model.text, caption, word)):
         what = f"{method.token[:30]!r} is not in what is read of the caption of {without[-60:]}"
-        remedy = "say it in data.caption, or early in every caption"
-        raise ArgumentError(f"method.token: {what}; {remedy}", key="method.token")
+        raise wrong_key("method.token", f"{what}; say it in data.caption, or early in every caption")
 
 
 def now_and_then(say: Callable[[str], None], seconds: float = 10.0) -> Callable[[str, int, int], None]:
@@ -160,8 +156,7 @@ def numbered(size: int) -> Callable[[int], Batch]:
     """Micro-batches of so many numbers and nothing else, for tasks that make their own pictures."""
 
     def micro(number: int) -> Batch:
-        index = tuple(range(number * size, (number + 1) * size))
-        side = shipped.BLOCKS.size
+        index, side = tuple(range(number * size, (number + 1) * size)), shipped.BLOCKS.size
         return Batch(index, ("",) * size, (side, side), (), torch.ones(size))
 
     return micro
@@ -199,16 +194,9 @@ def _run(
         if recipe.run.compile:
             compile_what_learns(made.model, recipe.method.kind)
         logs = SILENT if log is None else Watchers(log=log.write, event=log.event, tick=log.tick)
+        logs = replace(logs, validate=validate, stop=stop)
         fitted = fit(
-            made.task,
-            made.parameters,
-            begun.micro,
-            recipe,
-            out,
-            identity=same,
-            state=state,
-            ranks=place,
-            watchers=replace(logs, validate=validate, stop=stop),
+            made.task, made.parameters, begun.micro, recipe, out, identity=same, state=state, ranks=place, watchers=logs
         )
         paths: list[Path] = []
         if not fitted.stopped:

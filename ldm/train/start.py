@@ -10,13 +10,12 @@ from typing import Any
 
 from ldm import tasks
 from ldm.changes import surgery
-from ldm.errors import ArgumentError
 from ldm.model import LatentDiffusion
 from ldm.pictures.write import save
 from ldm.targets import write_text
 from ldm.train.data.opening import missing_prior
 from ldm.train.ranks import Ranks, barrier
-from ldm.train.recipe import Data, Start
+from ldm.train.recipe import Data, Start, wrong_key
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ def begin(start: Start, files: Files, recipe: str) -> LatentDiffusion:
     model = files.load(start.start or None)
     if start.family and model.config.name != start.family:
         what = f"is of family {model.config.name}, and the recipe {recipe} trains {start.family}; give such a model"
-        raise ArgumentError(f"model.start: {what}", key="model.start")
+        raise wrong_key("model.start", what)
     if start.vae:
         model.vae = files.load_vae(start.vae, model.config.vae)
     if start.vision:
@@ -62,8 +61,7 @@ def with_prediction(model: LatentDiffusion, start: Start) -> LatentDiffusion:
     if start.zero_snr:
         if config.prediction != "v":
             what = "this model predicts eps, which says nothing where there is no signal"
-            remedy = 'set model.prediction to "v"'
-            raise ArgumentError(f"model.zero_snr: {what}; {remedy}", key="model.zero_snr")
+            raise wrong_key("model.zero_snr", f'{what}; set model.prediction to "v"')
         config = replace(config, schedule=replace(config.schedule, zero_snr=True))
         model.schedule = config.schedule
     model.config = config

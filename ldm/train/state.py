@@ -87,15 +87,17 @@ def save_state(directory: Path, step: int, tensors: Mapping[str, Tensor], facts:
     temporary = path.with_suffix(".tmp")
     with output_errors(path, LEFT):
         directory.mkdir(parents=True, exist_ok=True)
-        _sweep(directory)
+        for path_left in directory.glob("step-*.tmp"):  # which a killed process had not finished to write or delete
+            shutil.rmtree(path_left)
+        for path_left in directory.glob(f".{LATEST}.*.tmp"):
+            path_left.unlink()
         require_space(path, sum(tensor.numel() * tensor.itemsize for tensor in tensors.values()), AGAIN)
         try:
             temporary.mkdir()
             files = {TENSORS: _write(temporary / TENSORS, _safetensors(tensors))}
             _write(temporary / FACTS, [_signed({"step": step, "facts": dict(facts), "files": files})])
             sync_directory(temporary)
-            wrong = _fault(temporary, step)
-            if wrong:
+            if wrong := _fault(temporary, step):
                 raise OutputError(f"does not read back as it was written ({wrong}); check the disk", path=path)
             _put_in_place(temporary, path)
         except BaseException:
@@ -113,14 +115,9 @@ def _safetensors(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
     position = 0
     order = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))  # widest first: all aligned
     for name in order:
-        size = tensors[name].numel() * tensors[name].itemsize
-        offsets = [position, position + size]
-        header[name] = {
-            "dtype": NAMES[tensors[name].dtype],
-            "shape": list(tensors[name].shape),
-            "data_offsets": offsets,
-        }
-        position += size
+        tensor, begin = tensors[name], position
+        position += tensor.numel() * tensor.itemsize
+        header[name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, position]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     yield len(text).to_bytes(8, "little") + text
@@ -185,22 +182,13 @@ def _remove(path: Path) -> None:
     shutil.rmtree(gone)
 
 
-def _sweep(directory: Path) -> None:
-    """Delete states that a killed process had not finished to write or to delete."""
-    for path in directory.glob("step-*.tmp"):
-        shutil.rmtree(path)
-    for path in directory.glob(f".{LATEST}.*.tmp"):
-        path.unlink()
-
-
 # --- read -----------------------------------------------------------------------------------------------------------
 
 
 def latest_state(directory: Path) -> State | None:
     """The newest state whose sizes and checksums hold, or None. A warning says why each newer one is passed over."""
     for step, path in _candidates(directory):
-        wrong = _fault(path, step)
-        if wrong is None:
+        if (wrong := _fault(path, step)) is None:
             record = json.loads((path / FACTS).read_text(encoding="utf-8"))
             return State(record["step"], record["facts"], path)
         warnings.warn(f"{str(path)[-80:]}: is damaged ({wrong}); the state before it is taken", stacklevel=2)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -77,9 +77,8 @@ class Diffusion(Task):
         """
         super().__init__()
         if not CONCATENATED.issuperset(model.config.concat) or model.config.unet.noise_levels is not None:
-            inputs = f"its inputs ({', '.join(model.config.concat)}) are not trained here"
-            remedy = "use a text, inpainting, depth or image model"
-            raise ArgumentError(f"family {model.config.name}: {inputs}; {remedy}")
+            what = f"family {model.config.name}: its inputs ({', '.join(model.config.concat)}) are not trained here"
+            raise ArgumentError(f"{what}; use a text, inpainting, depth or image model")
         self.model, self.objective, self.batch = model, objective, batch
         self.trains_text, self.embeddings = trains_text, tuple(embeddings)
         self.levels = model.config.schedule.steps
@@ -209,6 +208,12 @@ class Autoencoding(Task):
         cells = [side // config.factor for side in batch.size]
         noise = draws.normal("posterior", (config.z_channels, *cells)).to(image)
         return Loss(losses.vae_loss(self.vae, image, noise, self.kl_weight) * batch.weight.to(image))
+
+
+def places(task: nn.Module, parameters: Mapping[str, nn.Parameter]) -> dict[str, str]:
+    """{name: name in the task} of parameters that it holds: FSDP puts other objects under the names in the task."""
+    found = {id(p): place for place, p in task.named_parameters()}
+    return {name: found[id(p)] for name, p in parameters.items()}
 
 
 def pixels(batch: Batch) -> Tensor:

@@ -25,7 +25,7 @@ from ldm.train.data.frame import Frame, Size
 from ldm.train.data.opening import open_prior, open_source
 from ldm.train.data.plan import fraction, subset
 from ldm.train.data.source import Bad, digest
-from ldm.train.recipe import Data, Run
+from ldm.train.recipe import Data, Run, wrong_key
 
 AHEAD = 3  # micro-batches that are made before they are asked for
 
@@ -62,13 +62,11 @@ class Examples:
         sizes = _sizes(data, size, config.vae.factor)
         if data.cache_latents and data.crop != "center":
             what = "goes with centre crops only; set data.crop to center, or do not keep latents"
-            raise ArgumentError(f"data.cache_latents: {what}", key="data.cache_latents")
+            raise wrong_key("data.cache_latents", what)
         if data.cache_text and not config.text:
-            what = f"a model of family {config.name} is told no text; leave it out"
-            raise ArgumentError(f"data.cache_text: {what}", key="data.cache_text")
+            raise wrong_key("data.cache_text", f"a model of family {config.name} is told no text; leave it out")
         if cache is None and (data.cache_latents or data.cache_text):
-            what = "no directory for what data.cache_latents or data.cache_text keeps; give one"
-            raise ArgumentError(f"cache: {what}", key="cache")
+            raise wrong_key("cache", "no directory for what data.cache_latents or data.cache_text keeps; give one")
 
         self._parts = [subset(open_source(data, size, cache), sizes, run, held_out=data.held_out)]
         if (prior := open_prior(data, cache)) is not None:
@@ -279,7 +277,7 @@ def _sizes(data: Data, size: int, factor: int) -> list[Size]:
     sizes = framing.buckets(size, data.bucket_step) if data.buckets else [(size, size)]
     if not sizes:
         what = f"{data.bucket_step} leaves no bucket of {size}x{size} pixels; give a smaller one"
-        raise ArgumentError(f"data.bucket_step: {what}", key="data.bucket_step")
+        raise wrong_key("data.bucket_step", what)
     return sizes
 
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ldm.errors import ArgumentError
 from ldm.train.data.folder import PictureFolder, pictures_in, require_directory
 from ldm.train.data.scenes import Scenes
 from ldm.train.data.shards import Shards
 from ldm.train.data.source import PictureSource
-from ldm.train.recipe import Data
+from ldm.train.recipe import Data, wrong_key
 
 
 def open_source(data: Data, size: int, cache: Path | None = None) -> PictureSource:
@@ -31,8 +30,7 @@ def open_source(data: Data, size: int, cache: Path | None = None) -> PictureSour
 def require_path(data: Data) -> None:
     """Raises ArgumentError where pictures are to be read and no path is given, FileError for a missing directory."""
     if data.source != "scenes" and not data.path:
-        what = "is not given; name the pictures to learn from: --set data.path=DIRECTORY"
-        raise ArgumentError(f"data.path: {what}", key="data.path")
+        raise wrong_key("data.path", "is not given; name the pictures to learn from: --set data.path=DIRECTORY")
     if data.source == "folder":
         require_directory(Path(data.path))
 
@@ -47,7 +45,7 @@ def missing_prior(data: Data) -> int:
         return 0
     if data.source == "folder" and Path(data.prior).resolve().is_relative_to(Path(data.path).resolve()):
         what = "lies in data.path, whose pictures are of one particular thing; give a directory outside"
-        raise ArgumentError(f"data.prior: {what}", key="data.prior")
+        raise wrong_key("data.prior", what)
     found = len(pictures_in(Path(data.prior))) if Path(data.prior).is_dir() else 0
     return max(0, data.prior_pictures - found)
 
@@ -60,7 +58,7 @@ def open_prior(data: Data, cache: Path | None = None) -> PictureSource | None:
     """
     if missing := missing_prior(data):
         what = f"{data.prior[-60:]} lacks {missing} of {data.prior_pictures} pictures; make them first"
-        raise ArgumentError(f"data.prior: {what}", key="data.prior")
+        raise wrong_key("data.prior", what)
     if not data.prior_pictures:
         return None
     caption = "" if (Path(data.prior) / "metadata.jsonl").is_file() else data.prior_caption

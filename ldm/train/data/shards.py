@@ -15,11 +15,12 @@ from pathlib import Path
 
 from PIL import Image
 
-from ldm.errors import ArgumentError, FileError
+from ldm.errors import FileError
 from ldm.pictures.read import MAX_BYTES
 from ldm.train.data.captions import cleaned, of_lines, of_record
 from ldm.train.data.decode import Listing, PictureFacts, decoded, listed, with_depth
 from ldm.train.data.source import SUFFIXES, Bad, Item, PictureSource
+from ldm.train.recipe import wrong_key
 
 MAX_SHARDS = 100_000  # that a pattern may name
 DEPTH = "depth."  # what stands before the ending of a depth map
@@ -97,8 +98,7 @@ def expanded(pattern: str) -> list[Path]:
     while match := next(filter(None, map(_RANGE.search, paths)), None):
         first, last = int(match[1]), int(match[2])
         if first > last or (last - first + 1) * len(paths) > MAX_SHARDS:
-            what = f"{match[0]} rises to its end, and names at most {MAX_SHARDS} files"
-            raise ArgumentError(f"data.path: {what}", key="data.path")
+            raise wrong_key("data.path", f"{match[0]} rises to its end, and names at most {MAX_SHARDS} files")
         names = [str(n).zfill(len(match[1])) for n in range(first, last + 1)]
         paths = [path.replace(match[0], name, 1) for path in paths for name in names]
     found: list[Path] = []
