@@ -60,9 +60,7 @@ class PredictionFacts:
 class AverageFacts:
     """The moving average of a model's weights beside the raw ones."""
 
-    kind: Literal[
-        "none", "leftover", "partial", "full"
-    ]  # leftover: its bookkeeping alone, the average is in the weights
+    kind: Literal["none", "leftover", "partial", "full"]  # leftover: its bookkeeping; the average is in the weights
     tensors: int
     expected: int  # tensors of a full one; 0 where the model is unknown
 
@@ -75,9 +73,7 @@ class LoraFacts:
     spellings: Mapping[str, int]  # kohya, diffusers, peft -> modules named so
     ranks: Mapping[int, int]  # rank -> weights
     alphas: Mapping[float, int]  # alpha -> weights; those without one are missing, their alpha is the rank
-    families: tuple[
-        str, ...
-    ]  # that it fits best: names of ldm.config.FAMILIES, each for the family's relatives too; empty: none
+    families: tuple[str, ...]  # that it fits best: names in FAMILIES, each for its relatives too; empty: none
     fitting: int  # weights that have a place of their shape there
     weights: int  # in all
     modules: Mapping[str, int]  # network (unet, text.0, text.1) -> modules changed, in the first of `families`
@@ -170,9 +166,6 @@ class Report:
         return sum(file.bytes for file in self.files)
 
     def to_json(self, tensors: Iterable[TensorFacts] = ()) -> str:
-        """One line of JSON in ASCII, with `bytes` and, of the tensors, those given.
-
-        Names stay; new ones may be added.
-        """
+        """One line of JSON in ASCII, with `bytes` and, of the tensors, those given. Names stay; new ones may come."""
         fields: dict[str, Any] = asdict(replace(self, tensors=tuple(tensors)))
         return json.dumps({"path": fields.pop("path"), "bytes": self.bytes, **fields}, allow_nan=False)

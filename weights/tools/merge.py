@@ -37,10 +37,7 @@ CHUNK = 2**20  # numbers multiplied in float64 at once
 
 
 def weighted(a: Tensor, b: Tensor, alpha: float) -> Tensor:
-    """(1 - alpha) a + alpha b in float32. Uses up `a`.
-
-    Computed as a + alpha (b - a), so that what is the same in both stays the same bit by bit.
-    """
+    """(1 - alpha) a + alpha b in float32, as a + alpha (b - a): what both share stays bit by bit. Uses up `a`."""
     return a.lerp_(b, alpha)
 
 
@@ -91,8 +88,6 @@ CARRIED = (
 )  # of A's metadata: what stays true of the result
 LIMITS = {"weighted": (0.0, 1.0), "slerp": (0.0, 1.0), "add-difference": (-2.0, 2.0)}  # of a weight
 INPUT = "unet.input_blocks.0.0.weight"
-
-
 NOTHING_READS = "nothing reads it, and not every model has it"
 PARTIAL = "not every model has it (partial)"
 FOREIGN = "no parameter of this family"
@@ -124,21 +119,11 @@ class Merged:
 
 
 def merge(
-    a: str | PathLike[str],
-    b: str | PathLike[str],
-    out: str | PathLike[str],
-    *,
-    c: str | PathLike[str] | None = None,
-    method: Method = "weighted",
-    alpha: float = 0.5,
-    blocks: Blocks | None = None,
-    dtype: torch.dtype | None = None,
-    config: ModelConfig | str | None = None,
-    prediction: Prediction | None = None,
-    partial: bool = False,
-    overwrite: bool = False,
-    on_write: OnWrite | None = None,
-) -> Merged:
+    a: str | PathLike[str], b: str | PathLike[str], out: str | PathLike[str], *, c: str | PathLike[str] | None = None,
+    method: Method = "weighted", alpha: float = 0.5, blocks: Blocks | None = None, dtype: torch.dtype | None = None,
+    config: ModelConfig | str | None = None, prediction: Prediction | None = None, partial: bool = False,
+    overwrite: bool = False, on_write: OnWrite | None = None,
+) -> Merged:  # fmt: skip
     """Merge models of one family into a file with A's keys: .safetensors, or a torch file where `out` ends so.
 
     a           a single file in any container; b and c may also be diffusers folders
@@ -179,8 +164,7 @@ def merge(
 
         tensors, dropped = _pending(first, common, kept, merged, dtype)
         recipe: dict[str, Any] = {"method": method, "alpha": alpha, **({"blocks": by_block} if by_block else {})}
-        sources = [_source(letter, model) for letter, model in models.items()]
-        recipe |= {"arithmetic": "float32", "sources": sources}
+        recipe |= {"arithmetic": "float32", "sources": [_source(letter, model) for letter, model in models.items()]}
         if dropped:
             recipe["moving_average"] = "dropped: it averaged A's weights"
         report = guarded(files.values(), on_write)
@@ -194,9 +178,6 @@ def merge(
         return Merged(path, tuple(key for key in tensors if key in changed), kept, dropped, unused, tuple(notes))
 
 
-# --- what is asked for ----------------------------------------------------------------------------------------------
-
-
 def _check(
     method: str, alpha: float, c: Any, blocks: Blocks | None, dtype: torch.dtype | None, prediction: str | None
 ) -> None:
@@ -204,11 +185,8 @@ def _check(
     if method not in METHODS:
         raise ArgumentError(f"method: {str(method)[:40]!r}; there are {', '.join(METHODS)}", key="method")
     if (c is None) == (method == "add-difference"):
-        fault = (
-            "needs a third model, C, to take from B"
-            if c is None
-            else f"takes two models; the third is for add-difference, not {method}"
-        )
+        two = f"takes two models; the third is for add-difference, not {method}"
+        fault = "needs a third model, C, to take from B" if c is None else two
         raise ArgumentError(f"method: {method} {fault}", key="method")
     _check_weight("alpha", alpha, method)
     for name, weight in blocks.items() if isinstance(blocks, Mapping) else enumerate(blocks or ()):
@@ -220,23 +198,13 @@ def _check(
 
 def _check_weight(option: str, weight: Any, method: str, where: str = "") -> None:
     low, high = LIMITS[method]
-    if (
-        isinstance(weight, bool)
-        or not isinstance(weight, (int, float))
-        or not math.isfinite(weight)
-        or not low <= weight <= high
-    ):
+    number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
+    if not (number and math.isfinite(weight) and low <= weight <= high):
         raise ArgumentError(f"{option}: {where}{str(weight)[:40]}; give {low:g} to {high:g} for {method}", key=option)
 
 
-# --- the models -----------------------------------------------------------------------------------------------------
-
-
 def _model(file: Tensors, config: ModelConfig | str | None, prediction: Prediction | None) -> Checkpoint:
-    """A model by what its file says of it.
-
-    Raises FileError, and AmbiguousCheckpoint where its prediction cannot be known.
-    """
+    """A model by what its file says. Raises FileError; AmbiguousCheckpoint where its prediction cannot be known."""
     model = recognise(file, config, prediction)
     model.require_prediction("the models of a merge must have in common")
     model.require_single()
@@ -245,10 +213,7 @@ def _model(file: Tensors, config: ModelConfig | str | None, prediction: Predicti
 
 
 def agreeing(models: Mapping[str, Checkpoint], method: str) -> bool:
-    """Refuse models that cannot be merged.
-
-    True: A is an inpainting model and gets the difference of two of its base family.
-    """
+    """Refuse models that do not go together. True: A is for inpainting and gets the difference of two of its base."""
     a = models["A"]
     others = {letter: model for letter, model in models.items() if letter != "A"}
     kin = a.config.kin
@@ -266,9 +231,8 @@ def agreeing(models: Mapping[str, Checkpoint], method: str) -> bool:
             what = f"{letter} predicts {model.config.prediction} and A predicts {a.config.prediction}"
             raise model.file.error(f"{what}; no average of the two works: merge models that predict alike")
         if model.config.schedule != a.config.schedule:
-            raise model.file.error(
-                f"{letter} was trained with another noise schedule than A; merge models with the same one"
-            )
+            what = f"{letter} was trained with another noise schedule than A"
+            raise model.file.error(f"{what}; merge models with the same one")
     return inpaints
 
 
@@ -277,16 +241,10 @@ def _networks(config: ModelConfig) -> tuple[object, ...]:
     return config.unet, config.vae, config.text, config.vision, config.depth
 
 
-# --- parameter by parameter -----------------------------------------------------------------------------------------
-
-
 def _common(
     a: Checkpoint, others: Mapping[str, Checkpoint], inpaints: bool, partial: bool
 ) -> tuple[list[str], dict[str, str]]:
-    """The parameters that are merged, and why other keys of A's parameters stay as they are.
-
-    Raises FileError for missing and misshapen ones.
-    """
+    """The parameters to merge, and why A's other keys stay. Raises FileError for missing and misshapen ones."""
     common: list[str] = []
     kept: dict[str, str] = {}
     for name, place in a.places.items():
@@ -363,9 +321,6 @@ def _unused(model: Checkpoint, a: Checkpoint) -> tuple[str, ...]:
     return tuple(key for key in model.file if key not in used and key not in model.ignored)
 
 
-# --- the record -----------------------------------------------------------------------------------------------------
-
-
 def _metadata(a: Checkpoint, recipe: Mapping[str, Any]) -> dict[str, str]:
     carried = {key: a.file.metadata[key] for key in (*CARRIED, CONFIG_KEY) if key in a.file.metadata}
     found = {"format": "pt", **carried, RECIPE: json.dumps(recipe)}
@@ -408,10 +363,7 @@ def block_of(parameter: str, config: ModelConfig) -> str:
 
 
 def weights_of(blocks: Blocks | None, config: ModelConfig) -> dict[str, float]:
-    """{block: weight} for the blocks that are given one.
-
-    Raises ArgumentError for names that this family has not, and for another number of numbers.
-    """
+    """{block: weight} as given. Raises ArgumentError for unknown names and for another number of numbers."""
     if blocks is None:
         return {}
     there = unet_blocks(config)

@@ -50,13 +50,9 @@ def original_state(model: LatentDiffusion) -> dict[str, Tensor]:
 
 
 def save(
-    model: LatentDiffusion,
-    path: str | PathLike[str],
-    metadata: Mapping[str, str] | None = None,
-    *,
-    dtype: torch.dtype | None = torch.float16,
-    overwrite: bool = False,
-) -> Path:
+    model: LatentDiffusion, path: str | PathLike[str], metadata: Mapping[str, str] | None = None, *,
+    dtype: torch.dtype | None = torch.float16, overwrite: bool = False,
+) -> Path:  # fmt: skip
     """Write a checkpoint that `load` and other tools for its family read, under the original names.
 
     dtype     of all numbers; None: as they are
