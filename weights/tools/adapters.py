@@ -21,9 +21,7 @@ from weights.tools.evidence import TOWERS
 from weights.tools.facts import EmbeddingFacts, LoraFacts
 
 LETTERS = {"clip_l": "CLIP-L", "clip_g": "OpenCLIP-bigG"}
-
-
-# --- LoRA -----------------------------------------------------------------------------------------------------------
+NOTED = ("ss_base_model_version", "modelspec.architecture", "ss_network_module")  # metadata that speak of the family
 
 
 class _Outline(Tensors):
@@ -64,17 +62,9 @@ def lora_facts(file: Tensors, config: ModelConfig | None = None) -> tuple[LoraFa
         weights=len(spelled),
         modules=_counted(re.sub(r"^(text\.\d+|[^.]+).*", r"\1", module) for module in modules),
     )
-    evidence = [
-        f"{fitting} of {len(spelled)} weights fit {' and '.join(families)} by name and shape"
-        if families
-        else "no weight fits any known family"
-    ]
-    evidence += [
-        f"{key}: {file.metadata[key][:60]}"
-        for key in ("ss_base_model_version", "modelspec.architecture", "ss_network_module")
-        if key in file.metadata
-    ]
-    return facts, (*strays, *unmatched), tuple(evidence)
+    fit = f"{fitting} of {len(spelled)} weights fit {' and '.join(families)} by name and shape"
+    noted = [f"{key}: {file.metadata[key][:60]}" for key in NOTED if key in file.metadata]
+    return facts, (*strays, *unmatched), (fit if families else "no weight fits any known family", *noted)
 
 
 def kind_of(change: Change) -> str:
@@ -148,9 +138,6 @@ def _crosses(change: Change, config: ModelConfig) -> bool:
     """Can this change the key or value projection of a cross-attention of this family?"""
     shapes = [(config.unet.model_channels * m, config.unet.context_dim) for m in config.unet.channel_mult]
     return any(misfit(change, shape) is None for shape in shapes)
-
-
-# --- embeddings -----------------------------------------------------------------------------------------------------
 
 
 def embedding_facts(file: Tensors) -> EmbeddingFacts:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -21,27 +22,18 @@ from weights.tools.facts import AverageFacts, Component, Damage, PredictionFacts
 TOWERS = {768: "CLIP-L", 1024: "OpenCLIP-H", 1280: "OpenCLIP-bigG"}  # text towers by width
 TITLES = {
     "unet": "UNet", "vae": "VAE", "vision": "image encoder", "depth": "depth network", "safety": "safety checker",
-    "controlnet": "ControlNet",
-    "lora": "factors", "embedding": "vectors", "ema": "moving average", "schedule": "noise schedule",
-    "leftovers": "read by nothing", "unknown": "unknown",
+    "controlnet": "ControlNet", "lora": "factors", "embedding": "vectors", "ema": "moving average",
+    "schedule": "noise schedule", "leftovers": "read by nothing", "unknown": "unknown",
 }  # fmt: skip
 ORDER = (
-    "unet",
-    "vae",
-    "text.0",
-    "text.1",
-    "vision",
-    "depth",
-    "safety",
-    "controlnet",
-    "lora",
-    "embedding",
-    "ema",
-    "schedule",
-    "leftovers",
-    "unknown",
-)
+    "unet", "vae", "text.0", "text.1", "vision", "depth", "safety", "controlnet", "lora", "embedding", "ema",
+    "schedule", "leftovers", "unknown",
+)  # fmt: skip
 POSITION_IDS = re.compile(r"(.+[./])?embeddings\.position_ids")
+_SCHEDULE = re.compile(r"(low_scale_model\.)?\w*(alphas_cumprod|betas|posterior)\w*")
+_OLD_TOWER = re.compile(
+    r"(cond_stage_model|conditioner\.embedders\.0)\.transformer\.embeddings\.token_embedding\.weight"
+)
 MAX_IDS = 65536  # numbers of a position_ids that is read to be checked; the published ones have 77 or 257
 
 
@@ -50,18 +42,12 @@ def typed(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-# --- components -----------------------------------------------------------------------------------------------------
-
-
 def owners(layout: Layout) -> dict[str, str]:
     """{prefix: component} of a single file's layout."""
     found = {
-        "model_ema.": "ema",
-        "first_stage_model.": "vae",
-        "first_stage_model.loss.": "leftovers",
-        "first_stage_model.model_ema.": "leftovers",
-        "depth_model.": "depth",
-    }
+        "model_ema.": "ema", "first_stage_model.": "vae", "depth_model.": "depth",
+        "first_stage_model.loss.": "leftovers", "first_stage_model.model_ema.": "leftovers",
+    }  # fmt: skip
     for part in layout.parts:
         root = re.match(r"cond_stage_model\.|conditioner\.embedders\.\d\.", part.theirs)
         found[root[0] if root and part.ours.startswith("text.") else part.theirs] = part.ours.rstrip(".")
@@ -91,37 +77,29 @@ def components(
 
 
 def _component(name: str, title: str, specs: Mapping[str, Spec]) -> Component:
-    dtypes: dict[str, int] = {}
-    for spec in specs.values():
-        dtypes[typed(spec.dtype)] = dtypes.get(typed(spec.dtype), 0) + 1
+    dtypes = dict(Counter(typed(spec.dtype) for spec in specs.values()))
     parameters = sum(spec.numel for key, spec in specs.items() if not POSITION_IDS.fullmatch(key))
-    return Component(
-        name, title, len(specs), parameters, sum(spec.numel * spec.dtype.itemsize for spec in specs.values()), dtypes
-    )
+    size = sum(spec.numel * spec.dtype.itemsize for spec in specs.values())
+    return Component(name, title, len(specs), parameters, size, dtypes)
 
 
 def same_names(unet: UNetConfig | None, vae: VAEConfig | None, config: ModelConfig) -> bool:
     """Have networks of these sizes the names of the config's? Widths may differ, the number of layers not."""
-    theirs, ours = unet, config.unet
-    layers = theirs is None or (theirs.num_res_blocks, theirs.down_depth, theirs.up_depth, theirs.mid_depth) == (
-        ours.num_res_blocks,
-        ours.down_depth,
-        ours.up_depth,
-        ours.mid_depth,
-    )
-    return layers and (
-        vae is None
-        or (len(vae.channel_mult), vae.num_res_blocks) == (len(config.vae.channel_mult), config.vae.num_res_blocks)
-    )
+
+    def layers(of: UNetConfig) -> tuple[object, ...]:
+        return of.num_res_blocks, of.down_depth, of.up_depth, of.mid_depth
+
+    def levels(of: VAEConfig) -> tuple[object, ...]:
+        return len(of.channel_mult), of.num_res_blocks
+
+    same = unet is None or layers(unet) == layers(config.unet)
+    return same and (vae is None or levels(vae) == levels(config.vae))
 
 
 def tower_titles(towers: Sequence[TextConfig | None]) -> dict[str, str]:
     """What text towers are called, by component."""
     known = [TOWERS.get(tower.width, f"{tower.width} wide") if tower else None for tower in towers]
     return {f"text.{i}": f"text tower, {which}" if which else "text tower" for i, which in enumerate(known)}
-
-
-# --- families -------------------------------------------------------------------------------------------------------
 
 
 def sizes_of(unet: UNetConfig) -> str:
@@ -142,9 +120,6 @@ def sizes_of(unet: UNetConfig) -> str:
 def vae_sizes(vae: VAEConfig) -> str:
     """What tells VAEs apart, in words."""
     return f"VAE: {vae.channels} channels, {vae.z_channels} in the latent, {vae.factor} pixels per latent cell"
-
-
-# --- completeness ---------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -178,17 +153,11 @@ def account(parameters: Parameters, *, sized: bool = True) -> Account:
 def average(keys: Iterable[str], expected: Iterable[str]) -> AverageFacts:
     """What there is of a moving average, whose tensors should be `expected`, where they are known."""
     keys, expected = set(keys), set(expected)
-    there = [
-        key for key in keys if key.startswith("model_ema.") and key not in ("model_ema.decay", "model_ema.num_updates")
-    ]
+    bookkeeping = {"model_ema.decay", "model_ema.num_updates"}
+    there = [key for key in keys - bookkeeping if key.startswith("model_ema.")]
     if not there:
-        return AverageFacts(
-            "leftover" if {"model_ema.decay", "model_ema.num_updates"} & keys else "none", 0, len(expected)
-        )
+        return AverageFacts("leftover" if bookkeeping & keys else "none", 0, len(expected))
     return AverageFacts("full" if expected <= set(there) else "partial", len(there), len(expected))
-
-
-# --- prediction -----------------------------------------------------------------------------------------------------
 
 
 def prediction(
@@ -200,17 +169,15 @@ def prediction(
     """
 
     def statistic() -> torch.Tensor | None:
-        return next(
-            (file.read(place.key, mapped=False) for place in layout.places(STATISTIC) if place.key in file), None
-        )
+        keys = (place.key for place in layout.places(STATISTIC) if place.key in file)
+        return next((file.read(key, mapped=False) for key in keys), None)
 
     evidence = _claims(file)
     try:
         if (deviation := deviation_of(config, statistic)) is not None:
             evidence.append(f"weights: norm1.bias std {deviation:.3f}; eps has less than {THRESHOLD}, v more")
-        finding: Finding = settle(
-            config, file.specs, file.metadata, statistic, file.error, explicit=explicit is not None
-        )
+        given = explicit is not None
+        finding: Finding = settle(config, file.specs, file.metadata, statistic, file.error, explicit=given)
     except AmbiguousCheckpoint as clash:
         return PredictionFacts(None, tuple(evidence), clash.what), config, clash.what
     except FileError as fault:
@@ -236,36 +203,15 @@ def _claims(file: Tensors) -> list[str]:
         return [fault.what]
 
 
-# --- damage, training -----------------------------------------------------------------------------------------------
-
-
 def damages(file: Tensors) -> tuple[Damage, ...]:
     """Buffers that are not as published, and names that lack a part; NaN would take reading everything."""
     found = [Damage(key, fault) for key in file if POSITION_IDS.fullmatch(key) and (fault := _ids_fault(file, key))]
-    half = [
-        key
-        for key in file
-        if re.fullmatch(r"(low_scale_model\.)?\w*(alphas_cumprod|betas|posterior)\w*", key)
-        and file.specs[key].dtype.itemsize < 4
-    ]
+    half = [key for key in file if _SCHEDULE.fullmatch(key) and file.specs[key].dtype.itemsize < 4]
     if half:
         types = ", ".join(sorted({typed(file.specs[key].dtype) for key in half}))
-        found.append(
-            Damage(half[0], f"{len(half)} buffers of the noise schedule are stored as {types}, too coarse to be used")
-        )
-    old = next(
-        (
-            key
-            for key in file
-            if key
-            in (
-                "cond_stage_model.transformer.embeddings.token_embedding.weight",
-                "conditioner.embedders.0.transformer.embeddings.token_embedding.weight",
-            )
-        ),
-        None,
-    )
-    if old is not None:
+        what = f"{len(half)} buffers of the noise schedule are stored as {types}, too coarse to be used"
+        found.append(Damage(half[0], what))
+    if (old := next(filter(_OLD_TOWER.fullmatch, file), None)) is not None:
         found.append(Damage(old, "the names of this text tower lack text_model."))
     return tuple(found)
 
@@ -289,9 +235,8 @@ def training(file: Tensors, metadata: Mapping[str, str]) -> TrainingFacts | None
             return TrainingFacts(steps, _whole(metadata.get(epoch)), step)
     key = "model_ema.num_updates"
     if key in file and file.specs[key].numel == 1 and not file.specs[key].dtype.is_floating_point:
-        return TrainingFacts(
-            int(file.read(key, mapped=False).reshape(-1)[0]), None, f"{key}, the updates of its moving average"
-        )
+        updates = int(file.read(key, mapped=False).reshape(-1)[0])
+        return TrainingFacts(updates, None, f"{key}, the updates of its moving average")
     return None
 
 

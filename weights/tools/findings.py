@@ -59,6 +59,10 @@ FOLDER_OWNERS = {
     "depth_estimator/": "depth",
     "safety_checker/": "safety",
 }
+VAES = (
+    (VAE_F8, "VAE of SD 1, SD 2 or SDXL, which have the same shapes"),
+    (VAE_F4, "VAE of the x4 upscaler"),
+)
 
 
 @dataclass(frozen=True)
@@ -103,19 +107,14 @@ def _single(file: Tensors, shapes: Shapes, config: ModelConfig | str | None) -> 
         known = detect(shapes, file.metadata, config, file.path)
     except FileError as error:
         refused = error.what
-    explicit = None
-    if config is not None:
-        explicit = "the config given"
-    elif CONFIG_KEY in file.metadata:
-        explicit = f"{CONFIG_KEY} in its metadata"
+    noted = f"{CONFIG_KEY} in its metadata" if CONFIG_KEY in file.metadata else None
+    explicit = noted if config is None else "the config given"
     evidence: tuple[str, ...] = () if there.unet is None else (f"{sizes_of(there.unet)} -> {name}",)
     if known is not None and explicit is not None:
         evidence += (f"{explicit}: {known.name}",)
     groups = components(file.specs, owners(layout), layout.ignored, tower_titles(there.text))
     usual = FAMILIES.get(name)
-    like = None
-    if usual is not None and same_names(there.unet, there.vae, usual):
-        like = like_file(usual, there.text)
+    like = like_file(usual, there.text) if usual and same_names(there.unet, there.vae, usual) else None
     return _model(file, layout, name, known, like, refused, explicit, evidence, groups)
 
 
@@ -154,20 +153,10 @@ def _safety_checker(folder: Folder, stack: contextlib.ExitStack) -> Mapping[str,
 
 
 def _model(
-    file: Tensors,
-    layout: Layout,
-    name: str,
-    known: ModelConfig | None,
-    like: ModelConfig | None,
-    refused: str | None,
-    explicit: str | None,
-    evidence: tuple[str, ...],
-    groups: tuple[Component, ...],
-) -> Findings:
-    """What a model and a lone UNet have in common.
-
-    One that is not `known` is compared by names with what it is `like`.
-    """
+    file: Tensors, layout: Layout, name: str, known: ModelConfig | None, like: ModelConfig | None, refused: str | None,
+    explicit: str | None, evidence: tuple[str, ...], groups: tuple[Component, ...],
+) -> Findings:  # fmt: skip
+    """What a model and a lone UNet have in common. One not `known` is compared by names with what it is `like`."""
     what: What = "unet" if {group.name for group in groups} <= {"unet", "leftovers", "schedule"} else "model"
     predicted, trouble = None, None
     found = Account((), (), (), None if layout.averaged is None else average(file.specs, ()), None)
@@ -214,12 +203,8 @@ def _lora(file: Weights, config: ModelConfig | None) -> Findings:
     except FileError as error:
         return Findings("lora", "damaged LoRA", groups, (), problem=error.what)
     title = f"{'/'.join(facts.kinds)} for {' or '.join(facts.families) or 'no known family'}"
-    problem = None
-    if not facts.families:
-        having = (
-            "no model of this project has the" if config is None else f"a model of family {config.name} has none of the"
-        )
-        problem = f"{having} modules that it changes"
+    none = "no model of this project has the" if config is None else f"a model of family {config.name} has none of the"
+    problem = None if facts.families else f"{none} modules that it changes"
     return Findings("lora", title, groups, evidence, None, problem, unknown_keys=unknown, lora=facts)
 
 
@@ -236,29 +221,13 @@ def _embedding(file: Weights, shapes: Shapes) -> Findings:
 
 
 def _vae(file: Tensors, shapes: Shapes) -> Findings:
-    groups = components(
-        file.specs,
-        {
-            "": "vae",
-            "model_ema.": "leftovers",
-            "loss.": "leftovers",
-            "first_stage_model.model_ema.": "leftovers",
-            "first_stage_model.loss.": "leftovers",
-        },
-        ALONE,
-    )
+    unread = ("model_ema.", "loss.", "first_stage_model.model_ema.", "first_stage_model.loss.")
+    groups = components(file.specs, {"": "vae"} | dict.fromkeys(unread, "leftovers"), ALONE)
     prefix = "" if "encoder.conv_in.weight" in shapes else "first_stage_model."
     there = read_vae(shapes, prefix)
     there = there if there is not None and there.num_res_blocks else read_diffusers_vae(shapes, prefix)
-    known = next((config for config in (VAE_F8, VAE_F4) if there == visible(config)), None)
+    known, title = next((one for one in VAES if there == visible(one[0])), (None, "VAE of other sizes"))
     evidence = () if there is None else (vae_sizes(there),)
-    title = (
-        "VAE of the x4 upscaler"
-        if known is VAE_F4
-        else "VAE of SD 1, SD 2 or SDXL, which have the same shapes"
-        if known is VAE_F8
-        else "VAE of other sizes"
-    )
     try:
         parameters = None if known is None else vae_alone(file, known)
     except FileError:
@@ -274,18 +243,9 @@ def _vae(file: Tensors, shapes: Shapes) -> Findings:
 def _safety(file: Tensors, shapes: Shapes) -> Findings:
     network = functools.partial(shapes_of, SafetyChecker, VisionConfig())
     found = account(Parameters(file=file, layout=SAFETY, network=network))
-    return Findings(
-        "safety checker",
-        "safety checker",
-        components(file.specs, {"": "safety"}, ()),
-        ("it has special_care_embeds",),
-        None,
-        found.refusal,
-        None,
-        (),
-        found.missing_keys,
-        found.unknown_keys,
-    )
+    groups, evidence = components(file.specs, {"": "safety"}, ()), ("it has special_care_embeds",)
+    what: What = "safety checker"
+    return Findings(what, what, groups, evidence, None, found.refusal, None, (), found.missing_keys, found.unknown_keys)
 
 
 def _unet(file: Tensors, shapes: Shapes) -> Findings:
@@ -307,22 +267,14 @@ def _text(file: Tensors, shapes: Shapes) -> Findings:
     key = next(key for key in shapes if "text_model.encoder.layers.0." in key)
     prefix = key[: key.index("text_model.encoder.layers.0.")]
     tower = read_text(
-        lambda name: next(
-            (shapes[prefix + place.key] for place in hugging_face(name) if prefix + place.key in shapes), None
-        )
+        lambda name: next((shapes[k] for p in hugging_face(name) if (k := prefix + p.key) in shapes), None)
     )
     titles = tower_titles((tower,))
     evidence = (
         () if tower is None else (f"text tower: {tower.width} wide, {tower.layers} blocks, {tower.vocab} tokens",)
     )
-    return Findings(
-        "text tower",
-        f"{titles['text.0']}, alone",
-        components(file.specs, {"": "text.0"}, (), titles),
-        evidence,
-        None,
-        instead(shapes),
-    )
+    groups = components(file.specs, {"": "text.0"}, (), titles)
+    return Findings("text tower", f"{titles['text.0']}, alone", groups, evidence, None, instead(shapes))
 
 
 def _other(what: What, file: Tensors, shapes: Shapes) -> Findings:

@@ -23,12 +23,9 @@ CONTAINERS: dict[str, Container] = {"safetensors": "safetensors", "zip": "torch 
 
 
 def inspect(
-    path: str | PathLike[str] | None = None,
-    *,
-    hash: bool = False,
-    config: ModelConfig | str | None = None,
+    path: str | PathLike[str] | None = None, *, hash: bool = False, config: ModelConfig | str | None = None,
     on_hash: Callable[[Hashed], None] | None = None,
-) -> Report:
+) -> Report:  # fmt: skip
     """What a file or folder of weights is, how that shows, and what is amiss. Reads headers, and a few small tensors.
 
     path     .safetensors, .ckpt, .pt, .bin, a diffusers folder or the folder of one component; None: the model that
@@ -48,13 +45,12 @@ def inspect(
         metadata = dict(file.metadata) or (
             {} if isinstance(file, Weights) else next((dict(each.metadata) for each in opened if each.metadata), {})
         )
+        variants = {_variant(each.path.name) for each in opened if isinstance(file, Folder)} - {""}
         report = Report(
             path=str(path),
             kind=CONTAINERS[file.kind] if isinstance(file, Weights) else "diffusers folder",
             sharded=any(re.search(r"-\d+-of-\d+\.", each.path.name) for each in opened),
-            variant=", ".join(sorted({_variant(each.path.name) for each in opened} - {""}))
-            if isinstance(file, Folder)
-            else "",
+            variant=", ".join(sorted(variants)),
             files=tuple(_file(each, path, hash, on_hash) for each in opened),
             what=found.what,
             title=found.title,
@@ -87,13 +83,10 @@ def _open(path: Path) -> Iterator[Weights | Folder]:
     elif is_folder(path):
         opened = open_folder(path)
     else:
-        stems = next(
-            (stems for stems in COMPONENTS.values() if any(next(path.glob(f"{stem}*"), None) for stem in stems)), None
-        )
-        if stems is None:
-            raise FileError(
-                "is a directory without weights of a known name; name a file in it, or a diffusers folder", path=path
-            )
+        known = (stems for stems in COMPONENTS.values() if any(any(path.glob(f"{stem}*")) for stem in stems))
+        if (stems := next(known, None)) is None:
+            what = "is a directory without weights of a known name; name a file in it, or a diffusers folder"
+            raise FileError(what, path=path)
         opened = Folder(path)
         try:
             add_component(opened, path, stems, "")
