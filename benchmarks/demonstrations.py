@@ -94,10 +94,7 @@ def changes(name: str, how: How, sets: Sequence[str] = ()) -> list[str]:
 
 
 def train(name: str, how: How, sets: Sequence[str] = (), into: str | None = None) -> tuple[Path, dict[str, Any]]:
-    """Train as recipes/`name`.toml says, from the start, or go on with a run that was interrupted.
-
-    Returns the run's directory, and what the run cost.
-    """
+    """Train as recipes/`name`.toml says, or go on with an interrupted run. Returns the run's directory and cost."""
     out = how.runs / (into or name)
     keys = [f"model.start={how.start}", f"run.out={out}", *changes(name, how, sets)]
     recipe = load_recipe(RECIPES / f"{name}.toml", keys)

@@ -40,9 +40,6 @@ CONVERSIONS: Rows = {
 }
 
 
-# --- one measurement, in a process of its own -----------------------------------------------------------------------
-
-
 def files_of(path: Path) -> list[Path]:
     """The files of weights in a form."""
     return [path] if path.is_file() else sorted(path.glob("*/*.safetensors"))
@@ -131,9 +128,6 @@ def _conversion(side: str, row: str, path: Path, config: Path) -> Callable[[], i
         return sum(file.stat().st_size for file in files_of(target))
 
     return both
-
-
-# --- all of them ----------------------------------------------------------------------------------------------------
 
 
 def prepare(directory: Path, family: str, dtype: torch.dtype, tiny: bool) -> dict[str, Path]:

@@ -63,9 +63,6 @@ def use(threads: int | None) -> None:
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
 
 
-# --- memory -----------------------------------------------------------------------------------------------------------
-
-
 def _bytes(file: str, field: str) -> int | None:
     kilobytes = _system_file(file, rf"{field}:\s+(\d+) kB")
     return None if kilobytes is None else 1024 * int(kilobytes)
@@ -82,10 +79,8 @@ def peak_memory() -> int | None:
 
 
 def reserved_peak(device: str) -> int | None:
-    """The most bytes that torch has reserved on a GPU, None on the CPU.
-
-    Reserved, not allocated: what CUDA graphs hold is allocated only while they are captured.
-    """
+    """The most bytes that torch has reserved on a GPU, None on the CPU."""
+    # Reserved, not allocated: what CUDA graphs hold is allocated only while they are captured.
     return torch.cuda.max_memory_reserved(device) if device.startswith("cuda") else None
 
 
@@ -111,9 +106,6 @@ def fitting(own: Mapping[str, float], shared: float, device: str) -> tuple[bool,
     shared  bytes that all of them need once
     """
     room = torch.cuda.mem_get_info(device)[0] if device.startswith("cuda") else available()
-    large = {
-        side: f"needs about {(shared + need) / 1e9:.1f} GB where {room / 1e9:.1f} are free"
-        for side, need in own.items()
-        if shared + need > room
-    }
-    return shared + sum(need for side, need in own.items() if side not in large) <= room, large
+    large = {side: shared + need for side, need in own.items() if shared + need > room}
+    why = {side: f"needs about {need / 1e9:.1f} GB where {room / 1e9:.1f} are free" for side, need in large.items()}
+    return shared + sum(need for side, need in own.items() if side not in large) <= room, why

@@ -64,9 +64,6 @@ def equal(ours: Sequence[float], theirs: Sequence[float], what: str) -> str:
     return f"{same}/{len(theirs)} {what}"
 
 
-# --- golden outputs ---------------------------------------------------------------------------------------------------
-
-
 def golden_rows() -> Iterator[Row]:
     """Everything in tests/golden that is an output."""
     yield from _networks()
@@ -147,15 +144,9 @@ def _samplers() -> Iterator[Row]:
             yield compared("sampler", key, finish(x, tail[:1]), file[key], elementwise=False)
 
 
-# --- diffusers --------------------------------------------------------------------------------------------------------
-
-
 @torch.no_grad()
 def peer_rows(config: ModelConfig = FAMILIES["sd1"], cells: int = 64) -> Iterator[Row]:
-    """The networks of this model, seeded, against diffusers' and transformers' on the same tensors, in float32.
-
-    cells  latent cells along a side
-    """
+    """Seeded networks of `cells` x `cells` latents against diffusers' and transformers' on the same float32 tensors."""
     model = seeded_model(config)
     theirs = peer(model)
     millions = sum(p.numel() for p in model.unet.parameters()) / 1e6

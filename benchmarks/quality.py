@@ -296,10 +296,8 @@ def right(picture: ndarray, scene: Scene) -> dict[str, bool]:
 
 
 def agrees(reading: Reading, scene: Scene) -> dict[str, bool]:
-    """Whether a reading is of the scene: its colours and no others; then its solids, its relations; all of these.
-
-    Sizes do not count: canonical captions do not tell them.
-    """
+    """Whether a reading is of the scene: its colours and no others; then its solids, its relations; all of these."""
+    # Sizes do not count: canonical captions do not tell them.
     colors = [solid.color for solid in reading.solids]
     wanted = [solid.color for solid in scene.solids]
     result = {"colours": sorted(colors) == sorted(wanted), "solids": False, "relation": False}

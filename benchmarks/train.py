@@ -114,11 +114,7 @@ def fitting(jobs: Mapping[str, Job]) -> tuple[bool, dict[str, str]]:
 
 
 def rows_of(name: str, job: Job, found: Found, how: str) -> Iterator[Row]:
-    """One row for each side.
-
-    ratio   how many times as fast as diffusers
-    memory  the peak in units of diffusers'
-    """
+    """One row for each side: `ratio` is how many times as fast as diffusers, `memory` the peak in units of its peak."""
     status = compared(found, job.dtype)
     figures = {side: _figures(entry) for side, entry in found.items() if "updates" in entry}
     for side, entry in found.items():

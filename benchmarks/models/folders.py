@@ -41,13 +41,10 @@ FOLDERS: dict[str, dict[str, str]] = {
         "text_encoder": "sd1/text_encoder",
     },
     "sd-image-variations": {name: f"sd-image-variations/{name}" for name in ("unet", "vae", "image_encoder")},
-    "sd2-base": {"unet": "sd2-base/unet", **_SD2},
-    "sd2-v": {"unet": "sd2-v/unet", **_SD2},
-    "sd2-inpainting": {"unet": "sd2-inpainting/unet", **_SD2},
+    **{name: {"unet": f"{name}/unet", **_SD2} for name in ("sd2-base", "sd2-v", "sd2-inpainting")},
     "sd2-depth": {"unet": "sd2-depth/unet", **_SD2, "depth_estimator": ""},
     "x4-upscaler": {name: f"x4-upscaler/{name}" for name in ("unet", "vae", "text_encoder")},
-    "sdxl-base": {"unet": "sdxl-base/unet", **_SDXL},
-    "sdxl-inpainting": {"unet": "sdxl-inpainting/unet", **_SDXL},
+    **{name: {"unet": f"{name}/unet", **_SDXL} for name in ("sdxl-base", "sdxl-inpainting")},
     "sdxl-refiner": {
         "unet": "sdxl-refiner/unet",
         "vae": "sdxl-base/vae",
@@ -74,16 +71,13 @@ def components(family: str, state: Mapping[str, Tensor]) -> dict[str, dict[str, 
 
 
 def component(family: str, name: str, ours: Mapping[str, Tensor], *, wide: bool = False) -> dict[str, Tensor]:
-    """One component under diffusers' names, from a model's tensors; `wide`: at its published size.
-
-    Its names and shapes are those of the manifest.
-    """
+    """One component under diffusers' names, from a model's tensors; `wide`: at its published size."""
     config = FAMILIES[family] if wide else tiny(family)
     tensors = _named(family, name, config, ours)
     if FOLDERS[family][name]:
         listed = listed_shapes(family, name, wide=wide)
         tensors |= {key: torch.arange(shape[-1])[None] for key, shape in listed.items() if key.endswith("position_ids")}
-        assert {key: tuple(value.shape) for key, value in tensors.items()} == listed, name
+        assert {key: tuple(value.shape) for key, value in tensors.items()} == listed, name  # those of the manifest
     return {key: value.contiguous().clone() for key, value in tensors.items()}
 
 
@@ -94,11 +88,9 @@ def _named(family: str, name: str, config: ModelConfig, ours: Mapping[str, Tenso
         return _vae(FOLDERS[family]["vae"].endswith("legacy-names"), config, ours)
     if name == "image_encoder":
         return inside(ours, "vision.")
-    found: dict[str, Tensor] = {}
     if config.depth is not None and name == "depth_estimator":
-        for mine, theirs in dpt_names(config.depth).items():
-            found |= dict(zip(theirs, ours[f"depth.{mine}"].chunk(len(theirs)), strict=True))
-        return found
+        chunks = [(names, ours[f"depth.{mine}"].chunk(len(names))) for mine, names in dpt_names(config.depth).items()]
+        return {key: part for names, parts in chunks for key, part in zip(names, parts, strict=True)}
     tower = inside(ours, f"text.{len(config.text) - 1 if name == 'text_encoder_2' else 0}.")
     if config.unet.vector_dim is None and config.unet.linear_proj:  # SD 2 and the upscaler leave the last layer out
         return {key: value for key, value in tower.items() if ".layers.23." not in key and "projection" not in key}
@@ -156,18 +148,12 @@ def config_json(family: str, name: str, *, wide: bool = False) -> dict[str, Any]
 
 def _depth_json(depth: DepthConfig) -> dict[str, Any]:
     return {
-        "architectures": ["DPTForDepthEstimation"],
-        "is_hybrid": True,
-        "hidden_size": depth.width,
-        "intermediate_size": depth.mlp,
-        "num_hidden_layers": depth.layers,
-        "num_attention_heads": depth.heads,
-        "image_size": depth.image,
-        "fusion_hidden_size": depth.features,
-        "readout_type": "project",
+        "architectures": ["DPTForDepthEstimation"], "is_hybrid": True, "readout_type": "project",
+        "hidden_size": depth.width, "intermediate_size": depth.mlp, "num_hidden_layers": depth.layers,
+        "num_attention_heads": depth.heads, "image_size": depth.image, "fusion_hidden_size": depth.features,
         "backbone_out_indices": [0, 1, *depth.hooks],
         "backbone_config": {"depths": [*depth.blocks], "embedding_size": depth.stem, "layer_type": "bottleneck"},
-    }
+    }  # fmt: skip
 
 
 def write_folder(
@@ -198,22 +184,15 @@ def write_component(
 
 def write_index(path: Path, family: str, parts: Iterable[str]) -> None:
     """model_index.json and the scheduler."""
-    index = {
-        "_class_name": "StableDiffusionPipeline",
-        "scheduler": ["diffusers", "PNDMScheduler"],
-        "safety_checker": [None, None],
-        "text_encoder": [None, None],
-    }
+    named = {"_class_name": "StableDiffusionPipeline", "scheduler": ["diffusers", "PNDMScheduler"]}
+    index = {**named, "safety_checker": [None, None], "text_encoder": [None, None]}
     (path / "model_index.json").write_text(json.dumps(index | {name: ["diffusers", "SomeClass"] for name in parts}))
     full = FAMILIES[family]
     scheduler = {
-        "_class_name": "PNDMScheduler",
-        "beta_start": full.schedule.start,
-        "beta_end": full.schedule.end,
-        "beta_schedule": "scaled_linear",
-        "num_train_timesteps": 1000,
+        "_class_name": "PNDMScheduler", "beta_start": full.schedule.start, "beta_end": full.schedule.end,
+        "beta_schedule": "scaled_linear", "num_train_timesteps": 1000,
         "prediction_type": {"eps": "epsilon", "v": "v_prediction"}[full.prediction],
-    }
+    }  # fmt: skip
     (path / "scheduler").mkdir()
     (path / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
 
@@ -223,5 +202,5 @@ def folder_config(family: str, *, wide: bool = False) -> ModelConfig:
     config = FAMILIES[family] if wide else replace(tiny(family), size=FAMILIES[family].size)
     if family.startswith(("sd2", "x4")):
         text = tuple(replace(tower, layers=23, skip=0, projection=None) for tower in config.text)
-        config = replace(config, text=text)
+        return replace(config, text=text)
     return config

@@ -48,28 +48,24 @@ def relative(ours: Tensor, theirs: Tensor) -> float:
 
 
 def as_stored(ours: Tensor, half: Tensor) -> Tensor:
-    """What a reference kept in float16 may have been, as near to ours as possible.
-
-    Rounding moved it by 2^-11 of itself at most, or by 2^-25.
-    """
+    """What a reference kept in float16 may have been, as near to ours as possible."""
     reference = half.float()
-    moved = (reference.abs() * 2**-11).clamp(min=2**-25)
+    moved = (reference.abs() * 2**-11).clamp(min=2**-25)  # at most, by rounding
     return torch.minimum(torch.maximum(ours, reference - moved), reference + moved)
 
 
 def fill(network: Network, key: Callable[[str], str]) -> Network:
     """`network` with the seeded weight of the checkpoint key that `key` gives for each of its names; ready to run."""
-    network.load_state_dict({name: weight(key(name), p.shape) for name, p in network.state_dict().items()})
+    state = {name: weight(key(name), p.shape) for name, p in network.state_dict().items()}
+    network.load_state_dict(state, assign=True)
     return network.eval().requires_grad_(False)
 
 
 def tiny_unet(name: str) -> UNet:
     """A UNet of TINY_UNETS with the weights of its golden run."""
-    config = TINY_UNETS[name]
-    theirs = diffusers_unet(config)
+    theirs = diffusers_unet(TINY_UNETS[name]) if name == "ssd-1b-tiny" else None
     return fill(
-        UNet(config),
-        lambda key: f"ssd-1b-tiny/{theirs[key]}" if name == "ssd-1b-tiny" else f"model.diffusion_model.{key}",
+        UNet(TINY_UNETS[name]), lambda key: f"{name}/{theirs[key]}" if theirs else f"model.diffusion_model.{key}"
     )
 
 
@@ -86,13 +82,8 @@ def tiny_clip_l() -> CLIPText:
 def tiny_openclip() -> CLIPText:
     """The text tower with OpenCLIP's names and the weights of its golden run."""
     w, h = OPENCLIP_TINY.width, OPENCLIP_TINY.mlp
-    shapes: dict[str, tuple[int, ...]] = {
-        "positional_embedding": (77, w),
-        "text_projection": (w, 48),
-        "token_embedding.weight": (49408, w),
-        "ln_final.weight": (w,),
-        "ln_final.bias": (w,),
-    }
+    shapes: dict[str, tuple[int, ...]] = {"positional_embedding": (77, w), "text_projection": (w, 48)}
+    shapes |= {"token_embedding.weight": (49408, w), "ln_final.weight": (w,), "ln_final.bias": (w,)}
     block: dict[str, tuple[int, ...]] = {
         "ln_1.weight": (w,), "ln_1.bias": (w,), "attn.in_proj_weight": (3 * w, w), "attn.in_proj_bias": (3 * w,),
         "attn.out_proj.weight": (w, w), "attn.out_proj.bias": (w,), "ln_2.weight": (w,), "ln_2.bias": (w,),
@@ -101,9 +92,8 @@ def tiny_openclip() -> CLIPText:
     for i in range(OPENCLIP_TINY.layers):
         shapes |= {f"transformer.resblocks.{i}.{name}": shape for name, shape in block.items()}
     tower = CLIPText(OPENCLIP_TINY)
-    tower.load_state_dict(
-        from_openclip({name: weight(f"cond_stage_model.model.{name}", shape) for name, shape in shapes.items()})
-    )
+    state = {name: weight(f"cond_stage_model.model.{name}", shape) for name, shape in shapes.items()}
+    tower.load_state_dict(from_openclip(state))
     return tower.eval().requires_grad_(False)
 
 
@@ -135,10 +125,7 @@ def dpt(config: DepthConfig) -> DPT:
     """A depth network with seeded weights; with the published sizes, that of the golden run."""
     with torch.device("meta"):  # giving 123 M parameters values that are then replaced takes as long as running them
         network = DPT(config)
-    network.load_state_dict(
-        {name: weight(f"depth_model.model.{name}", p.shape) for name, p in network.state_dict().items()}, assign=True
-    )
-    return network.eval().requires_grad_(False)
+    return fill(network, lambda key: f"depth_model.model.{key}")
 
 
 def tiny_safety() -> SafetyChecker:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -63,22 +64,14 @@ def exact(x: Tensor, sigma: float) -> Tensor:
 
 def numbered() -> Noise:
     """The step noise of the golden runs: normal("noise0"), normal("noise1"), ... in the order drawn."""
-    count = 0
-
-    def noise(shape: Sequence[int]) -> Tensor:
-        nonlocal count
-        count += 1
-        return normal(f"noise{count - 1}", shape)
-
-    return noise
+    numbers = count()
+    return lambda shape: normal(f"noise{next(numbers)}", shape)
 
 
 def slope(error: Callable[[int], float], steps: tuple[int, ...]) -> float:
     """Order of convergence: minus the slope of log error over log steps, by least squares."""
     return -float(np.polyfit(np.log(steps), np.log([error(n) for n in steps]), 1)[0])
 
-
-# --- the golden runs --------------------------------------------------------------------------------------------------
 
 TIMESTEPS: dict[str, list[float]] = json.loads((GOLDEN / "samplers_timesteps.json").read_text())
 STARTS = ("ddim/", "plms/", "dpmpp_2m_stability/", "k/", "img2img/ddim")
@@ -102,8 +95,7 @@ def run(key: str) -> tuple[Tensor, list[float]]:
         sigmas = GRIDS[grid](SCHEDULE, 10)
         x = x_T * sigmas[0]  # k-diffusion leaves out the unit variance of the data
     elif first == "img2img":
-        name = "ddim"
-        x, sigmas = noised_latent()
+        name, (x, sigmas) = "ddim", noised_latent()
     else:
         name, kind = first.removesuffix("_stability"), rest[0]
         sigmas = GRIDS["dpm_solver" if name == "dpmpp_2m" else "ddim"](SCHEDULE, int(rest[1].removeprefix("steps")))

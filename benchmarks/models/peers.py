@@ -44,9 +44,7 @@ def seeded_model(config: ModelConfig, dtype: torch.dtype = torch.float32, device
 
 
 def write_folder(config: ModelConfig, path: Path, dtype: torch.dtype) -> None:
-    """A diffusers folder of seeded weights, which `weights.load` and diffusers' pipelines read.
-
-    Our name of a parameter determines its values; one parameter is in memory at a time.
+    """A diffusers folder of seeded weights, of which one is in memory at a time, for us and for diffusers' pipelines.
 
     config  with its text towers as folders have them (`weights.folder.write.as_in_folders`)
     """
@@ -115,32 +113,26 @@ def _unet(config: UNetConfig) -> UNet2DConditionModel:
     """Their UNet of SD 1's kind: one transformer block or none after each ResBlock, a fixed number of heads."""
     from diffusers import UNet2DConditionModel
 
+    down = tuple("CrossAttnDownBlock2D" if any(depths) else "DownBlock2D" for depths in config.down_depth)
+    up = tuple("CrossAttnUpBlock2D" if any(depths) else "UpBlock2D" for depths in config.up_depth)
+    widths = tuple(config.model_channels * m for m in config.channel_mult)
     return UNet2DConditionModel(
-        in_channels=config.in_channels,
-        out_channels=config.out_channels,
-        block_out_channels=tuple(config.model_channels * m for m in config.channel_mult),
-        layers_per_block=config.num_res_blocks,
-        down_block_types=tuple(
-            "CrossAttnDownBlock2D" if any(depths) else "DownBlock2D" for depths in config.down_depth
-        ),
-        up_block_types=tuple("CrossAttnUpBlock2D" if any(depths) else "UpBlock2D" for depths in config.up_depth),
+        in_channels=config.in_channels, out_channels=config.out_channels, block_out_channels=widths,
+        layers_per_block=config.num_res_blocks, down_block_types=down, up_block_types=up,
         cross_attention_dim=config.context_dim,
         attention_head_dim=config.heads,  # a number of heads all the same, whatever its name says
-    )
+    )  # fmt: skip
 
 
 def _vae(config: VAEConfig) -> AutoencoderKL:
     from diffusers import AutoencoderKL
 
-    levels = len(config.channel_mult)
+    widths, levels = tuple(config.channels * m for m in config.channel_mult), len(config.channel_mult)
     return AutoencoderKL(
-        block_out_channels=tuple(config.channels * m for m in config.channel_mult),
-        layers_per_block=config.num_res_blocks,
-        latent_channels=config.z_channels,
-        down_block_types=("DownEncoderBlock2D",) * levels,
-        up_block_types=("UpDecoderBlock2D",) * levels,
+        block_out_channels=widths, layers_per_block=config.num_res_blocks, latent_channels=config.z_channels,
+        down_block_types=("DownEncoderBlock2D",) * levels, up_block_types=("UpDecoderBlock2D",) * levels,
         scaling_factor=config.scale,
-    )
+    )  # fmt: skip
 
 
 def _text(config: TextConfig) -> CLIPTextModel:

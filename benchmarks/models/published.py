@@ -47,18 +47,14 @@ def seeded(shapes: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> dict[st
 
 _SHOWN = {  # the family that the shapes of a file show (not eps or v): its manifests
     "sd1": "sd1 sd1-full sd1-pruned-fp16 sd1-pruned-fp16-posids16",
-    "sd1-inpainting": "sd1-inpainting",
+    "sd1-inpainting": "sd1-inpainting", "sd2-inpainting": "sd2-inpainting", "sdxl-inpainting": "sdxl-inpainting",
     "sd-image-variations": "sd-image-variations sd-image-variations-notext",
-    "sd2-base": "sd2-base sd2-v sd2-sgm",
-    "sd2-inpainting": "sd2-inpainting",
-    "sd2-depth": "sd2-depth",
-    "x4-upscaler": "x4-upscaler",
+    "sd2-base": "sd2-base sd2-v sd2-sgm", "sd2-depth": "sd2-depth", "x4-upscaler": "x4-upscaler",
     "sdxl-base": "sdxl-base sdxl-base-0.9 sdxl-base-posids16",
-    "sdxl-inpainting": "sdxl-inpainting",
     "sdxl-refiner": "sdxl-refiner sdxl-refiner-0.9",
     "ssd-1b": "ssd-1b ssd-1b-hfscript",
     None: "sd21-unclip-h vae-standalone",  # recognised, and refused
-}
+}  # fmt: skip
 FILES = {name: family for family, names in _SHOWN.items() for name in names.split()}  # manifest -> family
 VOCAB = 512  # tokens of the narrow towers
 UNIT = {"x4-upscaler": 8, "sdxl-refiner": 12}  # by what the widths of a UNet are divided, to begin at 32; else by 10
@@ -129,12 +125,10 @@ UNREAD = ("depth.pretrained.model.head.", "vae.loss.")
 
 def meaning(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of a single file that a network reads, under our names, which for CLIP are Hugging Face's."""
-    out: dict[str, Tensor] = {}
-    for theirs, ours in MEANING.items():
-        out |= {f"{ours}{key}": value for key, value in inside(state, theirs).items()}
+    parts = [(ours, inside(state, theirs)) for theirs, ours in MEANING.items()]
+    out = {f"{ours}{key}": value for ours, part in parts for key, value in part.items()}
     out = {key: value for key, value in out.items() if not key.startswith(UNREAD)}
-    visual = inside(state, "cond_stage_model.model.visual.")
-    if visual:
+    if visual := inside(state, "cond_stage_model.model.visual."):
         return out | {f"vision.{key}": value for key, value in from_openai_vision(visual).items()}
     i = 0
     for prefix in ("cond_stage_model.", "conditioner.embedders.0.", "conditioner.embedders.1."):
@@ -155,8 +149,7 @@ def _from_blocks(state: Mapping[str, Tensor], table: Mapping[str, str], model: s
         match = re.fullmatch(r"transformer\.resblocks\.(\d+)\.(.+)", key)
         layer, rest = f"{model}.encoder.layers.{match[1]}." if match else "", match[2] if match else ""
         if rest.startswith("attn.in_proj_"):
-            rows = len(value) // 3
-            parts = zip("qkv", value.split(rows), strict=True)
+            parts = zip("qkv", value.chunk(3), strict=True)
             out |= {f"{layer}self_attn.{part}_proj.{rest[13:]}": value for part, value in parts}
         elif match:
             for theirs, ours in (("ln_", "layer_norm"), ("attn.", "self_attn."), ("c_fc", "fc1"), ("c_proj", "fc2")):
@@ -170,18 +163,14 @@ def _from_blocks(state: Mapping[str, Tensor], table: Mapping[str, str], model: s
 OPENCLIP = {
     "positional_embedding": "embeddings.position_embedding.weight",
     "token_embedding.weight": "embeddings.token_embedding.weight",
-    "ln_final.weight": "final_layer_norm.weight",
-    "ln_final.bias": "final_layer_norm.bias",
-}
+    "ln_final.weight": "final_layer_norm.weight", "ln_final.bias": "final_layer_norm.bias",
+}  # fmt: skip
 OPENAI_VISION = {
     "positional_embedding": "embeddings.position_embedding.weight",
-    "class_embedding": "embeddings.class_embedding",
-    "conv1.weight": "embeddings.patch_embedding.weight",
-    "ln_pre.weight": "pre_layrnorm.weight",
-    "ln_pre.bias": "pre_layrnorm.bias",
-    "ln_post.weight": "post_layernorm.weight",
-    "ln_post.bias": "post_layernorm.bias",
-}
+    "class_embedding": "embeddings.class_embedding", "conv1.weight": "embeddings.patch_embedding.weight",
+    "ln_pre.weight": "pre_layrnorm.weight", "ln_pre.bias": "pre_layrnorm.bias",
+    "ln_post.weight": "post_layernorm.weight", "ln_post.bias": "post_layernorm.bias",
+}  # fmt: skip
 
 
 def from_openclip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -54,9 +54,6 @@ def built(scene: Scene, rng: np.random.Generator) -> list[Placed]:
     return placed
 
 
-# --- the ninth colour -------------------------------------------------------------------------------------------------
-
-
 def magenta_lessons(n: int) -> list[Scene]:
     """`n` scenes to learn magenta from: every shape in both sizes alone, then pairs."""
     alone = [Scene((Solid(shape, MAGENTA, size),), (), k) for k, (shape, size) in enumerate(product(SHAPES, SIZES))]
@@ -84,9 +81,6 @@ def _one(rng: np.random.Generator, choices: Iterable[str]) -> str:
     return str(rng.choice(list(choices)))
 
 
-# --- the particular cone ----------------------------------------------------------------------------------------------
-
-
 def cone_lessons(n: int) -> list[Scene]:
     """`n` scenes of the particular cone alone, always large, standing elsewhere in each."""
     return [Scene((Solid("cone", SKS),), (), k) for k in range(n)]
@@ -95,11 +89,10 @@ def cone_lessons(n: int) -> list[Scene]:
 def cone_pairs(n: int, seed: int) -> list[Scene]:
     """`n` scenes of the particular cone and another solid, of a colour that it has not."""
     rng = np.random.default_rng([seed, 5])
+    colors = [color for color in blocks.COLORS if color not in (BODY, TIP)]
     found: dict[str, Scene] = {}
     while len(found) < n:
-        colors = [color for color in blocks.COLORS if color not in (BODY, TIP)]
-        other = Solid(_one(rng, SHAPES), _one(rng, colors), _one(rng, SIZES))
-        pair = [Solid("cone", SKS), other]
+        pair = [Solid("cone", SKS), Solid(_one(rng, SHAPES), _one(rng, colors), _one(rng, SIZES))]
         relation = _one(rng, RELATIONS)
         order = (0, 1) if relation == "on top of" or rng.random() < 0.5 else (1, 0)  # nothing stands on the tip
         scene = Scene(tuple(pair[i] for i in order), (relation,), int(rng.integers(2**31)))

@@ -54,13 +54,9 @@ def to_one_file(job: Job, target: Path) -> None:
 
 
 SIDES: dict[str, Callable[[Job], Side]] = {
-    "ldm": ldm,
-    "fast": fast,
-    "diffusers": diffusers,
-    "diffusers-best": diffusers_best,
-    "openvino": openvino,
+    "ldm": ldm, "fast": fast, "diffusers": diffusers, "diffusers-best": diffusers_best, "openvino": openvino,
     "sdcpp": sdcpp,
-}
+}  # fmt: skip
 NEEDS = {  # side: its module, and the package to install
     "openvino": ("openvino", "openvino"),
     "sdcpp": ("stable_diffusion_cpp", "stable-diffusion-cpp-python"),
@@ -80,16 +76,11 @@ def missing(side: str, device: str) -> str | None:
     return None
 
 
-# --- conversions ------------------------------------------------------------------------------------------------------
-
-
 def convert(job: Job) -> str | None:
-    """Convert the weights for the side of this job, unless that was done before. Returns why it failed, or None.
-
-    This is done in another process, whose memory is free again afterwards.
-    """
+    """Convert the weights for the side of this job, unless that was done before. Returns why it failed, or None."""
     if job.side not in CONVERSIONS or Path(job.converted).exists():
         return None
+    # Another process does it, whose memory is free again afterwards.
     done = subprocess.run(command(__name__, job), capture_output=True, text=True, env=environment(), check=False)
     if done.returncode:
         return f"conversion failed: {without_folders(done.stderr.strip())[-300:] or done.returncode}"

@@ -34,18 +34,14 @@ def diffusers(job: Job) -> Side:
 
 
 def diffusers_best(job: Job) -> Side:
-    """diffusers by its guide to fast inference.
-
-    Channels last, fused q, k and v, UNet and decoder compiled with "max-autotune", the compiler's settings
-    as in that guide. On a CPU weights are frozen too, which its backend is made for.
-    """
+    """diffusers by its guide to fast inference: channels last, fused q, k and v, UNet and decoder compiled."""
     from torch._dynamo import config as dynamo
     from torch._inductor import config as inductor
 
     for name in ("conv_1x1_as_mm", "coordinate_descent_tuning", "coordinate_descent_check_all_directions"):
         setattr(inductor, name, True)
     inductor.epilogue_fusion = False
-    inductor.freezing = job.device == "cpu"
+    inductor.freezing = job.device == "cpu"  # frozen weights are what the backend for CPUs is made for
     pipe = pipeline(job)
     for network in (pipe.unet, pipe.vae):
         network.to(memory_format=torch.channels_last)

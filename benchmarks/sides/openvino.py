@@ -83,12 +83,8 @@ def runner(path: Path, dtype: str) -> Callable[..., list[Tensor]]:
     import openvino
 
     core = openvino.Core()
-    options = {
-        "INFERENCE_PRECISION_HINT": PRECISION[dtype],
-        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-        "PERFORMANCE_HINT": "LATENCY",
-    }
-
+    options = {"INFERENCE_PRECISION_HINT": PRECISION[dtype], "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+    options |= {"PERFORMANCE_HINT": "LATENCY"}
     compiled: dict[tuple[torch.Size, ...], Any] = {}  # one at most, which is forgotten before the next is made
 
     def run(*given: Tensor) -> list[Tensor]:

@@ -84,12 +84,9 @@ class Process:
 
 
 def serve(kind: type[Any], answers: Callable[[Any, Callable[[Answer], None]], None]) -> None:
-    """What such a module does when it is run: answer for the job on its command line.
-
-    What libraries print goes to standard error, so that answers stand alone.
-    """
+    """What such a module does when it is run: answer for the job on its command line."""
     out = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
+    os.dup2(2, 1)  # what libraries print goes to standard error, so that answers stand alone
     job = kind(**json.loads(sys.argv[1]))
     use(job.threads)
     answers(job, lambda answer: print(json.dumps(answer), file=out, flush=True))

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -69,9 +70,6 @@ class Ended(Exception):
     """Nobody asks for another update."""
 
 
-# --- what both are given ----------------------------------------------------------------------------------------------
-
-
 def config_of(family: str, *, tiny: bool) -> ModelConfig:
     """The family with a narrow autoencoder and text towers of one block: latents and text are given."""
     own = cells.config_of(family, tiny=tiny)
@@ -110,9 +108,6 @@ def start(name: str, factor: nn.Parameter) -> None:
         factor.copy_(weight(name, factor.shape))
 
 
-# --- ours -------------------------------------------------------------------------------------------------------------
-
-
 def ldm(job: Job, pace: Pace) -> None:
     """`ldm train` from the model on: the recipe's mode, and the loop."""
     import weights
@@ -149,14 +144,8 @@ def ldm(job: Job, pace: Pace) -> None:
         fit(made.task, made.parameters, micro, recipe, Path(job.folder), ranks=ranks, watchers=watchers)
 
 
-# --- diffusers --------------------------------------------------------------------------------------------------------
-
-
 def diffusers(job: Job, pace: Pace) -> None:
-    """What train_text_to_image.py and train_text_to_image_lora(_sdxl).py do with an encoded batch.
-
-    These scripts are in examples/text_to_image of diffusers, and use the same libraries.
-    """
+    """What diffusers' examples/text_to_image/train_text_to_image.py and its _lora(_sdxl).py do with encoded batches."""
     from accelerate import Accelerator
     from diffusers import DDPMScheduler
 
@@ -171,16 +160,14 @@ def diffusers(job: Job, pace: Pace) -> None:
     unet, adam = accelerator.prepare(unet.train(), adam)
     noising = DDPMScheduler.from_pretrained(job.folder, subfolder="scheduler")
     pace.note(trained=sum(p.numel() for p in learning))
-    number = 0
-    while True:
+    for number in count():
         one = given(job, number)
         pace.wait()
         latent, noise, context = (tensor.to(device, kind) for tensor in (one.latent, one.noise, one.context))
         t, more = one.t.to(device), {}
         if one.pooled is not None:
-            sizes = torch.tensor(
-                [[job.size, job.size, 0, 0, job.size, job.size]] * job.batch, device=device, dtype=kind
-            )
+            numbers = [[job.size, job.size, 0, 0, job.size, job.size]] * job.batch
+            sizes = torch.tensor(numbers, device=device, dtype=kind)
             more["added_cond_kwargs"] = {"text_embeds": one.pooled.to(device, kind), "time_ids": sizes}
         with accelerator.accumulate(unet):
             eps = unet(noising.add_noise(latent, noise, t), t, context, return_dict=False, **more)[0]
@@ -190,7 +177,6 @@ def diffusers(job: Job, pace: Pace) -> None:
             adam.step()
             adam.zero_grad()
         pace.note(loss=loss.item(), grad_norm=norm.item())
-        number += 1
 
 
 def _unet(job: Job, kind: torch.dtype) -> Any:
@@ -223,9 +209,6 @@ def _start_as_ours(unet: nn.Module, job: Job) -> None:
 
 
 SIDES: dict[str, Callable[[Job, Pace], None]] = {"ldm": ldm, "diffusers": diffusers}
-
-
-# --- a process of its own ---------------------------------------------------------------------------------------------
 
 
 class Asked:

@@ -27,9 +27,8 @@ def add_options(parser: argparse.ArgumentParser, sides: Iterable[str]) -> None:
     parser.add_argument("--repeats", type=int, help="of every time, the sides in turn, after the first (default: 5)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     parser.add_argument("--threads", type=int, help="of every side (default: torch's own choice)")
-    parser.add_argument(
-        "--tiny", action="store_true", help="narrow networks: shows that this works, not how fast it is"
-    )
+    tiny = "narrow networks: shows that this works, not how fast it is"
+    parser.add_argument("--tiny", action="store_true", help=tiny)
     parser.add_argument("--cache", type=Path, metavar="DIR", help="keep weights there for the next time")
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="write all figures, the machine and the versions")
 

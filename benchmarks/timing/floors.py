@@ -77,15 +77,12 @@ def _operations(device: str, dtype: torch.dtype, cells: int) -> list[tuple[str, 
     kernel = torch.randn(channels, channels, 3, 3, device=device, dtype=dtype)
     wide = torch.randn(4 * channels, channels, 1, 1, device=device, dtype=dtype)
     x_last, kernel_last, wide_last = (each.to(memory_format=torch.channels_last) for each in (x, kernel, wide))
+    count = 2 * pixels * 9 * channels**2
     return [
         ("matrix product", lambda: a @ b, 2 * side**3),
         ("1x1 convolution", lambda: F.conv2d(x_last, wide_last), 2 * pixels * 4 * channels**2),
-        ("3x3 convolution", lambda: F.conv2d(x, kernel, padding=1), 2 * pixels * 9 * channels**2),
-        (
-            "3x3 convolution, channels last",
-            lambda: F.conv2d(x_last, kernel_last, padding=1),
-            2 * pixels * 9 * channels**2,
-        ),
+        ("3x3 convolution", lambda: F.conv2d(x, kernel, padding=1), count),
+        ("3x3 convolution, channels last", lambda: F.conv2d(x_last, kernel_last, padding=1), count),
     ]
 
 

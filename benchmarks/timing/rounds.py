@@ -99,8 +99,7 @@ def visit(running: Mapping[str, Turns], cell: Cell, found: Found, repeats: int) 
     try:
         times = in_turn({side: partial(turns.time, cell) for side, turns in able.items()}, repeats)
     except SideFailed as error:
-        times = {}
-        why = f"one of those that took turns ({', '.join(able)}): {error}"
+        times, why = {}, f"one of those that took turns ({', '.join(able)}): {error}"
         found |= {side: {"failed": why} for side in able}
     for side, seconds in times.items():
         found[side]["seconds"] = seconds

@@ -30,9 +30,6 @@ Row = dict[str, Any]
 Found = dict[str, dict[str, Any]]
 
 
-# --- sameness ---------------------------------------------------------------------------------------------------------
-
-
 def error(ours: Tensor, reference: Tensor) -> dict[str, float]:
     """Largest and mean absolute difference: of pictures in 8-bit levels, else in units of the reference's rms."""
     unit = 1.0 if reference.dtype == torch.uint8 else reference.double().square().mean().sqrt().item()
@@ -46,15 +43,11 @@ def check(outputs: Mapping[str, Tensor], reference: Tensor | None, dtype: str) -
     outputs    of the sides
     reference  the output of the plain networks in float32, on the same weights
     """
-    errors: dict[str, dict[str, float]] = {}
-    if reference is not None:
-        errors = {side: error(out, reference) for side, out in outputs.items() if torch.isfinite(out.float()).all()}
+    finite = {side: out for side, out in outputs.items() if torch.isfinite(out.float()).all()}
+    errors = {} if reference is None else {side: error(out, reference) for side, out in finite.items()}
     means = {side: each["mean"] for side, each in errors.items()}
-    found = {}
-    for side, out in outputs.items():
-        status, why = _verdict(side, out, means, dtype)
-        found[side] = {"status": status, "why": why, "error": errors.get(side)}
-    return found
+    verdicts = {side: _verdict(side, out, means, dtype) for side, out in outputs.items()}
+    return {side: {"status": status, "why": why, "error": errors.get(side)} for side, (status, why) in verdicts.items()}
 
 
 def _verdict(side: str, out: Tensor, means: Mapping[str, float], dtype: str) -> tuple[str, str | None]:
@@ -73,9 +66,6 @@ def _verdict(side: str, out: Tensor, means: Mapping[str, float], dtype: str) -> 
     if means[side] <= most:
         return "same", None
     return "void", f"mean error {means[side]:.1e} > {most:.1e} {unit}"
-
-
-# --- rows -------------------------------------------------------------------------------------------------------------
 
 
 def finished(job: Job, cell: Cell, found: Found, reference: Tensor | None, best: float, how: str) -> Iterator[Row]:
@@ -130,10 +120,7 @@ def growth(rows: Sequence[Row]) -> list[Row]:
             else:
                 each.sort(key=itemgetter(what))
             for less, more in pairwise(each):
-                ratios = {
-                    "times": more["seconds"]["median"] / less["seconds"]["median"],
-                    "flops": more["flops"] / less["flops"],
-                }
-                change = {"what": what, "from": less[what], "to": more[what]}
-                found.append({**change, **{name: more[name] for name in NAMED}, **ratios})
+                times = more["seconds"]["median"] / less["seconds"]["median"]
+                change = {"what": what, "from": less[what], "to": more[what], **{name: more[name] for name in NAMED}}
+                found.append({**change, "times": times, "flops": more["flops"] / less["flops"]})
     return found

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -45,13 +46,11 @@ class Turns(Process):
             raise
 
     def prepare(self, cell: Cell) -> Answer:
-        """The first call of a cell: {first: seconds, cold, peak, device_peak: bytes, output}.
-
-        cold  seconds from the start of the process to its first picture, if this is that picture
-        """
+        """The first call of a cell: {first: seconds, cold, peak, device_peak: bytes, output}."""
         with tempfile.TemporaryDirectory() as folder:
             answer = self.ask(do="prepare", cell=asdict(cell), save=f"{folder}/output.safetensors")
             output = load_file(f"{folder}/output.safetensors")["output"].clone()
+        # `cold`: seconds from the start of the process to its first picture, if this is that picture.
         began = self.imported["seconds"] + self.loaded["seconds"] if self.fresh and cell.stage == "picture" else None
         self.fresh = False
         return {**answer, "cold": began and began + answer["first"], "output": output}
@@ -63,11 +62,8 @@ class Turns(Process):
 
 def in_turn(calls: Mapping[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
     """Seconds that each call gives: A, B, A, B, ... so that whatever else the machine does falls on all."""
-    seconds: dict[str, list[float]] = {side: [] for side in calls}
-    for _ in range(repeats):
-        for side, call in calls.items():
-            seconds[side].append(call())
-    return seconds
+    rounds = [[call() for call in calls.values()] for _ in range(repeats)]
+    return {side: [each[k] for each in rounds] for k, side in enumerate(calls)}
 
 
 # --- inside -----------------------------------------------------------------------------------------------------------
@@ -143,21 +139,14 @@ def answers(job: Job, answer: Callable[[Answer], None]) -> None:
 
 def _import(side: str) -> None:
     """Import what a side needs besides torch, so that loading its weights is timed without that."""
-    if side in ("ldm", "fast"):
-        import ldm.tasks
-        import weights
-
-        _ = ldm.tasks, weights
-    elif side == "sdcpp":
-        import stable_diffusion_cpp
-
-        _ = stable_diffusion_cpp
-    else:
-        import diffusers
-        import transformers
-
-        # These names import their modules when they are used.
-        _ = diffusers.StableDiffusionPipeline, diffusers.StableDiffusionXLPipeline, transformers.CLIPTextModel
+    ours: dict[str, list[str]] = {"ldm.tasks": [], "weights": []}
+    sdcpp: dict[str, list[str]] = {"stable_diffusion_cpp": []}
+    theirs = {"diffusers": ["StableDiffusionPipeline", "StableDiffusionXLPipeline"], "transformers": ["CLIPTextModel"]}
+    needed = {"ldm": ours, "fast": ours, "sdcpp": sdcpp}.get(side, theirs)
+    for module, names in needed.items():
+        imported = import_module(module)
+        for name in names:
+            getattr(imported, name)  # this imports the module that the name is of
 
 
 if __name__ == "__main__":
