@@ -23,12 +23,9 @@ class Draws:
 
     def generators(self, purpose: str) -> list[torch.Generator]:
         """One for each example, on the CPU."""
-        made = []
-        for i in self.index:
-            # torch's CPU generator uses 32 bits
-            digest = blake2b(f"{self.seed}/{i}/{purpose}".encode(), digest_size=4).digest()
-            made.append(torch.Generator().manual_seed(int.from_bytes(digest, "little")))
-        return made
+        names = [f"{self.seed}/{i}/{purpose}".encode() for i in self.index]
+        digests = [blake2b(name, digest_size=4).digest() for name in names]  # torch's CPU generator uses 32 bits
+        return [torch.Generator().manual_seed(int.from_bytes(digest, "little")) for digest in digests]
 
     def normal(self, purpose: str, shape: Sequence[int]) -> Tensor:
         """N(0, 1) float32 [b, *shape]."""

@@ -39,11 +39,9 @@ class PictureSource(Protocol):
 
     def picture(self, i: int) -> Image.Image:
         """Item i, RGB and upright. Raises FileError that names it."""
-        ...
 
     def depth(self, i: int) -> Image.Image:
         """The depth map of item i, RGB, light is near, where `has_depth`. Raises FileError that names it."""
-        ...
 
 
 def digest(*parts: str | bytes) -> str:
