@@ -31,7 +31,7 @@ from weights.names.metadata import CONFIG_KEY, from_json
 from weights.names.sizes import UNET, Shapes, read_vision, visible
 
 VISUAL = "cond_stage_model.model.visual."  # where the published image-variations checkpoints have their vision tower
-SAFETY = Layout((Part("", "", names.doubled_vision),), ALONE)
+SAFETY = Layout((Part("", "", names.hugging_face_vision),), ALONE)
 IN_MODEL = Layout(
     (Part("", VISUAL, names.openai_vision),),
     ((r"(?!cond_stage_model\.model\.visual\.).+", "not of the vision tower, which alone was asked for"),),
@@ -44,10 +44,7 @@ Network = TypeVar("Network", bound=nn.Module)
 
 
 def vae_alone(file: Tensors, config: VAEConfig) -> Parameters:
-    """The VAE that was published alone, under its original names or those of diffusers.
-
-    Raises FileError for what is none.
-    """
+    """The VAE that was published alone, by its original names or those of diffusers. Raises FileError for no VAE."""
     network = partial(blank.shapes, VAE, config)
     for prefix in () if f"{UNET}input_blocks.0.0.weight" in file else ("", "first_stage_model."):
         if f"{prefix}encoder.down.0.block.0.conv1.weight" in file:

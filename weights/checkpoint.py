@@ -183,8 +183,9 @@ class Parameters:
             raise self.file.error(f"has no moving average ({why})", remedy=NO_AVERAGE)
         if n < of:
             first = next(key for name, key in self.averaged.items() if name not in self.averages)
-            what = f"has a moving average of {n} of {of} tensors, {short(first)} is missing"
-            raise self.file.error(what, first, NO_AVERAGE)
+            raise self.file.error(
+                f"has a moving average of {n} of {of} tensors, {short(first)} is missing", first, NO_AVERAGE
+            )
 
     # --- reading ----------------------------------------------------------------------------------------------------
 
@@ -218,14 +219,9 @@ class Parameters:
 
 
 def read(
-    file: Tensors,
-    place: Place,
-    ours: Shape,
-    dtype: torch.dtype | None = None,
-    device: torch.device | str = "cpu",
-    *,
+    file: Tensors, place: Place, ours: Shape, dtype: torch.dtype | None = None, device: torch.device | str = "cpu", *,
     mapped: bool = False,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """What lies at a place of a file, in our shape: the only way from what is stored to the numbers of a parameter.
 
     dtype   None: the type in which it is stored
@@ -266,18 +262,17 @@ class Checkpoint(Parameters):
 
 
 def open_any(path: str | PathLike[str], variant: str | None = None) -> Tensors:
-    """A file of weights, or a diffusers folder with the weights of one `variant`.
-
-    Raises FileError; ArgumentError for a variant of a file.
-    """
+    """A file of weights, or a folder's of one `variant`. Raises FileError; ArgumentError for a variant of a file."""
     if is_folder(path):
         from weights.files.folders import open_folder  # of which a single file needs nothing
 
         return open_folder(path, variant)
     if variant is not None:
         name = Path(path).name[-60:]
-        what = f"{variant[:40]!r} is one of a diffusers folder's, and {name} is a file; leave it out"
-        raise ArgumentError(f"variant: {what}", key="variant")
+        raise ArgumentError(
+            f"variant: {variant[:40]!r} is one of a diffusers folder's, and {name} is a file; leave it out",
+            key="variant",
+        )
     return open_file(path)
 
 
@@ -326,8 +321,9 @@ def _checkpoint(file: Tensors, layout: Layout, finding: Finding, ema: bool = Fal
 def require_dtype(dtype: torch.dtype) -> None:
     """Refuse a type that parameters cannot have."""
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or dtype.itemsize < 2:
-        what = f"dtype {dtype} cannot hold weights; use torch.float32, torch.bfloat16 or torch.float16"
-        raise ArgumentError(what, key="dtype")
+        raise ArgumentError(
+            f"dtype {dtype} cannot hold weights; use torch.float32, torch.bfloat16 or torch.float16", key="dtype"
+        )
 
 
 def network_of(name: str) -> str:

@@ -21,15 +21,10 @@ EMBEDDED = Path(__file__).parent / "embedded"
 
 
 def load(
-    path: str | PathLike[str] | None = None,
-    config: ModelConfig | str | None = None,
-    *,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
-    ema: bool = False,
-    prediction: Prediction | None = None,
-    variant: str | None = None,
-) -> LatentDiffusion:
+    path: str | PathLike[str] | None = None, config: ModelConfig | str | None = None, *,
+    device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, ema: bool = False,
+    prediction: Prediction | None = None, variant: str | None = None,
+) -> LatentDiffusion:  # fmt: skip
     """The model in a checkpoint, ready for inference: in eval mode, no gradients.
 
     path        .safetensors or .ckpt (zip or pre-1.6 stream), or a diffusers folder; None: the model that ships with us
@@ -87,10 +82,8 @@ def fill(
     parameters = Parameters(file=file, layout=layout, network=lambda: wanted, ema=ema)
     parameters.require_whole()
     parameters.require_numbers()
-    for ours, (
-        module,
-        name,
-    ) in owners.items():  # load_state_dict would account for every key again, which takes longer than to read them
+    # load_state_dict would account for every key again, which takes longer than to read them.
+    for ours, (module, name) in owners.items():
         tensor = parameters.read(ours, dtype, device, mapped=True)
         module.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
     file.require_unchanged()

@@ -65,8 +65,9 @@ def save_embedding(
     if dtype is not None:
         require_dtype(dtype)
     if Path(path).suffix != ".safetensors":
-        what = f"{Path(path).name[-60:]}: other programs read a word from a .safetensors; give it that ending"
-        raise ArgumentError(what, key="path")
+        raise ArgumentError(
+            f"{Path(path).name[-60:]}: other programs read a word from a .safetensors; give it that ending", key="path"
+        )
     widths = [tower.width for tower in config.text]
     if sorted(widths) != sorted(embedding.vectors):
         own, model = (" and ".join(map(str, sorted(each))) or "no width" for each in (embedding.vectors, widths))
@@ -103,11 +104,9 @@ def vector_keys(file: Tensors) -> list[str]:
 def _instead(keys: list[str], parameters: list[str], strays: list[str]) -> str:
     """What a file with these keys is."""
     if len(keys) > 10:
-        what = f"has {len(keys)} tensors ({keys[0][:60]}, ...): a model or a part of one, not an embedding"
-        return f"{what}; use --ckpt"
+        return f"has {len(keys)} tensors ({keys[0][:60]}, ...): a model or a part of one, not an embedding; use --ckpt"
     if strays:
-        what = f"has {strays[0][:60]} beside its vectors, which no embedding has"
-        return f"{what}; use the file as its trainer wrote it"
+        return f"has {strays[0][:60]} beside its vectors, which no embedding has; use the file as its trainer wrote it"
     what = f"holds {len(parameters)} tensors ({', '.join(parameters)[:60]})"
     return f"{what}; an embedding file holds one word: save each in a file of its own"
 
@@ -120,10 +119,13 @@ def _vectors(file: Tensors, key: str) -> Tensor:
         what = f"{shown} has the shape {list(spec.shape)[:6]}"
         raise file.error(f"{what}; an embedding is [width] or [n, width] with n up to {MAX_VECTORS}", key)
     if not spec.dtype.is_floating_point:
-        what = f"{shown} holds {str(spec.dtype).removeprefix('torch.')} numbers"
-        raise file.error(f"{what}; an embedding is made of floats", key)
+        raise file.error(
+            f"{shown} holds {str(spec.dtype).removeprefix('torch.')} numbers; an embedding is made of floats", key
+        )
     tensor = file.read(key, dtype=torch.float32).reshape(n, width).clone()
     if not tensor.isfinite().all():
-        what = f"{shown} holds NaN or infinity, which would make every picture black"
-        raise file.error(f"{what}; use another file of this embedding", key)
+        raise file.error(
+            f"{shown} holds NaN or infinity, which would make every picture black; use another file of this embedding",
+            key,
+        )
     return tensor

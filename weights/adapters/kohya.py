@@ -15,10 +15,7 @@ from weights.files.write import Pending, cast, pending
 
 
 def kohya_names(config: ModelConfig) -> dict[str, str]:
-    """{our module: how kohya's scripts spell it}.
-
-    It is the original's path for the SDXL kind, whose UNet they took from there, else diffusers'.
-    """
+    """{our module: how kohya's scripts spell it}: by diffusers' path, or the original's for SDXL's UNet."""
     original, several = config.unet.vector_dim is not None, len(config.text) > 1
     prefixes = {tower: f"lora_te{i + 1 if several else ''}_" for i, tower in enumerate(lora_names.TOWERS)}
     prefixes["unet"] = "lora_unet_"

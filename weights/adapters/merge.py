@@ -67,8 +67,10 @@ def merge_lora(
         require_dtype(dtype)
     require_writable(dst, overwrite)
     if is_folder(checkpoint):
-        what = "is a diffusers folder; make it one file first with 'ldm convert', or load the LoRA beside it"
-        raise FileError(what, path=checkpoint)
+        raise FileError(
+            "is a diffusers folder; make it one file first with 'ldm convert', or load the LoRA beside it",
+            path=checkpoint,
+        )
     with open_file(checkpoint) as file:
         model = described(file, model_config)
         config = model.config
@@ -126,8 +128,7 @@ def _changed(model: Checkpoint, terms: Mapping[str, Terms]) -> set[str]:
         spec = file.specs[place.key]
         if not place.fits(spec.shape, shapes[parameter]) or model.integers(parameter) is not None:
             what = f"{place.key[-60:]} is {list(spec.shape)} of {spec.dtype}"
-            wanted = f"{list(shapes[parameter])} floating-point numbers"
-            raise file.error(f"{what}, where {wanted} belong", place.key)
+            raise file.error(f"{what}, where {list(shapes[parameter])} floating-point numbers belong", place.key)
         changed.add(place.key)
     return changed
 

@@ -180,14 +180,11 @@ def settings(network: Mapping[str, Held]) -> dict[str, Any]:
     alphas = {name: _number(alpha_of(held.factors) or 0.0) for name, held in bare.items()}
     r, alpha = _most(ranks.values()), _most(alphas.values())
     return {
-        "r": r,
-        "lora_alpha": alpha,
-        "rank_pattern": {name: one for name, one in ranks.items() if one != r},
-        "alpha_pattern": {name: one for name, one in alphas.items() if one != alpha},
-        "target_modules": sorted(ranks),
+        "r": r, "rank_pattern": {name: one for name, one in ranks.items() if one != r},
+        "lora_alpha": alpha, "alpha_pattern": {name: one for name, one in alphas.items() if one != alpha},
+        "target_modules": sorted(ranks), "use_rslora": False,
         "use_dora": any(held.magnitude is not None for held in network.values()),
-        "use_rslora": False,
-    }
+    }  # fmt: skip
 
 
 def _most(values: Iterable[Any]) -> Any:

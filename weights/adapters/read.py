@@ -120,8 +120,9 @@ def _of_family(path: Path, files: Mapping[str, Weights]) -> tuple[ModelConfig, d
         ((name, changes),) = found.items()
         return FAMILIES[name], changes
     if found:
-        what = f"has targets that {', '.join(found)} have alike; say which with --family (model_config=)"
-        raise AmbiguousCheckpoint(what, path=path)
+        raise AmbiguousCheckpoint(
+            f"has targets that {', '.join(found)} have alike; say which with --family (model_config=)", path=path
+        )
     if len({str(fault) for fault in faults}) == 1:  # the fault is not the family's
         raise faults[0]
     what = "has targets of no one family at its published sizes; name its model with --family or --ckpt (model_config=)"
@@ -142,8 +143,10 @@ def _changes(files: Mapping[str, Weights], config: ModelConfig) -> dict[str, Cha
             continue
         i, towers = TOWERS.index(network), len(config.text)
         if i >= towers:
-            what = f"is for text tower {i + 1}, a model of family {config.name} has {towers}; name its family"
-            raise FileError(what, path=file.path)
+            raise FileError(
+                f"is for text tower {i + 1}, a model of family {config.name} has {towers}; name its family",
+                path=file.path,
+            )
         alone = config if towers == 1 else replace(config, text=(config.text[i],), unet=_SMALLEST)
         changes, _ = resolved(file, spelled, strays, alone)
         found |= {name.replace("text.0.", f"text.{i}.", 1): change for name, change in changes.items()}

@@ -15,10 +15,7 @@ Verify = Callable[[str, Record, Callable[[], int]], None]  # compare a record's 
 
 @contextmanager
 def checking(source: Source, specs: Mapping[str, Spec], verify: Verify) -> Iterator[Callable[[], None]]:
-    """Compare every checksum that has not been.
-
-    Gives the function that waits for it, which raises FileError where one is wrong.
-    """
+    """Compare all checksums not compared yet. Gives what waits for that, and raises FileError where one is wrong."""
     records = {
         id(spec.record): (spec.record, key)
         for key, spec in specs.items()

@@ -147,8 +147,10 @@ def _add_shards(folder: Folder, index: Path, prefix: str) -> None:
     for name in shards:
         plain = name.isprintable() and not set(name) & set("/\\\0:") and len(name.encode()) <= 255
         if name in ("", ".", "..") or not plain:
-            what = f"names the file {name[:20]!r}, which is not a plain name in its own folder; download it again"
-            raise FileError(what, path=index)
+            raise FileError(
+                f"names the file {name[:20]!r}, which is not a plain name in its own folder; download it again",
+                path=index,
+            )
     if len(shards) > MAX_SHARDS:
         raise FileError(f"names {len(shards)} files, the limit is {MAX_SHARDS}; download it again", path=index)
     gone = [name for name in shards if not os.path.lexists(index.parent / name)]

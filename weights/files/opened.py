@@ -51,14 +51,9 @@ class Tensors(Mapping[str, Tensor]):
         return self.read(key)
 
     def read(
-        self,
-        key: str,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype | None = None,
-        rows: slice | None = None,
-        *,
-        mapped: bool = True,
-    ) -> Tensor:
+        self, key: str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None,
+        rows: slice | None = None, *, mapped: bool = True,
+    ) -> Tensor:  # fmt: skip
         """The tensor, or a run of its rows, on `device` in `dtype`; at most one tensor is in memory twice.
 
         `mapped` false: a copy, also where nothing is converted. Its memory is free again when the tensor is let go.
@@ -280,8 +275,10 @@ def _spec(source: Source, key: str, entry: Any, base: int) -> Spec:
     if not spec.is_possible:
         raise source.damaged(f"{key} has an absurd size", key)
     if spec.numel * dtype.itemsize != record.size:
-        numbers = f"{spec.numel} numbers of {dtype.itemsize} bytes"
-        raise source.damaged(f"{key} is {numbers} by its shape, {record.size} bytes by its place", key)
+        raise source.damaged(
+            f"{key} is {spec.numel} numbers of {dtype.itemsize} bytes by its shape, {record.size} bytes by its place",
+            key,
+        )
     return spec
 
 

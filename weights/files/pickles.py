@@ -14,21 +14,16 @@ from typing import Any
 
 from ldm.errors import FileError
 from weights.files.rebuild import (
-    BUILDERS,
     CONTAINER_WORK,
     FROZEN_SET,
-    INERT,
+    NAMED,
     SET,
-    STORAGES,
-    TYPES,
-    UNTYPED,
     Builder,
     Inert,
     InertType,
     ParameterDict,
     Storage,
     StorageType,
-    TypeName,
 )
 
 MAX_BYTES = 64 * 2**20  # of one pickle
@@ -77,8 +72,9 @@ class Machine:
         """Count work that a few bytes can ask for again and again."""
         self.left -= work
         if self.left < 0:
-            what = f"its pickle has more than {MAX_OPERATIONS} operations, far more than weights need"
-            raise self.error(f"{what}; {REMEDY}")
+            raise self.error(
+                f"its pickle has more than {MAX_OPERATIONS} operations, far more than weights need; {REMEDY}"
+            )
 
     def bad(self, what: str, key: str | None = None) -> FileError:
         """The error to raise about a pickle that is broken, or made to break readers."""
@@ -160,34 +156,20 @@ class Machine:
 
     def name(self, module: str, name: str) -> None:
         """Push what stands for module.name. This is where every name in a file ends: in a table, or in an error."""
-        pair = (module, name)
-        if pair in BUILDERS:
-            self.push(BUILDERS[pair])
-        elif pair in STORAGES:
-            self.push(StorageType(STORAGES[pair]))
-        elif pair == UNTYPED:
-            self.push(StorageType(None))
-        elif pair in TYPES:
-            self.push(TypeName(f"{module}.{name}", TYPES[pair]))
-        elif pair in INERT:
-            self.push(InertType(f"{module}.{name}"))
-        else:
+        if (module, name) not in NAMED:
             full = f"{module}.{name}"
             shown = full if len(full) <= 60 else f"{full[:57]}..."
             raise self.error(f"refers to {shown}, which is code, not weights; {REMEDY}")
+        self.push(NAMED[module, name])
 
     def reduce(self) -> None:
+        """Call a function, or make an object of a type."""
         arguments, function = self.pop(), self.pop()
         if type(arguments) is not tuple:
             raise self.bad("a call without arguments")
-        self.push(self.made(function, arguments))
-
-    def made(self, function: Any, arguments: tuple) -> Any:
-        if type(function) is Builder:
-            return function.make(self, arguments)
-        if type(function) is InertType:
-            return function.instance
-        raise self.bad("it calls what is not a function")
+        if type(function) not in (Builder, InertType):
+            raise self.bad("it calls what is not a function")
+        self.push(function.make(self, arguments) if type(function) is Builder else function.instance)
 
     def build(self) -> None:
         state, target = self.pop(), self.top()
@@ -268,13 +250,6 @@ def _instance(m: Machine) -> None:
     raise m.bad("operation INST, which torch does not write")
 
 
-def _new_object(m: Machine) -> None:
-    arguments, kind = m.pop(), m.pop()
-    if type(arguments) is not tuple:
-        raise m.bad("a call without arguments")
-    m.push(m.made(kind, arguments))
-
-
 def _new_object_with_keywords(m: Machine) -> None:
     keywords, arguments, kind = m.pop(), m.pop(), m.pop()
     if type(keywords) is not dict or type(arguments) is not tuple or type(kind) is not InertType:
@@ -300,14 +275,6 @@ def _integer_line(m: Machine) -> None:
     m.push({b"00": False, b"01": True}[raw] if raw in (b"00", b"01") else m.decimal(raw))
 
 
-def _tuple_of(count: int) -> Callable[[Machine], None]:
-    def make(m: Machine) -> None:
-        items = [m.pop() for _ in range(count)]
-        m.push(tuple(reversed(items)))
-
-    return make
-
-
 def _dict_from_mark(m: Machine) -> None:
     items = m.pop_mark()
     m.push({})
@@ -322,71 +289,47 @@ def _pop(m: Machine) -> None:
         m.pop()
 
 
-def _drop_to_mark(m: Machine) -> None:
-    m.pop_mark()
-
-
 def _frozen_set(m: Machine) -> None:
     m.pop_mark()
     m.push(FROZEN_SET)
 
 
-_OPERATIONS: dict[int, Callable[[Machine], None]] = {
-    0x95: _frame,  # FRAME
-    ord("("): Machine.mark,
-    ord("0"): _pop,
-    ord("1"): _drop_to_mark,
-    ord("2"): lambda m: m.push(m.top()),  # DUP
-    ord("N"): lambda m: m.push(None),
-    0x88: lambda m: m.push(True),
-    0x89: lambda m: m.push(False),
-    ord("I"): _integer_line,
-    ord("J"): lambda m: m.push(m.number("<i")),
-    ord("K"): lambda m: m.push(m.number("<B")),
-    ord("M"): lambda m: m.push(m.number("<H")),
+_OPERATIONS: dict[int, Callable[[Machine], object]] = {
+    0x95: _frame,
+    ord("("): Machine.mark, ord("0"): _pop, ord("1"): Machine.pop_mark, ord("2"): lambda m: m.push(m.top()),  # DUP
+    ord("N"): lambda m: m.push(None), 0x88: lambda m: m.push(True), 0x89: lambda m: m.push(False),
+    # numbers
+    ord("I"): _integer_line, ord("J"): lambda m: m.push(m.number("<i")),
+    ord("K"): lambda m: m.push(m.number("<B")), ord("M"): lambda m: m.push(m.number("<H")),
     ord("L"): lambda m: m.push(m.decimal(m.line().removesuffix(b"L"))),
-    0x8A: lambda m: _long(m, m.number("<B")),  # LONG1
-    0x8B: lambda m: _long(m, m.number("<i")),  # LONG4
-    ord("F"): _float_line,
-    ord("G"): lambda m: m.push(m.number(">d")),
-    ord("T"): lambda m: m.push(m.text(m.take(m.number("<I")))),  # BINSTRING, Python 2's text
+    0x8A: lambda m: _long(m, m.number("<B")), 0x8B: lambda m: _long(m, m.number("<i")),  # LONG1, LONG4
+    ord("F"): _float_line, ord("G"): lambda m: m.push(m.number(">d")),
+    # text: first Python 2's
+    ord("T"): lambda m: m.push(m.text(m.take(m.number("<I")))),
     ord("U"): lambda m: m.push(m.text(m.take(m.number("<B")))),
-    ord("X"): lambda m: m.push(m.text(m.take(m.number("<I")))),  # BINUNICODE
+    ord("X"): lambda m: m.push(m.text(m.take(m.number("<I")))),
     0x8C: lambda m: m.push(m.text(m.take(m.number("<B")))),
     0x8D: lambda m: m.push(m.text(m.take(m.number("<Q")))),
-    ord("B"): lambda m: m.push(m.take(m.number("<I"))),  # BINBYTES
-    ord("C"): lambda m: m.push(m.take(m.number("<B"))),
-    0x8E: lambda m: m.push(m.take(m.number("<Q"))),
-    0x96: lambda m: m.push(m.take(m.number("<Q"))),  # BYTEARRAY8
-    ord("]"): lambda m: m.container([]),
-    ord("a"): lambda m: m.append([m.pop()]),
-    ord("e"): lambda m: m.append(m.pop_mark()),
-    ord("l"): lambda m: m.push(m.pop_mark()),
-    ord(")"): lambda m: m.push(()),
-    ord("t"): lambda m: m.push(tuple(m.pop_mark())),
-    0x85: _tuple_of(1),
-    0x86: _tuple_of(2),
-    0x87: _tuple_of(3),
-    ord("}"): lambda m: m.container({}),
-    ord("d"): _dict_from_mark,
-    ord("s"): lambda m: m.set_items([m.pop(), m.pop()][::-1]),
-    ord("u"): lambda m: m.set_items(m.pop_mark()),
-    0x8F: lambda m: m.push(SET),  # EMPTY_SET
-    0x90: lambda m: m.append(m.pop_mark()),  # ADDITEMS
-    0x91: _frozen_set,
-    ord("g"): lambda m: m.get(m.decimal(m.line())),
-    ord("h"): lambda m: m.get(m.number("<B")),
-    ord("j"): lambda m: m.get(m.number("<I")),
-    ord("p"): lambda m: m.put(m.decimal(m.line())),
-    ord("q"): lambda m: m.put(m.number("<B")),
-    ord("r"): lambda m: m.put(m.number("<I")),
+    # bytes
+    ord("B"): lambda m: m.push(m.take(m.number("<I"))), ord("C"): lambda m: m.push(m.take(m.number("<B"))),
+    0x8E: lambda m: m.push(m.take(m.number("<Q"))), 0x96: lambda m: m.push(m.take(m.number("<Q"))),  # BYTEARRAY8
+    # lists and tuples
+    ord("]"): lambda m: m.container([]), ord("l"): lambda m: m.push(m.pop_mark()),
+    ord("a"): lambda m: m.append([m.pop()]), ord("e"): lambda m: m.append(m.pop_mark()),
+    ord(")"): lambda m: m.push(()), ord("t"): lambda m: m.push(tuple(m.pop_mark())),
+    0x85: lambda m: m.push((m.pop(),)), 0x86: lambda m: m.push((m.pop(), m.pop())[::-1]),
+    0x87: lambda m: m.push((m.pop(), m.pop(), m.pop())[::-1]),
+    # dictionaries and sets
+    ord("}"): lambda m: m.container({}), ord("d"): _dict_from_mark,
+    ord("s"): lambda m: m.set_items([m.pop(), m.pop()][::-1]), ord("u"): lambda m: m.set_items(m.pop_mark()),
+    0x8F: lambda m: m.push(SET), 0x90: lambda m: m.append(m.pop_mark()), 0x91: _frozen_set,
+    # the memo
+    ord("g"): lambda m: m.get(m.decimal(m.line())), ord("p"): lambda m: m.put(m.decimal(m.line())),
+    ord("h"): lambda m: m.get(m.number("<B")), ord("q"): lambda m: m.put(m.number("<B")),
+    ord("j"): lambda m: m.get(m.number("<I")), ord("r"): lambda m: m.put(m.number("<I")),
     0x94: lambda m: m.put(len(m.memo)),  # MEMOIZE
-    ord("c"): _global,
-    0x93: _stack_global,
-    ord("i"): _instance,
-    ord("R"): Machine.reduce,
-    0x81: _new_object,
-    0x92: _new_object_with_keywords,
-    ord("b"): Machine.build,
-    ord("Q"): lambda m: m.persistent(m.pop()),
-}
+    # names and what is made of them
+    ord("c"): _global, 0x93: _stack_global, ord("i"): _instance,
+    ord("R"): Machine.reduce, 0x81: Machine.reduce, 0x92: _new_object_with_keywords,
+    ord("b"): Machine.build, ord("Q"): lambda m: m.persistent(m.pop()),
+}  # fmt: skip

@@ -38,35 +38,26 @@ INERT = frozenset(
         "pytorch_lightning.callbacks.model_checkpoint": "ModelCheckpoint",
         "pytorch_lightning.callbacks.early_stopping": "EarlyStopping",
         "pytorch_lightning.callbacks.lr_monitor": "LearningRateMonitor",
-        "pytorch_lightning.callbacks.timer": "Timer",
-        "pytorch_lightning.utilities.parsing": "AttributeDict",
+        "pytorch_lightning.callbacks.timer": "Timer", "pytorch_lightning.utilities.parsing": "AttributeDict",
         "lightning.pytorch.callbacks.model_checkpoint": "ModelCheckpoint",
         "lightning.pytorch.callbacks.early_stopping": "EarlyStopping",
         "lightning.pytorch.utilities.parsing": "AttributeDict",
-        "lightning_fabric.utilities.data": "AttributeDict",
-        "lightning.fabric.utilities.data": "AttributeDict",
-        "omegaconf.dictconfig": "DictConfig",
-        "omegaconf.listconfig": "ListConfig",
+        "lightning_fabric.utilities.data": "AttributeDict", "lightning.fabric.utilities.data": "AttributeDict",
+        "omegaconf.dictconfig": "DictConfig", "omegaconf.listconfig": "ListConfig",
         "omegaconf.base": "ContainerMetadata Metadata",
         "omegaconf.nodes": "AnyNode StringNode IntegerNode FloatNode BooleanNode",
-        "typing": "Any",
-        "argparse": "Namespace",
-        "types": "SimpleNamespace",
-        "numpy": "dtype ndarray",
-        "numpy.core.multiarray": "scalar _reconstruct",
-        "numpy._core.multiarray": "scalar _reconstruct",
-        "numpy.core.numeric": "_frombuffer",
-        "numpy._core.numeric": "_frombuffer",
+        "typing": "Any", "argparse": "Namespace", "types": "SimpleNamespace", "numpy": "dtype ndarray",
+        "numpy.core.multiarray": "scalar _reconstruct", "numpy._core.multiarray": "scalar _reconstruct",
+        "numpy.core.numeric": "_frombuffer", "numpy._core.numeric": "_frombuffer",
         "pathlib": "Path PosixPath WindowsPath PurePath PurePosixPath PureWindowsPath",
         "pathlib._local": "Path PosixPath WindowsPath PurePath PurePosixPath PureWindowsPath",
-        "datetime": "datetime date time timedelta timezone",
-        "collections": "defaultdict Counter deque",
+        "datetime": "datetime date time timedelta timezone", "collections": "defaultdict Counter deque",
         "builtins": "set frozenset dict list tuple int float str bool bytes bytearray complex object",
         "__builtin__": "set frozenset dict list tuple int long float str unicode bool bytearray complex object",
         "torch": "Size device",
     }.items()
     for name in names.split()
-)
+)  # fmt: skip
 
 CONTAINER_WORK = 4  # operations that an empty list or dictionary counts as, besides its own
 MAX_DIMENSIONS = 64  # torch's own limit
@@ -113,54 +104,42 @@ class TensorRef:
     dtype: torch.dtype
 
 
+@dataclass(frozen=True, eq=False)
 class Inert:
     """Stands for an object that is not weights: its type's name, nothing else."""
 
-    __slots__ = ("type_name",)
-
-    def __init__(self, type_name: str):
-        self.type_name = type_name
+    type_name: str
 
 
+@dataclass(frozen=True, eq=False)
 class InertType(Inert):
     """Stands for the type itself, or for the function that makes the object. All objects it makes are one `Inert`."""
 
-    __slots__ = ("instance",)
-
-    def __init__(self, type_name: str):
-        super().__init__(type_name)
-        self.instance = Inert(type_name)
+    instance: Inert
 
 
 BYTES, SET, FROZEN_SET = Inert("bytes"), Inert("builtins.set"), Inert("builtins.frozenset")
 
 
+@dataclass(frozen=True, eq=False)
 class TypeName(Inert):
     """Stands for a type of numbers, which some tensors name."""
 
-    __slots__ = ("dtype",)
-
-    def __init__(self, type_name: str, dtype: torch.dtype):
-        super().__init__(type_name)
-        self.dtype = dtype
+    dtype: torch.dtype
 
 
+@dataclass(frozen=True, eq=False)
 class StorageType:
     """Stands for a class of storages; `dtype` is None for that of bytes without a type."""
 
-    __slots__ = ("dtype",)
-
-    def __init__(self, dtype: torch.dtype | None):
-        self.dtype = dtype
+    dtype: torch.dtype | None
 
 
+@dataclass(frozen=True, eq=False)
 class Builder:
     """A function or type that this code carries out itself: `make(machine, arguments)`."""
 
-    __slots__ = ("make",)
-
-    def __init__(self, make: Callable[[Reader, tuple], Any]):
-        self.make = make
+    make: Callable[[Reader, tuple], Any]
 
 
 class ParameterDict(dict):
@@ -233,7 +212,7 @@ def _parameter(machine: Reader, arguments: tuple) -> TensorRef:
     """(tensor, requires_grad, hooks)"""
     if len(arguments) != 3 or type(arguments[0]) is not TensorRef:
         raise machine.bad("a parameter that is not a tensor")
-    if not (type(arguments[2]) is dict and not arguments[2]):
+    if type(arguments[2]) is not dict or arguments[2]:
         raise machine.bad("a parameter with hooks, which are code")
     return arguments[0]
 
@@ -253,4 +232,11 @@ BUILDERS = {
     ("torch._utils", "_rebuild_parameter"): Builder(_parameter),
     ("torch.nn.modules.container", "ParameterDict"): Builder(_parameter_dict),
     ("_codecs", "encode"): Builder(_encode),
+}
+# (module, name) -> what stands for it: all that a pickle may name.
+NAMED: dict[tuple[str, str], Builder | StorageType | Inert] = {
+    **{pair: InertType(".".join(pair), Inert(".".join(pair))) for pair in INERT},
+    **{pair: TypeName(".".join(pair), dtype) for pair, dtype in TYPES.items()},
+    **{pair: StorageType(dtype) for pair, dtype in (*STORAGES.items(), (UNTYPED, None))},
+    **BUILDERS,
 }

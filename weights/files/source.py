@@ -231,12 +231,8 @@ class Spec:
     @property
     def whole(self) -> bool:
         """Contiguous, and all of its record, which is nobody else's."""
-        return (
-            self.offset == 0
-            and self.record.users == 1
-            and self.numel * self.dtype.itemsize == self.record.size
-            and self.stride == contiguous(self.shape)
-        )
+        is_all = self.offset == 0 and self.numel * self.dtype.itemsize == self.record.size
+        return is_all and self.record.users == 1 and self.stride == contiguous(self.shape)
 
 
 @dataclass(frozen=True)

@@ -104,8 +104,9 @@ def _contents(source: Source, top: Any, storages: Mapping[str, Storage], records
         raise source.damaged(f"storage {key} is {'missing' if key in storages else 'used by no tensor'}")
     for key, storage in storages.items():
         if storage.size != records[key].size:
-            has = f"storage {key} has {records[key].size} bytes"
-            raise source.damaged(f"{has} where {storage.numel} numbers are expected")
+            raise source.damaged(
+                f"storage {key} has {records[key].size} bytes where {storage.numel} numbers are expected"
+            )
     for ref in refs.values():
         records[ref.storage.key].users += 1
     return Contents({key: _checked(source, key, ref, records) for key, ref in refs.items()}, facts)
@@ -142,7 +143,8 @@ def _named(source: Source, top: Any) -> tuple[dict[str, TensorRef], dict[str, st
     facts: dict[str, str] = {}
     for _ in range(8):
         if not isinstance(top, dict):
-            raise source.error(f"holds {_kind(top)}, not named tensors; save the model's state_dict() instead")
+            kind = top.type_name if isinstance(top, Inert) else type(top).__name__
+            raise source.error(f"holds {kind}, not named tensors; save the model's state_dict() instead")
         has_tensors = any(type(value) is TensorRef for value in top.values())
         for key, value in top.items():
             if type(key) is str and type(value) in (int, float, bool, str) and len(str(value)) <= MAX_FACT:
@@ -160,8 +162,7 @@ def _named(source: Source, top: Any) -> tuple[dict[str, TensorRef], dict[str, st
         prefix, room, depth = rooms.pop()
         seen += 1 + len(room)
         if seen > 10 * MAX_TENSORS:
-            what = f"names more than {10 * MAX_TENSORS} things, far more than a model needs"
-            raise source.error(f"{what}; {REMEDY}")
+            raise source.error(f"names more than {10 * MAX_TENSORS} things, far more than a model needs; {REMEDY}")
         for name, value in room.items():
             key = f"{prefix}{name}"
             if type(value) is TensorRef:
@@ -173,10 +174,6 @@ def _named(source: Source, top: Any) -> tuple[dict[str, TensorRef], dict[str, st
     if not found:
         raise source.error("holds no tensors; save the model's state_dict() instead")
     return found, facts
-
-
-def _kind(value: Any) -> str:
-    return value.type_name if isinstance(value, Inert) else type(value).__name__
 
 
 def legacy_magic(source: Source, head: bytes) -> bool:

@@ -84,13 +84,9 @@ def cast(stored: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
 
 
 def write(
-    tensors: Mapping[str, Pending],
-    path: str | PathLike[str],
-    metadata: Mapping[str, str],
-    *,
-    overwrite: bool = False,
-    on_write: OnWrite | None = None,
-) -> Path:
+    tensors: Mapping[str, Pending], path: str | PathLike[str], metadata: Mapping[str, str], *,
+    overwrite: bool = False, on_write: OnWrite | None = None,
+) -> Path:  # fmt: skip
     """Write a file of weights: `.safetensors`, or what torch.save writes where the name ends in one of TORCH_FILES.
 
     All or nothing: a temporary file beside `path` takes its place when it is complete and on the disk.
@@ -102,8 +98,9 @@ def write(
         raise ArgumentError("metadata must be text: names and values", key="metadata")
     broken = next((word for word in (*tensors, *metadata, *metadata.values()) if _is_broken(word)), None)
     if broken is not None:
-        what = f"{broken[:60]} has half a character in its name, which no file can hold; drop it"
-        raise OutputError(what, path=path, key=broken)
+        raise OutputError(
+            f"{broken[:60]} has half a character in its name, which no file can hold; drop it", path=path, key=broken
+        )
     total, done = sum(entry.size for entry in tensors.values()), 0
 
     def report(name: str, tensor: Tensor) -> None:
@@ -128,8 +125,11 @@ def _safetensors(
     tensors: Mapping[str, Pending], path: Path, metadata: Mapping[str, str], descriptor: int, report: _Report
 ) -> None:
     if "__metadata__" in tensors:
-        what = "has a tensor named __metadata__, which a .safetensors cannot hold; write a .ckpt"
-        raise OutputError(what, path=path, key="__metadata__")
+        raise OutputError(
+            "has a tensor named __metadata__, which a .safetensors cannot hold; write a .ckpt",
+            path=path,
+            key="__metadata__",
+        )
     header: dict[str, object] = {"__metadata__": dict(metadata)}
     position = 0
     order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))  # widest first: all aligned
@@ -208,8 +208,9 @@ def _torch(
         what = f"{odd} has {tensors[odd].dtype} numbers, which this version does not write into torch files"
         raise OutputError(f"{what}; write a .safetensors", path=path, key=odd)
     if "state_dict" in metadata:
-        what = "metadata: state_dict is where a torch file keeps its tensors; leave it out"
-        raise ArgumentError(what, key="metadata")
+        raise ArgumentError(
+            "metadata: state_dict is where a torch file keeps its tensors; leave it out", key="metadata"
+        )
     text = io.BytesIO()
     _Pickler(text, protocol=2).dump(
         {**metadata, "state_dict": OrderedDict((name, _Stored(run)) for name, run in runs.items())}

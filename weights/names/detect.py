@@ -129,8 +129,11 @@ def _described(described: str, there: Shown, path: str | PathLike[str]) -> Model
     if odd is None and len(config.text) != len(there.text):
         odd = "text tower"
     if odd is not None:
-        what = f"its {CONFIG_KEY} and the shapes of its {odd} disagree; pass config= to overrule it"
-        raise FileError(what, path=path, key=CONFIG_KEY)
+        raise FileError(
+            f"its {CONFIG_KEY} and the shapes of its {odd} disagree; pass config= to overrule it",
+            path=path,
+            key=CONFIG_KEY,
+        )
     return config
 
 
@@ -152,10 +155,7 @@ def without_unread(config: ModelConfig, towers: Sequence[TextConfig | None]) -> 
 
 
 def unread(name: str, config: ModelConfig) -> bool:
-    """Is this of the last blocks, or the projection, of a text tower whose pooled text nothing reads?
-
-    Files may lack such parameters.
-    """
+    """Is this of the last blocks or projection of a text tower, which nothing reads, so that files may lack it?"""
     match = re.match(r"text\.(\d+)\.(?:text_model\.encoder\.layers\.(\d+)\.|(text_projection)\.)", name)
     if match is None or int(match[1]) == config.pooled_tower or int(match[1]) >= len(config.text):
         return False
@@ -170,9 +170,8 @@ def like_file(config: ModelConfig, towers: Sequence[TextConfig | None]) -> Model
         if there is None:
             return known
         known = replace(known, vocab=there.vocab, length=there.length)
-        if i == config.pooled_tower:
-            return known
-        return replace(known, layers=there.layers, skip=min(known.skip, max(there.layers - 1, 0)))
+        shorter = replace(known, layers=there.layers, skip=min(known.skip, max(there.layers - 1, 0)))
+        return known if i == config.pooled_tower else shorter
 
     return _with_towers(without_unread(config, towers), towers, fitted)
 

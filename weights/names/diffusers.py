@@ -18,12 +18,8 @@ from weights.names.sizes import NO_NETWORK, Shapes, count, unet_of, vae_of
 _RESNET = {"in_layers.0": "norm1", "in_layers.2": "conv1", "emb_layers.1": "time_emb_proj", "out_layers.0": "norm2",
            "out_layers.3": "conv2",
            "skip_connection": "conv_shortcut"}  # fmt: skip
-_OLD_ATTENTION = {
-    "to_q": "query",
-    "to_k": "key",
-    "to_v": "value",
-    "to_out.0": "proj_attn",
-}  # of the VAE, in the first folders
+# Of the VAE, in the first folders.
+_OLD_ATTENTION = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 
 
 def in_diffusers_unet(config: UNetConfig) -> Places:
@@ -90,10 +86,7 @@ def _unet_modules(config: UNetConfig) -> dict[str, str]:
 
 
 def diffusers_vae(config: VAEConfig) -> dict[str, str]:
-    """{our parameter name: diffusers'} for every parameter of the VAE.
-
-    Its attention's 1x1 convolutions are matrices there.
-    """
+    """{our parameter name: diffusers'} of the VAE. The 1x1 convolutions of its attention are matrices there."""
     modules = _vae_modules(config)
     return {key: _renamed(key, modules) for key in shapes(VAE, config)}
 
@@ -207,16 +200,14 @@ def read_diffusers_unet(shapes: Shapes, prefix: str) -> UNetConfig | None:
         blocks = range(count(shapes, f"{prefix}down_blocks.0.resnets.{{}}.conv1.weight"))
         key = "attentions.0.transformer_blocks.0.attn1.to_k.weight"
         return unet_of(
-            shapes,
-            prefix,
-            ends=("conv_in.weight", "conv_out.weight"),
+            shapes, prefix, ends=("conv_in.weight", "conv_out.weight"),
             given=("add_embedding.linear_1.weight", "class_embedding.weight"),
             widths=[shapes[f"{prefix}down_blocks.{level}.resnets.0.conv1.weight"][0] for level in levels],
             keys=[shapes.get(f"{prefix}down_blocks.{level}.{key}") for level in levels],
             down=[[depth(f"down_blocks.{level}", i) for i in blocks] for level in levels],
             up=[[depth(f"up_blocks.{level}", i) for i in range(len(blocks) + 1)] for level in levels],
             mid=depth("mid_block", 0),
-        )
+        )  # fmt: skip
     except NO_NETWORK:
         return None
 

@@ -109,10 +109,12 @@ def named(name: str, config: str | None, path: str | PathLike[str]) -> ModelConf
     if name == UNKNOWN and config is not None:  # the file may be incomplete: loading says what is missing
         return FAMILIES[config]
     if name in REFUSED:
-        what = f"is {REFUSED[name]}, unknown here; pass config= if it is a damaged file of a known one"
-        raise FileError(what, path=path)
+        raise FileError(
+            f"is {REFUSED[name]}, unknown here; pass config= if it is a damaged file of a known one", path=path
+        )
     found, wanted = FAMILIES[name], FAMILIES[config or name]
     if structure(wanted) != structure(found):
-        what = f"is {found.title} and config is '{config}'; leave config out, or name the right one"
-        raise FileError(what, path=path)
+        raise FileError(
+            f"is {found.title} and config is '{config}'; leave config out, or name the right one", path=path
+        )
     return wanted

@@ -9,16 +9,10 @@ from dataclasses import dataclass
 from weights.names import places as names
 from weights.names.places import Place, Places
 
-LEFTOVERS = (
-    "original_only.safetensors"  # in a converted folder: what its networks have no place for of the original file
-)
-WHAT = {
-    "unet.": "UNet",
-    "vae.": "VAE",
-    "text.": "text tower",
-    "vision.": "image encoder",
-    "depth.": "depth network",
-}  # by prefix in `LatentDiffusion`
+# In a converted folder: what its networks have no place for of the original file.
+LEFTOVERS = "original_only.safetensors"
+# By prefix in `LatentDiffusion`.
+WHAT = {"unet.": "UNet", "vae.": "VAE", "text.": "text tower", "vision.": "image encoder", "depth.": "depth network"}
 
 
 @dataclass(frozen=True)
@@ -47,10 +41,9 @@ class Layout:
 
 
 _BUFFERS = (
-    "betas|alphas_cumprod|alphas_cumprod_prev|sqrt_alphas_cumprod"
-    "|sqrt_one_minus_alphas_cumprod|log_one_minus_alphas_cumprod"
-    "|sqrt_recip_alphas_cumprod|sqrt_recipm1_alphas_cumprod|posterior_variance|posterior_log_variance_clipped"
-    "|posterior_mean_coef1|posterior_mean_coef2"
+    "betas|alphas_cumprod|alphas_cumprod_prev|sqrt_alphas_cumprod|sqrt_one_minus_alphas_cumprod"
+    "|log_one_minus_alphas_cumprod|sqrt_recip_alphas_cumprod|sqrt_recipm1_alphas_cumprod|posterior_variance"
+    "|posterior_log_variance_clipped|posterior_mean_coef1|posterior_mean_coef2"
 )
 POSITION_IDS = (
     r"(.+[./])?embeddings\.position_ids",

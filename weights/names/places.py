@@ -58,10 +58,7 @@ class Place:
         return stored == self.stored(ours)
 
     def ours(self, stored: Shape) -> Shape:
-        """The shape here of what has shape `stored` in the file.
-
-        Of a kernel: as stored, since only our network knows.
-        """
+        """The shape here of what has shape `stored` in the file; of a kernel that, since only our network knows."""
         if self.how in ("q", "k", "v"):
             return (stored[0] // 3, *stored[1:]) if stored else ()
         return stored[::-1] if self.how == "transposed" else stored
@@ -74,10 +71,7 @@ class Place:
 
 
 def joined(key: str, parts: Sequence[tuple[Place, Tensor]]) -> Tensor:
-    """The tensor that a file has under a key, from those of ours that lie in it, each with its place.
-
-    Kernels keep our shape.
-    """
+    """The tensor that a file has under a key, from ours that lie in it and their places. Kernels keep our shape."""
     rows = []
     for place, tensor in sorted(parts, key=lambda part: "qkv".find(part[0].how)):
         if place.more:
@@ -117,34 +111,16 @@ def vae(name: str) -> tuple[Place, ...]:
     return (Place(name, "kernel" if re.search(r"\.attn_1\.(q|k|v|proj_out)\.weight$", name) else "whole"),)
 
 
-def hugging_face(name: str) -> tuple[Place, ...]:
-    """A text tower of transformers, some old and very new versions of which leave `text_model.` out."""
-    bare = name.removeprefix("text_model.")
-    return (Place(name),) if bare == name else (Place(name), Place(bare))
+def _with_or_without(prefix: str) -> Places:
+    """A tower of transformers, some old and very new versions of which leave the prefix out."""
+    return lambda name: tuple(Place(key) for key in dict.fromkeys((name, name.removeprefix(prefix))))
 
 
-def hugging_face_vision(name: str) -> tuple[Place, ...]:
-    """A vision tower of transformers, with `vision_model.` or without."""
-    bare = name.removeprefix("vision_model.")
-    return (Place(name),) if bare == name else (Place(name), Place(bare))
+hugging_face = _with_or_without("text_model.")
+hugging_face_vision = _with_or_without("vision_model.")  # in the published safety checker it stands twice
 
-
-def doubled_vision(name: str) -> tuple[Place, ...]:
-    """The safety checker.
-
-    Its vision tower's prefix is doubled in the published file; newer versions of transformers write it once.
-    """
-    bare = name.removeprefix("vision_model.")
-    return (Place(name),) if bare == name else (Place(name), Place(bare))
-
-
-_BLOCK = {
-    "layer_norm1": "ln_1",
-    "layer_norm2": "ln_2",
-    "self_attn.out_proj": "attn.out_proj",
-    "mlp.fc1": "mlp.c_fc",
-    "mlp.fc2": "mlp.c_proj",
-}
+_BLOCK = {"layer_norm1": "ln_1", "layer_norm2": "ln_2", "self_attn.out_proj": "attn.out_proj", "mlp.fc1": "mlp.c_fc",
+          "mlp.fc2": "mlp.c_proj"}  # fmt: skip
 _TEXT = {"text_model.embeddings.token_embedding.weight": "token_embedding.weight",
          "text_model.embeddings.position_embedding.weight": "positional_embedding",
          "text_model.final_layer_norm.weight": "ln_final.weight",

@@ -5,15 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from itertools import count as counting
 
 from ldm.config import TextConfig, UNetConfig, VAEConfig, VisionConfig
 from weights.names.places import Shape
 
 Shapes = Mapping[str, Shape]
 Config = UNetConfig | VAEConfig | TextConfig | VisionConfig
-Lookup = Callable[
-    [str], Shape | None
-]  # our name inside a network -> the shape it would have here; None: it is not in the file
+# Our name inside a network -> the shape it would have here; None: it is not in the file.
+Lookup = Callable[[str], Shape | None]
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 NO_NETWORK = (KeyError, IndexError, ValueError, TypeError, ZeroDivisionError)  # what tensors of something else lead to
@@ -64,32 +64,19 @@ def read_unet(shapes: Shapes, prefix: str = UNET) -> UNetConfig | None:
             for i in range(len(down))
         ]
         return unet_of(
-            shapes,
-            prefix,
-            ends=("input_blocks.0.0.weight", "out.2.weight"),
-            given=("label_emb.0.0.weight", "label_emb.weight"),
-            widths=widths,
-            keys=[_first(shapes, key) for key in keys],
-            down=down,
-            up=[ups[i : i + blocks + 1] for i in range(0, len(ups), blocks + 1)],
-            mid=depth("middle_block"),
-        )
+            shapes, prefix, ends=("input_blocks.0.0.weight", "out.2.weight"),
+            given=("label_emb.0.0.weight", "label_emb.weight"), widths=widths,
+            keys=[_first(shapes, key) for key in keys], down=down,
+            up=[ups[i : i + blocks + 1] for i in range(0, len(ups), blocks + 1)], mid=depth("middle_block"),
+        )  # fmt: skip
     except NO_NETWORK:
         return None
 
 
 def unet_of(
-    shapes: Shapes,
-    prefix: str,
-    *,
-    ends: tuple[str, str],
-    given: tuple[str, str],
-    widths: Sequence[int],
-    keys: Sequence[Shape | None],
-    down: Sequence[Sequence[int]],
-    up: Sequence[Sequence[int]],
-    mid: int,
-) -> UNetConfig:
+    shapes: Shapes, prefix: str, *, ends: tuple[str, str], given: tuple[str, str], widths: Sequence[int],
+    keys: Sequence[Shape | None], down: Sequence[Sequence[int]], up: Sequence[Sequence[int]], mid: int,
+) -> UNetConfig:  # fmt: skip
     """The config of a UNet.
 
     ends    names of its first and last convolution
@@ -101,24 +88,14 @@ def unet_of(
     vector, label = (shapes.get(prefix + name) for name in given)
     context = _first(shapes, rf"{re.escape(prefix)}.+\.attn2\.to_k\.weight")
     proj = _first(shapes, rf"{re.escape(prefix)}.+\.proj_in\.weight")
+    cross = (key is not None and len(key) == 2 and key[1] != width for key, width in zip(keys, widths, strict=True))
     return UNetConfig(
-        in_channels=in_channels,
-        out_channels=shapes[prefix + ends[1]][0],
-        model_channels=channels,
-        channel_mult=tuple(width // channels for width in widths),
-        num_res_blocks=len(down[0]),
-        context_dim=context[1] if context else 0,
-        heads=1,
-        linear_proj=proj is not None and len(proj) == 2,
-        down_depth=tuple(map(tuple, down)),
-        up_depth=tuple(map(tuple, up)),
-        mid_depth=mid or None,
-        cross_only=tuple(
-            key is not None and len(key) == 2 and key[1] != width for key, width in zip(keys, widths, strict=True)
-        ),
-        vector_dim=vector[1] if vector else None,
-        noise_levels=label[0] if label else None,
-    )
+        in_channels=in_channels, out_channels=shapes[prefix + ends[1]][0], model_channels=channels,
+        channel_mult=tuple(width // channels for width in widths), num_res_blocks=len(down[0]),
+        context_dim=context[1] if context else 0, heads=1, linear_proj=proj is not None and len(proj) == 2,
+        down_depth=tuple(map(tuple, down)), up_depth=tuple(map(tuple, up)), mid_depth=mid or None,
+        cross_only=tuple(cross), vector_dim=vector[1] if vector else None, noise_levels=label[0] if label else None,
+    )  # fmt: skip
 
 
 def read_vae(shapes: Shapes, prefix: str = VAE) -> VAEConfig | None:
@@ -132,12 +109,10 @@ def vae_of(shapes: Shapes, prefix: str, block: str) -> VAEConfig | None:
         channels = shapes[f"{prefix}encoder.conv_in.weight"][0]
         levels = range(count(shapes, prefix + block.format("{}", 0)))
         return VAEConfig(
-            channels=channels,
-            channel_mult=tuple(shapes[prefix + block.format(i, 0)][0] // channels for i in levels),
+            channels=channels, channel_mult=tuple(shapes[prefix + block.format(i, 0)][0] // channels for i in levels),
             num_res_blocks=count(shapes, prefix + block.format(0, "{}")),
-            z_channels=shapes[f"{prefix}decoder.conv_in.weight"][1],
-            scale=1.0,
-        )
+            z_channels=shapes[f"{prefix}decoder.conv_in.weight"][1], scale=1.0,
+        )  # fmt: skip
     except NO_NETWORK:
         return None
 
@@ -149,16 +124,10 @@ def read_text(shape: Lookup) -> TextConfig | None:
         vocab, width = there("text_model.embeddings.token_embedding.weight")
         projection = shape("text_projection.weight")
         return TextConfig(
-            vocab=vocab,
-            length=there("text_model.embeddings.position_embedding.weight")[0],
-            width=width,
-            layers=_layers(shape, "text_model"),
-            heads=1,
-            mlp=there("text_model.encoder.layers.0.mlp.fc1.weight")[0],
-            activation="gelu",
-            projection=projection[0] if projection else None,
-            pad=0,
-        )
+            vocab=vocab, length=there("text_model.embeddings.position_embedding.weight")[0], width=width,
+            layers=_layers(shape, "text_model"), heads=1, mlp=there("text_model.encoder.layers.0.mlp.fc1.weight")[0],
+            activation="gelu", projection=projection[0] if projection else None, pad=0,
+        )  # fmt: skip
     except NO_NETWORK:
         return None
 
@@ -170,15 +139,10 @@ def read_vision(shape: Lookup) -> VisionConfig | None:
         width, _, patch, _ = there("vision_model.embeddings.patch_embedding.weight")
         patches = there("vision_model.embeddings.position_embedding.weight")[0] - 1
         return VisionConfig(
-            image=round(patches**0.5) * patch,
-            patch=patch,
-            width=width,
-            layers=_layers(shape, "vision_model"),
-            heads=1,
-            mlp=there("vision_model.encoder.layers.0.mlp.fc1.weight")[0],
-            activation="gelu",
+            image=round(patches**0.5) * patch, patch=patch, width=width, layers=_layers(shape, "vision_model"), heads=1,
+            mlp=there("vision_model.encoder.layers.0.mlp.fc1.weight")[0], activation="gelu",
             projection=there("visual_projection.weight")[0],
-        )
+        )  # fmt: skip
     except NO_NETWORK:
         return None
 
@@ -196,18 +160,12 @@ def _required(shape: Lookup) -> Callable[[str], Shape]:
 
 
 def _layers(shape: Lookup, model: str) -> int:
-    n = 0
-    while shape(f"{model}.encoder.layers.{n}.layer_norm1.weight") is not None:
-        n += 1
-    return n
+    return next(n for n in counting() if shape(f"{model}.encoder.layers.{n}.layer_norm1.weight") is None)
 
 
 def count(shapes: Shapes, pattern: str) -> int:
     """How many of `pattern` with 0, 1, 2, ... in it there are in a row."""
-    n = 0
-    while pattern.format(n) in shapes:
-        n += 1
-    return n
+    return next(n for n in counting() if pattern.format(n) not in shapes)
 
 
 def _first(shapes: Shapes, pattern: str) -> Shape | None:

@@ -39,7 +39,7 @@ from weights import Report, inspect
 from weights.files.hashes import Published
 from weights.files.source import Source
 from weights.names.instead import instead, kind_of
-from weights.names.places import doubled_vision
+from weights.names.places import hugging_face_vision
 
 # tensors and parameters of the published networks, as FACTS.md states them; position_ids count as a tensor and not as
 # parameters
@@ -80,7 +80,7 @@ def safety_checker() -> sparse.Listed:
     """The published safety checker."""
     with torch.device("meta"):
         state = SafetyChecker(VisionConfig()).state_dict()
-    return {doubled_vision(name)[0].key: (tuple(value.shape), torch.float32) for name, value in state.items()}
+    return {hugging_face_vision(name)[0].key: (tuple(value.shape), torch.float32) for name, value in state.items()}
 
 
 def of_folder(family: str, name: str) -> sparse.Listed:
