@@ -20,10 +20,8 @@ from weights.files.write import pending, write
 MAX_VECTORS = 1000
 # Keys of A1111's web UI and the original trainer, which keep dictionaries by placeholder.
 PARAMETERS, TOKENS = "string_to_param.", "string_to_token."
-SDXL = (
-    "clip_l",
-    "clip_g",
-)  # SDXL's towers in the files of kohya, diffusers and ComfyUI; the refiner has the second alone
+# SDXL's towers in the files of kohya, diffusers and ComfyUI; the refiner has the second alone.
+SDXL = ("clip_l", "clip_g")
 LORA = r"^lora_|\.lora_|_lora\.|hada_w|lokr_w"  # in keys of LoRAs
 NAME_KEY = "ldm.embedding.name"  # metadata: the word, which the keys of SDXL's files do not have
 

@@ -97,10 +97,8 @@ def _parts(change: Change, shape: Shape) -> dict[str, Tensor]:
         down, up = as_layers(change, shape)
         return {"lora_down.weight": down, "lora_up.weight": up}
     if isinstance(change, Hadamard):
-        factors = {f"hada_{name}": getattr(change, name) for name in ("w1_a", "w1_b", "w2_a", "w2_b")}
-        return factors | (
-            {} if change.t1 is None or change.t2 is None else {"hada_t1": change.t1, "hada_t2": change.t2}
-        )
+        factors = ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")
+        return {f"hada_{name}": factor for name in factors if (factor := getattr(change, name)) is not None}
     if isinstance(change, Kronecker):
         parts = {} if change.t2 is None else {"lokr_t2": change.t2}
         for name, whole in (("lokr_w1", change.w1), ("lokr_w2", change.w2)):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from functools import lru_cache
+from functools import lru_cache, partial
 from types import MappingProxyType
 from typing import Literal
 
@@ -11,14 +11,14 @@ from ldm.changes.lora import Shape
 from ldm.config import ModelConfig
 from ldm.networks.clip import CLIPText
 from ldm.networks.unet import UNet
-from weights.names import blank
+from weights.names import blank, places
 from weights.names.diffusers import diffusers_unet
 
 Dialect = Literal["kohya", "diffusers", "peft"]
 TOWERS = ("text_encoder", "text_encoder_2")  # as diffusers and peft name them
-ALPHA_KEY = (
-    "ldm.lora.alpha_dtype"  # metadata: the type of the alpha tensors of the kohya file that this one was made from
-)
+# Metadata: the type of the alpha tensors of the kohya file that this one was made from.
+ALPHA_KEY = "ldm.lora.alpha_dtype"
+short = partial(places.short, limit=60)
 
 SUFFIXES: dict[str, str] = {  # end of a key -> what the tensor is; before it stands the spelling of the module
     ".lora_down.weight": "down", ".lora_up.weight": "up", ".lora_mid.weight": "mid",  # kohya
@@ -75,11 +75,6 @@ def components(config: ModelConfig) -> Mapping[str, tuple[str, str]]:
             tower, _, name = rest.partition(".")
             found[_module(key)] = TOWERS[int(tower)], name
     return MappingProxyType(found)
-
-
-def short(name: str, limit: int = 60) -> str:
-    """The telling end of a long name."""
-    return name if len(name) <= limit else "..." + name[3 - limit :]
 
 
 def _module(parameter: str) -> str:

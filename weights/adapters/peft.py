@@ -19,9 +19,9 @@ from ldm.config import ModelConfig
 from ldm.errors import FileError
 from weights.adapters import names as lora_names
 from weights.adapters.kohya import alpha_of, as_layers
-from weights.adapters.names import short
 from weights.files.opened import Tensors
 from weights.files.write import Pending, pending
+from weights.names.places import short
 
 ADAPTER = "lora_adapter_metadata"  # metadata: where diffusers keeps peft's settings, each after the name of its network
 MAX_SETTINGS = 1_000_000  # bytes of an adapter_config.json
