@@ -170,20 +170,16 @@ def _add_shards(folder: Folder, index: Path, prefix: str) -> None:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A small JSON object. Raises FileError for anything else, also for NaN, doubled keys and deep nesting."""
-    source = Source(path)
-    try:
+    with contextlib.closing(Source(path)) as source:
         if source.size > MAX_JSON:
             raise source.damaged(f"has {source.size} bytes, the limit for JSON is {MAX_JSON}")
         raw = source.read(0, source.size)
-        if sum(map(raw.count, (b",", b"[", b"{"))) > MAX_JSON_PARTS:
-            raise source.damaged("is JSON of too many parts for an index or a config")
+    if sum(map(raw.count, (b",", b"[", b"{"))) > MAX_JSON_PARTS:
+        raise source.damaged("is JSON of too many parts for an index or a config")
+    try:
         value = strict_json(raw)
-    except FileError:
-        raise
     except (ValueError, RecursionError):
         raise source.damaged("is not JSON as it should be (damaged, doubled keys or NaN)") from None
-    finally:
-        source.close()
     if not isinstance(value, dict):
         raise source.damaged("is not a JSON object")
     return value

@@ -68,15 +68,12 @@ class Reader(Protocol):
 
     def bad(self, what: str) -> FileError:
         """The error to raise about a pickle that is broken, or made to break readers."""
-        ...
 
     def spend(self, work: int) -> None:
         """Count work."""
-        ...
 
     def fill(self, target: dict[str, Any], keys: list[Any], values: list[Any]) -> None:
         """Put values under keys, those that are text."""
-        ...
 
 
 @dataclass(frozen=True)

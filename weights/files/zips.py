@@ -53,8 +53,7 @@ def entries(source: Source) -> dict[str, Entry]:
         if claim.offset != position:
             what = "whose entries overlap or leave holes" if position else "with bytes before its first entry"
             raise source.damaged(f"is a zip {what}", claim.name.decode(errors="replace"))
-        entry = _local(source, claim, following)
-        found[claim.name] = entry
+        found[claim.name] = _local(source, claim, following)
         position = following
     seen: set[str] = set()
     for entry in found.values():

@@ -103,10 +103,8 @@ def _vae_modules(config: VAEConfig) -> dict[str, str]:
             theirs = f"{part}.{levels}_blocks.{i if part == 'encoder' else len(config.channel_mult) - 1 - i}"
             names[f"{part}.{levels}.{i}.{levels}sample"] = f"{theirs}.{levels}samplers.0"
             for j in range(config.num_res_blocks + (part == "decoder")):
-                names |= {
-                    f"{part}.{levels}.{i}.block.{j}": f"{theirs}.resnets.{j}",
-                    f"{part}.{levels}.{i}.block.{j}.nin_shortcut": f"{theirs}.resnets.{j}.conv_shortcut",
-                }
+                names[f"{part}.{levels}.{i}.block.{j}"] = f"{theirs}.resnets.{j}"
+                names[f"{part}.{levels}.{i}.block.{j}.nin_shortcut"] = f"{theirs}.resnets.{j}.conv_shortcut"
     return names
 
 
@@ -126,6 +124,7 @@ _VIT = {"cls_token": "cls_token", "pos_embed": "position_embeddings", "patch_emb
 _BLOCK = {"norm1": "layernorm_before", "norm2": "layernorm_after", "attn.qkv": "attention.attention",
           "attn.proj": "attention.output.dense",
           "mlp.fc1": "intermediate.dense", "mlp.fc2": "output.dense"}  # fmt: skip
+_BOTTLENECK = ("downsample.conv", "downsample.norm", *(f"{kind}{n}" for kind in ("conv", "norm") for n in (1, 2, 3)))
 _FUSION = {
     "out_conv": "projection",
     **{f"resConfUnit{i}.conv{j}": f"residual_layer{i}.convolution{j}" for i in (1, 2) for j in (1, 2)},
@@ -137,34 +136,21 @@ def dpt_names(config: DepthConfig) -> dict[str, tuple[str, ...]]:
 
     Three names where q, k and v are matrices of their own there: ours is their rows, stacked in this order.
     """
-    names = {f"pretrained.model.{ours}": f"dpt.embeddings.{theirs}" for ours, theirs in _VIT.items()} | {
-        "pretrained.model.norm": "dpt.layernorm"
-    }
+    names = {f"pretrained.model.{ours}": f"dpt.embeddings.{theirs}" for ours, theirs in _VIT.items()}
+    names["pretrained.model.norm"] = "dpt.layernorm"
     for i, blocks in enumerate(config.blocks):
         for j in range(blocks):
-            ours, theirs = (
-                f"pretrained.model.patch_embed.backbone.stages.{i}.blocks.{j}",
-                f"dpt.embeddings.backbone.bit.encoder.stages.{i}.layers.{j}",
-            )
-            names |= {
-                f"{ours}.{inner}": f"{theirs}.{inner}"
-                for inner in (
-                    "downsample.conv",
-                    "downsample.norm",
-                    *(f"{kind}{n}" for kind in ("conv", "norm") for n in (1, 2, 3)),
-                )
-            }
+            ours = f"pretrained.model.patch_embed.backbone.stages.{i}.blocks.{j}"
+            theirs = f"dpt.embeddings.backbone.bit.encoder.stages.{i}.layers.{j}"
+            names |= {f"{ours}.{inner}": f"{theirs}.{inner}" for inner in _BOTTLENECK}
     for i in range(config.layers):
         names |= {
             f"pretrained.model.blocks.{i}.{ours}": f"dpt.encoder.layer.{i}.{theirs}" for ours, theirs in _BLOCK.items()
         }
     for i in (3, 4):  # counted from 0 there, with nothing at the ResNet's two maps
         ours, theirs = f"pretrained.act_postprocess{i}", "neck.reassemble_stage"
-        names |= {
-            f"{ours}.0.project.0": f"{theirs}.readout_projects.{i - 1}.0",
-            f"{ours}.3": f"{theirs}.layers.{i - 1}.projection",
-            f"{ours}.4": f"{theirs}.layers.{i - 1}.resize",
-        }
+        names[f"{ours}.0.project.0"] = f"{theirs}.readout_projects.{i - 1}.0"
+        names |= {f"{ours}.{n}": f"{theirs}.layers.{i - 1}.{name}" for n, name in ((3, "projection"), (4, "resize"))}
     for i in (1, 2, 3, 4):  # their fusion counts from the coarsest
         names[f"scratch.layer{i}_rn"] = f"neck.convs.{i - 1}"
         names |= {
