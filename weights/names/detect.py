@@ -13,7 +13,6 @@ from ldm.errors import AmbiguousCheckpoint, ArgumentError, FileError
 from weights.names.family import family, family_title, named, require_family
 from weights.names.layout import Layout, original
 from weights.names.metadata import CONFIG_KEY, from_json
-from weights.names.places import Shape
 from weights.names.sizes import (
     UNET,
     Config,
@@ -50,13 +49,9 @@ def shown_in_file(shapes: Shapes, layout: Layout) -> Shown:
 
 def lookup(layout: Layout, shapes: Shapes, network: str) -> Lookup:
     """The shape that a parameter of one network would have here, by its name in that network."""
-
-    def shape(name: str) -> Shape | None:
-        return next(
-            (place.ours(shapes[place.key]) for place in layout.places(network + name) if place.key in shapes), None
-        )
-
-    return shape
+    return lambda name: next(
+        (place.ours(shapes[place.key]) for place in layout.places(network + name) if place.key in shapes), None
+    )
 
 
 # --- the config -----------------------------------------------------------------------------------------------------
