@@ -210,8 +210,7 @@ def _fault(path: Path, step: int, deep: bool = True) -> str | None:
         if crc != zlib.crc32(json.dumps(record).encode()) or record["step"] != step:
             return f"{FACTS} does not fit its checksum"
         for name, wanted in record["files"].items():
-            size = (path / name).stat().st_size
-            if size != wanted["bytes"]:
+            if (size := (path / name).stat().st_size) != wanted["bytes"]:
                 return f"{name} has {size} bytes, not {wanted['bytes']}"
             if deep and _crc(path / name) != wanted["crc32"]:
                 return f"{name} does not fit its checksum"

@@ -88,11 +88,9 @@ def charts(records: Sequence[Record], theme: Theme) -> list[Chart]:
         return (faint, bold) if window > 1 else (bold,)
 
     made = [Chart("Loss", mean, curves("loss"), log=_wide(curves("loss")))]
-    banded = [record for record in lines if record.get("bands")]
-    if banded:
+    if banded := [record for record in lines if record.get("bands")]:
         made.append(_bands(banded, theme, window))
-    validations = [record for record in records if record.get("validation_loss") is not None]
-    if validations:
+    if validations := [record for record in records if record.get("validation_loss") is not None]:
         levels = len(validations[-1].get("validation_levels", ()))
         note = f"held-out pictures, same noise, {levels} noise level{'s' if levels > 1 else ''}"
         losses = {record["step"]: record["validation_loss"] for record in validations}
@@ -132,12 +130,10 @@ def facts(records: Sequence[Record], recipe: Recipe) -> list[tuple[str, str]]:
     lines = [record for record in records if "event" not in record and "loss" in record]
     updates = f"{records[-1]['step'] if records else 0:,} of {recipe.run.steps:,}"
     rows = [("method", recipe.method.kind), ("updates", updates), ("batch", str(recipe.run.batch))]
-    ends = [y for y in _smooth(lines, "loss") if y is not None]
-    if ends:
+    if ends := [y for y in _smooth(lines, "loss") if y is not None]:
         rows.append(("loss at the end", f"{ends[-1]:.3g}"))
-    validated = [record["validation_loss"] for record in records if record.get("validation_loss") is not None]
-    if validated:
-        rows.append(("validation loss", f"{validated[-1]:.3g}"))
+    losses = [record["validation_loss"] for record in records if record.get("validation_loss") is not None]
+    rows += [("validation loss", f"{loss:.3g}") for loss in losses[-1:]]
     if lines:
         rows.append(("time in updates", duration(sum(record.get("seconds") or 0.0 for record in lines))))
         rows.append(("updates skipped", str(lines[-1].get("skipped", 0))))
