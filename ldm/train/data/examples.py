@@ -188,8 +188,7 @@ class Examples:
         for kind, i, error in unreadable:
             if (kind, i) not in self._unreadable:
                 self._unreadable.add((kind, i))
-                name = self._parts[kind].source.items[i].id
-                self.bad.append(Bad(name, error.what))
+                self.bad.append(Bad(self._parts[kind].source.items[i].id, error.what))
         if len(self.bad) > self.data.bad_limit * self._listed:
             first, what = self.bad[0], f"{len(self.bad)} of {self._listed} pictures cannot be used"
             raise FileError(f"data: {what}, more than data.bad_limit allows: {first.id[-40:]} {first.why[:80]}")

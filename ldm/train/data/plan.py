@@ -25,8 +25,7 @@ def fraction(seed: int, *what: object) -> float:
 def permutation(n: int, seed: int, *what: object) -> list[int]:
     """0 to n - 1 in an order drawn for this purpose alone."""
     number = int.from_bytes(_hash(seed, *what)[:4], "little")  # torch's CPU generator uses 32 bits
-    generator = torch.Generator().manual_seed(number)
-    return torch.randperm(n, generator=generator).tolist()
+    return torch.randperm(n, generator=torch.Generator().manual_seed(number)).tolist()
 
 
 def _hash(seed: int, *what: object) -> bytes:
