@@ -28,23 +28,9 @@ from weights.names.layout import LEFTOVERS, original
 from weights.names.metadata import CONFIG_KEY, to_json
 from weights.names.prediction import METADATA, Prediction, require_prediction
 from weights.names.sizes import UNET, read_text
-from weights.tools import record
+from weights.tools import record, routes
 from weights.tools.record import Conversion
-from weights.tools.routes import (
-    ONLY,
-    Move,
-    Only,
-    Route,
-    Wish,
-    file_to_file,
-    folder_to_file,
-    network_alone,
-    same_names,
-    sharded,
-    to_folder,
-    vae_to_file,
-    vae_to_folder,
-)
+from weights.tools.routes import ONLY, Move, Only, Route, Wish
 
 FILES = (".safetensors", *TORCH_FILES)  # what a target that is one file ends in; all others are folders
 # Whoever writes a name that ends so does not mean a folder.
@@ -102,33 +88,25 @@ def convert(
         route, model = _planned(file, to_file, Wish(dtype, ema, prune), only, config, prediction)
         if isinstance(file, Folder) and not to_file and only is None:
             route = replace(route, texts={**route.texts, **_texts(file, config, prediction)})
-        route = route if shard_size is None else sharded(route, shard_size)
+        route = route if shard_size is None else routes.sharded(route, shard_size)
         made = Conversion(dst, None if model is None else model.config, route, {**route.dropped, **on_purpose})
         if not made.tensors:
             raise file.error("has nothing left to write: everything is dropped; drop less")
         require_space(dst, made.bytes)
-        facts = {
-            **_carried(file, licence, only),
-            **_facts(model, ema, only),
-            SOURCE: file.path.resolve().name,
-            SOURCE_HASH: sha256_of(file),
-        }
+        facts = _carried(file, licence, only) | _facts(model, ema, only)
+        facts |= {SOURCE: file.path.resolve().name, SOURCE_HASH: sha256_of(file)}
         if (
             to_file and model is not None and model.finding.doubt is None and only is None
         ):  # what is in doubt must stay so
             facts[CONFIG_KEY] = to_json(_as_written(model.config, route.files[""]))
         digests: dict[tuple[str, str], str] = {}
         report = _reporter(made.bytes, guarded([file], on_write), digests if manifest is not None else None)
+        metadata = {"format": "pt", **facts}
         if to_file:
-            write(
-                {key: move.pending for key, move in route.files[""].items()},
-                dst,
-                {"format": "pt", **facts},
-                overwrite=overwrite,
-                on_write=report(""),
-            )
+            tensors = {key: move.pending for key, move in route.files[""].items()}
+            write(tensors, dst, metadata, overwrite=overwrite, on_write=report(""))
         else:
-            _write_folder(route, dst, {"format": "pt", **facts}, overwrite, report)
+            _write_folder(route, dst, metadata, overwrite, report)
         if manifest is not None:
             text = record.manifest(file, made, facts, digests)
             with replacing(manifest, overwrite) as descriptor:
@@ -146,19 +124,16 @@ def _require_target(
 ) -> bool:  # fmt: skip
     """Check what can be checked without the source; is the target a single file?"""
     to_file = dst.suffix.lower() in FILES and not dst.is_dir()
+    ends = f"a file ends in {', '.join(FILES)}, a folder in none of them"
     if dst.suffix.lower() in FOREIGN and not dst.is_dir():
-        raise ArgumentError(
-            f"dst: {dst.suffix} files are not written; a file ends in {', '.join(FILES)}, a folder in none of them",
-            key="dst",
-        )
+        raise ArgumentError(f"dst: {dst.suffix} files are not written; {ends}", key="dst")
     near = (
         difflib.get_close_matches(dst.suffix, FILES, n=1, cutoff=0.7)
         if dst.suffix and not to_file and not dst.is_dir()
         else []
     )
     if near:
-        what = f"dst: it ends in {dst.suffix[:20]} (meant {near[0]}?)"
-        raise ArgumentError(f"{what}; a file ends in {', '.join(FILES)}, a folder in none of them", key="dst")
+        raise ArgumentError(f"dst: it ends in {dst.suffix[:20]} (meant {near[0]}?); {ends}", key="dst")
     if dtype is not None:
         require_dtype(dtype)
     require_prediction(prediction)
@@ -290,16 +265,16 @@ def _planned(
         if (
             to_file and isinstance(file, Weights) and plain and config is None and prediction is None
         ):  # of a kind that is not known
-            return same_names(file, wish.dtype), None
+            return routes.same_names(file, wish.dtype), None
         raise
     if model.averages and wish.ema is None and (not to_file or wish.prune or only == "unet"):
         what = "holds raw weights and their moving average, of which the target takes one"
         raise file.error(f"{what}:", remedy="say {ema=True} or {ema=False}")
     if only is not None:
-        return network_alone(model, wish, only, to_file), model
+        return routes.network_alone(model, wish, only, to_file), model
     if not to_file:
-        return to_folder(model, wish), model
-    return (file_to_file if isinstance(file, Weights) else folder_to_file)(model, wish), model
+        return routes.to_folder(model, wish), model
+    return (routes.file_to_file if isinstance(file, Weights) else routes.folder_to_file)(model, wish), model
 
 
 def _no_model(
@@ -310,13 +285,13 @@ def _no_model(
         what = "is the folder of one network, and the target a folder too"
         raise file.error(f"{what}; name a target that ends in .safetensors or .ckpt")
     if isinstance(file, Folder):
-        return vae_to_file(file, dtype)
+        return routes.vae_to_file(file, dtype)
     if to_file:
-        return same_names(file, dtype, prefix)
+        return routes.same_names(file, dtype, prefix)
     if vae_key(file) is None:
         what = "is neither a model nor a VAE: only those have a folder layout"
         raise file.error(f"{what}; name a target that ends in .safetensors or .ckpt")
-    return vae_to_folder(file, config, dtype)
+    return routes.vae_to_folder(file, config, dtype)
 
 
 # --- metadata -------------------------------------------------------------------------------------------------------

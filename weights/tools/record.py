@@ -23,9 +23,7 @@ class Conversion:
     """What was done; `route.files` and `dropped` account for every key of the source."""
 
     path: Path
-    config: (
-        ModelConfig | None
-    )  # of the model; None where the source is none, or only its container changed and it is not known
+    config: ModelConfig | None  # None: the source is no model, or of an unknown kind, and only its container changed
     route: Route
     dropped: Mapping[str, str]  # key in the source -> why it is nowhere in the target
 
@@ -58,12 +56,9 @@ def manifest(file: Tensors, made: Conversion, facts: Mapping[str, str], digests:
     for path, moves in made.route.files.items():
         for key, move in moves.items():
             entry = {
-                "target": f"{path}:{key}" if path else key,
-                "done": move.done,
-                "dtype": NAMES[move.pending.dtype],
-                "shape": list(move.pending.shape),
-                "sha256": digests[path, key],
-            }
+                "target": f"{path}:{key}" if path else key, "done": move.done, "dtype": NAMES[move.pending.dtype],
+                "shape": list(move.pending.shape), "sha256": digests[path, key],
+            }  # fmt: skip
             for source in move.sources:
                 stored = file.specs[source].dtype
                 tensors.setdefault(source, []).append(
@@ -71,11 +66,11 @@ def manifest(file: Tensors, made: Conversion, facts: Mapping[str, str], digests:
                 )
             if not move.sources:
                 synthesised.append(entry)
+    keys = len(tensors) + len(made.dropped)
+    family = made.config and made.config.name
     whole = {
-        "source": {"name": file.path.resolve().name, "sha256": facts["ldm.source_sha256"],
-        "keys": len(tensors) + len(made.dropped)},
-        "target": {"name": made.path.resolve().name, "family": made.config and made.config.name,
-        "tensors": made.tensors, "bytes": made.bytes},
+        "source": {"name": file.path.resolve().name, "sha256": facts["ldm.source_sha256"], "keys": keys},
+        "target": {"name": made.path.resolve().name, "family": family, "tensors": made.tensors, "bytes": made.bytes},
         "facts": dict(facts), "tensors": tensors, "synthesised": synthesised, "dropped": dict(made.dropped),
     }  # fmt: skip
     return json.dumps(whole, indent=1, ensure_ascii=True) + "\n"

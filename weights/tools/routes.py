@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -31,6 +31,7 @@ from weights.names.places import Place, Shape, joined
 from weights.names.prediction import V_MARK, ZERO_SNR_MARK, marks
 from weights.tools.save import published
 
+AVERAGE_PUT = "moving average put in the place of the raw weights"
 KEPT, BACK, MADE = "kept beside the networks, in which it has no place", f"put back from {LEFTOVERS}", "synthesised"
 ONLY = {
     "unet": "unet.",
@@ -53,9 +54,7 @@ class Move:
 class Route:
     """A conversion, planned: every key of the source is in one of the moves, or in `dropped`."""
 
-    files: Mapping[
-        str, Mapping[str, Move]
-    ]  # file of weights, its path in a folder or "" for a target that is one file -> key there -> how it is made
+    files: Mapping[str, Mapping[str, Move]]  # path in the folder, or "" if the target is one file -> key there -> move
     dropped: Mapping[str, str] = field(default_factory=dict)  # key in the source -> why it is nowhere in the target
     texts: Mapping[str, str] = field(default_factory=dict)  # other files of a folder
 
@@ -69,10 +68,7 @@ class Wish:
     prune: bool = False  # leave out what no picture is computed from
 
     def type_of(self, key: str) -> torch.dtype | None:
-        """What a tensor of the original is converted to.
-
-        Bookkeeping keeps its type: a noise schedule in float16 is wrong.
-        """
+        """What an original tensor is converted to. Bookkeeping keeps its type: a noise schedule in float16 is wrong."""
         return None if is_bookkeeping(key) else self.dtype
 
     def drops(self, key: str, why: str) -> bool:
@@ -91,19 +87,15 @@ def is_bookkeeping(key: str) -> bool:
     return layouts.reason(layouts.ORIGINAL, key) is not None
 
 
-# --- tensors --------------------------------------------------------------------------------------------------------
-
-
 def copied(file: Tensors, key: str, dtype: torch.dtype | None = None, done: str = "copied") -> Move:
     """A tensor as it is, converted to `dtype` if its numbers are floating-point ones."""
     spec = file.specs[key]
     return Move((key,), done, Pending(cast(spec.dtype, dtype), spec.shape, lambda: file.read(key, mapped=False)))
 
 
-def synthesised(make: Callable[[], Tensor]) -> Move:
+def synthesised(made: Tensor) -> Move:
     """A tensor that the source need not have."""
-    made = make()
-    return Move((), MADE, Pending(made.dtype, tuple(made.shape), make))
+    return Move((), MADE, Pending(made.dtype, tuple(made.shape), lambda: made))
 
 
 def renamed(
@@ -138,11 +130,8 @@ class _Part:
 
 def _move(parameters: Parameters, key: str, parts: list[_Part], dtype: torch.dtype | None) -> Move:
     file = parameters.file
-    keys = tuple(
-        dict.fromkeys(
-            source for part in sorted(parts, key=lambda part: "qkv".find(part.target.how)) for source in part.keys(key)
-        )
-    )
+    in_order = sorted(parts, key=lambda part: "qkv".find(part.target.how))
+    keys = tuple(dict.fromkeys(source for part in in_order for source in part.keys(key)))
     types = {file.specs[source].dtype for source in keys}
     if len(types) > 1 and any(one.itemsize == 1 for one in types):
         raise file.error(f"{keys[0]} and {keys[1]} are to be joined, and one has 8-bit numbers; pass dtype=", keys[0])
@@ -175,24 +164,10 @@ def _done(parameters: Parameters, key: str, parts: Iterable[_Part], after: int) 
     return ", ".join(words) or "copied"
 
 
-# --- single files ---------------------------------------------------------------------------------------------------
-
-
 def same_names(file: Tensors, dtype: torch.dtype | None, prefix: str = "") -> Route:
-    """Another container for the same names, without a prefix: for files of any kind, known or not.
-
-    Single numbers, alphas and marks, keep their type.
-    """
-    return Route(
-        {
-            "": {
-                key.removeprefix(prefix): copied(
-                    file, key, None if is_bookkeeping(key) or not file.shape(key) else dtype
-                )
-                for key in file
-            }
-        }
-    )
+    """Another container for any file's names, without a prefix. Single numbers, alphas and marks, keep their type."""
+    kept = {key for key in file if is_bookkeeping(key) or not file.shape(key)}
+    return Route({"": {key.removeprefix(prefix): copied(file, key, None if key in kept else dtype) for key in file}})
 
 
 def file_to_file(model: Checkpoint, wish: Wish) -> Route:
@@ -203,9 +178,7 @@ def file_to_file(model: Checkpoint, wish: Wish) -> Route:
     for key in model.file:
         why = model.ignored.get(key)
         if wish.ema and key in raw_of:
-            moves[raw_of[key]] = copied(
-                model.file, key, wish.dtype, "moving average put in the place of the raw weights"
-            )
+            moves[raw_of[key]] = copied(model.file, key, wish.dtype, AVERAGE_PUT)
         elif why is not None and wish.drops(key, why):
             dropped[key] = why
         else:
@@ -228,28 +201,13 @@ def folder_to_file(model: Checkpoint, wish: Wish) -> Route:
         else:
             moves[name] = copied(model.file, key, wish.type_of(name), BACK)
     for part in target.parts:  # towers of transformers have position ids in the published files
-        if (
-            part.ours.startswith("text.")
-            and part.theirs.endswith("transformer.")
-            and not any(_is_position_ids(key, part.theirs) for key in moves)
-        ):
+        if not (part.ours.startswith("text.") and part.theirs.endswith("transformer.")):
+            continue
+        if not any(key.startswith(part.theirs) and key.endswith("embeddings.position_ids") for key in moves):
             length = model.config.text[int(part.ours.split(".")[1])].length
-            ids = synthesised(functools.partial(_counting, length))
-            moves[f"{part.theirs}text_model.embeddings.position_ids"] = ids
-    moves |= {mark: synthesised(lambda: torch.zeros(0)) for mark in marks(model.config) if mark not in moves}
+            moves[f"{part.theirs}text_model.embeddings.position_ids"] = synthesised(torch.arange(length)[None])
+    moves |= {mark: synthesised(torch.zeros(0)) for mark in marks(model.config) if mark not in moves}
     return Route({"": moves}, dropped)
-
-
-def _counting(length: int) -> Tensor:
-    """The position ids of a text tower."""
-    return torch.arange(length)[None]
-
-
-def _is_position_ids(key: str, tower: str) -> bool:
-    return key.startswith(tower) and key.endswith("embeddings.position_ids")
-
-
-# --- folders --------------------------------------------------------------------------------------------------------
 
 
 def to_folder(model: Checkpoint, wish: Wish) -> Route:
@@ -263,12 +221,9 @@ def to_folder(model: Checkpoint, wish: Wish) -> Route:
     moves = renamed(model, wanted, folders.diffusers(config, components(config)), wish.dtype)
     unread = [name for name in model.wanted if name not in wanted]  # of SD 2's text tower
     rest = renamed(model, unread, published(model.config), wish.dtype)
-    dropped: dict[str, str] = {}
-    left: dict[str, Move] = {}
-    if wish.prune:
-        dropped = {key: "read by nothing in a folder" for move in rest.values() for key in move.sources}
-    else:
-        left = {key: replace(move, done=KEPT) for key, move in rest.items()}
+    unused = {key: "read by nothing in a folder" for move in rest.values() for key in move.sources}
+    dropped = unused if wish.prune else {}
+    left = {} if wish.prune else {key: replace(move, done=KEPT) for key, move in rest.items()}
     for key, why in model.ignored.items():
         folder, _, name = key.partition("/")
         if is_folder and folder == "safety_checker":
@@ -294,16 +249,8 @@ def in_files(moves: Mapping[str, Move]) -> dict[str, dict[str, Move]]:
 
 def components(config: ModelConfig) -> set[str]:
     """The folders of a model's networks."""
-    return {
-        "unet",
-        "vae",
-        *towers(config),
-        *(["image_encoder"] if config.vision else []),
-        *(["depth_estimator"] if config.depth else []),
-    }
-
-
-# --- one network ----------------------------------------------------------------------------------------------------
+    beside = {"image_encoder": config.vision, "depth_estimator": config.depth}
+    return {"unet", "vae", *towers(config), *(name for name, there in beside.items() if there)}
 
 
 def network_alone(model: Checkpoint, wish: Wish, only: Only, to_file: bool) -> Route:
@@ -328,10 +275,7 @@ def network_alone(model: Checkpoint, wish: Wish, only: Only, to_file: bool) -> R
 
 
 def vae_to_folder(file: Tensors, config: ModelConfig | str | None, dtype: torch.dtype | None) -> Route:
-    """The folder of one VAE. `config` names the family whose scale its latents have, which no file tells.
-
-    Raises ArgumentError without it.
-    """
+    """The folder of one VAE. `config`: the family whose scale its latents have. Raises ArgumentError without it."""
     if config is None:
         what = "config: a VAE's file does not tell the scale of its latents"
         raise ArgumentError(f"{what}; name the family it is for: config='sd1', 'sdxl-base', ...", key="config")
@@ -358,14 +302,8 @@ def vae_to_file(folder: Folder, dtype: torch.dtype | None) -> Route:
     return Route({"": moves}, {key: why for key, why in vae.ignored.items() if key not in back})
 
 
-# --- shards ---------------------------------------------------------------------------------------------------------
-
-
 def sharded(route: Route, limit: int) -> Route:
-    """The same with the files of networks split into parts of at most `limit` bytes, as diffusers splits them.
-
-    A larger tensor is a part of its own.
-    """
+    """The same, files of networks split into parts of at most `limit` bytes; a larger tensor is a part of its own."""
     files: dict[str, Mapping[str, Move]] = {}
     texts = dict(route.texts)
     for name, moves in route.files.items():
@@ -390,8 +328,7 @@ def _parts(moves: Mapping[str, Move], limit: int) -> list[dict[str, Move]]:
     size = 0
     for key, move in moves.items():
         if runs[-1] and size + move.pending.size > limit:
-            runs.append({})
-            size = 0
+            runs, size = [*runs, {}], 0
         runs[-1][key] = move
         size += move.pending.size
     return runs
