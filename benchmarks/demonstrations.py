@@ -83,9 +83,6 @@ def fast(model: LatentDiffusion) -> LatentDiffusion:
     return optimize(model) if pays(model.device, model.dtype) else model
 
 
-# --- training ---------------------------------------------------------------------------------------------------------
-
-
 def changes(name: str, how: How, sets: Sequence[str] = ()) -> list[str]:
     """The keys that change a recipe; for a quick run also how many scenes it renders, or prior pictures it has."""
     data = load_recipe(RECIPES / f"{name}.toml", sets).data
@@ -121,8 +118,6 @@ def stopwatch(path: Path) -> Iterator[None]:
     finally:
         path.write_text(json.dumps({"cpu_seconds": before + time.process_time() - begun}) + "\n")
 
-
-# --- scoring ----------------------------------------------------------------------------------------------------------
 
 Read = Callable[[ndarray], quality.Reading]
 
@@ -173,8 +168,6 @@ class Drawn:
             [blocks.canonical(self.asked[kind][k]) for kind, k in picked],
         )
 
-
-# --- the five ---------------------------------------------------------------------------------------------------------
 
 Result = tuple[dict[str, Any], Panel]  # figures, pictures
 

@@ -105,9 +105,6 @@ class NonFinite(LdmError, ArithmeticError):
     exit_code = 5
 
 
-# --- checks of arguments --------------------------------------------------------------------------------------------
-
-
 def require_known(name: str, value: Any, known: Collection[str]) -> None:
     """Raises ArgumentError, with the nearest match, for a value that is not among those known."""
     if value not in known:

@@ -32,9 +32,6 @@ class Sampler(Protocol):
     def __call__(self, denoise: Denoiser, x: Tensor, sigmas: Sigmas, *, noise: Noise | None = None) -> Tensor: ...
 
 
-# --- watching -------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Step:
     """A network call, `index` (from 0) of `total`: at noise level `sigma` the network saw `x` and estimated `x0`."""
@@ -62,9 +59,6 @@ def watched(denoise: Denoiser, on_step: OnStep, total: int) -> Denoiser:
         return x0
 
     return watching
-
-
-# --- the parts of a solver ------------------------------------------------------------------------------------------
 
 
 def calls_of(sampler: Sampler, sigmas: Sigmas, **options: Any) -> int:

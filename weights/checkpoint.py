@@ -80,8 +80,6 @@ class Parameters:
         """Where each parameter lies; without those that the file lacks."""
         return {**self.raw, **{name: Place(key) for name, key in self.averaged.items()}} if self.ema else self.raw
 
-    # --- accounting -------------------------------------------------------------------------------------------------
-
     @cached_property
     def _rest(self) -> Mapping[str, str | None]:
         """Every key that is in no place -> why it is ignored; None: nothing accounts for it."""
@@ -187,8 +185,6 @@ class Parameters:
                 f"has a moving average of {n} of {of} tensors, {short(first)} is missing", first, NO_AVERAGE
             )
 
-    # --- reading ----------------------------------------------------------------------------------------------------
-
     def shape(self, name: str) -> Shape:
         """The shape of one of our parameters, as large as this file has it."""
         place = self.places[name]
@@ -256,9 +252,6 @@ class Checkpoint(Parameters):
         if self.finding.doubt is not None:
             what = f"may predict eps or v (norm1.bias std {self.finding.doubt:.3f}), which {why}"
             raise AmbiguousCheckpoint(f"{what}: pass prediction='eps' or 'v'", path=self.file.path, key="prediction")
-
-
-# --- recognising ----------------------------------------------------------------------------------------------------
 
 
 def open_any(path: str | PathLike[str], variant: str | None = None) -> Tensors:

@@ -27,9 +27,6 @@ class Unmeasured(Exception):
     """This side cannot do what was asked, for the reason given: not a fault of its own."""
 
 
-# --- from outside -----------------------------------------------------------------------------------------------------
-
-
 def command(module: str, job: Any) -> list[str]:
     """The command that runs a module of ours for a job. With -P, `sides/diffusers.py` does not hide the package."""
     return [sys.executable, "-P", "-m", module, json.dumps(asdict(job))]
@@ -78,9 +75,6 @@ class Process:
         with contextlib.suppress(BrokenPipeError), self.process:  # closes its pipes
             pass
         self.errors.close()
-
-
-# --- inside -----------------------------------------------------------------------------------------------------------
 
 
 def serve(kind: type[Any], answers: Callable[[Any, Callable[[Answer], None]], None]) -> None:

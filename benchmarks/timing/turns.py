@@ -27,9 +27,6 @@ SHORT = 0.2  # seconds: what takes less is timed several times in a row
 WARM, WARM_BELOW = 3, 1.0  # calls before anything is timed, of what takes less than so many seconds
 
 
-# --- from outside -----------------------------------------------------------------------------------------------------
-
-
 class Turns(Process):
     """One side in its own process, with its weights loaded."""
 
@@ -64,9 +61,6 @@ def in_turn(calls: Mapping[str, Callable[[], float]], repeats: int) -> dict[str,
     """Seconds that each call gives: A, B, A, B, ... so that whatever else the machine does falls on all."""
     rounds = [[call() for call in calls.values()] for _ in range(repeats)]
     return {side: [each[k] for each in rounds] for k, side in enumerate(calls)}
-
-
-# --- inside -----------------------------------------------------------------------------------------------------------
 
 
 def timed(call: Callable[[], Any], device: str) -> float:

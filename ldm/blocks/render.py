@@ -11,7 +11,6 @@ from numpy import ndarray
 
 from ldm.blocks.scenes import COLORS, RGB, SIZES, Scene
 
-# --- the camera and the floor ---------------------------------------------------------------------------------------
 # World: x to the right, y up, z away from the camera, the floor at y = 0; lengths in units of about the width of one
 # large solid when a scene has two. Pictures are worked out for 128 pixels and scaled.
 
@@ -80,9 +79,6 @@ def _window(corners: ndarray, size: int, margin: int) -> tuple[slice, slice]:
     low = np.clip(np.floor((row.min(), col.min())).astype(int) - margin, 0, size)
     high = np.clip(np.ceil((row.max(), col.max())).astype(int) + margin, 0, size)
     return slice(int(low[0]), int(high[0])), slice(int(low[1]), int(high[1]))
-
-
-# --- where things stand ---------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -161,9 +157,6 @@ def layout(scene: Scene, rng: np.random.Generator) -> list[Placed]:
 
 
 Build = Callable[[Scene, np.random.Generator], list[Placed]]
-
-
-# --- light and rays -------------------------------------------------------------------------------------------------
 
 
 def _local(v: ndarray, turn: float) -> tuple[ndarray, ndarray, ndarray]:

@@ -51,9 +51,6 @@ class Scene:
             yield self.solids[2], self.relations[1], self.solids[1]
 
 
-# --- the scenes -----------------------------------------------------------------------------------------------------
-
-
 def _pair_held_out(a: Solid, relation: str, b: Solid) -> bool:
     if relation in ("to the right of", "behind"):  # the same picture as the inverse relation with a and b exchanged
         a, relation, b = b, INVERSE[relation], a
@@ -101,8 +98,6 @@ def held_out_scenes(n: int, seed: int = 0) -> list[Scene]:
         scenes.setdefault(canonical(scene), scene)
     raise AssertionError("unreachable")
 
-
-# --- captions -------------------------------------------------------------------------------------------------------
 
 _PREFIXES = ("", "", "a photo of ", "a picture of ", "an image of ", "a rendering of ")
 _RELATION_WORDS = {

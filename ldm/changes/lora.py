@@ -16,7 +16,6 @@ from ldm.model import LatentDiffusion
 Shape = tuple[int, ...]
 
 
-# --- the kinds ------------------------------------------------------------------------------------------------------
 # r is the rank, k k the kernel of a convolution; a matrix has none. Each changes a weight by alpha / r times a product
 # of its factors; alpha None stands for r.
 

@@ -128,9 +128,6 @@ def version() -> str:
         return "unknown"
 
 
-# --- kinds of values, for argparse; which of them will do is checked later ------------------------------------------
-
-
 def whole(text: str) -> int:
     """A whole number."""
     try:

@@ -102,9 +102,6 @@ def variations(args: argparse.Namespace, sampling: Sampling, init: Image.Image) 
     return Drawing(draw, keywords, (width, height), (init,))
 
 
-# --- what several have in common ------------------------------------------------------------------------------------
-
-
 def _sides(size: tuple[int, int]) -> dict[str, int]:
     return {"width": size[0], "height": size[1]}
 

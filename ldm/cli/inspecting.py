@@ -90,9 +90,6 @@ def pattern(text: str | None) -> Callable[[str], bool] | None:
     return lambda name: fnmatch.fnmatchcase(name, text)
 
 
-# --- text for people ------------------------------------------------------------------------------------------------
-
-
 def text_of(report: Any, tensors: list[Any] | None = None) -> str:
     """A report as aligned lines."""
     lines = [f"{printable(report.path)}: {printable(report.title)}"]

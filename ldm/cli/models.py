@@ -129,9 +129,6 @@ def _size(network: nn.Module) -> int:
     return sum(p.numel() * p.itemsize for p in network.parameters())
 
 
-# --- the machine ------------------------------------------------------------------------------------------------------
-
-
 def device_of(name: str) -> torch.device:
     """Where to compute. Raises DeviceError rather than fall back to another device than the one asked for."""
     if name == "auto":

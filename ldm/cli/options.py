@@ -51,9 +51,6 @@ class Option:
     more: Mapping[str, Any] = field(default_factory=dict)  # for argparse
 
 
-# --- kinds of values that no other command has ------------------------------------------------------------------------
-
-
 def every(text: str) -> int:
     """What --preview takes: a prompt right behind it is taken for a number."""
     try:
@@ -103,8 +100,6 @@ def named_file(text: str) -> tuple[str | None, str]:
     match = re.fullmatch(r"([\w-]+)=(.+)", text, re.DOTALL)
     return (match[1], match[2]) if match else (None, text)
 
-
-# --- the table --------------------------------------------------------------------------------------------------------
 
 PROMPTS = {  # {commands: what a prompt is for them}
     "txt2img hires": "what the picture shows",

@@ -92,9 +92,6 @@ class Sampling:
         return calls_of(SAMPLERS[self.sampler], sigmas, **self.options)
 
 
-# --- checks ---------------------------------------------------------------------------------------------------------
-
-
 def require_seed(seed: Any) -> int:
     """The seed, if it is one. Raises ArgumentError."""
     return require_whole("seed", seed, 0, 2**64 - 1)
@@ -118,9 +115,6 @@ def _require_interval(interval: Any) -> None:
 
 def _takes_eta(sampler: str) -> bool:
     return "eta" in inspect.signature(SAMPLERS[sampler]).parameters
-
-
-# --- jobs -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

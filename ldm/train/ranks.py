@@ -40,9 +40,6 @@ class Ranks:
     device: str = "cpu"  # its own
 
 
-# --- begin and end --------------------------------------------------------------------------------------------------
-
-
 @contextmanager
 def ranks(device: str, *, timeout: float = 30.0, join: float = 600.0) -> Iterator[Ranks]:
     """This process among those that torchrun started, with a process group while open; alone without torchrun.
@@ -268,9 +265,6 @@ def _deaf() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-# --- share the work -------------------------------------------------------------------------------------------------
 
 
 def share(task: nn.Module, how: Literal["ddp", "fsdp"], ranks: Ranks) -> nn.Module:

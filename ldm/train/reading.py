@@ -67,9 +67,6 @@ def to_toml(recipe: Recipe) -> str:
     return "\n".join(lines) + "\n"
 
 
-# --- from TOML to values ---------------------------------------------------------------------------------------------
-
-
 def _read(name: str) -> tuple[dict[str, Any], str]:
     """The tables of a recipe with its name, and the key of all of it: none."""
     if name in names():
@@ -156,9 +153,6 @@ def _pattern(given: str, key: str) -> str:
     return given
 
 
-# --- from the command line ------------------------------------------------------------------------------------------
-
-
 def _changed(recipe: Recipe, text: str) -> Recipe:
     """The recipe after "section.key=value"."""
     key, equals, given = (part.strip() for part in text.partition("="))
@@ -184,9 +178,6 @@ def _parsed(text: str, kind: Any) -> Any:
     base = get_args(kind)[0] if get_origin(kind) is Annotated else kind
     is_text = base is str or get_origin(base) is Literal
     return text if table.keys() != {"value"} or (is_text and not isinstance(table["value"], str)) else table["value"]
-
-
-# --- keys that must agree -------------------------------------------------------------------------------------------
 
 
 def _require_consistent(recipe: Recipe) -> None:
@@ -262,9 +253,6 @@ def _require_read(recipe: Recipe) -> None:
                 readers = " or ".join(_written(choice) for choice in choices)
                 what = f"is read where {chooser} is {readers}, not {_written(values[chooser])}; leave it out"
                 raise wrong_key(key, what)
-
-
-# --- from values to TOML --------------------------------------------------------------------------------------------
 
 
 def _written(value: Any) -> str:

@@ -51,9 +51,6 @@ READING = 0.1  # weight of the reader's loss beside the UNet's
 MADE_FROM = "ldm.made_from"  # in the metadata of kept latents
 
 
-# --- the autoencoder ------------------------------------------------------------------------------------------------
-
-
 class SceneAutoencoding(Task):
     """`vae_loss` on rendered scenes: on whole pictures, or on four crops of half the size from each.
 
@@ -96,9 +93,6 @@ def vae_trainee(run: Run, whole: float) -> Trainee:
     return Trainee.of(model, task, {f"vae.{name}": p for name, p in model.vae.named_parameters()})
 
 
-# --- the latents ----------------------------------------------------------------------------------------------------
-
-
 @torch.no_grad()
 def encode_scenes(
     vae: VAE, scenes: int, cache: Path, *, device: str = "cpu", on_batch: Callable[[int], None] = lambda done: None
@@ -123,9 +117,6 @@ def encode_scenes(
     result = {"latents": torch.cat(latents).contiguous(), "ids": torch.cat(ids)}
     write_whole(cache, save(result, {MADE_FROM: made_from}))
     return result["latents"], result["ids"]
-
-
-# --- the UNet and the text tower ------------------------------------------------------------------------------------
 
 
 class SceneReader(nn.Module):

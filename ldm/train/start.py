@@ -68,9 +68,6 @@ def with_prediction(model: LatentDiffusion, start: Start) -> LatentDiffusion:
     return model
 
 
-# --- prior preservation ---------------------------------------------------------------------------------------------
-
-
 def complete_prior(data: Data, load: Callable[[], LatentDiffusion], place: Ranks, say: Callable[[str], None]) -> None:
     """Make the pictures of the class that are missing, a share on each rank.
 

@@ -68,9 +68,6 @@ class State:
         return StateTensors(self.path / TENSORS)
 
 
-# --- write ----------------------------------------------------------------------------------------------------------
-
-
 def save_state(directory: Path, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], keep: int) -> Path:
     """Write `directory`/step-000500 and return it: tensors.safetensors, and state.json with facts, sizes and CRC32s.
 
@@ -182,9 +179,6 @@ def _remove(path: Path) -> None:
     shutil.rmtree(gone)
 
 
-# --- read -----------------------------------------------------------------------------------------------------------
-
-
 def latest_state(directory: Path) -> State | None:
     """The newest state whose sizes and checksums hold, or None. A warning says why each newer one is passed over."""
     for step, path in _candidates(directory):
@@ -229,9 +223,6 @@ def _crc(path: Path) -> int:
         while piece := file.read(PIECE):
             crc = zlib.crc32(piece, crc)
     return crc
-
-
-# --- one at a time --------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager

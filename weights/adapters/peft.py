@@ -31,9 +31,6 @@ TITLES = {
 }  # fmt: skip
 
 
-# --- settings that are read -----------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Scaling:
     """What peft's settings say of alpha."""
@@ -97,9 +94,6 @@ def _scaling(error: Callable[..., FileError], settings: Mapping[str, Any], what:
         raise error(f"{fault}; this version reads no expressions there", "alpha_pattern")
     by_module = {end: number(alpha) for end, alpha in pattern.items()}
     return Scaling(number(settings.get("lora_alpha")), by_module, settings.get("use_rslora") is True)
-
-
-# --- what is written ------------------------------------------------------------------------------------------------
 
 
 class Held(NamedTuple):

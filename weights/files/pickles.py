@@ -80,8 +80,6 @@ class Machine:
         """The error to raise about a pickle that is broken, or made to break readers."""
         return self.error(f"its pickle is damaged or made to mislead: {what}; {REMEDY}", key)
 
-    # --- bytes --------------------------------------------------------------------------------------------------------
-
     def take(self, count: int) -> bytes:
         end = self.at + count
         if end > len(self.data):
@@ -104,8 +102,6 @@ class Machine:
             return raw.decode("utf-8", "surrogatepass")
         except UnicodeDecodeError:
             raise self.bad("text that is not UTF-8") from None
-
-    # --- stack --------------------------------------------------------------------------------------------------------
 
     def push(self, value: Any) -> None:
         self.stack.append(value)
@@ -151,8 +147,6 @@ class Machine:
         if not digits.isdigit() or len(digits) > MAX_INT_BYTES:
             raise self.bad("a number that is none")
         return int(raw)
-
-    # --- objects ------------------------------------------------------------------------------------------------------
 
     def name(self, module: str, name: str) -> None:
         """Push what stands for module.name. This is where every name in a file ends: in a table, or in an error."""
@@ -220,9 +214,6 @@ class Machine:
         if self.storages.setdefault(key, storage) != storage:
             raise self.bad(f"storage {key} with two types or sizes")
         self.push(self.storages[key])
-
-
-# --- operations, by opcode ------------------------------------------------------------------------------------------
 
 
 def _frame(m: Machine) -> None:

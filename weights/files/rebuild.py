@@ -143,9 +143,6 @@ class ParameterDict(dict):
     """A torch ParameterDict, which old embeddings use: its parameters by name."""
 
 
-# --- the functions --------------------------------------------------------------------------------------------------
-
-
 def _ordered_dict(machine: Reader, arguments: tuple) -> dict[str, Any]:
     made: dict[str, Any] = {}
     machine.spend(CONTAINER_WORK)

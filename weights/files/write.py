@@ -164,9 +164,6 @@ def _bytes(tensor: Tensor) -> memoryview:
     return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
-# --- torch files ----------------------------------------------------------------------------------------------------
-
-
 @dataclass
 class _Run:
     """A storage of the file, to be pickled as a persistent id."""

@@ -93,9 +93,6 @@ def _beside(config: ModelConfig) -> dict[str, Any]:
     return files
 
 
-# --- networks -------------------------------------------------------------------------------------------------------
-
-
 def unet_json(config: ModelConfig) -> dict[str, Any]:
     """unet/config.json."""
     unet = config.unet
@@ -209,9 +206,6 @@ def depth_json(depth: DepthConfig) -> dict[str, Any]:
             "embedding_dynamic_padding": True, "num_groups": 32,
         },
     }  # fmt: skip
-
-
-# --- everything else ------------------------------------------------------------------------------------------------
 
 
 _ABSENT = {  # parts that a pipeline asks for and may do without

@@ -54,9 +54,6 @@ def lookup(layout: Layout, shapes: Shapes, network: str) -> Lookup:
     )
 
 
-# --- the config -----------------------------------------------------------------------------------------------------
-
-
 def detect(
     shapes: Shapes, metadata: Mapping[str, str], config: ModelConfig | str | None, path: str | PathLike[str]
 ) -> ModelConfig:

@@ -13,8 +13,6 @@ from weights.names.blank import shapes
 from weights.names.places import How, Place, Places
 from weights.names.sizes import NO_NETWORK, Shapes, count, unet_of, vae_of
 
-# --- diffusers ------------------------------------------------------------------------------------------------------
-
 _RESNET = {"in_layers.0": "norm1", "in_layers.2": "conv1", "emb_layers.1": "time_emb_proj", "out_layers.0": "norm2",
            "out_layers.3": "conv2",
            "skip_connection": "conv_shortcut"}  # fmt: skip
@@ -170,9 +168,6 @@ def dpt_names(config: DepthConfig) -> dict[str, tuple[str, ...]]:
         )
 
     return {key: renamed(key) for key in shapes(DPT, config)}
-
-
-# --- sizes ------------------------------------------------------------------------------------------------------------
 
 
 def read_diffusers_unet(shapes: Shapes, prefix: str) -> UNetConfig | None:

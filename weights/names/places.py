@@ -85,8 +85,6 @@ def short(key: str, limit: int = 34) -> str:
     return key if len(key) <= limit else "..." + key[3 - limit :]
 
 
-# --- names ------------------------------------------------------------------------------------------------------------
-
 Places = Callable[[str], tuple[Place, ...]]  # our name inside a network -> where it may lie, under each known spelling
 
 
@@ -96,9 +94,6 @@ def ema(key: str) -> str:
     It is stored under the name inside `self.model` without any dots, so this can be computed but not inverted.
     """
     return "model_ema." + key.removeprefix("model.").replace(".", "")
-
-
-# --- the original code ----------------------------------------------------------------------------------------------
 
 
 def same(name: str) -> tuple[Place, ...]:

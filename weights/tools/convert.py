@@ -114,9 +114,6 @@ def convert(
     return made
 
 
-# --- arguments and source -------------------------------------------------------------------------------------------
-
-
 def _require_target(
     dst: Path, dtype: torch.dtype | None, only: str | None, shard_size: int | None, drop: Sequence[str],
     config: ModelConfig | str | None,
@@ -238,9 +235,6 @@ def _texts(folder: Folder, config: ModelConfig | str | None, prediction: Predict
     return found
 
 
-# --- the plan -------------------------------------------------------------------------------------------------------
-
-
 def _planned(
     file: Tensors,
     to_file: bool,
@@ -294,9 +288,6 @@ def _no_model(
     return routes.vae_to_folder(file, config, dtype)
 
 
-# --- metadata -------------------------------------------------------------------------------------------------------
-
-
 def _carried(file: Tensors, licence: str | None, only: Only | None) -> dict[str, str]:
     """What the source says of itself that stays true; a folder says it in the file of its UNet."""
     metadata = file.files[0].metadata if isinstance(file, Folder) else file.metadata
@@ -333,9 +324,6 @@ def _as_written(config: ModelConfig, moves: Mapping[str, Move]) -> ModelConfig:
             skip = tower.skip + there.layers - tower.layers
             text.append(replace(tower, layers=there.layers, skip=skip, projection=tower.projection or there.projection))
     return replace(config, text=tuple(text))
-
-
-# --- writing --------------------------------------------------------------------------------------------------------
 
 
 def _reporter(total: int, on_write: OnWrite, digests: dict[tuple[str, str], str] | None) -> Callable[[str], OnWrite]:

@@ -192,9 +192,6 @@ def _whose(finite: tuple[bool, bool]) -> str:
     return "both" if not any(finite) else "b" if finite[0] else "a"
 
 
-# --- what is read ---------------------------------------------------------------------------------------------------
-
-
 def _quick(side: Side, names: list[str]) -> Iterator[str]:
     """A few tensors of each component, from all over it."""
     groups: dict[tuple[str, bool], list[str]] = {}
@@ -235,9 +232,6 @@ class _Reading:
         self.done += self.size(name, n)
         if self.on_read is not None:
             self.on_read(Read(name, self.done, self.total))
-
-
-# --- what is found out ----------------------------------------------------------------------------------------------
 
 
 def _averaged(facts: Facts) -> Literal["a", "b"] | None:

@@ -84,9 +84,6 @@ class Findings:
     embedding: EmbeddingFacts | None = None
 
 
-# --- models ---------------------------------------------------------------------------------------------------------
-
-
 def describe_contents(file: Tensors, config: ModelConfig | str | None, stack: contextlib.ExitStack) -> Findings:
     """What an open file or folder is; what has to be opened beside it is closed with `stack`."""
     shapes = {key: file.shape(key) for key in file}
@@ -180,9 +177,6 @@ def _model(
         unknown_keys=found.unknown_keys,
         ema=found.ema,
     )
-
-
-# --- everything else ------------------------------------------------------------------------------------------------
 
 
 def _part(file: Tensors, shapes: Shapes, config: ModelConfig | None) -> Findings:

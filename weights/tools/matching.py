@@ -115,9 +115,6 @@ def by_keys(file: Tensors, title: str | None = None) -> Side:
     return Side(file, title, _container(file), entries, ours=False)
 
 
-# --- what the networks of a file are --------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class _Networks:
     """The networks that a file may have, by what its shapes show."""
@@ -206,9 +203,6 @@ def _entries(file: Tensors, found: _Networks) -> dict[str, Entry]:
             why = reason(found.layout.ignored, key) or ""
             entries[name if name not in entries else f"other/{key}"] = _entry(file, "other", Place(key), why)
     return entries
-
-
-# --- one tensor -----------------------------------------------------------------------------------------------------
 
 
 def _usable(place: Place, stored: Shape) -> bool:

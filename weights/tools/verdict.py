@@ -164,9 +164,6 @@ def judge(facts: Facts) -> Verdict:
     )
 
 
-# --- rules ----------------------------------------------------------------------------------------------------------
-
-
 def _structure(facts: Facts) -> Verdict | None:
     """Files that cannot be compared number by number."""
     a, b, main = facts.a, facts.b, facts.main
@@ -296,9 +293,6 @@ def _by_distance(facts: Facts) -> Verdict:
         text = f"B may be trained a long way from A, or merged with something far from it: {how}."
         return Verdict("undecided", text, evidence)
     return Verdict("fine-tune", f"B looks like a fine-tune of A, or A of B: {how}.", evidence)
-
-
-# --- words ----------------------------------------------------------------------------------------------------------
 
 
 def _evidence(facts: Facts) -> Iterable[str]:

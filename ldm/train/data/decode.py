@@ -49,9 +49,6 @@ def _opened(data: bytes, place: str) -> AbstractContextManager[Image.Image]:
     return opened(io.BytesIO(data), place)
 
 
-# --- listing --------------------------------------------------------------------------------------------------------
-
-
 class PictureFacts(NamedTuple):
     """What is known of a picture without decoding it."""
 

@@ -193,8 +193,6 @@ class Examples:
             first, what = self.bad[0], f"{len(self.bad)} of {self._listed} pictures cannot be used"
             raise FileError(f"data: {what}, more than data.bad_limit allows: {first.id[-40:]} {first.why[:80]}")
 
-    # --- one example ------------------------------------------------------------------------------------------------
-
     def _made(self, number: int) -> tuple[Batch, Unread]:
         """A micro-batch, and the pictures that could not be read on the way to it. Runs in a thread."""
         kind, place = number % len(self._parts), number // len(self._parts)

@@ -71,9 +71,6 @@ def chosen(steps: Sequence[int], most: int) -> list[int]:
     return [steps[round(i * (len(steps) - 1) / (most - 1))] for i in range(most)]
 
 
-# --- the numbers of the log -----------------------------------------------------------------------------------------
-
-
 def charts(records: Sequence[Record], theme: Theme) -> list[Chart]:
     """A chart of each number that was logged at least once."""
     lines = [record for record in records if "event" not in record and "loss" in record]
@@ -146,9 +143,6 @@ def duration(seconds: float) -> str:
     if whole < 60:
         return f"{whole} s"
     return f"{whole // 60} min {whole % 60} s" if whole < 3600 else f"{whole // 3600:,} h {whole % 3600 // 60} min"
-
-
-# --- as a picture -----------------------------------------------------------------------------------------------------
 
 
 def picture(records: Sequence[Record], samples: Samples, recipe: Recipe, theme: Theme = LIGHT) -> Image.Image:
@@ -253,8 +247,6 @@ def _wrapped(text: str, width: float, pixels: float, most: int) -> list[str]:
         rest = rest[n:].strip()
     return lines
 
-
-# --- as a page --------------------------------------------------------------------------------------------------------
 
 STYLE = """
 :root { color-scheme: light dark;
