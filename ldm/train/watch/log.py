@@ -9,7 +9,6 @@ import math
 import sys
 import uuid
 from collections.abc import Callable, Iterable, Mapping
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -167,15 +166,20 @@ def _bar(name: str, steps: int, done: int) -> Any:
 
 def writers(watch: Watch) -> list[tuple[Any, Callable[..., Writer]]]:
     """The modules that `watch` asks for, each with its opening function. Raises ArgumentError for one not installed."""
-    asked = [("torch.utils.tensorboard", _tensorboard)] * watch.tensorboard + [("wandb", _wandb)] * watch.wandb
-    return [(_installed(module), start) for module, start in asked]
+    asked = [("tensorboard", _tensorboard)] * watch.tensorboard + [("wandb", _wandb)] * watch.wandb
+    return [(_installed(package), start) for package, start in asked]
 
 
-def _installed(module: str) -> Any:
+def _installed(package: str) -> Any:
     try:
-        return import_module(module)
+        if package == "wandb":
+            import wandb
+
+            return wandb
+        from torch.utils import tensorboard
+
+        return tensorboard
     except ImportError:
-        package = module.rpartition(".")[2]
         what = f"it is not installed; 'pip install {package}', or set watch.{package} = false"
         raise wrong_key(package, what) from None
 
