@@ -59,6 +59,10 @@ def handover(model: LatentDiffusion, sigmas: Sequence[float], share: float) -> i
 def require_refiner(
     model: LatentDiffusion, refiner: LatentDiffusion, job: Job, refine_from: float, strength: float | None
 ) -> None:
+    """Refuse a refiner that cannot go on with the model's latents, and a share or strength that leaves it no step.
+
+    Raises ArgumentError.
+    """
     of_model, of_refiner = ((m.config.vae.z_channels, m.config.vae.scale, m.schedule) for m in (model, refiner))
     if of_model != of_refiner:
         raise ArgumentError(

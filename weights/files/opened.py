@@ -6,6 +6,7 @@ import contextlib
 import json
 import shlex
 import zlib
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from os import PathLike
@@ -64,16 +65,16 @@ class Tensors(Mapping[str, Tensor]):
         tensor = self.stored(key, mapped and as_stored, rows)
         return tensor if as_stored else tensor.to(device).to(dtype)
 
+    @abstractmethod
     def stored(self, key: str, mapped: bool, rows: slice | None = None) -> Tensor:
         """The tensor, or a run of its rows, on the CPU in its own dtype; a copy unless `mapped`."""
-        raise NotImplementedError
 
     def read_ahead(self) -> AbstractContextManager[Callable[[], None]]:
         """All will be read soon: it is fetched, and its checksums are checked, while the block does other things.
 
         Gives the function that waits for the checksums. It raises FileError where one is wrong.
         """
-        raise NotImplementedError
+        return contextlib.nullcontext(lambda: None)
 
     def shape(self, key: str) -> tuple[int, ...]:
         """The tensor's shape, without reading it."""
