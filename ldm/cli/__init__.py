@@ -87,7 +87,7 @@ COMMANDS: dict[str, Command] = {
   ldm repair merged.safetensors
   ldm repair old.ckpt --dry-run
   ldm repair old.ckpt --out sound.safetensors"""),
-    "prune": Command("take blocks out of a model: a smaller one, to be trained by distillation", "pruning", """
+    "prune": Command("take blocks out of a model: a smaller one, to be trained by distillation", "converting", """
   ldm prune sd_xl_base_1.0.safetensors student.safetensors --plan ssd-1b
   ldm prune v1-5-pruned.safetensors small.safetensors --plan half --dtype fp32"""),
     "train": Command("train a model, a LoRA, a new word or an autoencoder", "training", """

@@ -1,4 +1,4 @@
-"""Where Triton's kernels run in tests: on a GPU, or in Triton's interpreter."""
+"""Where fast code runs in tests: Triton's kernels on a GPU or in its interpreter, the CPU's where a compiler is."""
 
 from __future__ import annotations
 
@@ -8,8 +8,13 @@ from collections.abc import Callable
 import pytest
 from torch import nn
 
+from ldm.fast import cpu
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # read by Triton when it is imported
 DEVICE = "cpu" if INTERPRETED else "cuda"
+
+_why = cpu.missing()
+compiled_only = pytest.mark.skipif(_why is not None, reason=_why or "there is a compiler")
 
 
 def on_the_device(test: Callable[..., None]) -> Callable[..., None]:

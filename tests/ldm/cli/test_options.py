@@ -27,8 +27,8 @@ from ldm.limits import precision
 from ldm.networks.safety import SafetyChecker
 from ldm.pictures.read import open_image, read_metadata
 from tests.made.commands import QUICK, drawn, same
-from tests.made.compilers import compiled_only
 from tests.made.families import build, tiny
+from tests.made.kernels import compiled_only
 
 PARAMETER = "unet.input_blocks.1.1.transformer_blocks.0.attn2.to_q.weight"
 

@@ -30,9 +30,9 @@ from ldm.model import LatentDiffusion
 from ldm.networks.attention import Attend, CrossAttention
 from ldm.swap import swap
 from samplers import cfg
-from tests.made.compilers import compiled_only
 from tests.made.families import build, tiny
 from tests.made.inputs import STATED, inputs
+from tests.made.kernels import compiled_only
 
 SAME = 1e-11  # float64, where only the order of sums differs
 

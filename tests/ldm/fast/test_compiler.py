@@ -8,7 +8,7 @@ import pytest
 
 from ldm.fast import compiler
 from ldm.fast.compiler import CannotCompile
-from tests.made.compilers import compiled_only
+from tests.made.kernels import compiled_only
 
 pytestmark = compiled_only
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from benchmarks.models.seeded import normal, weight
 from ldm.fast import compiler, cpu, plain
-from tests.made.compilers import compiled_only
+from tests.made.kernels import compiled_only
 
 EPS = torch.finfo(torch.float32).eps
 
