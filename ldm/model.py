@@ -64,9 +64,9 @@ class LatentDiffusion(nn.Module):
         self.latent_shape(len(prompts), *size)
         unet, name = self.config.unet, self.config.name
         if not self.config.text:
-            raise ArgumentError(f"a model of family {name} is told an image instead of text: use variations")
+            raise ArgumentError(f"a model of family {name} takes an image instead of text: use variations")
         if sizes is not None and unet.vector_dim is None:
-            raise ArgumentError(f"a model of family {name} is told no sizes; SDXL models are")
+            raise ArgumentError(f"a model of family {name} takes no sizes; SDXL models do")
         context, pooled = encode_text(self.text, [prompt or "" for prompt in prompts], **text)
         if self.config.zero_empty:
             given = torch.tensor([prompt is not None for prompt in prompts], device=pooled.device)
@@ -84,7 +84,7 @@ class LatentDiffusion(nn.Module):
                 )
             return Cond(context, torch.full((len(prompts),), int(level), device=context.device))
         if noise_level is not None:
-            raise ArgumentError(f"a model of family {name} is told no noise level; the x4 upscaler is")
+            raise ArgumentError(f"a model of family {name} takes no noise level; the x4 upscaler does")
         return Cond(context)
 
     condition = torch.no_grad()(tell)

@@ -25,7 +25,7 @@ def new_token(model: LatentDiffusion, word: str, like: str, vectors: int = 1) ->
     towers = {tower.config.width: tower for tower in model.text}
     if not towers:
         name = model.config.name
-        raise ArgumentError(f"a model of family {name} is told an image instead of text, and can learn no word")
+        raise ArgumentError(f"a model of family {name} takes an image instead of text, and can learn no word")
     if len(towers) < len(model.text):
         what = "two text towers of this model have one width, and a word has one set of vectors for each width"
         raise ArgumentError(what)

@@ -43,8 +43,8 @@ def widen(model: LatentDiffusion, concat: tuple[str, ...]) -> LatentDiffusion:
         given = ", ".join(map(str, concat))[:60] or "nothing"
         raise ArgumentError(f"widen: {given}; give some of {', '.join(WIDENINGS)}, in this order", key="widen")
     if old.concat:
-        what = f"widen: this model ({old.name}) is told {', '.join(old.concat)} already"
-        raise ArgumentError(f"{what}; widen one that is told text alone", key="widen")
+        what = f"widen: this model ({old.name}) takes {', '.join(old.concat)} already"
+        raise ArgumentError(f"{what}; widen one that takes text alone", key="widen")
     channels = {"mask": 1, "masked_image": old.vae.z_channels, "depth": 1}
     weight = model.unet.get_parameter("input_blocks.0.0.weight").detach()
     room = weight.new_zeros(len(weight), sum(channels[name] for name in concat), *weight.shape[2:])
@@ -67,7 +67,7 @@ def swap_conditioner(model: LatentDiffusion, vision: CLIPVision) -> LatentDiffus
     """
     old = model.config
     if old.unet.vector_dim is not None or old.unet.noise_levels is not None:
-        what = f"vision: a model of family {old.name} is told more than a context"
+        what = f"vision: a model of family {old.name} takes more than a context"
         raise ArgumentError(f"{what}; swap the conditioner of an SD 1 or SD 2 model", key="vision")
     if vision.config.projection != old.unet.context_dim:
         given, wanted = vision.config.projection, old.unet.context_dim

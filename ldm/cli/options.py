@@ -243,7 +243,7 @@ OPTIONS: dict[str, tuple[Option, ...]] = {  # {title of a group: its options, in
         Option("refine_strength", number, None, "instead, let it redraw the finished picture with this strength",
                "txt2img", "S", key="refine_strength", varies=True, needs=("refiner", WITHOUT_REFINER)),
     ),
-    "what SDXL models are told of the picture besides the prompt": (
+    "what SDXL models take besides the prompt": (
         Option("original", pixels, None, "its size before it was scaled; small ones make blurred pictures (default: "
                "its size)", WORDS, "WxH", ("--original-size",), "original_size",
                write=lambda size: "{1}x{0}".format(*size)),

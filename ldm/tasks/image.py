@@ -54,7 +54,7 @@ def depth2img(
     job = Job.of(prompts, options)
     require_strength(strength, job.sampling)
     if model.config.concat != ("depth",):
-        raise ArgumentError(f"this model ({model.config.name}) is not told depth: use a depth model, or img2img")
+        raise ArgumentError(f"this model ({model.config.name}) takes no depth: use a depth model, or img2img")
     image = scaled(model, init, height, width)
     cells = model.latent_shape(1, *image.shape[2:])[2:]
     if depth is not None:
@@ -94,7 +94,7 @@ def variations(
     job = Job.of("", options)
     if model.vision is None:
         raise ArgumentError(
-            f"this model ({model.config.name}) is told text, not a picture: use img2img, or an image-variations model"
+            f"this model ({model.config.name}) takes text, not a picture: use img2img, or an image-variations model"
         )
     if job.negative is not None:
         raise ArgumentError("negative: image variations have no negative prompt", key="negative")

@@ -115,7 +115,7 @@ KINDS: Mapping[str, Callable[[LatentDiffusion, Recipe, Sequence[LatentDiffusion]
 def trainee(model: LatentDiffusion, recipe: Recipe, teachers: Sequence[LatentDiffusion] = ()) -> Trainee:
     """What the recipe's method trains of a model; all the rest is frozen. Raises ArgumentError."""
     if recipe.objective.whole_hole != Objective.whole_hole and not {"mask", "masked_image"} & set(model.config.concat):
-        what = f"family {model.config.name} is told of no holes; leave it out, or widen the model"
+        what = f"family {model.config.name} takes no mask; leave it out, or widen the model"
         raise wrong_key("objective.whole_hole", what)
     model.requires_grad_(False)
     return freeze(KINDS[recipe.method.kind](model, recipe, teachers), recipe)

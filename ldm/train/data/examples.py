@@ -64,7 +64,7 @@ class Examples:
             what = "goes with centre crops only; set data.crop to center, or do not keep latents"
             raise wrong_key("data.cache_latents", what)
         if data.cache_text and not config.text:
-            raise wrong_key("data.cache_text", f"a model of family {config.name} is told no text; leave it out")
+            raise wrong_key("data.cache_text", f"a model of family {config.name} takes no text; leave it out")
         if cache is None and (data.cache_latents or data.cache_text):
             raise wrong_key("cache", "no directory for what data.cache_latents or data.cache_text keeps; give one")
 

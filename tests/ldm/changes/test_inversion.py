@@ -161,7 +161,7 @@ def of_one_width() -> LatentDiffusion:
     ("attempt", "message"),
     [
         (lambda: new_token(model("sd-image-variations"), "<seal>", "cat"),
-            "a model of family sd-image-variations is told an image instead of text, and can learn no word"),
+            "a model of family sd-image-variations takes an image instead of text, and can learn no word"),
         (lambda: new_token(of_one_width(), "<seal>", "cat"),
             "two text towers of this model have one width, and a word has one set of vectors for each width"),
         (lambda: new_token(model(), "<seal>", "cat", 0), "vectors: 0; give a whole number from 1 to 75"),

@@ -99,7 +99,7 @@ def test_inputs_that_cannot_be_added_are_refused(ships):
     for concat in ((), ("masked_image", "mask"), ("mask", "mask"), ("low_res",)):
         with pytest.raises(ArgumentError, match="give some of mask, masked_image, depth, in this order"):
             surgery.widen(ships, concat)
-    with pytest.raises(ArgumentError, match="is told mask, masked_image already"):
+    with pytest.raises(ArgumentError, match="takes mask, masked_image already"):
         surgery.widen(surgery.widen(ships, ("mask", "masked_image")), ("depth",))
 
 
@@ -133,7 +133,7 @@ def test_a_tower_that_does_not_fit_is_refused(ships):
     with pytest.raises(ArgumentError, match="its embedding has 48 numbers, the UNet's context 64"):
         surgery.swap_conditioner(ships, vision(48))
     for family in ("sdxl-base", "x4-upscaler"):
-        with pytest.raises(ArgumentError, match="is told more than a context"):
+        with pytest.raises(ArgumentError, match="takes more than a context"):
             surgery.swap_conditioner(build(tiny(family)), vision(64))
 
 

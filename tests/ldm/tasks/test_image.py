@@ -110,7 +110,7 @@ def test_depth_comes_from_the_models_own_network_otherwise(calls) -> None:
 def test_a_depth_map_of_another_shape_or_a_model_without_depth_is_refused() -> None:
     with pytest.raises(ArgumentError, match="depth: it is 32x16 and the picture 32x32"):
         depth2img(borrowed("sd2-depth"), photo_of(), "a", seeds=[1], depth=photo_of(32, 16))
-    with pytest.raises(ArgumentError, match="is not told depth"):
+    with pytest.raises(ArgumentError, match="takes no depth"):
         depth2img(borrowed("sd1"), photo_of(), "a", seeds=[1])
 
 
@@ -129,7 +129,7 @@ def test_variations_are_told_one_token_and_steer_away_from_zeros(preprocessing: 
 
 
 def test_variations_need_a_model_that_looks_and_no_words() -> None:
-    with pytest.raises(ArgumentError, match="is told text, not a picture"):
+    with pytest.raises(ArgumentError, match="takes text, not a picture"):
         variations(borrowed("sd1"), photo_of(), seeds=[1])
     with pytest.raises(ArgumentError, match="negative: image variations have no negative prompt"):
         variations(borrowed("sd-image-variations"), photo_of(), seeds=[1], negative="rain")

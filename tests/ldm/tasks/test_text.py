@@ -277,9 +277,9 @@ def test_a_refiner_of_other_latents_is_refused() -> None:
         (lambda: Sizes(target=(5,)), "target"),
         (lambda: Sizes(aesthetic=float("nan")), "aesthetic: nan"),
         (lambda: Sizes(negative_aesthetic="high"), "negative_aesthetic: 'high'"),
-        (lambda: txt2img(borrowed("sd1"), "a", seeds=[1], sizes=Sizes()), "is told no sizes"),
-        (lambda: borrowed("sd1").condition(["a"], (32, 32), noise_level=3), "is told no noise level"),
-        (lambda: borrowed("sd-image-variations").condition(["a"], (32, 32)), "is told an image instead of text"),
+        (lambda: txt2img(borrowed("sd1"), "a", seeds=[1], sizes=Sizes()), "takes no sizes"),
+        (lambda: borrowed("sd1").condition(["a"], (32, 32), noise_level=3), "takes no noise level"),
+        (lambda: borrowed("sd-image-variations").condition(["a"], (32, 32)), "takes an image instead of text"),
     ],
 )
 def test_what_a_family_is_not_told_is_refused(make, message: str) -> None:

@@ -391,7 +391,7 @@ def test_pictures_on_the_way_are_drawn_with_what_was_learnt_so_far() -> None:
         (["model.widen=['depth', 'mask']"], "depth"),
         (
             ["objective.whole_hole=0.5"],
-            "objective.whole_hole: family blocks is told of no holes; leave it out, or widen the model",
+            "objective.whole_hole: family blocks takes no mask; leave it out, or widen the model",
         ),
         (
             ["model.widen=['mask', 'masked_image']", "data.held_out=0", "watch.prompts=['a cube']"],
