@@ -27,6 +27,8 @@ class Sampler(Protocol):
     s_noise keyword of some: multiplies the deviation of the fresh noise
     Returns x at noise level sigmas[-1]. Raises ValueError for sigmas that `pairs` refuses, sigmas that rise where noise
     would be added, noise that is needed and missing, and a negative eta.
+
+    The sigmas alone decide how often it calls `denoise`: to know that beforehand, it is run on x [1, 1, 1, 1].
     """
 
     def __call__(self, denoise: Denoiser, x: Tensor, sigmas: Sigmas, *, noise: Noise | None = None) -> Tensor: ...
@@ -41,21 +43,23 @@ class Step:
     sigma: float
     x: Tensor
     x0: Tensor
+    steps: int  # that the solver takes in these calls
 
 
 OnStep = Callable[[Step], None]  # progress, previews; what it returns is ignored
 
 
-def watched(denoise: Denoiser, on_step: OnStep, total: int) -> Denoiser:
+def watched(denoise: Denoiser, on_step: OnStep, total: int, steps: int | None = None) -> Denoiser:
     """The same denoiser, which reports every network call to `on_step` before its result is used.
 
     total  how many calls there will be, as `samplers.calls` counts them
+    steps  how many steps the solver takes; None: one for each call
     """
     indices = count()
 
     def watching(x: Tensor, sigma: float) -> Tensor:
         x0 = denoise(x, sigma)
-        on_step(Step(next(indices), total, sigma, x, x0))
+        on_step(Step(next(indices), total, sigma, x, x0, total if steps is None else steps))
         return x0
 
     return watching

@@ -42,7 +42,7 @@ def interpolate(args: argparse.Namespace) -> None:
 
     sampling = settings.sampling(args, embeddings)
     with terminal.progress(f"{args.frames} frames") as watch:
-        on_step = place.previewing(loaded.model, args.preview, sampling, watch)
+        on_step = place.previewing(loaded.model, args.preview, watch)
         frames = tasks.interpolate(
             loaded.model, prompts, seeds=seeds, frames=args.frames, width=width, height=height, batch=args.batch,
             **common(args, sampling, loaded, on_step),

@@ -116,7 +116,7 @@ def _pictures(
             pictures = drawing.task(
                 loaded.model, *drawing.inputs, [item.prompt for item in part], **drawing.keywords,
                 seeds=[cell.seeds[item.offset] for item in part],
-                **common(args, sampling, loaded, place.previewing(loaded.model, args.preview, sampling, watch)),
+                **common(args, sampling, loaded, place.previewing(loaded.model, args.preview, watch)),
             )  # fmt: skip
         for item, picture, flag in zip(part, pictures, loaded.judged(pictures), strict=True):
             here = {"prompt": item.prompt} if hasattr(args, "prompt") else {}

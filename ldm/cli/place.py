@@ -15,7 +15,6 @@ from ldm.images import to_pil
 from ldm.limits import precision
 from ldm.model import LatentDiffusion
 from ldm.pictures import write
-from ldm.tasks.job import Sampling
 from samplers import OnStep, Step
 
 
@@ -77,16 +76,14 @@ class Place:
             )
         return write.save(picture, names, facts)
 
-    def previewing(self, model: LatentDiffusion, every: int | None, sampling: Sampling, watch: OnStep) -> OnStep:
+    def previewing(self, model: LatentDiffusion, every: int | None, watch: OnStep) -> OnStep:
         """`watch`, and after every few steps the current x0 of the batch in a file, the same all through the run."""
         if every is None:
             return watch
-        sigmas = sampling.sigmas(model.schedule)
-        steps, total = len(sigmas) - 1, sampling.calls(sigmas)
 
         def on_step(step: Step) -> None:
             watch(step)
-            before, after = (calls * steps // total for calls in (step.index, step.index + 1))  # whole steps
+            before, after = (calls * step.steps // step.total for calls in (step.index, step.index + 1))  # whole
             if after > before and after % every == 0:
                 try:
                     pictures = to_pil(precision.decode(model, step.x0))

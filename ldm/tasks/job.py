@@ -193,19 +193,21 @@ class Job:
 
     def solve(self, denoise: Denoiser, x: Tensor, sigmas: Sequence[float], noise: Noise) -> Tensor:
         """From x at noise level sigmas[0] to x at sigmas[-1]. Raises NonFinite, naming the step, at the first NaN."""
-        steps, total = len(sigmas) - 1, self.sampling.calls(sigmas)
+        steps = len(sigmas) - 1
+        total = self.sampling.calls(sigmas) if self.on_step else steps  # which only `on_step` asks for
 
         def report(step: Step) -> None:
             if not step.x0.isfinite().all():
+                number = step.index * steps // self.sampling.calls(sigmas) + 1
                 raise NonFinite(
-                    f"step {step.index * steps // total + 1} of {steps} (sigma {step.sigma:.4g}): NaN or infinity; "
+                    f"step {number} of {steps} (sigma {step.sigma:.4g}): NaN or infinity; "
                     "use float32 or bfloat16, or check the weights"
                 )
             if self.on_step:
                 self.on_step(step)
 
         sampler = SAMPLERS[self.sampling.sampler]
-        return sampler(watched(denoise, report, total), x, sigmas, noise=noise, **self.sampling.options)
+        return sampler(watched(denoise, report, total, steps), x, sigmas, noise=noise, **self.sampling.options)
 
     def draw(self, model: LatentDiffusion, denoise: Denoiser, first: Tensor, noise: Noise) -> Tensor:
         """Latents from nothing but noise, `first` [b, c, h, w]; `noise` is what the sampler draws from on the way."""

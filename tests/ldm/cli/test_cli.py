@@ -224,7 +224,7 @@ def test_a_preview_shows_the_current_estimate_in_one_file(here, ldm, monkeypatch
 
 @pytest.mark.parametrize(("sampler", "previewed"), [("dpmpp_2m", [1, 3, 5]), ("heun", [3, 7, 10]), ("plms", [2, 4, 6])])
 def test_previews_count_steps_where_some_take_two_network_calls(tmp_path, monkeypatch, sampler, previewed):
-    seen, x, schedule = [], torch.zeros(1), Schedule()
+    seen, x = [], torch.zeros(1)
 
     def decode(model, x0):
         seen.append(int(x0))
@@ -232,13 +232,25 @@ def test_previews_count_steps_where_some_take_two_network_calls(tmp_path, monkey
 
     monkeypatch.setattr(place.precision, "decode", decode)
     sampling, reported = Sampling(sampler=sampler, steps=6), []
-    total = sampling.calls(sampling.sigmas(schedule))
+    total = sampling.calls(sampling.sigmas(Schedule()))
     home = place.Place(tmp_path, is_file=False, overwrite=False)
-    on_step = home.previewing(SimpleNamespace(schedule=schedule), 2, sampling, reported.append)
+    on_step = home.previewing(SimpleNamespace(), 2, reported.append)
     for i in range(total):
-        on_step(Step(i, total, 1.0, x, x + i))
+        on_step(Step(i, total, 1.0, x, x + i, 6))
     assert seen == previewed
     assert len(reported) == total == previewed[-1] + 1
+
+
+def test_previews_count_the_steps_of_the_part_that_is_redrawn(here, ldm, monkeypatch):
+    """Of 6 steps at strength 0.7 there are 4 left, in 7 calls of Heun's method: a preview after 2 and after 4."""
+    Image.new("RGB", (32, 32)).save("init.png")
+    seen, save = [], write.save
+    monkeypatch.setattr(
+        write, "save", lambda picture, path, *args, **how: (seen.append(1), save(picture, path, *args, **how))[1]
+    )
+    line = "img2img 'a cat' --init init.png --strength 0.7 --ckpt tiny.safetensors --seed 7 --steps 6 --sampler heun"
+    assert ldm(f"{line} --preview 2").code == 0
+    assert len(seen) == 3
 
 
 def test_a_preview_that_cannot_be_drawn_is_left_out(here, ldm, monkeypatch):
