@@ -48,10 +48,12 @@ def _call(model: LatentDiffusion, inputs: Inputs, recovery: Recovery, where: str
 
     def run(unet: UNet, part: slice) -> Tensor:
         dtype = unet.time_embed[0].weight.dtype
-        if recovery.context is None or recovery.context[0] is not context or recovery.context[1].dtype != dtype:
-            recovery.context = context, context.to(dtype)
+        version = None if context.is_inference() else context._version  # how often it was written in place
+        last = recovery.context
+        if last is None or last[0] is not context or version is None or last[1] != version or last[2].dtype != dtype:
+            last = recovery.context = context, version, context.to(dtype)
         label = None if y is None else y[part].to(dtype) if y.is_floating_point() else y[part]
-        return unet(x[part].to(dtype), t[part], recovery.context[1][part], label).float()
+        return unet(x[part].to(dtype), t[part], last[2][part], label).float()
 
     out = None
     if recovery.most is None:

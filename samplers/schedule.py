@@ -118,19 +118,19 @@ def finish(x: Tensor, sigmas: Sequence[float]) -> Tensor:
     return x / math.sqrt(1 + sigmas[-1] ** 2)
 
 
-def tail(sigmas: Sequence[float], strength: float) -> list[float]:
+def tail(sigmas: Sequence[float], strength: float, name: str = "strength") -> list[float]:
     """The last int(steps * strength) steps of a grid: what img2img denoises. strength in (0, 1], 1 is all of it.
 
     Raises ValueError for a strength outside (0, 1], or too small for a single step; the message names the least that is
-    not.
+    not, and calls it `name`.
     """
     steps = len(sigmas) - 1
     if not 0 < strength <= 1:
-        raise ValueError(f"strength is {strength}: give more than 0 and at most 1")
+        raise ValueError(f"{name}: {strength}; give more than 0 and at most 1")
     kept = int(steps * strength)
     if kept == 0:
         least = math.ceil(10000 / steps) / 10000
-        raise ValueError(f"{strength} leaves none of {steps} steps: give at least {least:g}, or more steps")
+        raise ValueError(f"{name}: {strength} leaves none of {steps} steps: give at least {least:g}, or more steps")
     return list(sigmas[steps - kept :])
 
 

@@ -113,7 +113,7 @@ def _inside(name: str) -> str:
 def load_vision(
     path: str | PathLike[str], *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> CLIPVision:
-    """A CLIP vision tower with its projection, ready for inference: what `ldm.surgery.swap_conditioner` takes.
+    """A CLIP vision tower with its projection, ready for inference: what `ldm.changes.surgery.swap_conditioner` takes.
 
     path  an image-variations model, as one file or a diffusers folder; or a CLIP of Hugging Face, or its vision half,
           as a folder or a file. A file alone must have the sizes of ViT-L/14, or be one of ours, which says its sizes:

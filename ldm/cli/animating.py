@@ -14,8 +14,7 @@ from ldm.cli.making import common, save
 from ldm.cli.place import Place
 from ldm.errors import ArgumentError, printable, require_whole
 from ldm.pictures import animations, write
-
-MAX_FRAMES = 10_000
+from ldm.tasks.interpolate import MAX_FRAMES
 
 
 def interpolate(args: argparse.Namespace) -> None:

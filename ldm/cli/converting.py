@@ -78,7 +78,7 @@ def add_convert(parser: argparse.ArgumentParser) -> None:
 def convert(args: argparse.Namespace) -> None:
     """Convert weights between .safetensors, .ckpt and diffusers folders. \
 Without --dtype every number stays what it was, bit by bit."""
-    with files.writing(Path(args.dst).name) as on_write:
+    with files.bytes_bar(Path(args.dst).name) as on_write:
         made = weights.convert(
             args.src, args.dst, dtype=args.dtype, ema=args.ema, prune=args.prune, only=args.only, drop=args.drop,
             shard_size=args.shard_size, config=args.config, prediction=args.prediction, variant=args.variant,
@@ -121,7 +121,7 @@ damaged or missing
     position_ids, noise schedules in float16, attention of the VAE stored as matrices. \
 Everything else is copied bit by bit.
     """
-    with files.writing("repairing") as on_write:
+    with files.bytes_bar("repairing") as on_write:
         done = weights.repair(args.file, args.out, dry_run=args.dry_run, overwrite=args.overwrite, on_write=on_write)
     for line in done.lines():
         terminal.say(f"ldm: {printable(line)}")
@@ -195,7 +195,7 @@ def merge(args: argparse.Namespace) -> None:
     position_ids, schedules and other bookkeeping are A's; A's moving average is left out. \
 The recipe goes into the file's metadata.
     """
-    with files.writing("merging") as on_write:
+    with files.bytes_bar("merging") as on_write:
         done = weights.merge(
             args.a, args.b, args.out, c=args.c, method=args.method, alpha=args.alpha, blocks=args.blocks,
             dtype=args.dtype, prediction=args.prediction, partial=args.partial, overwrite=args.overwrite,

@@ -53,7 +53,7 @@ the container, the layout and leftovers that nothing reads
     for option, path in (("A", args.a), ("B", args.b), ("--third", args.third)):
         if path is not None:
             require_weights(option, path)
-    with files.writing("diff") as on_read:
+    with files.bytes_bar("diff") as on_read:
         found = weights.diff(args.a, args.b, third=args.third, quick=args.quick, config=args.config, on_read=on_read)
     report = found.as_dict()
     if args.json:

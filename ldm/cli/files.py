@@ -77,8 +77,8 @@ def shown_bytes(count: int) -> str:
 
 
 @contextlib.contextmanager
-def writing(title: str) -> Iterator[Callable[[Any], None]]:
-    """An `on_write` that moves a bar of bytes, if there is a terminal to see it."""
+def bytes_bar(title: str) -> Iterator[Callable[[Any], None]]:
+    """What `on_write`, `on_read` or `on_hash` is to be: it moves a bar of bytes, if there is a terminal to see it."""
     with terminal.bar_of(title, unit="B", unit_scale=True) as bar:
 
         def on_write(written: Any) -> None:

@@ -22,22 +22,27 @@ from ldm.tasks.image import given_depth
 from ldm.tasks.job import Sampling, require_strength
 from ldm.tasks.upscale import UNIT
 
-Plan = Callable[[argparse.Namespace, Sampling, Image.Image], Drawing]  # the picture is that of --init
+Open = Callable[..., Image.Image]  # `_opened`, which opens each file once for all cells of a grid
+PicturePlan = Callable[[argparse.Namespace, Sampling, Image.Image, Open], Drawing]  # the picture is that of --init
 
 
-def _begins(plan: Plan) -> Callable[[argparse.Namespace], None]:
+def _opened(path: str, alpha: bool = False) -> Image.Image:
+    return read.open_with_alpha(path) if alpha else read.open_image(path)
+
+
+def _begins(plan: PicturePlan) -> Callable[[argparse.Namespace], None]:
     """A command that makes pictures as `plan` says, of --init, which is opened once other options are checked."""
 
     @functools.wraps(plan)
     def run(args: argparse.Namespace) -> None:
-        opened = functools.cache(read.open_image)
-        make(args, lambda cell, sampling: plan(cell, sampling, opened(cell.init)))
+        opened = functools.cache(_opened)
+        make(args, lambda cell, sampling: plan(cell, sampling, opened(cell.init), opened))
 
     return run
 
 
 @_begins
-def img2img(args: argparse.Namespace, sampling: Sampling, init: Image.Image) -> Drawing:
+def img2img(args: argparse.Namespace, sampling: Sampling, init: Image.Image, opened: Open) -> Drawing:
     """Write pictures that begin as another one."""
     require_strength(args.strength, sampling)
     size = _following(args, init)
@@ -45,7 +50,7 @@ def img2img(args: argparse.Namespace, sampling: Sampling, init: Image.Image) -> 
 
 
 @_begins
-def inpaint(args: argparse.Namespace, sampling: Sampling, init: Image.Image) -> Drawing:
+def inpaint(args: argparse.Namespace, sampling: Sampling, init: Image.Image, opened: Open) -> Drawing:
     """Write a picture in which what a mask covers is painted anew; all its other pixels stay as they are."""
     alpha = args.mask_from == "alpha"
     path = args.mask or (args.init if alpha else None)
@@ -53,13 +58,13 @@ def inpaint(args: argparse.Namespace, sampling: Sampling, init: Image.Image) -> 
         raise ArgumentError(
             "--mask: none given; name a picture that is white where to repaint, or say --mask-from alpha"
         )
-    mask = masks.mask_of((read.open_with_alpha if alpha else read.open_image)(path), init.size, args.mask_from)
+    mask = masks.mask_of(opened(path, alpha), init.size, args.mask_from)
     keywords, size = _painting(args, sampling, init)
     return Drawing(tasks.inpaint, keywords, size, (init, mask))
 
 
 @_begins
-def outpaint(args: argparse.Namespace, sampling: Sampling, init: Image.Image) -> Drawing:
+def outpaint(args: argparse.Namespace, sampling: Sampling, init: Image.Image, opened: Open) -> Drawing:
     """Write a picture that goes on beyond the borders of another, whose pixels stay as they are."""
     sides = dict(args.extend)
     if len(sides) != len(args.extend):
@@ -70,18 +75,18 @@ def outpaint(args: argparse.Namespace, sampling: Sampling, init: Image.Image) ->
 
 
 @_begins
-def depth2img(args: argparse.Namespace, sampling: Sampling, init: Image.Image) -> Drawing:
+def depth2img(args: argparse.Namespace, sampling: Sampling, init: Image.Image, opened: Open) -> Drawing:
     """Write pictures with the shapes of another one, by its depth."""
     require_strength(args.strength, sampling)
     size = width, height = _following(args, init)
-    depth = None if args.depth is None else read.open_image(args.depth)
+    depth = None if args.depth is None else opened(args.depth)
     if depth is not None:
         given_depth(depth, torch.empty(1, 3, height, width, device="meta"), (height // 8, width // 8))
     return Drawing(tasks.depth2img, {"depth": depth, "strength": args.strength} | _sides(size), size, (init,))
 
 
 @_begins
-def upscale(args: argparse.Namespace, sampling: Sampling, init: Image.Image) -> Drawing:
+def upscale(args: argparse.Namespace, sampling: Sampling, init: Image.Image, opened: Open) -> Drawing:
     """Write a picture four times as wide and high, with detail as the prompt says."""
     require_whole("noise_level", args.noise_level, 0, MAX_NOISE_LEVEL)
     if args.window is not None:
@@ -91,7 +96,7 @@ def upscale(args: argparse.Namespace, sampling: Sampling, init: Image.Image) -> 
 
 
 @_begins
-def variations(args: argparse.Namespace, sampling: Sampling, init: Image.Image) -> Drawing:
+def variations(args: argparse.Namespace, sampling: Sampling, init: Image.Image, opened: Open) -> Drawing:
     """Write pictures like another one, without a prompt."""
     width, height = settings.size(args)
     keywords = {"preprocessing": args.preprocessing, "width": width, "height": height}

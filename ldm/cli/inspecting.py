@@ -53,7 +53,7 @@ def inspect(args: argparse.Namespace) -> None:
     codes = []  # of files that could not be read: they do not keep the others from being reported
     for i, path in enumerate(args.files or [None]):
         try:
-            with files.writing("reading") as on_hash:
+            with files.bytes_bar("reading") as on_hash:
                 report = weights.inspect(path, hash=args.hash, config=args.config, on_hash=on_hash)
         except ArgumentError:
             raise

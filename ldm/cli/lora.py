@@ -142,7 +142,7 @@ or write it in another tool's names."""
 
 
 def _extract(args: argparse.Namespace) -> None:
-    with files.writing("extracting") as on_write:
+    with files.bytes_bar("extracting") as on_write:
         made = weights.extract_lora(
             args.base, args.tuned, args.out, rank=args.rank, variance=args.variance, max_rank=args.max_rank,
             conv_rank=args.conv_rank, text=args.text, full_rest=args.full_rest, dtype=args.dtype,
@@ -163,7 +163,7 @@ def _extract(args: argparse.Namespace) -> None:
 
 
 def _merge(args: argparse.Namespace) -> None:
-    with files.writing("merging") as on_write:
+    with files.bytes_bar("merging") as on_write:
         made = weights.merge_lora(
             args.checkpoint, args.loras, args.out, dtype=args.dtype, overwrite=args.overwrite, on_write=on_write
         )
@@ -175,7 +175,7 @@ def _merge(args: argparse.Namespace) -> None:
 
 
 def _resize(args: argparse.Namespace) -> None:
-    with files.writing("resizing") as on_write:
+    with files.bytes_bar("resizing") as on_write:
         made = weights.resize_lora(
             args.lora, args.out, rank=args.rank, variance=args.variance, max_rank=args.max_rank, to=args.to,
             model_config=_config(args), dtype=args.dtype, overwrite=args.overwrite, on_write=on_write,
@@ -188,7 +188,7 @@ def _resize(args: argparse.Namespace) -> None:
 
 
 def _convert(args: argparse.Namespace) -> None:
-    with files.writing("converting") as on_write:
+    with files.bytes_bar("converting") as on_write:
         made = weights.convert_lora(
             args.lora, args.out, args.to, _config(args), as_lora=args.as_lora, dtype=args.dtype,
             overwrite=args.overwrite, on_write=on_write,

@@ -27,8 +27,8 @@ class Recovery:
 
     unet: UNet | None = None  # a wider copy, once the model's own has overflowed
     most: int | None = None  # pictures at once, once there was no memory for more
-    context: tuple[Tensor, Tensor] | None = None  # the last one, as given and in the network's type: fast networks keep
-    # what they compute from it for as long as it is the same tensor
+    context: tuple[Tensor, int | None, Tensor] | None = None  # the last one as given, its version, and in the
+    # network's type: fast networks keep what they compute from it for as long as it is the same tensor
 
 
 def recovered(

@@ -67,7 +67,7 @@ def depth2img(
 
 
 def given_depth(depth: Image.Image, image: Tensor, cells: tuple[int, int]) -> Tensor:
-    """A depth map, 8- or 16-bit, light is near, as [1, 1, h, w] in [-1, 1], like `ldm.dpt.depth_map`.
+    """A depth map, 8- or 16-bit, light is near, as [1, 1, h, w] in [-1, 1], like `ldm.networks.dpt.depth_map`.
 
     Raises ArgumentError unless its shape agrees with that of `image` [1, 3, H, W] to 1 %.
     """

@@ -15,6 +15,8 @@ from ldm.model import LatentDiffusion
 from ldm.tasks.job import Job, Part, require_text_only, size_of
 from samplers import seeded
 
+MAX_FRAMES = 10_000
+
 
 @torch.no_grad()
 def interpolate(
@@ -36,7 +38,7 @@ def interpolate(
             f"prompts: {len(texts)} with {len(seeds)} seeds; give two or more of one, and as many or one of the other",
             key="prompts",
         )
-    require_whole("frames", frames, 2, 10_000)
+    require_whole("frames", frames, 2, MAX_FRAMES)
     require_text_only(model)
     texts *= stations if len(texts) == 1 else 1
     seeds *= stations if len(seeds) == 1 else 1

@@ -102,9 +102,9 @@ def require_strength(strength: Any, options: Sampling, name: str = "strength") -
     require_number(name, strength, 0, 1)
     if strength > 0:
         try:
-            tail(options.sigmas(Schedule()), strength)
+            tail(options.sigmas(Schedule()), strength, name)
         except ValueError as error:
-            raise ArgumentError(f"{name}: {error}", key=name) from None
+            raise ArgumentError(str(error), key=name) from None
 
 
 def _require_interval(interval: Any) -> None:

@@ -1,5 +1,6 @@
 """From predictions of eps and v to x0, and guidance in one batched call."""
 
+import copy
 import math
 from dataclasses import replace
 
@@ -13,6 +14,7 @@ from ldm.conditioning.cond import Cond
 from ldm.config import CLIP_L, SD1, ModelConfig, VAEConfig
 from ldm.denoiser import guided, predict_x0, to_x0
 from ldm.errors import ArgumentError
+from ldm.limits.recover import Recovery
 from ldm.model import LatentDiffusion
 from samplers import cfg
 
@@ -50,6 +52,17 @@ def test_the_network_is_asked_at_unit_variance_and_its_own_timestep(
     ((seen, t),) = asked
     assert torch.allclose(seen, x / math.sqrt(1 + sigma**2))
     assert t.tolist() == [700.0, 700.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_context_that_was_written_in_place_is_read_anew(model: LatentDiffusion, dtype: torch.dtype) -> None:
+    model, x, recovery = copy.deepcopy(model).to(dtype), normal("x", (1, 4, 8, 8)), Recovery()
+    cond = Cond(normal("c", (1, 77, 64)).clone())
+    before = predict_x0(model, x, 1.0, cond, recovery)
+    cond.context.mul_(2)
+    after = predict_x0(model, x, 1.0, cond, recovery)
+    assert torch.equal(after, predict_x0(model, x, 1.0, Cond(2 * normal("c", (1, 77, 64)))))
+    assert not torch.equal(after, before)
 
 
 def counted(model: LatentDiffusion, monkeypatch: pytest.MonkeyPatch) -> list[int]:

@@ -205,10 +205,10 @@ def test_interpolate_without_seeds_says_which_it_took(here, ldm, models):
     ("family", "line", "message"),
     [
         ("sd1-inpainting", "txt2img x", "needs mask, masked_image: it is not for text alone; use inpaint"),
-        ("sd1", "depth2img x --init photo.png", "is not told depth: use a depth model, or img2img"),
+        ("sd1", "depth2img x --init photo.png", "takes no depth: use a depth model, or img2img"),
         ("sd1", "upscale x --init photo.png", "is no upscaler: use an x4 upscaler, or hires"),
-        ("sd1", "variations --init photo.png", "is told text, not a picture"),
-        ("sd1", "txt2img x --aesthetic 7", "is told no sizes; SDXL models are"),
+        ("sd1", "variations --init photo.png", "takes text, not a picture"),
+        ("sd1", "txt2img x --aesthetic 7", "takes no sizes; SDXL models do"),
         ("sd1", "txt2img x --refiner {sdxl-refiner}", "cannot go on with the latents of sd1"),
     ],
 )

@@ -223,7 +223,7 @@ def test_keys_that_do_not_go_together_are_refused(photos, model, tmp_path):
         Examples(photos, RUN, model)
     with pytest.raises(ArgumentError, match="centre crops only"):
         Examples(replace(photos, crop="random"), RUN, model, cache=tmp_path)
-    with pytest.raises(ArgumentError, match="is told no text"):
+    with pytest.raises(ArgumentError, match="takes no text"):
         Examples(photos, RUN, build(replace(TINY, text=())), cache=tmp_path)
 
 
