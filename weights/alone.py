@@ -52,7 +52,7 @@ def vae_alone(file: Tensors, config: VAEConfig) -> Parameters:
         if f"{prefix}encoder.down_blocks.0.resnets.0.conv1.weight" in file:
             layout = Layout((Part("", prefix, in_diffusers_vae(config)),), ALONE)
             return Parameters(file=file, layout=layout, network=network)
-    raise file.error(instead({key: file.shape(key) for key in file}, "a VAE"))
+    raise file.error(instead({key: file.shape(key) for key in file}, "vae"))
 
 
 def load_vae(
@@ -95,7 +95,7 @@ def load_safety(
     with _open(path, "safety_checker") as file:
         shapes = {key: file.shape(key) for key in file}
         if "special_care_embeds" not in shapes:
-            raise file.error(instead(shapes, "a safety checker"))
+            raise file.error(instead(shapes, "safety checker"))
         there = read_vision(lambda name: lookup(SAFETY, shapes, "")(_inside(name)))
         config = VisionConfig()
         if isinstance(file, Folder):

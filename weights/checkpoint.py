@@ -247,10 +247,10 @@ class Checkpoint(Parameters):
         """The tensor that tells SD 2's two kinds apart; None where it is not in the file."""
         return next((self.file[place.key] for place in self.layout.places(STATISTIC) if place.key in self.file), None)
 
-    def require_prediction(self, why: str) -> None:
+    def require_settled(self, why: str) -> None:
         """Refuse a model of which only its network could tell whether it predicts eps or v; `why` that matters."""
         if self.finding.doubt is not None:
-            what = f"may predict eps or v (norm1.bias std {self.finding.doubt:.3f}), which {why}"
+            what = f"may predict eps or v (norm1.bias std {self.finding.doubt:.3f}), and {why}"
             raise AmbiguousCheckpoint(f"{what}: pass prediction='eps' or 'v'", path=self.file.path, key="prediction")
 
 

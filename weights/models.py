@@ -85,6 +85,7 @@ def fill(
     # load_state_dict would account for every key again, which takes longer than to read them.
     for ours, (module, name) in owners.items():
         tensor = parameters.read(ours, dtype, device, mapped=True)
+        assert tensor.shape == wanted[ours], ours
         module.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
     file.require_unchanged()
     network.eval()

@@ -91,17 +91,22 @@ def test_a_vae_for_another_model_is_refused(bare, tmp_path: Path) -> None:
 
 
 OTHERS = {
-    "is a whole model, not a VAE": checkpoint(),
-    "is a LoRA (lora_unet_x.lora_up.weight), not a VAE": {"lora_unet_x.lora_up.weight": torch.zeros(2, 2)},
-    "begins with some.weight: that is not a VAE": {f"some.weight{i or ''}": torch.zeros(2) for i in range(5)},
-}
+    "is a whole model, not a VAE; give it as the model": checkpoint(),
+    "is a LoRA (lora_unet_x.lora_up.weight), not a VAE; use a file of a VAE":
+        {"lora_unet_x.lora_up.weight": torch.zeros(2, 2)},
+    "is a Flux or SD 3 transformer, not a VAE; use a file of a VAE": {"double_blocks.0.x": torch.zeros(2)},
+    "is a VAE whose names this version does not know; use a file of a VAE of the original code or of diffusers":
+        {f"{half}.conv_in.weight": torch.zeros(8, 3, 3, 3) for half in ("encoder", "decoder")},
+    "begins with some.weight: that is not a VAE; use a file of a VAE":
+        {f"some.weight{i or ''}": torch.zeros(2) for i in range(5)},
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("what", OTHERS)
 def test_what_is_no_vae_is_refused_by_what_it_is(what: str, tmp_path: Path) -> None:
     with pytest.raises(FileError) as caught:
         load_vae(save_safetensors(OTHERS[what], tmp_path / "x.safetensors"), VAE)
-    assert what in str(caught.value)
+    assert str(caught.value).endswith(f": {what}")
 
 
 # -- the safety checker ------------------------------------------------------------------------------------------------

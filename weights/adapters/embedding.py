@@ -16,13 +16,13 @@ from ldm.errors import ArgumentError, printable
 from weights.checkpoint import require_dtype
 from weights.files.opened import Tensors, open_file
 from weights.files.write import pending, write
+from weights.names.instead import LORA
 
 MAX_VECTORS = 1000
 # Keys of A1111's web UI and the original trainer, which keep dictionaries by placeholder.
 PARAMETERS, TOKENS = "string_to_param.", "string_to_token."
 # SDXL's towers in the files of kohya, diffusers and ComfyUI; the refiner has the second alone.
 SDXL = ("clip_l", "clip_g")
-LORA = r"^lora_|\.lora_|_lora\.|hada_w|lokr_w"  # in keys of LoRAs
 NAME_KEY = "ldm.embedding.name"  # metadata: the word, which the keys of SDXL's files do not have
 
 

@@ -46,7 +46,7 @@ def _instead(file: Tensors) -> str:
     if any(key.startswith(models) for key in file):
         return " but a model or a part of one; load it as the model"
     if any(key.startswith(words) for key in file) or (len(file) == 1 and "." not in first):
-        return " but a textual-inversion embedding"
+        return " but a textual-inversion embedding; use it with --embedding"
     return f": it begins with {short(first, limit=40)}; use a file of kohya, diffusers, peft or LyCORIS"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -30,8 +30,8 @@ MAX_SHARDS = 1000
 class Folder(Tensors):
     """The tensors of several files, each under a prefix and its key in its file."""
 
-    def __init__(self, path: Path, metadata: Mapping[str, str] | None = None):
-        super().__init__(path, {}, metadata or {}, [])
+    def __init__(self, path: Path):
+        super().__init__(path, {}, {}, [])
         self.files: list[Weights] = []  # all that was opened, in the order of COMPONENTS
         self._places: dict[str, tuple[Weights, str]] = {}
 

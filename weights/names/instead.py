@@ -13,6 +13,7 @@ from weights.names.sizes import UNET, VAE, Shapes
 What = Literal[
     "model", "unet", "vae", "text tower", "safety checker", "lora", "embedding", "controlnet", "transformer", "other"
 ]
+LORA = r"^lora_|\.lora_|_lora\.|hada_w|lokr_w"  # in keys of LoRAs
 LARGEST_VECTORS = 1_000_000  # numbers in a tensor of an embedding
 
 
@@ -53,7 +54,7 @@ def _embedding(shapes: Shapes) -> str | None:
 MADE_FOR = "beside the model that it was made for"
 KINDS = (  # a file is of the first kind that fits
     Kind("model", rf"^{re.escape(UNET)}input_blocks\.0\.0\.weight$", "a whole model", "give it as the model"),
-    Kind("lora", r"^lora_|\.lora_|_lora\.|hada_w|lokr_w", "a LoRA", f"use it with --lora, {MADE_FOR}", "{}"),
+    Kind("lora", LORA, "a LoRA", f"use it with --lora, {MADE_FOR}", "{}"),
     Kind("transformer", r"(double|joint)_blocks\.", "a Flux or SD 3 transformer",
          "use a Stable Diffusion checkpoint, which has a UNet"),
     Kind("controlnet", r"^(control_model\.|controlnet_)", "a ControlNet", "load the model that it steers"),
@@ -73,14 +74,18 @@ def kind_of(shapes: Shapes) -> Kind | None:
     return next((kind for kind in KINDS if kind.key(shapes) is not None), None)
 
 
-def instead(shapes: Shapes, wanted: str = "a model") -> str:
+def instead(shapes: Shapes, wanted: What = "model") -> str:
     """What a file is instead of what was wanted, and what to do with it: the text of an error."""
-    kind = kind_of(shapes)
+    kind, a_wanted = kind_of(shapes), f"a {'VAE' if wanted == 'vae' else wanted}"
+    another = f"use a file of {a_wanted}"
+    if kind is not None and kind.what == wanted:
+        return f"is {a_wanted} whose names this version does not know; {another} of the original code or of diffusers"
     if kind is not None:
         shown = kind.detail.format((kind.key(shapes) or "")[:60])
-        return f"is {kind.title}{f' ({shown})' if shown else ''}, not {wanted}; {kind.remedy}"
+        remedy = kind.remedy if "model" in (wanted, kind.what) else another
+        return f"is {kind.title}{f' ({shown})' if shown else ''}, not {a_wanted}; {remedy}"
     first = next(iter(shapes))[:40]
-    if wanted == "a model":
+    if wanted == "model":
         what = f"has no UNet ({UNET}input_blocks.0.0.weight is missing; it begins with {first})"
         return f"{what}; use a Stable Diffusion checkpoint"
-    return f"begins with {first}: that is not {wanted}"
+    return f"begins with {first}: that is not {a_wanted}; {another}"

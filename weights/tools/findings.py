@@ -17,7 +17,7 @@ from ldm.networks.safety import SafetyChecker
 from weights.alone import SAFETY, vae_alone
 from weights.checkpoint import Parameters
 from weights.files.folders import Folder, add_component
-from weights.files.opened import Tensors, Weights
+from weights.files.opened import Tensors
 from weights.files.source import Spec
 from weights.folder.read import describe
 from weights.names.blank import shapes as shapes_of
@@ -182,15 +182,15 @@ def _model(
 def _part(file: Tensors, shapes: Shapes, config: ModelConfig | None) -> Findings:
     kind = kind_of(shapes)
     what = "other" if kind is None else kind.what
-    if isinstance(file, Weights) and what == "lora":
+    if what == "lora":
         return _lora(file, config)
-    if isinstance(file, Weights) and what == "embedding":
+    if what == "embedding":
         return _embedding(file, shapes)
     networks = {"vae": _vae, "safety checker": _safety, "unet": _unet, "text tower": _text}
     return networks[what](file, shapes) if what in networks else _other(what, file, shapes)
 
 
-def _lora(file: Weights, config: ModelConfig | None) -> Findings:
+def _lora(file: Tensors, config: ModelConfig | None) -> Findings:
     groups = components(file.specs, {"": "lora"}, ())
     try:
         facts, unknown, evidence = lora_facts(file, config)
@@ -202,7 +202,7 @@ def _lora(file: Weights, config: ModelConfig | None) -> Findings:
     return Findings("lora", title, groups, evidence, None, problem, unknown_keys=unknown, lora=facts)
 
 
-def _embedding(file: Weights, shapes: Shapes) -> Findings:
+def _embedding(file: Tensors, shapes: Shapes) -> Findings:
     groups = components(file.specs, {"": "embedding"}, ())
     try:
         facts = embedding_facts(file)

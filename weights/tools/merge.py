@@ -206,7 +206,7 @@ def _check_weight(option: str, weight: Any, method: str, where: str = "") -> Non
 def _model(file: Tensors, config: ModelConfig | str | None, prediction: Prediction | None) -> Checkpoint:
     """A model by what its file says. Raises FileError; AmbiguousCheckpoint where its prediction cannot be known."""
     model = recognise(file, config, prediction)
-    model.require_prediction("the models of a merge must have in common")
+    model.require_settled("models of a merge must predict alike")
     model.require_single()
     model.require_numbers()
     return model

@@ -215,7 +215,7 @@ def to_folder(model: Checkpoint, wish: Wish) -> Route:
 
     Raises AmbiguousCheckpoint for a model whose prediction, which a folder has to say, is not known.
     """
-    model.require_prediction("a folder has to say")
+    model.require_settled("a folder has to say which")
     config, is_folder = as_in_folders(model.config), isinstance(model.file, Folder)
     wanted = shapes(LatentDiffusion, config)
     moves = renamed(model, wanted, folders.diffusers(config, components(config)), wish.dtype)

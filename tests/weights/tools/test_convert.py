@@ -464,7 +464,7 @@ def test_a_folder_must_say_whether_sd2_predicts_eps_or_v(tmp_path: Path, monkeyp
     state[STATISTIC] = torch.tensor([1.0, -1.0] * (len(state[STATISTIC]) // 2)) * 0.09
     source = save_safetensors(state, tmp_path / "a.safetensors")
     with pytest.raises(
-        AmbiguousCheckpoint, match=r"may predict eps or v \(norm1\.bias std 0\.090\), which a folder has to say"
+        AmbiguousCheckpoint, match=r"may predict eps or v \(norm1\.bias std 0\.090\), and a folder has to say which"
     ):
         convert(source, tmp_path / "b")
     convert(source, tmp_path / "b", prediction="v")

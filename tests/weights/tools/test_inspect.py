@@ -38,7 +38,7 @@ from tests.made.words import FORMS
 from weights import Report, inspect
 from weights.files.hashes import Published
 from weights.files.source import Source
-from weights.names.instead import instead, kind_of
+from weights.names.instead import instead
 from weights.names.places import hugging_face_vision
 
 # tensors and parameters of the published networks, as FACTS.md states them; position_ids count as a tensor and not as
@@ -610,17 +610,38 @@ def test_a_vae_with_a_hole_is_not_loadable(tmp_path):
 @pytest.mark.parametrize("name", [name for name in ALONE if name != "UNet"])
 def test_the_report_and_the_loader_agree_on_what_is_no_model(name: str):
     shapes = {key: shape for key, (shape, _) in ALONE[name][0].items()}
+    prefix = "model.diffusion_model."
+    bare = f"is a bare UNet (no {prefix} in its names), not a model; use a complete checkpoint"
+    tower = "is a text tower alone, not a model; use a complete checkpoint"
     words = {
-        "vae": "a VAE alone",
-        "safety checker": "a safety checker",
-        "unet": "UNet",
-        "text tower": "a text tower alone",
-        "controlnet": "a ControlNet",
-        "transformer": "a Flux or SD 3",
-        "other": "has no UNet",
+        "vae": "is a VAE alone, not a model; use it with --vae (weights.load_vae), beside a complete checkpoint",
+        "safety checker": "is a safety checker, not a model; use it with --safety",
+        "unet": "is a diffusers UNet alone, not a model; name the folder that unet/, vae/ and text_encoder/ are in",
+        "text tower": tower,
+        "controlnet": "is a ControlNet, not a model; load the model that it steers",
+        "transformer": "is a Flux or SD 3 transformer, not a model; use a Stable Diffusion checkpoint, which has "
+        "a UNet",
+        "other": f"has no UNet ({prefix}input_blocks.0.0.weight is missing; it begins with layers.0.weight); "
+        "use a Stable Diffusion checkpoint",
     }
-    kind = kind_of(shapes)
-    assert words["other" if kind is None else kind.what] in instead(shapes)
+    assert instead(shapes) == (bare if name == "UNet, ComfyUI" else words[ALONE[name][1]])
+
+
+@pytest.mark.parametrize(
+    ("listed", "what", "title"),
+    [
+        ({"emb_params": ((2, 768), F32)}, "embedding", "textual-inversion embedding for CLIP-L"),
+        ({"lora_unet_mid_block_attentions_0_proj_in.lora_down.weight": ((4, 1280, 1, 1), F32),
+          "lora_unet_mid_block_attentions_0_proj_in.lora_up.weight": ((1280, 4, 1, 1), F32)}, "lora", "LoRA for sd1"),
+    ],
+)  # fmt: skip
+def test_an_adapter_in_a_folder_is_what_it_is_in_a_file(listed, what: str, title: str, tmp_path):
+    sparse.sparse(tmp_path / "diffusion_pytorch_model.safetensors", listed)
+    (tmp_path / "config.json").write_text("{}")
+    reports = inspect(tmp_path), inspect(tmp_path / "diffusion_pytorch_model.safetensors")
+    for report in reports:
+        assert (report.what, report.problem) == (what, None)
+        assert title in report.title
 
 
 def test_what_cannot_be_read_is_the_readers_error(tmp_path):
