@@ -1,15 +1,10 @@
 """The same functions, faster: the only place that knows of backends."""
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
-
 import torch
 
-if TYPE_CHECKING:
-    from ldm.fast.choice import optimize
-    from ldm.fast.groupnorm import fast_group_norms
+from ldm.lazy import names_of
 
-__all__ = ["fast_group_norms", "optimize", "pays"]
+__getattr__, __dir__, __all__ = names_of(__name__, __file__, "pays")
 
 
 def pays(device: torch.device, dtype: torch.dtype) -> bool:
@@ -19,12 +14,3 @@ def pays(device: torch.device, dtype: torch.dtype) -> bool:
     from ldm.fast import cpu
 
     return cpu.missing() is None
-
-
-def __getattr__(name: str) -> Any:
-    """A function from its file when it is first asked for: where nothing is to be faster, no backend is imported."""
-    files = {"fast_group_norms": "groupnorm", "optimize": "choice"}
-    if name not in files:
-        raise AttributeError(f"module 'ldm.fast' has no attribute {name!r}")
-    globals()[name] = getattr(import_module(f"ldm.fast.{files[name]}"), name)
-    return globals()[name]

@@ -26,7 +26,7 @@ MAY_IMPORT = {
 # own floor or above.
 FLOORS = {
     "samplers": "core schedule | fitted | grids guidance noise ddim euler adams dpmpp unipc",
-    "ldm": "errors | config disk images swap | targets | networks pictures | conditioning | model | "
+    "ldm": "errors lazy | config disk images swap | targets | networks pictures | conditioning | model | "
     "fast limits changes | denoiser | tasks | blocks recipes | train | cli | __main__",
     "ldm.train": "recipe losses draws state checkpointing | reading ranks data | tasks optim start | watch | "
     "loop distil | modes | results shipped | run",

@@ -22,9 +22,7 @@ ROOT = Path(__file__).parents[3]
 
 
 LAZY = {  # file -> (table of modules, lookup in it)
-    "weights/__init__.py": [("_HOME = {", "import_module(_HOME[name])")],
-    "ldm/__init__.py": [("files = {", "import_module(f\"ldm.{files.get(name, 'config')}\")")],
-    "ldm/fast/__init__.py": [("files = {", 'import_module(f"ldm.fast.{files[name]}")')],
+    "ldm/lazy.py": [("home = {", "import_module(home[name])")],
     "ldm/cli/arguments.py": [
         ("commands: Mapping[str, Command]", 'importlib.import_module(f"ldm.cli.{command.module}")'),
         ("import importlib", 'importlib.import_module("ldm.cli.options")'),
